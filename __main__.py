@@ -1,0 +1,3 @@
+from rob.cli import main
+
+main()
