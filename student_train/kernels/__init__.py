@@ -1,0 +1,7 @@
+"""The losses over prototypes, and the targets they take. Imports only torch and triton."""
+
+from .prototype_ce import prototype_cross_entropy
+from .reference import mean_entropy
+from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
+
+__all__ = ["DenseTarget", "EmbeddingTarget", "Target", "TopKTarget", "mean_entropy", "prototype_cross_entropy"]

@@ -1,0 +1,120 @@
+"""The three forms in which a target reaches the loss.
+
+B images, G target views an image, D dimensions, K prototypes. The target of a view is
+``q = softmax((t - centre) / teacher_temp)`` over the teacher's K logits ``t``. None of the forms holds q, so temperature
+and centre stay free until the loss is called. Targets never receive a gradient.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+class _Target:
+    """What the three forms share. ``_per_image`` names the fields whose first axis is the image."""
+
+    _per_image: ClassVar[tuple[str, ...]]
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self._per_image[0]).device
+
+    @property
+    def num_images(self) -> int:
+        return getattr(self, self._per_image[0]).shape[0]
+
+    @property
+    def num_views(self) -> int:
+        """G, the target views an image."""
+        return getattr(self, self._per_image[0]).shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same target on ``device``, dtypes kept."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})  # type: ignore[type-var]
+
+    def images(self, start: int, stop: int) -> Self:
+        """The target of images ``start`` to ``stop``; views of the same memory."""
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in self._per_image})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingTarget(_Target):
+    """The teacher's projected embedding and its prototypes: ``t = embedding @ prototypes.T``, recomputed inside the loss.
+
+    embedding: (B, G, D) float, already L2-normalised if the teacher does so. D may differ from the student's.
+    prototypes: (K, D) float, the effective rows (weight norm applied).
+    """
+
+    embedding: Tensor
+    prototypes: Tensor
+    _per_image: ClassVar[tuple[str, ...]] = ("embedding",)
+
+    def __post_init__(self):
+        if self.embedding.ndim != 3 or self.prototypes.ndim != 2 or self.embedding.shape[2] != self.prototypes.shape[1]:
+            raise ValueError(
+                "EmbeddingTarget needs embedding (B, G, D) and prototypes (K, D), "
+                f"got {tuple(self.embedding.shape)} and {tuple(self.prototypes.shape)}"
+            )
+
+    @property
+    def num_prototypes(self) -> int:
+        return self.prototypes.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TopKTarget(_Target):
+    """The k largest logits of every view, and how much the others weigh.
+
+    ids: (B, G, k) integer, distinct prototype ids in [0, K).
+    logits: (B, G, k) float, the teacher's logits at ``ids``.
+    tail: (B, G, T) float, log-sum-exp of the K - k other logits divided by each of ``temps``; not read when k == K.
+    temps: (T,) float, the ladder of temperatures, ascending and positive.
+    num_prototypes: K.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    tail: Tensor
+    temps: Tensor
+    num_prototypes: int
+    _per_image: ClassVar[tuple[str, ...]] = ("ids", "logits", "tail")
+
+    def __post_init__(self):
+        if (
+            self.ids.ndim != 3
+            or self.logits.shape != self.ids.shape
+            or self.tail.shape != (*self.ids.shape[:2], *self.temps.shape)
+            or not 0 < self.ids.shape[2] <= self.num_prototypes
+        ):
+            raise ValueError(
+                "TopKTarget needs ids and logits (B, G, k), tail (B, G, T) and temps (T,) with k <= num_prototypes, got "
+                f"{tuple(self.ids.shape)}, {tuple(self.logits.shape)}, {tuple(self.tail.shape)}, "
+                f"{tuple(self.temps.shape)} and {self.num_prototypes} prototypes"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseTarget(_Target):
+    """All the teacher's logits. logits: (B, G, K) float. A logit of -inf is a prototype that the target excludes."""
+
+    logits: Tensor
+    _per_image: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def __post_init__(self):
+        if self.logits.ndim != 3:
+            raise ValueError(f"DenseTarget needs logits (B, G, K), got {tuple(self.logits.shape)}")
+
+    @property
+    def num_prototypes(self) -> int:
+        return self.logits.shape[2]
+
+
+Target = EmbeddingTarget | TopKTarget | DenseTarget
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to accumulate in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
