@@ -1,0 +1,50 @@
+"""Objectives: what the student's features have to match. One small file each; a new paper is a new file here.
+
+An objective owns the student's head. It is a module ``(features (B, V, F), target, pair_weights (V, G)) -> scalar loss``.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ...common.errors import unknown_name
+from .dino import DinoObjective
+from .embedding import EmbeddingObjective
+
+OBJECTIVES: dict[str, type[nn.Module]] = {"dino": DinoObjective, "embedding": EmbeddingObjective}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """``teacher_temp`` None takes the teacher's own; ``centre`` subtracts the teacher's mean logits; ``hidden_dim`` is the head's."""
+
+    name: str = "embedding"
+    student_temp: float = 0.1
+    teacher_temp: float | None = None
+    centre: bool = False
+    hidden_dim: int = 2048
+    head_norm: bool = True
+    bottleneck: int = 256
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise unknown_name("objective", self.name, OBJECTIVES)
+
+
+@dataclass(frozen=True)
+class TargetSpace:
+    """What the target branch offers: the embedding's width D, the prototypes (K, D) if any, the teacher's own temperature and centre.
+
+    ``has_embedding`` is False for a store of logits.
+    """
+
+    dim: int
+    num_prototypes: int
+    has_embedding: bool
+    teacher_temp: float | None
+    centre: Tensor | None
+
+
+def build_objective(config: ObjectiveConfig, num_features: int, space: TargetSpace) -> nn.Module:
+    """The objective with a fresh head for a student of ``num_features``. Raises MisuseError when the target cannot serve it."""
+    return OBJECTIVES[config.name](config, num_features, space)

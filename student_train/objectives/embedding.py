@@ -1,0 +1,35 @@
+"""Consistency of the final embedding: the distillation half of DisCo (2104.09124, section 3.3).
+
+    L = sum_{v,g} w[v,g] * mean_b || z_s[b,v] - z_t[b,g] ||^2        with unit vectors z, so 2 - 2 cos(z_s, z_t)
+
+Against the published code the sum over the batch is a mean: the loss does not grow with the batch.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...common.errors import MisuseError
+from ...common.heads import ProjectionHead
+from ..kernels.target import EmbeddingTarget, Target
+
+if TYPE_CHECKING:
+    from . import ObjectiveConfig, TargetSpace
+
+
+class EmbeddingObjective(nn.Module):
+    """The student's projected embedding regresses the teacher's, view by view."""
+
+    def __init__(self, config: "ObjectiveConfig", num_features: int, space: "TargetSpace") -> None:
+        super().__init__()
+        if not space.has_embedding:
+            raise MisuseError("--objective embedding needs the teacher's embedding, but the store holds logits: cache with --encoding embedding")
+        self.head = ProjectionHead(num_features, config.hidden_dim, space.dim, num_layers=2, activation="relu", norm=config.head_norm)
+
+    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+        """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""
+        assert isinstance(target, EmbeddingTarget)
+        embedding = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        cosine = torch.einsum("bvd,bgd->vg", embedding, target.embedding.float()) / len(features)
+        return (pair_weights * (2 - 2 * cosine)).sum()
