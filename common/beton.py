@@ -96,9 +96,10 @@ class PackManifest:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PackManifest":
         """Raises KeyError or TypeError for a dictionary of another form."""
-        values = {field.name: content[field.name] for field in fields(cls)}
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**(values | lists))
+        values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
+        for name in ("paths", "labels", "classes", "skipped"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
 
 
 def manifest_path(path: Path) -> Path:
@@ -151,7 +152,8 @@ class BetonWriter:
     def append(self, image: StoredImage, label: int = -1) -> None:
         """Adds the next row. ``label`` is -1 where there is none."""
         size = len(image.data)
-        assert 0 < size <= MAX_IMAGE_BYTES and max(image.height, image.width) <= MAX_SIDE
+        assert 0 < size <= MAX_IMAGE_BYTES
+        assert max(image.height, image.width) <= MAX_SIDE
         # FFCV's process cache reads whole pages. A larger image starts at a multiple of a larger power of two, so
         # that the boundaries of the largest page in the file cut none of the smaller images either.
         page = max(PAGE_BYTES, 1 << (size - 1).bit_length())
@@ -288,7 +290,7 @@ class Beton:
         if self.modes[image_id] == RAW:
             return np.array(stored).reshape(self.heights[image_id], self.widths[image_id], 3)
         try:
-            with Image.open(io.BytesIO(stored)) as image:
+            with Image.open(io.BytesIO(stored.tobytes())) as image:
                 return np.array(image)
         except OSError as error:
             raise FailureError(f"{self.path}: image {image_id} is damaged ({error}); pack the data again") from error

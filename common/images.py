@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .errors import FailureError, MisuseError
@@ -141,13 +142,11 @@ def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # after load: some formats put it at the end
         upright = image if orientation not in range(2, 9) else ImageOps.exif_transpose(image)
-        fits = config.max_resolution is None or max(image.size) <= config.max_resolution
-        if isinstance(source, bytes) and not config.raw and upright is image and fits and _is_plain_jpeg(source, image):
+        longest = config.max_resolution or max(image.size)
+        unchanged = upright is image and max(image.size) <= longest and not config.raw
+        if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):
             return StoredImage(source, image.height, image.width, JPEG)
-        pixels = to_rgb(upright)
-        if not fits:
-            pixels = shrink(pixels, config.max_resolution)
-        return _store(pixels, config)
+        return _store(shrink(to_rgb(upright), longest), config)
     except (_BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -186,15 +185,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, longest: int) -> Image.Image:
-    """Keeps the aspect ratio; ``longest`` becomes the longer side."""
+    """The image with its longer side at most ``longest`` pixels and its aspect ratio kept."""
     scale = longest / max(image.size)
+    if scale >= 1:
+        return image
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _is_plain_jpeg(data: bytes, image: Image.Image) -> bool:
-    """Whether FFCV's decoder reads the file as it is: three components, Huffman-coded baseline or progressive."""
-    if image.format != "JPEG" or image.mode != "RGB" or max(image.size) > MAX_SIDE:
+    """Whether libjpeg-turbo hands out the file's YCbCr planes: baseline or progressive, at 4:4:4, 4:2:2 or 4:2:0."""
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.mode != "RGB":
+        return False
+    # libjpeg's rule: a JFIF file is YCbCr, else Adobe's marker says it, else the components' names.
+    is_rgb = image.info.get("adobe_transform") == 0 or [component[0] for component in image.layer] == list(b"RGB")
+    if get_sampling(image) < 0 or (is_rgb and "jfif" not in image.info):
         return False
     at = 2  # behind the start-of-image marker; from here on: 0xFF, marker, length of the segment, segment
     while at + 4 <= len(data):

@@ -151,7 +151,7 @@ def _open_debian_fashion_mnist(split: str) -> Source:
     prefix = DEBIAN_FASHION_MNIST / ("train" if split == "train" else "t10k")
     images = _read_idx(Path(f"{prefix}-images-idx3-ubyte.gz"))
     labels = _read_idx(Path(f"{prefix}-labels-idx1-ubyte.gz"))
-    classes = tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","))
+    classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
     def read(path: str) -> tuple[Image.Image, int]:
         item = int(path.rpartition("/")[2])
