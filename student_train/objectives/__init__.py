@@ -5,9 +5,10 @@ An objective owns the student's head. It is a module ``(features (B, V, F), targ
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...common.errors import unknown_name
+from ..branches import TargetSpace
 from .dino import DinoObjective
 from .embedding import EmbeddingObjective
 
@@ -29,20 +30,6 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise unknown_name("objective", self.name, OBJECTIVES)
-
-
-@dataclass(frozen=True)
-class TargetSpace:
-    """What the target branch offers: the embedding's width D, the prototypes (K, D) if any, the teacher's own temperature and centre.
-
-    ``has_embedding`` is False for a store of logits.
-    """
-
-    dim: int
-    num_prototypes: int
-    has_embedding: bool
-    teacher_temp: float | None
-    centre: Tensor | None
 
 
 def build_objective(config: ObjectiveConfig, num_features: int, space: TargetSpace) -> nn.Module:

@@ -16,7 +16,8 @@ from ..kernels.prototype_ce import prototype_cross_entropy
 from ..kernels.target import Target
 
 if TYPE_CHECKING:
-    from . import ObjectiveConfig, TargetSpace
+    from ..branches import TargetSpace
+    from . import ObjectiveConfig
 
 
 class DinoObjective(nn.Module):
@@ -37,7 +38,9 @@ class DinoObjective(nn.Module):
         if config.centre and space.centre is None:
             raise MisuseError("--centre needs the teacher's mean logits, which this target does not have: leave it out")
         self.student_temp, self.teacher_temp = config.student_temp, teacher_temp
-        self.head = ProjectionHead(num_features, config.hidden_dim, config.bottleneck, num_layers=3, norm=config.head_norm)
+        self.head = ProjectionHead(
+            num_features, config.hidden_dim, config.bottleneck, num_layers=3, norm=config.head_norm
+        )
         self.prototypes = Prototypes(space.num_prototypes, config.bottleneck)
         self.register_buffer("centre", space.centre if config.centre else None, persistent=False)
 

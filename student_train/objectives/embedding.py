@@ -15,7 +15,8 @@ from ...common.heads import ProjectionHead
 from ..kernels.target import EmbeddingTarget, Target
 
 if TYPE_CHECKING:
-    from . import ObjectiveConfig, TargetSpace
+    from ..branches import TargetSpace
+    from . import ObjectiveConfig
 
 
 class EmbeddingObjective(nn.Module):
@@ -24,8 +25,12 @@ class EmbeddingObjective(nn.Module):
     def __init__(self, config: "ObjectiveConfig", num_features: int, space: "TargetSpace") -> None:
         super().__init__()
         if not space.has_embedding:
-            raise MisuseError("--objective embedding needs the teacher's embedding, but the store holds logits: cache with --encoding embedding")
-        self.head = ProjectionHead(num_features, config.hidden_dim, space.dim, num_layers=2, activation="relu", norm=config.head_norm)
+            raise MisuseError(
+                "--objective embedding needs the teacher's embedding, but the store holds logits: cache with --encoding embedding"
+            )
+        self.head = ProjectionHead(
+            num_features, config.hidden_dim, space.dim, num_layers=2, activation="relu", norm=config.head_norm
+        )
 
     def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""

@@ -1,0 +1,64 @@
+"""What every run needs first: a device, a precision, a seed, and the versions it ran with."""
+
+import platform
+import random
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+from .errors import MisuseError, unknown_name
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is one, else the CPU), or a torch device name. Raises MisuseError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown_name("device", name, ("auto", "cpu", "cuda", "mps")) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MisuseError(
+            f"--device {name}: torch finds no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MisuseError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise MisuseError("--device mps: torch finds no Apple GPU here; use --device cpu")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context to run a network in. Raises MisuseError for an unknown precision, and for fp16 on a CPU."""
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return nullcontext()
+    if dtype == torch.float16 and device.type == "cpu":
+        raise MisuseError("--precision fp16 needs a GPU: on a CPU use fp32, or bf16 where the processor has it")
+    return torch.autocast(device.type, dtype)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's global generators: network initialisation and drop-path. Views do not use them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's and the packages' versions; a package that is not installed is ``absent``."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found

@@ -1,0 +1,205 @@
+"""The branch that was replaced: what makes the targets of a training step.
+
+``CachedTargets`` reads what the teacher said once; ``OnlineTeacher`` runs the frozen teacher in every step, as a baseline and to prove
+that the cache changes nothing. Both say which views the student's targets belong to, and answer, batch by batch, with a Target.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.augment import augment
+from ..common.beton import Beton
+from ..common.loader import Batch, ViewSet
+from ..common.run import autocast
+from ..common.store import TargetStore
+from ..common.views import Recipe
+from .kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
+from .pairing import ViewPlan
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSpace:
+    """What a branch's targets are made of, for the objective to fit its head to.
+
+    ``prototypes`` (K, D) float32 or None; ``centre`` (K,) the teacher's mean logits or None; ``has_embedding`` is False for a store
+    of logits, whose ``prototypes`` then only give K.
+    """
+
+    dim: int
+    num_prototypes: int
+    has_embedding: bool
+    teacher_temp: float | None = None
+    centre: Tensor | None = None
+
+
+class TargetBranch(Protocol):
+    """What training asks of a branch."""
+
+    recipe: Recipe
+    seed: int
+    """Of the views; the student's training has a seed of its own."""
+    views: int
+    """Target views there are of an image: ids 0 .. views-1."""
+    geometry: str | None
+    """The resize path of the cached views; None when they are made on the spot."""
+    space: TargetSpace
+
+    def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
+        """Views that the loader must render for the branch itself, after the student's."""
+        ...
+
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> "TargetStream":
+        """The targets of one epoch's batches, in order."""
+        ...
+
+
+class TargetStream(Protocol):
+    """One epoch's targets; a context manager, because a prefetcher runs behind it."""
+
+    def __enter__(self) -> "TargetStream": ...
+    def __exit__(self, *exception) -> None: ...
+    def next(self, batch: Batch) -> Target:
+        """The target of the next batch, which is ``batch``: row b belongs to image ``batch.image_ids[b]``."""
+        ...
+
+
+class CachedTargets:
+    """Targets from a store that ``rob cache-teacher`` wrote. Raises MisuseError when the store is of another data set."""
+
+    def __init__(self, path: Path, data: Beton, device: torch.device) -> None:
+        self.store = TargetStore.open(path)
+        self.store.check(data_fingerprint=data.manifest.fingerprint)
+        manifest = self.store.manifest
+        self.recipe, self.seed, self.views = Recipe.from_dict(manifest.recipe), manifest.seed, len(manifest.view_ids)
+        self.geometry, self.device = manifest.geometry, device
+        has_embedding = self.store.encoding.kind == "embedding"
+        prototypes = self.store.prototypes
+        self.prototypes = None if prototypes is None else torch.from_numpy(prototypes).to(device)
+        self.space = TargetSpace(
+            manifest.dim,
+            manifest.num_prototypes,
+            has_embedding,
+            manifest.teacher_temp,
+            None if prototypes is None else self._centre(),
+        )
+
+    def _centre(self) -> Tensor:
+        """The teacher's mean logits over every cached view: linear in the embedding, so its mean is enough."""
+        assert self.prototypes is not None
+        total = torch.from_numpy(self.store.statistics["embedding_sum"]).to(self.prototypes)
+        return self.prototypes @ (total / (self.store.manifest.num_images * self.views))
+
+    def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
+        return ()
+
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> "TargetStream":
+        return _StoreStream(self, plan.targets)
+
+    def make_target(self, arrays: dict[str, Tensor]) -> Target:
+        """Decoded arrays (B, G, ...) of the store as the loss takes them."""
+        match self.store.encoding.kind:
+            case "embedding":
+                prototypes = (
+                    arrays["embedding"].new_empty(0, self.space.dim) if self.prototypes is None else self.prototypes
+                )
+                return EmbeddingTarget(arrays["embedding"], prototypes)
+            case "topk":
+                temps = torch.tensor(self.store.encoding.temps, device=self.device)
+                return TopKTarget(arrays["ids"], arrays["logits"], arrays["tail"], temps, self.space.num_prototypes)
+            case _:
+                return DenseTarget(arrays["logits"])
+
+
+class _StoreStream:
+    def __init__(self, branch: CachedTargets, columns: tuple[int, ...]) -> None:
+        self.branch, self.columns = branch, list(columns)
+
+    def __enter__(self) -> "_StoreStream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def next(self, batch: Batch) -> Target:
+        store = self.branch.store
+        rows = {name: values[:, self.columns] for name, values in store.rows(batch.image_ids).items()}
+        decoded = store.encoding.decode(rows)
+        return self.branch.make_target({name: values.to(self.branch.device) for name, values in decoded.items()})
+
+
+class FrozenTeacher(Protocol):
+    """What OnlineTeacher needs of a teacher: ``teacher_cache.teachers.Teacher`` has it, and the two stages stay apart."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dim: int
+    num_prototypes: int
+    prototypes: Tensor | None
+    centre: Tensor | None
+    teacher_temp: float | None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised -> (N, D) float32 unit rows."""
+        ...
+
+
+class OnlineTeacher:
+    """Targets from the frozen teacher itself, run on every batch at ``view_size`` pixels.
+
+    ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a cache of so many.
+    """
+
+    geometry = None
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher,
+        recipe: Recipe,
+        seed: int,
+        views: int,
+        view_size: int,
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> None:
+        self.teacher, self.recipe, self.seed, self.views = teacher, recipe, seed, views
+        self.view_size, self.device, self.precision = view_size, device, precision
+        self.space = TargetSpace(teacher.dim, teacher.num_prototypes, True, teacher.teacher_temp, teacher.centre)
+        self._mean, self._std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+
+    def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
+        return (ViewSet(plan.targets, self.view_size),)
+
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> "TargetStream":
+        return _TeacherStream(self)
+
+    @torch.inference_mode()
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, G, D) float32: the teacher's embeddings of the batch's last view set."""
+        views, colour = batch.views[-1], batch.colour[-1]
+        blur_scale = self.view_size / self.recipe.global_crops[0].size
+        images = augment(views.to(self.device).flatten(0, 1), colour.flatten(0, 1), blur_scale, self._mean, self._std)
+        with autocast(self.device, self.precision):
+            return self.teacher(images).float().unflatten(0, views.shape[:2])
+
+
+class _TeacherStream:
+    def __init__(self, branch: OnlineTeacher) -> None:
+        self.branch = branch
+
+    def __enter__(self) -> "_TeacherStream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def next(self, batch: Batch) -> Target:
+        embedding = self.branch.embed(batch).clone()  # out of inference mode: autograd may save it
+        prototypes = self.branch.teacher.prototypes
+        return EmbeddingTarget(
+            embedding, embedding.new_empty(0, self.branch.space.dim) if prototypes is None else prototypes
+        )

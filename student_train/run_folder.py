@@ -1,0 +1,131 @@
+"""The folder of a training run: its configuration, its log, its checkpoint and its weights."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.errors import FailureError
+from ..common.timing import Stopwatch
+from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
+
+FREE_TO_CHANGE = ("out", "device", "log_every", "checkpoint_every", "loader")
+"""Settings that a resumed run may change: they move no weight. The batch size, part of ``loader``, is kept apart."""
+
+
+class RunFolder:
+    """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors`` comes last.
+
+    ``config`` is the run's configuration as plain values, ``facts`` what else ``config.json`` shall say.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        total_steps: int,
+        on_log: Callable[[dict[str, Any], int], None],
+    ) -> None:
+        self.out, self.total_steps, self.on_log = out, total_steps, on_log
+        self.log_every: int = config["log_every"]
+        self.weights, self.checkpoint = out / WEIGHTS_NAME, out / "checkpoint.pt"
+        self._fixed = {k: v for k, v in config.items() if k not in FREE_TO_CHANGE}
+        self._fixed["batch_size"] = config["loader"]["batch_size"]
+        self._config_json = json.dumps({**config, **facts}, indent=2, default=str) + "\n"
+        self._unchecked: list[Tensor] = []
+        self._images = 0
+        self._lines: list[dict[str, Any]] = []
+
+    def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
+        """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from. MisuseError: of other settings."""
+        step = 0
+        if self.checkpoint.exists():
+            saved = load_checkpoint(self.checkpoint, self._fixed, device)
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            restore_random_state(saved["random"])
+            step = saved["step"]
+        with replacing(self.out / "config.json") as file:
+            file.write(self._config_json.encode())
+        self._cut_log(step)
+        return step
+
+    def save(self, state: Mapping[str, Any], step: int) -> None:
+        """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""
+        self.check_losses(step)
+        parts = {name: part.state_dict() for name, part in state.items()}
+        save_checkpoint(self.checkpoint, {**parts, "random": random_state(), "step": step}, self._fixed)
+
+    def log(self, step: int, epoch: int, health: Tensor, rate: float, images: int, stopwatch: Stopwatch) -> None:
+        """Take note of step number ``step`` (from 1); every ``log_every`` steps write a line.
+
+        health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for.
+        """
+        self._unchecked.append(health)
+        self._images += images
+        if step % self.log_every and step != self.total_steps:
+            return
+        values = self.check_losses(step)
+        seconds, passed = stopwatch.take()
+        shares = {name: round(part / passed, 4) for name, part in seconds.items()}
+        line = {
+            "step": step,
+            "epoch": epoch,
+            "loss": float(values[:, 0].mean()),
+            "gradient_norm": float(values[:, 1].mean()),
+            "lr": rate,
+            "images_per_second": round(self._images / passed, 1),
+            "data_wait": shares.pop("data", 0.0),
+            "shares": shares,
+        }
+        self._images = 0
+        self._lines.append(line)
+        with open(self.out / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+        with open(self.out / "train.log", "a") as text:
+            text.write(
+                f"epoch {epoch} step {step}/{self.total_steps} loss {line['loss']:.4f} lr {rate:.2e} "
+                f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data\n"
+            )
+        self.on_log(line, self.total_steps)
+
+    def check_losses(self, step: int) -> Tensor:
+        """The (loss, gradient norm) pairs since the last call, (n, 2) on the CPU. FailureError names the first bad step."""
+        if not self._unchecked:
+            return torch.zeros(0, 2)
+        values = torch.stack(self._unchecked).float().cpu()
+        self._unchecked.clear()
+        bad = (~values.isfinite()).any(1).nonzero()[:, 0]
+        if len(bad):
+            at = step - len(values) + int(bad[0]) + 1
+            kept = (
+                f"the last good checkpoint is kept in {self.checkpoint}"
+                if self.checkpoint.exists()
+                else "there is no checkpoint yet"
+            )
+            loss, norm = values[bad[0]].tolist()
+            raise FailureError(
+                f"step {at}: the loss is {loss:g} with gradient norm {norm:g}; {kept}. Lower --lr, lengthen --warmup-epochs, "
+                "or use --precision fp32 or bf16"
+            )
+        return values
+
+    def medians(self) -> tuple[float, float, float]:
+        """Last loss, median images/s and median share of time waiting for data, over the log of the whole run."""
+        lines = [json.loads(text) for text in (self.out / "metrics.jsonl").read_text().splitlines()]
+        if not lines:
+            return math.nan, math.nan, math.nan
+        return lines[-1]["loss"], median(x["images_per_second"] for x in lines), median(x["data_wait"] for x in lines)
+
+    def _cut_log(self, step: int) -> None:
+        """Drop what a killed run logged after its last checkpoint: those steps are run again."""
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() and step else []
+        with replacing(metrics) as file:
+            file.write("".join(text for text in lines if json.loads(text)["step"] <= step).encode())

@@ -1,0 +1,249 @@
+"""Stage 2, top to bottom: train a student against the targets of a branch.
+
+data.beton -> loader -> augment -> student -> head -> objective <- target branch
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..common.augment import augment
+from ..common.beton import Beton
+from ..common.errors import MisuseError
+from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.order import block_shuffled_order
+from ..common.run import autocast, pick_device, seed_everything, versions
+from ..common.store_manifest import CHUNK_ROWS
+from ..common.timing import Stopwatch
+from ..common.views import Recipe
+from .branches import CachedTargets, TargetBranch
+from .checkpoint import export_weights
+from .objectives import ObjectiveConfig, build_objective
+from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
+from .pairing import PairingConfig, ViewPlan, plan_views
+from .run_folder import RunFolder
+from .students import StudentConfig, build_student, check_input_size, describe_student
+
+WINDOW_BLOCKS = 16
+"""Blocks of 256 images within which an epoch's order is shuffled."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how. ``targets`` is the store; None when a branch is handed to ``train_student``.
+
+    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential moving average of
+    the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it alone.
+    """
+
+    data: Path
+    out: Path
+    student: StudentConfig
+    targets: Path | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    epochs: int = 100
+    local_size: int | None = None
+    clip_grad: float = 3.0
+    average: float | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    log_every: int = 10
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise MisuseError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """What a caller may show: every log line as it is written, and notes; both may be left out."""
+
+    log: Callable[[dict[str, Any], int], None] = lambda line, total_steps: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """``images_per_second`` is the median over the log lines; ``data_wait`` the share of the time that waited for data."""
+
+    weights: Path
+    steps: int
+    loss: float
+    images_per_second: float
+    data_wait: float
+
+
+class StudentWithHead(nn.Module):
+    """The student and its objective (which owns the head) as one module: one optimiser, one checkpoint."""
+
+    def __init__(self, backbone: nn.Module, objective: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.objective = backbone, objective
+
+    def forward(self, crops: list[Tensor], target: Any, pair_weights: Tensor) -> Tensor:
+        """crops: one (B, n, 3, S, S) tensor a crop size. Each size is one forward pass."""
+        features = [self.backbone(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
+        return self.objective(torch.cat(features, dim=1), target, pair_weights)
+
+
+def train_student(
+    config: TrainConfig, branch: TargetBranch | None = None, progress: TrainProgress | None = None
+) -> TrainResult:
+    """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes.
+
+    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number (the last good checkpoint stays).
+    """
+    progress = progress or TrainProgress()
+
+    # ==== what is trained, and against what ====
+    device = pick_device(config.device)
+    autocast(device, config.precision)
+    data = Beton(config.data)
+    if branch is None:
+        if config.targets is None:
+            raise MisuseError(
+                "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
+            )
+        branch = CachedTargets(config.targets, data, device)
+    if config.pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
+        progress.note(
+            f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
+            "the student's pixels differ slightly from the teacher's; use the same --loader for exact pairs"
+        )
+    if data.num_images < config.loader.batch_size:
+        raise MisuseError(
+            f"--batch-size {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
+        )
+    seed_everything(config.seed)
+    backbone = build_student(config.student)
+    check_input_size(backbone, config.student.image_size)
+    objective = build_objective(config.objective, backbone.num_features, branch.space)  # type: ignore[arg-type]
+    model = StudentWithHead(backbone, objective).to(device)
+    info = describe_student(config.student)
+
+    # ==== how ====
+    steps_per_epoch = data.num_images // config.loader.batch_size
+    total_steps = steps_per_epoch * config.epochs
+    optimiser = build_optimiser(model, config.optimiser, config.loader.batch_size)
+    schedule = Schedule(optimiser, config.optimiser, steps_per_epoch, config.epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    average = build_average(model.backbone, config.average) if config.average else None
+    loader = ViewLoader(data, branch.recipe, branch.seed, config.loader)
+    stopwatch = Stopwatch(device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    facts = {
+        "student_info": info.to_dict(),
+        "recipe": branch.recipe.to_dict(),
+        "versions": versions("rob", "torch", "timm"),
+    }
+    run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log)
+    state = {"model": model, "optimiser": optimiser, "scaler": scaler} | (
+        {"average": average.module} if average else {}
+    )
+    step = run.resume(state, device)
+
+    # ==== the loop ====
+    model.train()
+    try:
+        while step < total_steps:
+            epoch, start = divmod(step, steps_per_epoch)
+            plan = plan_views(config.pairing, branch.views, epoch)
+            pair_weights = plan.pair_weights.to(device)
+            order = epoch_order(config, data.num_images, epoch)[start * config.loader.batch_size :]
+            crops = crop_sets(config, branch, plan)
+            batches = loader.epoch(order, crops + branch.view_sets(plan))
+            with branch.targets(order, config.loader.batch_size, plan) as targets:
+                for batch in timed(batches, stopwatch):
+                    with stopwatch("prepare"):
+                        images = prepare(batch, crops)
+                    with stopwatch("target"):
+                        target = targets.next(batch)
+                    with stopwatch("student"):
+                        rate = schedule.step(step)
+                        with autocast(device, config.precision):
+                            loss = model(images, target, pair_weights)
+                        optimiser.zero_grad(set_to_none=True)
+                        scaler.scale(loss).backward()
+                        scaler.unscale_(optimiser)
+                        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or float("inf"))
+                        scaler.step(optimiser)
+                        scaler.update()
+                        if average:
+                            average.update(model.backbone, step)
+                    step += 1
+                    # fp16 skips a step whose gradient overflowed: not a reason to stop.
+                    health = torch.stack([loss.detach(), torch.zeros_like(norm) if scaler.is_enabled() else norm])
+                    run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
+            if (epoch + 1) % config.checkpoint_every == 0:
+                run.save(state, step)
+    except KeyboardInterrupt:
+        run.save(state, step)
+        progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
+        raise
+
+    # ==== what is left of it ====
+    run.save(state, step)
+    export_weights(model.backbone, info, run.weights)
+    if average:
+        export_weights(average.module, info, run.out / "student_average.safetensors")
+    loss, images_per_second, data_wait = run.medians()
+    return TrainResult(run.weights, total_steps, loss, images_per_second, data_wait)
+
+
+def epoch_order(config: TrainConfig, num_images: int, epoch: int) -> np.ndarray:
+    """The image ids of an epoch's whole batches, in training order; an incomplete last batch is dropped."""
+    order = block_shuffled_order(num_images, CHUNK_ROWS, WINDOW_BLOCKS, config.seed, epoch)
+    return order[: len(order) - len(order) % config.loader.batch_size]
+
+
+def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tuple[ViewSet, ...]:
+    """The student's crops: the global ones at its image size, then the local ones."""
+    size = config.student.image_size
+    sets = (ViewSet(plan.globals, size),)
+    if not plan.locals:
+        return sets
+    local = branch.recipe.local_crop
+    if local is None:
+        raise MisuseError(f"the recipe {branch.recipe.name} of the targets has no local crops: use --num-local 0")
+    local_size = config.local_size or max(1, round(size * local.size / branch.recipe.global_crops[0].size))
+    return (*sets, ViewSet(plan.locals, local_size))
+
+
+class Preparation:
+    """Turns a batch's bytes into the student's normalised crops on the device."""
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+    def __call__(self, batch: Batch, sets: tuple[ViewSet, ...]) -> list[Tensor]:
+        """One (B, n, 3, S, S) float32 tensor a set."""
+        crops = []
+        for number, views in enumerate(sets):
+            kind = self.recipe.global_crops[0] if number == 0 else self.recipe.local_crop
+            assert kind is not None
+            pixels, colour = batch.views[number].to(self.device), batch.colour[number]
+            images = augment(pixels.flatten(0, 1), colour.flatten(0, 1), views.size / kind.size, self.mean, self.std)
+            crops.append(images.unflatten(0, pixels.shape[:2]))
+        return crops
+
+
+def timed(batches: Iterator[Batch], stopwatch: Stopwatch) -> Iterator[Batch]:
+    """The same batches, with the time spent waiting for each under ``data``."""
+    while True:
+        with stopwatch("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

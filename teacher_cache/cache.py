@@ -1,0 +1,318 @@
+"""Stage 1, top to bottom: run the teacher once over every view that will be asked for, and store what it says.
+
+data.beton -> loader -> augment -> teacher -> encode -> targets.zarr
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.augment import augment
+from ..common.beton import Beton
+from ..common.encodings import Encoding
+from ..common.errors import MisuseError
+from ..common.loader import LoaderConfig, ViewLoader, ViewSet
+from ..common.run import autocast, pick_device, versions
+from ..common.store import StoreWriter, TargetStore, add_prototypes
+from ..common.store_manifest import StoreManifest, differences
+from ..common.views import Recipe, get_recipe
+from .prototypes import PrototypeConfig, fit_prototypes
+from .teachers import Teacher, TeacherConfig, load_teacher
+
+FITTED_TEMP = 0.05
+"""Temperature of a teacher's softmax over fitted prototypes."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What to cache. ``views`` a image get ids 0 .. views-1; ``view_size`` None is the teacher's own size in pixels.
+
+    ``prototypes`` > 0 fits that many for a teacher without a head. ``batch_size`` counts images, each with all its views.
+    """
+
+    data: Path
+    out: Path
+    teacher: TeacherConfig
+    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    views: int = 4
+    seed: int = 0
+    encoding: Encoding = field(default_factory=lambda: Encoding("embedding"))
+    view_size: int | None = None
+    prototypes: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise MisuseError(f"--views is {self.views}, expected at least 1")
+        if self.prototypes < 0:
+            raise MisuseError(f"--prototypes is {self.prototypes}, expected 0 (none) or more")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What caching will cost: bytes before compression, and seconds at the speed of a trial batch."""
+
+    num_images: int
+    views: int
+    bytes_per_view: int
+    free_bytes: int
+    rows_done: int
+    views_per_second: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_images * self.views * self.bytes_per_view
+
+    @property
+    def seconds(self) -> float:
+        """Of the rows still to do."""
+        return (self.num_images - self.rows_done) * self.views / self.views_per_second
+
+
+@dataclass(frozen=True)
+class CacheProgress:
+    """What a caller may show: the plan before the first batch, then the rows done; both may be left out."""
+
+    plan: Callable[[CachePlan], None] = lambda plan: None
+    rows: Callable[[int, int], None] = lambda done, total: None
+    note: Callable[[str], None] = lambda text: None
+
+
+def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) -> StoreManifest:
+    """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed.
+
+    Raises MisuseError for settings that cannot be and for a disk that is too small, FailureError when the disk fills up.
+    """
+    progress = progress or CacheProgress()
+    device = pick_device(config.device)
+    autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
+    data = Beton(config.data)
+    teacher = load_teacher(config.teacher).to(device)
+    _check(config, teacher)
+
+    fit = config.prototypes > 0
+    if not (fit and config.encoding.needs_logits):
+        _write_store(config.out, config.encoding, config, data, teacher, device, progress)
+        if fit:
+            _fit(config.out, config, progress)
+        return TargetStore.open(config.out).manifest
+
+    # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
+    embeddings = config.out.with_name(f".{config.out.name}.embeddings")
+    if not _is_complete(config.out, _manifest(config, config.encoding, data, teacher, config.prototypes)):
+        _write_store(embeddings, Encoding("embedding", dtype="float16"), config, data, teacher, device, progress)
+        _reencode(_fit(embeddings, config, progress), config, data, teacher, progress)
+    shutil.rmtree(embeddings, ignore_errors=True)
+    return TargetStore.open(config.out).manifest
+
+
+def _check(config: CacheConfig, teacher: Teacher) -> None:
+    if config.prototypes and teacher.num_prototypes:
+        raise MisuseError(
+            f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out --prototypes"
+        )
+    if config.encoding.needs_logits and not (teacher.num_prototypes or config.prototypes):
+        raise MisuseError(
+            f"--encoding {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
+            "add --prototypes K to fit some, or use --encoding embedding"
+        )
+
+
+def _manifest(
+    config: CacheConfig, encoding: Encoding, data: Beton, teacher: Teacher, num_prototypes: int
+) -> StoreManifest:
+    return StoreManifest(
+        data_fingerprint=data.manifest.fingerprint,
+        num_images=data.num_images,
+        recipe=config.recipe.to_dict(),
+        seed=config.seed,
+        view_ids=tuple(range(config.views)),
+        view_size=config.view_size or teacher.view_size,
+        teacher=teacher.name,
+        weights_hash=teacher.weights_hash,
+        head="fitted" if config.prototypes and num_prototypes else teacher.head_name,
+        dim=teacher.dim,
+        num_prototypes=num_prototypes,
+        teacher_temp=teacher.teacher_temp or (FITTED_TEMP if config.prototypes else None),
+        encoding=encoding.to_dict(),
+        precision=config.precision,
+        geometry=config.loader.geometry,
+        versions=versions("rob", "torch", "timm", "zarr", "numcodecs"),
+    )
+
+
+def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
+    """Whether ``path`` is a finished store of exactly this; a finished store of something else is refused by the writer."""
+    if not (path / "zarr.json").exists():
+        return False
+    stored = TargetStore.open(path).manifest.to_json()
+    asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
+    return not list(differences(stored, asked))
+
+
+def _write_store(
+    path: Path,
+    encoding: Encoding,
+    config: CacheConfig,
+    data: Beton,
+    teacher: Teacher,
+    device: torch.device,
+    progress: CacheProgress,
+) -> None:
+    """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed."""
+    manifest = _manifest(config, encoding, data, teacher, teacher.num_prototypes)
+    if _is_complete(path, manifest, "num_prototypes", "head"):
+        progress.note(f"{path} is complete already: nothing to do")
+        return
+    _refuse_what_will_not_fit(path, encoding, config, data, teacher)
+    writer = StoreWriter.open_or_resume(path, manifest)
+    progress.plan(_plan(path, encoding, config, data, teacher, device, writer.rows_done))
+    progress.rows(writer.rows_done, data.num_images)
+
+    def write(embedding: Tensor, logits: Tensor | None) -> int:
+        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy()}
+        if logits is not None:
+            statistics["usage"] = torch.bincount(logits.argmax(-1).flatten(), minlength=teacher.num_prototypes).numpy()
+        writer.append(encoding.encode(embedding, logits), statistics)
+        return writer.rows_done
+
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        writing: Future[int] | None = None
+        for embedding, logits in _chunks(config, data, teacher, device, writer.rows_done, manifest.chunk_rows):
+            if writing is not None:
+                progress.rows(writing.result(), data.num_images)
+            writing = pool.submit(write, embedding, logits)
+        if writing is not None:
+            progress.rows(writing.result(), data.num_images)
+    writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy())
+
+
+def _chunks(
+    config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device, first_row: int, chunk_rows: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on the CPU.
+
+    Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
+    """
+    batch_size = max(b for b in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % b == 0)
+    loader = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=batch_size))
+    size = config.view_size or teacher.view_size
+    embed = _embedder(config, teacher, device, size)
+    parts: list[Tensor] = []
+    for batch in loader.epoch(np.arange(first_row, data.num_images), [ViewSet(tuple(range(config.views)), size)]):
+        parts.append(embed(batch.views[0], batch.colour[0]))
+        rows = sum(map(len, parts))
+        if rows == chunk_rows or batch.image_ids[-1] == data.num_images - 1:
+            embedding = torch.cat(parts)
+            parts = []
+            logits = None if teacher.prototypes is None else teacher.logits(embedding)
+            yield embedding.cpu(), None if logits is None else logits.cpu()
+
+
+def _embedder(
+    config: CacheConfig, teacher: Teacher, device: torch.device, size: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+    blur_scale = size / config.recipe.global_crops[0].size
+
+    @torch.inference_mode()
+    def embed(views: Tensor, colour: Tensor) -> Tensor:
+        """(B, V, 3, S, S) uint8 -> (B, V, D) float32 on the device."""
+        images = augment(views.to(device).flatten(0, 1), colour.flatten(0, 1), blur_scale, mean, std)
+        with autocast(device, config.precision):
+            return teacher(images).float().unflatten(0, views.shape[:2])
+
+    return embed
+
+
+def _bytes_per_view(encoding: Encoding, config: CacheConfig, teacher: Teacher) -> int:
+    return encoding.bytes_per_view(teacher.dim, teacher.num_prototypes or config.prototypes)
+
+
+def _refuse_what_will_not_fit(
+    path: Path, encoding: Encoding, config: CacheConfig, data: Beton, teacher: Teacher
+) -> None:
+    done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.exists() else 0
+    needed = data.num_images * config.views * _bytes_per_view(encoding, config, teacher) - done
+    free = shutil.disk_usage(_existing_parent(path)).free
+    if needed > free:
+        raise MisuseError(
+            f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
+            "take fewer --views, a smaller encoding (--encoding topk, or embedding with --store-dtype int8), or another disk"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    return path if path.exists() else _existing_parent(path.absolute().parent)
+
+
+def _plan(
+    path: Path,
+    encoding: Encoding,
+    config: CacheConfig,
+    data: Beton,
+    teacher: Teacher,
+    device: torch.device,
+    rows_done: int,
+) -> CachePlan:
+    """Times the teacher alone on one small batch of noise, after one to warm up."""
+    size = config.view_size or teacher.view_size
+    embed = _embedder(config, teacher, device, size)
+    images = min(config.loader.batch_size, max(1, 32 // config.views))
+    views = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
+    colour = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
+    for _ in range(2):
+        start = time.perf_counter()
+        embed(views, colour).cpu()
+        seconds = time.perf_counter() - start
+    return CachePlan(
+        data.num_images,
+        config.views,
+        _bytes_per_view(encoding, config, teacher),
+        shutil.disk_usage(path).free,
+        rows_done,
+        images * config.views / seconds,
+    )
+
+
+def _fit(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStore:
+    """Fit prototypes on the embeddings of the complete store at ``path``, unless it has them already."""
+    store = TargetStore.open(path)
+    if store.manifest.num_prototypes:
+        return store
+
+    def read(start: int, stop: int) -> Tensor:
+        return store.encoding.decode(store.read(start, stop))["embedding"]
+
+    progress.note(f"fitting {config.prototypes} prototypes on the cached embeddings")
+    fitted = fit_prototypes(read, store.manifest.num_images, PrototypeConfig(config.prototypes, seed=config.seed))
+    progress.note(
+        f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}"
+    )
+    return add_prototypes(path, fitted.prototypes.numpy(), "fitted", store.statistics)
+
+
+def _reencode(source: TargetStore, config: CacheConfig, data: Beton, teacher: Teacher, progress: CacheProgress) -> None:
+    """Turn a store of embeddings with prototypes into the store of logits ``config.out``, chunk by chunk."""
+    assert source.prototypes is not None
+    prototypes = torch.from_numpy(source.prototypes)
+    writer = StoreWriter.open_or_resume(config.out, _manifest(config, config.encoding, data, teacher, len(prototypes)))
+    progress.note(f"encoding {config.encoding.kind} targets")
+    while (start := writer.rows_done) < data.num_images:
+        stop = min(start + writer.manifest.chunk_rows, data.num_images)
+        embedding = source.encoding.decode(source.read(start, stop))["embedding"]
+        logits = embedding @ prototypes.T
+        usage = torch.bincount(logits.argmax(-1).flatten(), minlength=len(prototypes)).numpy()
+        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "usage": usage}
+        writer.append(config.encoding.encode(embedding, logits), statistics)
+        progress.rows(stop, data.num_images)
+    writer.finish(source.prototypes)
