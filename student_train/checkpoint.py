@@ -1,0 +1,192 @@
+"""What a run leaves on disk: a checkpoint to resume from, and weights that timm loads.
+
+Both are written under a temporary name and renamed, so that a run killed while writing keeps the file it had. Both are
+read without unpickling code: ``torch.load(weights_only=True)`` and safetensors.
+"""
+
+import json
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise_tensors
+from torch import nn
+
+from ..common.errors import FailureError, MisuseError
+from .students import StudentInfo, create_student
+
+FORMAT_VERSION = 1
+"""Raised whenever an older checkpoint can no longer be resumed."""
+
+WEIGHTS_NAME = "student.safetensors"
+"""The student's weights in a run folder."""
+
+
+# ==== checkpoints ====
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write ``state`` (state dicts, tensors, numbers, strings and containers of them) and the run's ``config``.
+
+    FailureError: the disk is full or the folder cannot be written; the earlier checkpoint is then still there.
+    """
+    payload = {"format_version": FORMAT_VERSION, "config": _as_json(config), "state": dict(state)}
+    with replacing(path) as file:
+        torch.save(payload, file)
+
+
+def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The ``state`` of a checkpoint that a run of the same ``config`` wrote.
+
+    MisuseError: no such file, another format version, or another configuration (the first field that differs is named).
+    FailureError: truncated, or no checkpoint at all.
+    """
+    if not path.is_file():
+        raise MisuseError(f"{path}: no such checkpoint")
+    unreadable = f"{path} is truncated or no checkpoint of rob: delete it to start afresh"
+    if not zipfile.is_zipfile(path):  # torch.load would try the format of old versions, which we never wrote
+        raise FailureError(unreadable)
+    try:
+        payload = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise FailureError(unreadable) from error
+    if not isinstance(payload, dict) or not {"format_version", "config", "state"} <= payload.keys():
+        raise FailureError(unreadable)
+    if payload["format_version"] != FORMAT_VERSION:
+        raise MisuseError(
+            f"{path} has checkpoint format {payload['format_version']}, this version of rob reads {FORMAT_VERSION}"
+        )
+    difference = _first_difference(payload["config"], _as_json(config))
+    if difference:
+        name, was, now = difference
+        raise MisuseError(
+            f"{path} was made with {name} = {was}, this run has {name} = {now}: "
+            "resume with the same, or choose another output folder"
+        )
+    return payload["state"]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global generators, in a form a checkpoint can hold."""
+    algorithm, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), *rest),  # pyright: ignore
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what ``random_state`` returned. CUDA's is skipped where the number of devices is another."""
+    random.setstate(state["python"])
+    algorithm, keys, *rest = state["numpy"]
+    np.random.set_state((algorithm, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])
+
+
+# ==== weights ====
+
+
+def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
+    """Write the backbone as safetensors, with ``info`` in the metadata; ``students.py`` says how timm alone loads it.
+
+    FailureError as ``save_checkpoint``.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "student": json.dumps(info.to_dict(), sort_keys=True),
+        "timm_name": info.name,
+        "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True),
+        "rob_version": version("rob"),
+    }
+    with replacing(path) as file:
+        file.write(serialise_tensors(tensors, metadata))
+
+
+def load_student(run_or_weights: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentInfo]:
+    """The trained student of a run folder or of a weights file, in eval mode, and its description.
+
+    MisuseError: nothing there, a file rob did not write, or tensors that are not the described student's.
+    """
+    path = run_or_weights / WEIGHTS_NAME if run_or_weights.is_dir() else run_or_weights
+    if not path.is_file():
+        expected = f"no {WEIGHTS_NAME} in {run_or_weights}" if run_or_weights.is_dir() else f"{path}: no such file"
+        raise MisuseError(f"{expected}: give a finished run's folder or a weights file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise MisuseError(f"{path} is truncated or no safetensors file") from error
+    if "student" not in metadata:
+        raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")
+    info = StudentInfo.from_dict(json.loads(metadata["student"]))
+    backbone = create_student(info)
+    try:
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise MisuseError(f"the tensors of {path} are not those of the student {info.name!r} it names") from error
+    return backbone.to(device).eval(), info
+
+
+# ==== files ====
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes ``path``'s place only once all of it is on disk. FailureError: it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save wraps a failed write in a RuntimeError
+            raise
+        kept = f"; the earlier {path.name} is kept" if path.exists() else ""
+        raise FailureError(f"cannot write {path}: {_first_line(error)}{kept}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The operating system's words where there are any: they say "No space left on device", torch's do not."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else str(error).splitlines()[0]
+
+
+# ==== configurations ====
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as it would come back from a JSON file: tuples are lists, paths are strings."""
+    return json.loads(json.dumps(config, default=str))
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:
+    """Dotted name and both values of the first field that differs, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(key for key in old if key not in new)]:
+            inner = f"{name}.{key}" if name else key
+            difference = _first_difference(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
+            if difference:
+                return difference
+        return None
+    return None if old == new else (name, str(old), str(new))

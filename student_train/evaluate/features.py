@@ -1,0 +1,163 @@
+"""Frozen features of a data set: extracted once, kept on disk, shared by every evaluation."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor, nn
+
+from ...common.errors import FailureError, MisuseError
+from ..checkpoint import replacing
+
+
+@dataclass(frozen=True)
+class Features:
+    """Row i is image i: ``features`` (N, D) float32 and ``labels`` (N,) int64, on one device; class names if known."""
+
+    features: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def num_classes(self) -> int:
+        """Columns that a classifier needs: the class names, or one more than the greatest label."""
+        return len(self.classes) if self.classes else int(self.labels.max()) + 1
+
+    def rows(self, indices: Tensor | np.ndarray) -> "Features":
+        """The chosen rows, in the order given."""
+        chosen = torch.as_tensor(indices, device=self.labels.device)
+        return Features(self.features[chosen], self.labels[chosen], self.classes)
+
+    def to(self, device: torch.device | str) -> "Features":
+        return Features(self.features.to(device), self.labels.to(device), self.classes)
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What features depend on: features are read back only where all of it is the same.
+
+    ``source`` is ``weights_hash(backbone)``, a teacher's weight hash, or ``"pixels"``.
+    """
+
+    source: str
+    data_fingerprint: str
+    image_size: int
+
+    def path(self, run_folder: Path) -> Path:
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return run_folder / "eval" / f"features-{digest[:16]}.safetensors"
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_images: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Features (num_images, D), float32 on the CPU, each in the row of its image id whatever the order of arrival.
+
+    ``batches`` yields image ids (B,) int64 and normalised images (B, 3, S, S). A backbone that is a module runs in eval
+    mode and is left in the mode it had. FailureError: the batches did not cover every image.
+    """
+    features = torch.empty(0)
+    seen = torch.zeros(num_images, dtype=torch.bool)
+    training = isinstance(backbone, nn.Module) and backbone.training
+    if isinstance(backbone, nn.Module):
+        backbone.eval()
+    try:
+        for image_ids, images in batches:
+            output = backbone(images.to(device)).float().cpu()
+            if not len(features):
+                features = output.new_empty(num_images, output.shape[1])
+            features[image_ids.cpu()] = output
+            seen[image_ids.cpu()] = True
+    finally:
+        if isinstance(backbone, nn.Module):
+            backbone.train(training)
+    if not seen.all():
+        raise FailureError(f"the loader gave {int(seen.sum())} of {num_images} images")
+    return features
+
+
+def cached_features(run_folder: Path, key: FeatureKey, extract: Callable[[], Tensor]) -> Tensor:
+    """The features kept in ``run_folder/eval`` under ``key``, or those of ``extract()``, which are then kept there.
+
+    Labels are not kept: packing the same images again may change them. A damaged file is replaced. FailureError: the
+    file cannot be written.
+    """
+    path = key.path(run_folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("features")
+    except (OSError, SafetensorError):
+        features = extract()
+    with replacing(path) as file:
+        file.write(serialise_tensors({"features": features.contiguous()}, {"key": json.dumps(asdict(key))}))
+    return features
+
+
+def flatten_pixels(images: Tensor) -> Tensor:
+    """The backbone that learned nothing: ``(B, 3, S, S) -> (B, 3 * S * S)``, the floor of every evaluation."""
+    return images.flatten(1)
+
+
+def weights_hash(backbone: nn.Module) -> str:
+    """SHA-256, in hex, over the names, types, shapes and bytes of the backbone's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def label_features(
+    features: Tensor, labels: np.ndarray | Tensor | None, classes: tuple[str, ...] | None = None
+) -> Features:
+    """Features and the data set's labels (N,), together. MisuseError where an image has none (None at all, or -1)."""
+    if labels is None:
+        raise MisuseError("the data set has no labels: pack a folder with one sub-folder a class")
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    missing = torch.nonzero(labels < 0).flatten().tolist()
+    if missing:
+        raise MisuseError(f"{len(missing)} of {len(labels)} images have no label, the first is image {missing[0]}")
+    return Features(features, labels, classes)
+
+
+def same_classes(train: Features, test: Features) -> Features:
+    """``test`` with its labels counted as ``train``'s: by class name where both have names, else by number.
+
+    A test folder that lacks a class of the training folder numbers the others differently; by name they meet again.
+    MisuseError: a class of the test set that the training set lacks, or features of another width.
+    """
+    if train.features.shape[1] != test.features.shape[1]:
+        raise MisuseError(
+            f"features of {train.features.shape[1]} dimensions cannot be tested on {test.features.shape[1]}: "
+            "extract both with the same network at the same size"
+        )
+    labels = test.labels
+    if train.classes and test.classes:
+        number = {name: index for index, name in enumerate(train.classes)}
+        used = labels.unique().tolist()
+        unknown = [test.classes[index] for index in used if test.classes[index] not in number]
+        if unknown:
+            raise MisuseError(f"class {unknown[0]!r} of the test set is not in the training set")
+        renumbered = torch.tensor([number.get(name, -1) for name in test.classes], device=labels.device)
+        labels = renumbered[labels]
+    absent = labels[~torch.isin(labels, train.labels.unique())]
+    if len(absent):
+        label = int(absent[0])
+        name = repr(train.classes[label]) if train.classes and label < len(train.classes) else label
+        raise MisuseError(f"class {name} of the test set has no image in the training set")
+    return Features(test.features, labels, train.classes)

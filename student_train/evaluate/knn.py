@@ -1,0 +1,68 @@
+"""Weighted k-nearest-neighbour classification of frozen features, as DINO's ``eval_knn.py`` defines it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.errors import MisuseError
+from .features import Features, same_classes
+
+SIMILARITIES_PER_BATCH = 16_000_000
+"""Similarities held at a time (64 MB of float32): test rows of a batch times all training rows."""
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Accuracies in percent of one ``k``; top-5 is over fewer where there are fewer classes."""
+
+    k: int
+    temperature: float
+    top1: float
+    top5: float
+    num_train: int
+    num_test: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def knn(train: Features, test: Features, k: int = 20, temperature: float = 0.07) -> KnnResult:
+    """DINO's published setting by default; see ``knn_sweep``."""
+    return knn_sweep(train, test, (k,), temperature)[0]
+
+
+def knn_sweep(
+    train: Features, test: Features, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
+) -> tuple[KnnResult, ...]:
+    """Each ``k``'s accuracy from one search: of the k training images of greatest cosine, each votes exp(cosine / tau).
+
+    Runs on the device the features are on. MisuseError: k outside 1..N, or a test class that the training set lacks.
+    """
+    test = same_classes(train, test)
+    for k in ks:
+        if not 1 <= k <= len(train):
+            raise MisuseError(f"k = {k} neighbours of {len(train)} training images: choose k from 1 to {len(train)}")
+    similarities, votes = nearest_labels(train, test, max(ks))
+    weights = (similarities / temperature).exp()
+    results = []
+    for k in ks:
+        scores = weights.new_zeros(len(test), train.num_classes).scatter_add_(1, votes[:, :k], weights[:, :k])
+        best = scores.topk(min(5, train.num_classes)).indices
+        hits = best == test.labels[:, None]
+        top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
+        results.append(KnnResult(k, temperature, 100 * top1, 100 * top5, len(train), len(test)))
+    return tuple(results)
+
+
+def nearest_labels(train: Features, test: Features, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (N_test, k), greatest first, and the labels (N_test, k) of each test row's nearest training rows."""
+    keys, queries = F.normalize(train.features), F.normalize(test.features)
+    batch = max(1, SIMILARITIES_PER_BATCH // len(keys))
+    found = [(rows @ keys.T).topk(k) for rows in queries.split(batch)]
+    similarities = torch.cat([values for values, _ in found])
+    neighbours = torch.cat([indices for _, indices in found])
+    return similarities, train.labels[neighbours]

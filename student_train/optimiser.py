@@ -1,0 +1,107 @@
+"""The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
+
+import math
+from dataclasses import dataclass
+
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from ..common.errors import MisuseError, unknown_name
+
+TIMM_NAMES = {"adamw": "adamw", "sgd": "momentum", "lars": "lars"}
+"""Our names and timm's. timm's own "sgd" is Nesterov's; the published recipes use plain momentum."""
+
+LR_BATCH_SIZE = 256
+"""Images a step that ``OptimiserConfig.lr`` is quoted for, as in DINO, SwAV, MoCo-v2 and SSLight."""
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Optimiser and schedule; the defaults are DINO's for a small ViT.
+
+    ``lr`` is the peak for a batch of 256 images and is scaled linearly to the batch at hand; ``min_lr`` is not scaled.
+    ``weight_decay`` follows a cosine to ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS.
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 10
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = None
+    momentum: float = 0.9
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) -> Optimizer:
+    """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks.
+
+    Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
+    gives them no adaptive rate. MisuseError: an unknown name, or LARS with no weight decay.
+    """
+    if config.name not in TIMM_NAMES:
+        raise unknown_name("optimiser", config.name, TIMM_NAMES)
+    if config.name == "lars" and config.weight_decay == 0:
+        raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=_no_weight_decay(model))
+    lr = config.lr * batch_size / LR_BATCH_SIZE
+    return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum)
+
+
+class Schedule:
+    """Learning rate (linear warm-up, then cosine) and weight decay (cosine) as functions of the step alone.
+
+    ``step(t)`` sets both before step ``t`` (from 0) of ``total_steps``; resuming is calling it with a later ``t``.
+    MisuseError: a warm-up that fills the whole run.
+    """
+
+    def __init__(self, optimiser: Optimizer, config: OptimiserConfig, steps_per_epoch: int, epochs: int) -> None:
+        self.optimiser = optimiser
+        self.config = config
+        self.total_steps = steps_per_epoch * epochs
+        warmup_steps = round(steps_per_epoch * config.warmup_epochs)
+        if warmup_steps >= self.total_steps:
+            raise MisuseError(f"a warm-up of {config.warmup_epochs:g} epochs leaves nothing of a run of {epochs}")
+        self._cosine = CosineLRScheduler(
+            optimiser,
+            t_initial=self.total_steps - warmup_steps,
+            lr_min=config.min_lr,
+            warmup_t=warmup_steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def step(self, step: int) -> float:
+        """Set learning rate and weight decay for ``step``; returns the learning rate."""
+        self._cosine.step_update(step)
+        if self.config.weight_decay_end is not None:
+            weight_decay = self.weight_decay(step)
+            for group in self.optimiser.param_groups:
+                if group["weight_decay"] > 0:
+                    group["weight_decay"] = weight_decay
+        return self.optimiser.param_groups[0]["lr"]
+
+    def weight_decay(self, step: int) -> float:
+        start, end = self.config.weight_decay, self.config.weight_decay_end
+        if end is None:
+            return start
+        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / self.total_steps))
+
+
+def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
+    """The running average of ``student``'s weights: ``.update(student, step)`` after a step, ``.module`` to evaluate.
+
+    The decay grows to ``decay`` as 1 - (1 + step)^(-2/3), so that the average of a short run holds no random weights.
+    """
+    return ModelEmaV3(student, decay=decay, use_warmup=True)
+
+
+def _no_weight_decay(model: nn.Module) -> list[str]:
+    """Full names of the parameters that the backbones inside ``model`` ask not to decay."""
+    names = []
+    for prefix, module in model.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]  # pyright: ignore
+    return names

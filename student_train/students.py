@@ -1,0 +1,173 @@
+"""Students: timm backbones by name, their small-image forms, and the description that rebuilds one from its weights.
+
+A student is a timm model without a classifier, ``(B, 3, S, S) -> (B, num_features)``, that takes every crop size of a
+multi-crop recipe (224 and 96, 32 and 16) with the same weights.
+
+Small images (<= 64 px). A network made for 224 px reduces its input 32-fold and ends with one position at 32 px. The
+small form ends with 4 x 4 positions (ViT: 8 x 8 tokens) instead, as usual on CIFAR:
+
+=============================  ==========================================================  ====================
+family                         change                                                      made by
+=============================  ==========================================================  ====================
+ViT, DeiT                      patches of 4 px                                             timm arguments alone
+ResNet                         3x3 stem with stride 1, no max-pool                         ``adapt_stem``
+MobileNet, EfficientNet        stride 1 in the stem and in the first stage that halves     ``adapt_stem``
+=============================  ==========================================================  ====================
+
+Weights of an ordinary student and of any ViT load with timm alone: ``timm.create_model(info.name,
+**info.timm_kwargs).load_state_dict(load_file(path))``. timm has no argument for the strides of a CNN, so a small CNN
+takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import model_entrypoint
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..common.errors import MisuseError, unknown_name
+
+VIT_PATCH_SMALL = 4
+"""Pixels a side of a small-image ViT's patch: 8 x 8 tokens at 32 px, 4 x 4 in a 16 px crop."""
+
+VIT_FAMILIES = ("vision_transformer", "deit")
+MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
+SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Which student to build: ``image_size`` is the side of the global crops in pixels, ``drop_path`` in [0, 1)."""
+
+    name: str
+    image_size: int = 224
+    small_images: bool = False
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """All that a weights file needs beside its tensors: how to rebuild the network, and the pixels it expects.
+
+    ``mean`` and ``std`` (RGB, in units of 1) normalise its input. Written into the weights file as JSON.
+    """
+
+    name: str
+    timm_kwargs: Mapping[str, Any]
+    image_size: int
+    small_images: bool
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def describe_student(config: StudentConfig) -> StudentInfo:
+    """The description of ``config``'s student. MisuseError: a name unknown to timm, or one with no small-image form."""
+    kwargs: dict[str, Any] = {"num_classes": 0}
+    family = model_family(config.name)
+    if config.small_images and family not in SMALL_IMAGE_FAMILIES:
+        raise MisuseError(
+            f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
+            "choose one of those, or leave --small-images out"
+        )
+    if family in VIT_FAMILIES:
+        # One set of position embeddings, interpolated to the crop at hand.
+        kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
+        if config.small_images:
+            kwargs["patch_size"] = VIT_PATCH_SMALL
+    return StudentInfo(config.name, kwargs, config.image_size, config.small_images)
+
+
+def build_student(config: StudentConfig) -> nn.Module:
+    """A freshly initialised student, ``(B, 3, S, S) float -> (B, num_features)``, from torch's global generator.
+
+    ``.num_features`` is the width of what it returns. MisuseError as ``describe_student``.
+    """
+    return create_student(describe_student(config), drop_path=config.drop_path)
+
+
+def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
+    """The network that ``info`` describes, with random weights. Stochastic depth is for training and no part of it."""
+    model_family(info.name)
+    kwargs = dict(info.timm_kwargs)
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
+    backbone = timm.create_model(info.name, pretrained=False, **kwargs)
+    if info.small_images:
+        adapt_stem(backbone)
+    # timm counts MobileNetV3's features before the last layer of its head; a projection head wants what comes out.
+    backbone.num_features = backbone.head_hidden_size
+    # Depthwise convolutions train about 2.5 times as fast in this layout, on CPU and on tensor cores; a ViT is unmoved.
+    return backbone.to(memory_format=torch.channels_last)
+
+
+def adapt_stem(backbone: nn.Module) -> nn.Module:
+    """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
+    if hasattr(backbone, "conv_stem"):  # MobileNets, EfficientNets
+        for conv in _halving_convolutions(backbone)[:2]:
+            conv.stride = (1, 1)
+    elif hasattr(backbone, "maxpool"):  # ResNets
+        backbone.maxpool = nn.Identity()
+        if isinstance(backbone.conv1, nn.Conv2d):
+            stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+            backbone.conv1 = stem
+        else:  # the stem of ResNet-C and -D is three 3x3 convolutions already
+            _halving_convolutions(backbone)[0].stride = (1, 1)
+    return backbone
+
+
+def check_input_size(backbone: nn.Module, size: int) -> None:
+    """MisuseError where the student cannot take images of ``size`` x ``size`` pixels."""
+    try:
+        _forward_one(backbone, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MisuseError(f"the student cannot take images of {size} x {size} px: {reason}") from error
+
+
+def model_family(name: str) -> str:
+    """timm's module for the architecture ``name``, such as ``resnet``. MisuseError, with the nearest names: unknown."""
+    if not timm.is_model(name):
+        raise unknown_name("student", name, timm.list_models())
+    return model_entrypoint(name).__module__.rpartition(".")[-1]
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_macs(backbone: nn.Module, image_size: int) -> int:
+    """Multiply-accumulates of one image's forward pass: convolutions, linear layers and attention products."""
+    # The counter sees the two products of attention only where they are not fused.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _forward_one(backbone, image_size)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def _forward_one(backbone: nn.Module, size: int) -> None:
+    """One black image through the network, without touching its batch statistics."""
+    weight = next(backbone.parameters())
+    training = backbone.training
+    try:
+        backbone.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+    finally:
+        backbone.train(training)
+
+
+def _halving_convolutions(backbone: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of stride 2, in the order of the forward pass."""
+    return [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]

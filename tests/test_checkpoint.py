@@ -1,0 +1,140 @@
+"""Checkpoints and exported weights: whole or absent, refused where they do not fit, and never unpickled."""
+
+import pickle
+import random
+import resource
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from rob.common.errors import FailureError, MisuseError
+from rob.student_train.checkpoint import (
+    export_weights,
+    load_checkpoint,
+    load_student,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from rob.student_train.students import StudentConfig, build_student, describe_student
+
+CONFIG = {"student": "resnet18", "optimiser": {"name": "adamw", "lr": 1e-3}, "scales": (0.05, 0.25)}
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), torch.rand(1).item()]
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    state = {"model": layer.state_dict(), "optimiser": optimiser.state_dict(), "epoch": 2, "random": random_state()}
+    expected = draws()
+    save_checkpoint(tmp_path / "checkpoint.pt", state, CONFIG)
+    loaded = load_checkpoint(tmp_path / "checkpoint.pt", CONFIG)
+    restore_random_state(loaded["random"])
+    assert draws() == expected
+    assert loaded["epoch"] == 2
+    torch.testing.assert_close(loaded["model"], dict(state["model"]), rtol=0, atol=0)
+    torch.testing.assert_close(loaded["optimiser"]["state"], state["optimiser"]["state"], rtol=0, atol=0)
+
+
+def test_another_configuration_is_refused_by_its_first_difference(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1}, CONFIG)
+    with pytest.raises(MisuseError, match=r"optimiser\.lr = 0\.001, this run has optimiser\.lr = 0\.002"):
+        load_checkpoint(path, {**CONFIG, "optimiser": {"name": "adamw", "lr": 2e-3}})
+    with pytest.raises(MisuseError, match=r"ema = \(absent\), this run has ema = 0\.99"):
+        load_checkpoint(path, {**CONFIG, "ema": 0.99})
+    with pytest.raises(MisuseError, match=r"scales"):
+        load_checkpoint(path, {name: value for name, value in CONFIG.items() if name != "scales"})
+
+
+def test_missing_truncated_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(MisuseError, match="no such checkpoint"):
+        load_checkpoint(path, CONFIG)
+    save_checkpoint(path, {"weights": torch.randn(1000)}, CONFIG)
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FailureError, match="truncated or no checkpoint"):
+            load_checkpoint(path, CONFIG)
+    torch.save({"model": {}}, path)
+    with pytest.raises(FailureError, match="truncated or no checkpoint"):
+        load_checkpoint(path, CONFIG)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("was_here", "w"))
+
+
+def test_nothing_is_executed_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("checkpoint.pt", "wb") as file:
+        pickle.dump(Malicious(), file)
+    with pytest.raises(FailureError):
+        load_checkpoint(tmp_path / "checkpoint.pt", CONFIG)
+    torch.save({"format_version": 1, "config": {}, "state": Malicious()}, "checkpoint.pt")
+    with pytest.raises(FailureError):
+        load_checkpoint(tmp_path / "checkpoint.pt", CONFIG)
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1}, CONFIG)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses the rest, as a full disk does
+    try:
+        with pytest.raises(FailureError, match=r"File too large; the earlier checkpoint\.pt is kept"):
+            save_checkpoint(path, {"epoch": 2, "weights": torch.randn(1_000_000)}, CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(path, CONFIG)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "small_images"), [("vit_tiny_patch16_224", True), ("mobilenetv2_050", True), ("mobilenetv2_050", False)]
+)
+def test_exported_weights_bring_their_student_back(tmp_path, name, small_images):
+    config = StudentConfig(name, 32, small_images)
+    backbone = build_student(config).eval()
+    export_weights(backbone, describe_student(config), tmp_path / "student.safetensors")
+    for source in (tmp_path, tmp_path / "student.safetensors"):
+        loaded, info = load_student(source)
+        assert info == describe_student(config)
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(loaded(images), backbone(images))
+
+
+def test_exported_weights_load_with_timm_alone(tmp_path):
+    config = StudentConfig("vit_tiny_patch16_224", 32, small_images=True)
+    export_weights(build_student(config), describe_student(config), tmp_path / "student.safetensors")
+    info = describe_student(config)
+    timm.create_model(info.name, **info.timm_kwargs).load_state_dict(load_file(tmp_path / "student.safetensors"))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "student.safetensors"
+    with pytest.raises(MisuseError, match=r"no student\.safetensors in"):
+        load_student(tmp_path)
+    with pytest.raises(MisuseError, match="no such file"):
+        load_student(path)
+    path.write_bytes(b"not tensors")
+    with pytest.raises(MisuseError, match="truncated or no safetensors"):
+        load_student(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(MisuseError, match="does not say which student"):
+        load_student(path)
+    export_weights(torch.nn.Linear(2, 2), describe_student(StudentConfig("resnet18")), path)
+    with pytest.raises(MisuseError, match="not those of the student 'resnet18'"):
+        load_student(path)

@@ -1,0 +1,97 @@
+"""Features by image id, their cache, labels and classes that do not fit."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rob.common.errors import FailureError, MisuseError
+from rob.student_train.evaluate.features import (
+    FeatureKey,
+    Features,
+    cached_features,
+    extract_features,
+    flatten_pixels,
+    label_features,
+    same_classes,
+    weights_hash,
+)
+
+IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).view(10, 3, 4, 4)
+
+
+def batches(order, size=4):
+    ids = torch.tensor(order)
+    return [(chunk, IMAGES[chunk]) for chunk in ids.split(size)]
+
+
+def test_rows_follow_image_ids_and_not_arrival():
+    shuffled = extract_features(flatten_pixels, batches([7, 3, 9, 0, 1, 8, 2, 6, 4, 5]), 10)
+    assert torch.equal(shuffled, IMAGES.flatten(1))
+
+
+def test_an_image_that_never_came_is_a_failure():
+    with pytest.raises(FailureError, match="9 of 10 images"):
+        extract_features(flatten_pixels, batches(range(9)), 10)
+
+
+def test_a_module_runs_in_eval_mode_and_keeps_its_own():
+    backbone = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    features = extract_features(backbone, batches(range(10)), 10)
+    assert backbone.training
+    assert not features.requires_grad
+    torch.testing.assert_close(dict(backbone.state_dict()), before)
+
+
+def test_features_are_extracted_once_for_each_key(tmp_path):
+    calls = []
+
+    def extract():
+        calls.append(1)
+        return torch.full((3, 2), float(len(calls)))
+
+    key = FeatureKey("weights", "data", 32)
+    assert torch.equal(cached_features(tmp_path, key, extract), cached_features(tmp_path, key, extract))
+    assert len(calls) == 1
+    for other in (FeatureKey("other", "data", 32), FeatureKey("weights", "new", 32), FeatureKey("weights", "data", 64)):
+        cached_features(tmp_path, other, extract)
+    assert len(calls) == 4
+    key.path(tmp_path).write_bytes(key.path(tmp_path).read_bytes()[:-5])  # damaged: made again
+    assert cached_features(tmp_path, key, extract)[0, 0] == 5
+    assert cached_features(tmp_path, key, extract)[0, 0] == 5
+
+
+def test_weights_hash_sees_names_types_and_values():
+    layer = nn.Linear(3, 3)
+    first = weights_hash(layer)
+    assert first == weights_hash(layer)
+    with torch.no_grad():
+        layer.weight[0, 0] += 1e-3
+    assert weights_hash(layer) != first
+    assert weights_hash(nn.Sequential(layer)) != weights_hash(layer) != weights_hash(layer.bfloat16())
+
+
+def test_missing_labels_are_named():
+    with pytest.raises(MisuseError, match="has no labels"):
+        label_features(torch.zeros(3, 2), None)
+    with pytest.raises(MisuseError, match="1 of 3 images have no label, the first is image 1"):
+        label_features(torch.zeros(3, 2), np.array([0, -1, 2]))
+
+
+def test_classes_meet_by_name():
+    train = Features(torch.zeros(3, 2), torch.tensor([0, 1, 2]), ("bird", "cat", "dog"))
+    test = Features(torch.zeros(2, 2), torch.tensor([1, 0]), ("cat", "dog"))  # no bird: its numbers are other ones
+    assert same_classes(train, test).labels.tolist() == [2, 1]
+
+
+def test_a_class_the_training_set_lacks_is_refused():
+    train = Features(torch.zeros(2, 2), torch.tensor([0, 1]), ("bird", "cat"))
+    with pytest.raises(MisuseError, match="'dog' of the test set is not in the training set"):
+        same_classes(train, Features(torch.zeros(2, 2), torch.tensor([0, 1]), ("cat", "dog")))
+    with pytest.raises(MisuseError, match="class 5 of the test set has no image in the training set"):
+        same_classes(Features(torch.zeros(2, 2), torch.tensor([0, 1])), Features(torch.zeros(1, 2), torch.tensor([5])))
+    with pytest.raises(MisuseError, match="'cat' of the test set has no image"):
+        same_classes(train.rows([0]), train)
+    with pytest.raises(MisuseError, match="2 dimensions cannot be tested on 3"):
+        same_classes(train, Features(torch.zeros(2, 3), torch.tensor([0, 1]), ("bird", "cat")))

@@ -1,0 +1,113 @@
+"""Optimiser groups, the schedule as a function of the step, and the averaged student."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rob.common.errors import MisuseError
+from rob.student_train.optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
+from rob.student_train.students import StudentConfig, build_student
+
+
+def sgd_at(lr: float, **kwargs) -> tuple[torch.optim.Optimizer, OptimiserConfig]:
+    config = OptimiserConfig("sgd", lr=lr, **kwargs)
+    return build_optimiser(nn.Linear(3, 2), config, batch_size=256), config
+
+
+def test_biases_norms_and_position_embeddings_are_not_decayed():
+    backbone = build_student(StudentConfig("vit_tiny_patch16_224", 32, small_images=True))
+    model = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(backbone.num_features, 8)})
+    optimiser = build_optimiser(model, OptimiserConfig("adamw", weight_decay=0.04), batch_size=256)
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim <= 1 or name in ("backbone.pos_embed", "backbone.cls_token")
+        assert decay.pop(id(parameter)) == (0 if plain else 0.04), name
+    assert not decay
+
+
+def test_sgd_is_plain_momentum():
+    torch.manual_seed(0)
+    layer, twin = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    twin.load_state_dict(layer.state_dict())
+    ours = build_optimiser(layer, OptimiserConfig("sgd", lr=0.1, weight_decay=0.01), batch_size=512)
+    reference = torch.optim.SGD(twin.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    inputs = torch.randn(8, 4)
+    for _ in range(5):
+        for module, optimiser in ((layer, ours), (twin, reference)):
+            optimiser.zero_grad()
+            module(inputs).square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_every_optimiser_lowers_a_loss(name):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    optimiser = build_optimiser(layer, OptimiserConfig(name, lr=0.05, weight_decay=1e-6), batch_size=256)
+    inputs = torch.randn(32, 4)
+    losses = []
+    for _ in range(20):
+        loss = layer(inputs).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    optimiser, config = sgd_at(1.0, min_lr=0.1, warmup_epochs=2)
+    schedule = Schedule(optimiser, config, steps_per_epoch=10, epochs=10)
+    rates = [schedule.step(step) for step in range(101)]
+    assert rates[:21] == pytest.approx([step / 20 for step in range(21)])
+    assert rates[60] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 40 / 80)) / 2)
+    assert rates[100] == pytest.approx(0.1)
+    assert optimiser.param_groups[0]["lr"] == rates[-1]
+
+
+def test_schedule_depends_on_the_step_alone():
+    """A resumed run builds everything anew, loads the optimiser's state and asks for a later step."""
+    optimiser, config = sgd_at(1.0, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.4)
+    schedule = Schedule(optimiser, config, 10, 4)
+    for step in range(25):
+        schedule.step(step)
+    resumed, _ = sgd_at(1.0, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.4)
+    later = Schedule(resumed, config, 10, 4)
+    resumed.load_state_dict(optimiser.state_dict())
+    assert later.step(25) == schedule.step(25)
+    assert [g["weight_decay"] for g in resumed.param_groups] == [g["weight_decay"] for g in optimiser.param_groups]
+
+
+def test_weight_decay_follows_its_own_cosine_and_spares_biases():
+    optimiser, config = sgd_at(1.0, warmup_epochs=0, weight_decay=0.04, weight_decay_end=0.4)
+    schedule = Schedule(optimiser, config, 10, 2)
+    for step, expected in ((0, 0.04), (10, 0.22), (20, 0.4)):
+        schedule.step(step)
+        assert sorted(group["weight_decay"] for group in optimiser.param_groups) == pytest.approx([0, expected])
+
+
+def test_misuse_is_one_sentence():
+    with pytest.raises(MisuseError, match=r"unknown optimiser 'adam'.*adamw"):
+        build_optimiser(nn.Linear(2, 2), OptimiserConfig("adam"), 256)
+    with pytest.raises(MisuseError, match="weight decay"):
+        build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", weight_decay=0), 256)
+    optimiser, config = sgd_at(1.0, warmup_epochs=10)
+    with pytest.raises(MisuseError, match="warm-up of 10 epochs"):
+        Schedule(optimiser, config, 5, 10)
+
+
+def test_average_forgets_its_random_start_and_then_lags():
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    average = build_average(layer, decay=0.99)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    average.update(layer, 0)
+    assert torch.equal(average.module.weight, layer.weight)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+    average.update(layer, 10_000)
+    torch.testing.assert_close(average.module.weight, torch.full((2, 2), 1.01))

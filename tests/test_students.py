@@ -1,0 +1,100 @@
+"""Students by name: shapes at every crop size, the small-image forms, and the description that rebuilds them."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from rob.common.errors import MisuseError
+from rob.student_train.students import (
+    StudentConfig,
+    StudentInfo,
+    adapt_stem,
+    build_student,
+    check_input_size,
+    create_student,
+    describe_student,
+    num_macs,
+    num_parameters,
+)
+
+STUDENTS = ["vit_tiny_patch16_224", "resnet18", "mobilenetv2_050", "mobilenetv3_small_100", "efficientnet_b0"]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize(("small_images", "sizes"), [(False, (224, 96)), (True, (32, 16))])
+def test_one_student_takes_global_and_local_crops(name, small_images, sizes):
+    backbone = build_student(StudentConfig(name, sizes[0], small_images)).eval()
+    for size in sizes:
+        with torch.no_grad():
+            features = backbone(torch.randn(2, 3, size, size))
+        assert features.shape == (2, backbone.num_features)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_small_form_keeps_a_map_of_positions_at_32_px(name):
+    backbone = build_student(StudentConfig(name, 32, small_images=True)).eval()
+    with torch.no_grad():
+        features = backbone.forward_features(torch.randn(1, 3, 32, 32))
+    positions = features.shape[1] - 1 if features.ndim == 3 else features.shape[2] * features.shape[3]
+    assert positions >= 16
+
+
+@pytest.mark.parametrize(
+    ("name", "small_images"), [("vit_tiny_patch16_224", True), ("resnet18", True), ("mobilenetv3_small_100", False)]
+)
+def test_timm_alone_rebuilds_it_from_the_description(name, small_images):
+    """The documented lines: timm's name and arguments, and ``adapt_stem`` for the CNNs' small form."""
+    backbone = build_student(StudentConfig(name, 32, small_images)).eval()
+    info = StudentInfo.from_dict(describe_student(StudentConfig(name, 32, small_images)).to_dict())
+    rebuilt = timm.create_model(info.name, **info.timm_kwargs)
+    if small_images and not name.startswith("vit"):
+        adapt_stem(rebuilt)
+    rebuilt.load_state_dict(backbone.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.eval()(images), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_changes_training_only():
+    config = StudentConfig("vit_tiny_patch16_224", 32, small_images=True, drop_path=0.5)
+    backbone = build_student(config)
+    assert describe_student(config) == describe_student(StudentConfig("vit_tiny_patch16_224", 32, small_images=True))
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(backbone(images), backbone(images))
+        assert torch.equal(backbone.eval()(images), backbone(images))
+
+
+def test_resnet_d_keeps_its_deep_stem():
+    backbone = build_student(StudentConfig("resnet18d", 32, small_images=True)).eval()
+    with torch.no_grad():
+        assert backbone.forward_features(torch.randn(1, 3, 32, 32)).shape[-2:] == (4, 4)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(MisuseError, match=r"did you mean .*vit_tiny_patch16_224"):
+        build_student(StudentConfig("vit_tinny_patch16_224"))
+
+
+def test_a_family_without_a_small_form_is_refused():
+    with pytest.raises(MisuseError, match="no small-image form"):
+        build_student(StudentConfig("convnext_atto", 32, small_images=True))
+
+
+def test_a_crop_that_is_no_whole_number_of_patches_is_refused():
+    backbone = build_student(StudentConfig("vit_tiny_patch16_224", 32, small_images=True))
+    check_input_size(backbone, 16)
+    with pytest.raises(MisuseError, match="30 x 30"):
+        check_input_size(backbone, 30)
+    assert backbone.training
+
+
+def test_counts_agree_with_hand_counts():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert num_parameters(backbone) == 3 * 8 * 9
+    assert num_macs(backbone, 10) == 3 * 8 * 9 * 10 * 10
+    vit = create_student(describe_student(StudentConfig("vit_tiny_patch16_224")))
+    tokens, width, depth = 197, 192, 12
+    blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)  # linear layers, then the products of attention
+    assert num_macs(vit, 224) == blocks + 196 * width * 3 * 16 * 16
