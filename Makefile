@@ -34,7 +34,7 @@ demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rob needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	@$(install_system_libraries)
 	$(PYTHON) -m venv .venv
-	@echo "installing into .venv: 5.5 GB with torch's CUDA libraries, a few minutes"
+	@echo "installing into .venv: 6.6 GB with torch's CUDA libraries, a few minutes"
 	.venv/bin/pip install -q -c constraints.txt --upgrade pip
 	.venv/bin/pip install -q -c constraints.txt -e '.[dev,standin]'
 	mkdir -p .venv/lint

@@ -1,0 +1,43 @@
+"""What every test shares: no network, no example databases, and one small packed data set."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test that would download fails at once
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image
+
+from rob.common.beton import Beton
+from rob.common.images import PackConfig, pack
+
+# Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
+hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("rob")
+
+
+def photograph(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth random picture, (height, width, 3) uint8: JPEG keeps it well, and no two seeds look alike."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 JPEG photographs of several sizes in three classes. Not to be changed."""
+    folder = tmp_path_factory.mktemp("images")
+    for row in range(24):
+        path = folder / ("cat", "dog", "emu")[row // 8] / f"{row:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photograph(row, 40 + row, 64 - row)).save(path, quality=92)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Beton:
+    """``image_folder``, packed. Not to be changed."""
+    out = tmp_path_factory.mktemp("packed") / "small.beton"
+    pack(PackConfig(source=str(image_folder), out=out))
+    return Beton(out)
