@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.augment import augment
 from ..common.beton import Beton
 from ..common.encodings import Encoding
 from ..common.errors import MisuseError
@@ -23,6 +22,7 @@ from ..common.run import autocast, pick_device, versions
 from ..common.store import StoreWriter, TargetStore, add_prototypes
 from ..common.store_manifest import StoreManifest, differences
 from ..common.views import Recipe, get_recipe
+from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes
 from .teachers import Teacher, TeacherConfig, load_teacher
 
@@ -206,7 +206,7 @@ def _chunks(
     batch_size = max(b for b in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % b == 0)
     loader = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=batch_size))
     size = config.view_size or teacher.view_size
-    embed = _embedder(config, teacher, device, size)
+    embed = embedder(teacher, config.recipe, size, device, config.precision)
     parts: list[Tensor] = []
     for batch in loader.epoch(np.arange(first_row, data.num_images), [ViewSet(tuple(range(config.views)), size)]):
         parts.append(embed(batch.views[0], batch.colour[0]))
@@ -216,22 +216,6 @@ def _chunks(
             parts = []
             logits = None if teacher.prototypes is None else teacher.logits(embedding)
             yield embedding.cpu(), None if logits is None else logits.cpu()
-
-
-def _embedder(
-    config: CacheConfig, teacher: Teacher, device: torch.device, size: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
-    blur_scale = size / config.recipe.global_crops[0].size
-
-    @torch.inference_mode()
-    def embed(views: Tensor, colour: Tensor) -> Tensor:
-        """(B, V, 3, S, S) uint8 -> (B, V, D) float32 on the device."""
-        images = augment(views.to(device).flatten(0, 1), colour.flatten(0, 1), blur_scale, mean, std)
-        with autocast(device, config.precision):
-            return teacher(images).float().unflatten(0, views.shape[:2])
-
-    return embed
 
 
 def _bytes_per_view(encoding: Encoding, config: CacheConfig, teacher: Teacher) -> int:
@@ -266,7 +250,7 @@ def _plan(
 ) -> CachePlan:
     """Times the teacher alone on one small batch of noise, after one to warm up."""
     size = config.view_size or teacher.view_size
-    embed = _embedder(config, teacher, device, size)
+    embed = embedder(teacher, config.recipe, size, device, config.precision)
     images = min(config.loader.batch_size, max(1, 32 // config.views))
     views = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
     colour = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
