@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import MisuseError, unknown_name
-from ..common.views import LOCAL
+from ..common.views import LOCAL, Recipe
 
 PAIRINGS = ("same", "cross", "all")
 
@@ -38,13 +38,40 @@ class PairingConfig:
         if self.pairing not in PAIRINGS:
             raise unknown_name("pairing", self.pairing, PAIRINGS)
         if self.targets < 1 or self.num_local < 0:
-            raise MisuseError(f"a step needs at least 1 target view and 0 local crops, got {self.targets} and {self.num_local}")
+            raise MisuseError(
+                f"a step needs at least 1 target view and 0 local crops, got {self.targets} and {self.num_local}"
+            )
         if self.pairing == "same" and self.num_local:
-            raise MisuseError("--pairing same has no target for a local crop: use --num-local 0, or --pairing all or cross")
+            raise MisuseError(
+                "--pairing same has no target for a local crop: use --num-local 0, or --pairing all or cross"
+            )
         if self.pairing == "cross" and not self.fresh and self.targets + self.num_local < 2:
-            raise MisuseError("--pairing cross of one view with itself leaves no pair: use 2 target views, local or fresh crops")
+            raise MisuseError(
+                "--pairing cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
+            )
         if self.global_weight is not None and not 0.0 <= self.global_weight <= 1.0:
             raise MisuseError(f"the weight of global pairs is {self.global_weight}, expected a value from 0 to 1")
+
+
+def choose_pairing(
+    objective: str,
+    recipe: Recipe,
+    views: int,
+    pairing: str | None = None,
+    targets: int | None = None,
+    num_local: int | None = None,
+    fresh: bool | None = None,
+    global_weight: float | None = None,
+) -> PairingConfig:
+    """What is not said (None) as the objective's paper has it: embedding regression pairs the same view, the others cross.
+
+    ``views`` is what the branch has of an image; two of them are used in a step where there are two. Local crops are the recipe's.
+    """
+    pairing = pairing or ("same" if objective == "embedding" else "cross")
+    targets = targets or min(2, views)
+    if num_local is None:
+        num_local = 0 if pairing == "same" else recipe.num_local
+    return PairingConfig(pairing, targets, num_local, True if fresh is None else fresh, global_weight)
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,9 @@ def plan_views(config: PairingConfig, cached_views: int, epoch: int) -> ViewPlan
     return ViewPlan(targets, globals_, locals_, _pair_weights(config, targets, globals_, locals_))
 
 
-def _pair_weights(config: PairingConfig, targets: tuple[int, ...], globals_: tuple[int, ...], locals_: tuple[int, ...]) -> Tensor:
+def _pair_weights(
+    config: PairingConfig, targets: tuple[int, ...], globals_: tuple[int, ...], locals_: tuple[int, ...]
+) -> Tensor:
     meets = {"same": lambda v, t: v == t, "cross": lambda v, t: v != t, "all": lambda v, t: True}[config.pairing]
     weights = torch.tensor([[float(meets(v, t)) for t in targets] for v in globals_ + locals_])
     if config.global_weight is not None and locals_:

@@ -21,8 +21,9 @@ from ..common.run import autocast, pick_device, seed_everything, versions
 from ..common.store_manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views import Recipe
-from .branches import CachedTargets, TargetBranch
+from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
+from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
 from .pairing import PairingConfig, ViewPlan, plan_views
@@ -91,10 +92,49 @@ class StudentWithHead(nn.Module):
         super().__init__()
         self.backbone, self.objective = backbone, objective
 
-    def forward(self, crops: list[Tensor], target: Any, pair_weights: Tensor) -> Tensor:
+    def forward(self, crops: list[Tensor], target: Target, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size. Each size is one forward pass."""
         features = [self.backbone(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
         return self.objective(torch.cat(features, dim=1), target, pair_weights)
+
+
+class Trainer:
+    """The student, its optimiser and schedule: everything that one step changes."""
+
+    def __init__(self, config: TrainConfig, space: TargetSpace, steps_per_epoch: int, device: torch.device) -> None:
+        seed_everything(config.seed)
+        backbone = build_student(config.student)
+        check_input_size(backbone, config.student.image_size)
+        objective = build_objective(config.objective, backbone.num_features, space)  # type: ignore[arg-type]
+        self.model = StudentWithHead(backbone, objective).to(device).train()
+        self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
+        self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.average = build_average(self.model.backbone, config.average) if config.average else None
+        self.clip_grad, self.precision, self.device = config.clip_grad or float("inf"), config.precision, device
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, by name."""
+        parts = {"model": self.model, "optimiser": self.optimiser, "scaler": self.scaler}
+        return parts | ({"average": self.average.module} if self.average else {})
+
+    def step(self, number: int, crops: list[Tensor], target: Target, pair_weights: Tensor) -> tuple[Tensor, float]:
+        """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
+        rate = self.schedule.step(number)
+        with autocast(self.device, self.precision):
+            loss = self.model(crops, target, pair_weights)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.model.backbone, number)
+        if self.scaler.is_enabled():  # fp16 skips a step whose gradient overflowed: no reason to stop
+            norm = torch.zeros_like(norm)
+        return torch.stack([loss.detach(), norm]), rate
 
 
 def train_student(
@@ -125,78 +165,53 @@ def train_student(
         raise MisuseError(
             f"--batch-size {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
         )
-    seed_everything(config.seed)
-    backbone = build_student(config.student)
-    check_input_size(backbone, config.student.image_size)
-    objective = build_objective(config.objective, backbone.num_features, branch.space)  # type: ignore[arg-type]
-    model = StudentWithHead(backbone, objective).to(device)
-    info = describe_student(config.student)
 
     # ==== how ====
     steps_per_epoch = data.num_images // config.loader.batch_size
     total_steps = steps_per_epoch * config.epochs
-    optimiser = build_optimiser(model, config.optimiser, config.loader.batch_size)
-    schedule = Schedule(optimiser, config.optimiser, steps_per_epoch, config.epochs)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    average = build_average(model.backbone, config.average) if config.average else None
+    trainer = Trainer(config, branch.space, steps_per_epoch, device)
+    info = describe_student(config.student)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device)
     loader = ViewLoader(data, branch.recipe, branch.seed, config.loader)
     stopwatch = Stopwatch(device)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
     facts = {
         "student_info": info.to_dict(),
         "recipe": branch.recipe.to_dict(),
         "versions": versions("rob", "torch", "timm"),
     }
     run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log)
-    state = {"model": model, "optimiser": optimiser, "scaler": scaler} | (
-        {"average": average.module} if average else {}
-    )
-    step = run.resume(state, device)
+    step = run.resume(trainer.state, device)
 
     # ==== the loop ====
-    model.train()
     try:
         while step < total_steps:
-            epoch, start = divmod(step, steps_per_epoch)
+            epoch, done = divmod(step, steps_per_epoch)
             plan = plan_views(config.pairing, branch.views, epoch)
             pair_weights = plan.pair_weights.to(device)
-            order = epoch_order(config, data.num_images, epoch)[start * config.loader.batch_size :]
+            order = epoch_order(config, data.num_images, epoch)[done * config.loader.batch_size :]
             crops = crop_sets(config, branch, plan)
-            batches = loader.epoch(order, crops + branch.view_sets(plan))
             with branch.targets(order, config.loader.batch_size, plan) as targets:
-                for batch in timed(batches, stopwatch):
+                for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
                     with stopwatch("prepare"):
                         images = prepare(batch, crops)
                     with stopwatch("target"):
                         target = targets.next(batch)
                     with stopwatch("student"):
-                        rate = schedule.step(step)
-                        with autocast(device, config.precision):
-                            loss = model(images, target, pair_weights)
-                        optimiser.zero_grad(set_to_none=True)
-                        scaler.scale(loss).backward()
-                        scaler.unscale_(optimiser)
-                        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or float("inf"))
-                        scaler.step(optimiser)
-                        scaler.update()
-                        if average:
-                            average.update(model.backbone, step)
+                        health, rate = trainer.step(step, images, target, pair_weights)
                     step += 1
-                    # fp16 skips a step whose gradient overflowed: not a reason to stop.
-                    health = torch.stack([loss.detach(), torch.zeros_like(norm) if scaler.is_enabled() else norm])
                     run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
             if (epoch + 1) % config.checkpoint_every == 0:
-                run.save(state, step)
+                run.save(trainer.state, step)
     except KeyboardInterrupt:
-        run.save(state, step)
+        run.save(trainer.state, step)
         progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
         raise
 
     # ==== what is left of it ====
-    run.save(state, step)
-    export_weights(model.backbone, info, run.weights)
-    if average:
-        export_weights(average.module, info, run.out / "student_average.safetensors")
+    run.save(trainer.state, step)
+    export_weights(trainer.model.backbone, info, run.weights)
+    if trainer.average:
+        export_weights(trainer.average.module, info, run.out / "student_average.safetensors")
     loss, images_per_second, data_wait = run.medians()
     return TrainResult(run.weights, total_steps, loss, images_per_second, data_wait)
 

@@ -1,0 +1,187 @@
+"""The command of stage 2."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rob import cli_options as o
+from rob.cli import app, bar, note, say_which_loader
+from rob.common.errors import MisuseError
+
+
+@app.command("train-student")
+def train_student(
+    data: o.Data,
+    targets: Annotated[
+        str,
+        typer.Option(help="A store made by rob cache-teacher, or online: run the teacher in every step (a baseline)."),
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder. A run that was killed goes on from its checkpoint there.")],
+    student: Annotated[
+        str, typer.Option(help="Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv2_100 ...")
+    ] = "vit_tiny_patch16_224",
+    image_size: Annotated[int, typer.Option(min=8, help="Side in pixels of the student's global crops.")] = 224,
+    small_images: Annotated[
+        bool | None, typer.Option(help="A stem that reduces less, for up to 64 px; default: by --image-size.")
+    ] = None,
+    drop_path: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Stochastic depth; 0.1 for ViTs trained long.")
+    ] = 0.0,
+    objective: Annotated[
+        str,
+        typer.Option(help="embedding: regress the teacher's embedding. dino: match its distribution over prototypes."),
+    ] = "embedding",
+    pairing: Annotated[
+        str | None,
+        typer.Option(help="same, cross or all: which views meet; default same for embedding, cross for dino."),
+    ] = None,
+    step_targets: Annotated[
+        int | None, typer.Option(min=1, help="Target views of an image in a step; default 2, or the 1 there is.")
+    ] = None,
+    num_local: Annotated[
+        int | None,
+        typer.Option(min=0, help="Local crops of an image in a step; default the recipe's (none with same)."),
+    ] = None,
+    local_size: Annotated[
+        int | None, typer.Option(min=8, help="Side in pixels of a local crop; default in the recipe's proportion.")
+    ] = None,
+    fresh: Annotated[
+        bool | None,
+        typer.Option("--fresh/--replay", help="With cross: new global crops every epoch, or the cached ones."),
+    ] = None,
+    global_weight: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Weight of pairs with a global crop (SSLight 0.4); default: all pairs alike."),
+    ] = None,
+    student_temp: Annotated[float, typer.Option(min=0.001, help="0.05 to 0.2; lower is sharper.")] = 0.1,
+    teacher_temp: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="0.025 to 0.1; default the teacher's. Lower when targets are near uniform."),
+    ] = None,
+    centre_targets: Annotated[
+        bool, typer.Option("--centre-targets", help="Subtract the teacher's mean over the data set.")
+    ] = False,
+    hidden_dim: Annotated[int, typer.Option(min=1, help="Width of the head's hidden layers.")] = 2048,
+    optimiser: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
+    lr: Annotated[
+        float,
+        typer.Option(min=0, help="Peak rate for a batch of 256, scaled linearly. NaN or a rising loss: halve it."),
+    ] = 5e-4,
+    weight_decay: Annotated[float, typer.Option(min=0, help="0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.")] = 0.04,
+    warmup_epochs: Annotated[
+        float | None, typer.Option(min=0, help="Default a tenth of the epochs, at most 10.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a step. Lower it when memory runs out.")] = 256,
+    clip_grad: Annotated[float, typer.Option(min=0, help="Largest gradient norm; 0: no limit.")] = 3.0,
+    average: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Decay of a moving average of the student, exported beside it (0.99 to 0.9999)."
+        ),
+    ] = None,
+    precision: o.Precision = "fp32",
+    device: o.Device = "auto",
+    loader: o.LoaderPath = "auto",
+    workers: o.Workers = 0,
+    seed: o.Seed = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps a log line.")] = 10,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --targets online: the teacher, as for rob cache-teacher.")
+    ] = None,
+    checkpoint: o.Checkpoint = None,
+    view_size: o.ViewSize = None,
+    views: Annotated[
+        int, typer.Option(min=1, help="With --targets online: views of an image that the teacher would have cached.")
+    ] = 4,
+    recipe: Annotated[
+        str | None, typer.Option(help="With --targets online: the views' recipe (default dino). A store has its own.")
+    ] = None,
+    global_scale: o.GlobalScale = None,
+) -> None:
+    """Stage 2: train a student from cached targets."""
+    from rob.common.beton import Beton
+    from rob.common.loader import LoaderConfig
+    from rob.common.run import pick_device
+    from rob.student_train.branches import CachedTargets
+    from rob.student_train.objectives import ObjectiveConfig
+    from rob.student_train.optimiser import OptimiserConfig
+    from rob.student_train.pairing import choose_pairing
+    from rob.student_train.students import StudentConfig
+    from rob.student_train.train import TrainConfig, TrainProgress
+    from rob.student_train.train import train_student as run
+
+    packed, where = Beton(data), pick_device(device)
+    if targets == "online":
+        branch = online_branch(teacher, checkpoint, view_size, views, recipe, global_scale, precision, where, seed)
+    else:
+        online_only = {
+            "--teacher": teacher,
+            "--checkpoint": checkpoint,
+            "--view-size": view_size,
+            "--recipe": recipe,
+            "--global-scale": global_scale,
+        }
+        given = [name for name, value in online_only.items() if value is not None]
+        if given:
+            raise MisuseError(
+                f"{given[0]} is for --targets online; the store {targets} has its own: leave {given[0]} out"
+            )
+        branch = CachedTargets(Path(targets), packed, where)
+    small = image_size <= 64 if small_images is None else small_images
+    warmup = min(10.0, epochs / 10) if warmup_epochs is None else warmup_epochs
+    config = TrainConfig(
+        data=data,
+        out=out,
+        student=StudentConfig(student, image_size, small, drop_path),
+        targets=None if targets == "online" else Path(targets),
+        objective=ObjectiveConfig(objective, student_temp, teacher_temp, centre_targets, hidden_dim),
+        pairing=choose_pairing(
+            objective, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
+        ),
+        optimiser=OptimiserConfig(optimiser, lr, warmup_epochs=warmup, weight_decay=weight_decay),
+        epochs=epochs,
+        local_size=local_size,
+        clip_grad=clip_grad,
+        average=average,
+        seed=seed,
+        precision=precision,
+        device=device,
+        loader=LoaderConfig(loader, batch_size, workers),
+        log_every=log_every,
+    )
+    say_which_loader(config.loader)
+    with bar("training", "steps") as update:
+
+        def log(line: dict[str, Any], total: int) -> None:
+            text = f"loss {line['loss']:.4f}  {line['images_per_second']:,.0f} images/s  {line['data_wait']:.1%} waiting for data"
+            update(line["step"], total, text)
+
+        result = run(config, branch, TrainProgress(log=log, note=note))
+    note(
+        f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s, {result.data_wait:.1%} of it waiting for data"
+    )
+
+
+def online_branch(
+    teacher: str | None,
+    checkpoint: Path | None,
+    view_size: int | None,
+    views: int,
+    recipe: str | None,
+    global_scale: tuple[float, float] | None,
+    precision: str,
+    device: Any,
+    seed: int,
+) -> Any:
+    """The frozen teacher as a branch: what puts the two stages together, for the baseline without a cache."""
+    from rob.common.views import RecipeOverrides, get_recipe
+    from rob.student_train.branches import OnlineTeacher
+    from rob.teacher_cache.teachers import TeacherConfig, load_teacher
+
+    if teacher is None:
+        raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
+    model = load_teacher(TeacherConfig(teacher, checkpoint)).to(device)
+    drawn = get_recipe(recipe or "dino", RecipeOverrides(global_scale=global_scale))
+    return OnlineTeacher(model, drawn, seed, views, view_size or model.view_size, device, precision)

@@ -1,0 +1,64 @@
+"""A frozen network and the pixels it expects: a student, a teacher, or the pixels themselves. What every evaluation measures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...common.beton import Beton
+from ...common.errors import MisuseError
+from ...common.loader import LoaderConfig
+from ..checkpoint import load_student
+from ..students import StudentConfig, build_student, describe_student
+from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features, weights_hash
+from .views import evaluation_batches
+
+
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """``embed`` maps (B, 3, size, size), normalised by ``mean`` and ``std``, to features (B, D). ``source`` tells its weights apart."""
+
+    name: str
+    embed: Callable[[Tensor], Tensor]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    device: torch.device
+
+    @classmethod
+    def pixels(cls, size: int, device: torch.device) -> "FrozenNetwork":
+        """Centred on mid-grey, so that their cosine says more than their brightness."""
+        return cls("pixels", flatten_pixels, size, (0.5,) * 3, (0.25,) * 3, "pixels", device)
+
+    @classmethod
+    def student(cls, run_or_weights: Path, device: torch.device, size: int | None = None) -> "FrozenNetwork":
+        """The trained student of a run folder or a weights file. MisuseError as ``load_student``."""
+        backbone, info = load_student(run_or_weights, device)
+        return cls(info.name, backbone, size or info.image_size, info.mean, info.std, weights_hash(backbone), device)
+
+    @classmethod
+    def random_student(cls, config: StudentConfig, seed: int, device: torch.device) -> "FrozenNetwork":
+        """The same network before training: the floor of what training adds."""
+        torch.manual_seed(seed)
+        backbone, info = build_student(config).to(device).eval(), describe_student(config)
+        return cls(f"random {info.name}", backbone, info.image_size, info.mean, info.std, weights_hash(backbone), device)
+
+    def features(self, path: Path, loader: LoaderConfig, keep_in: Path | None = None) -> Features:
+        """Labelled features of a ``.beton``; with ``keep_in`` a run folder, extracted once and kept there.
+
+        Raises MisuseError when the images have no labels.
+        """
+        data = Beton(path)
+        if data.labels is None:
+            raise MisuseError(f"{path} has no labels: pack a folder with one sub-folder a class")
+
+        def extract() -> Tensor:
+            batches = evaluation_batches(data, self.size, self.mean, self.std, self.device, loader)
+            return extract_features(self.embed, batches, data.num_images, device=self.device)
+
+        key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
+        features = cached_features(keep_in, key, extract) if keep_in else extract()
+        return label_features(features, data.labels, data.manifest.classes)
