@@ -1,0 +1,210 @@
+"""Training from the cache against running the teacher in every step: same student, same views, same steps, in one run.
+
+    rob bench pipeline
+
+Three sides take turns, round by round, so that the machine's noise falls on all alike: ``cached``, ``online``, and ``student only``
+(the student on batches already in memory: the limit that no loader can pass). The sides' losses must agree before the times count.
+"""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from rob.benchmarks.report import Report
+from rob.common.beton import Beton
+from rob.common.encodings import Encoding
+from rob.common.images import PackConfig, pack
+from rob.common.loader import LoaderConfig, ViewLoader
+from rob.common.run import pick_device
+from rob.common.timing import Stopwatch
+from rob.common.views import get_recipe
+from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
+from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.optimiser import OptimiserConfig
+from rob.student_train.pairing import PairingConfig, plan_views
+from rob.student_train.students import StudentConfig, describe_student
+from rob.student_train.train import Preparation, TrainConfig, Trainer, crop_sets, epoch_order, timed
+from rob.teacher_cache.cache import CacheConfig, CachePlan, CacheProgress, cache_teacher
+from rob.teacher_cache.teachers import TeacherConfig, load_teacher
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The demo's work by default. ``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first round warms up."""
+
+    data: Path | None = None
+    teacher: TeacherConfig = TeacherConfig("efficientnet_lite0")
+    teacher_size: int = 96
+    student: StudentConfig = StudentConfig("mobilenetv2_050", image_size=32, small_images=True)
+    recipe: str = "weak"
+    views: int = 2
+    images: int = 1024
+    batch_size: int = 64
+    rounds: int = 4
+    steps: int = 4
+    precision: str = "fp32"
+    device: str = "auto"
+
+
+def run(config: PipelineConfig) -> Report:
+    """Raises AssertionError when the sides' losses differ: then they did not do the same work."""
+    device = pick_device(config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(config, device, Path(folder))
+
+
+def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
+    path = config.data or folder / "data.beton"
+    if config.data is None:
+        pack(PackConfig("fashion-mnist", path, raw=True, limit=config.images))
+    data, recipe = Beton(path), get_recipe(config.recipe)
+    loader = LoaderConfig(batch_size=config.batch_size)
+
+    plans: list[CachePlan] = []
+    clock = Stopwatch(device)
+    cache = CacheConfig(
+        path, folder / "targets.zarr", config.teacher, recipe, config.views, encoding=Encoding("embedding", "float32")
+    )
+    cache = replace(
+        cache, view_size=config.teacher_size, precision=config.precision, device=config.device, loader=loader
+    )
+    cache_teacher(cache, CacheProgress(plan=plans.append, rows=lambda done, total: clock.take() if done == 0 else None))
+    _, caching = clock.take()
+
+    training = TrainConfig(
+        data=path,
+        out=folder,
+        student=config.student,
+        objective=ObjectiveConfig("embedding"),
+        pairing=PairingConfig("same", targets=1),
+        optimiser=OptimiserConfig(warmup_epochs=0),
+        epochs=10_000,
+        precision=config.precision,
+        device=config.device,
+        loader=loader,
+    )
+    teacher = load_teacher(config.teacher).to(device)
+    cached: TargetBranch = CachedTargets(cache.out, data, device)
+    online: TargetBranch = OnlineTeacher(
+        teacher, recipe, 0, config.views, config.teacher_size, device, config.precision
+    )
+    sides = {
+        "cached": Side(training, data, cached, device, config.steps),
+        "online": Side(training, data, online, device, config.steps),
+        "student only": Side(training, data, cached, device, config.steps, in_memory=True),
+    }
+    for _ in range(config.rounds):
+        for side in sides.values():
+            side.round()
+    losses = {name: side.losses for name, side in sides.items()}
+    assert np.allclose(losses["cached"][: config.steps], losses["online"][: config.steps], rtol=1e-3), (
+        f"the sides differ: {losses}"
+    )
+
+    rows = [{"side": name, **side.row()} for name, side in sides.items()]
+    speed = {row["side"]: row["images_per_second"] for row in rows}
+    cache_seconds_per_image = caching / data.num_images
+    saved_per_image = 1 / speed["online"] - 1 / speed["cached"]
+    ratios = {
+        "cached_vs_online": speed["cached"] / speed["online"],
+        "cached_vs_student_only": speed["cached"] / speed["student only"],
+        "break_even_epochs": cache_seconds_per_image / saved_per_image if saved_per_image > 0 else None,
+    }
+    work = {
+        "teacher": f"{config.teacher.name} at {config.teacher_size} px",
+        "student": f"{config.student.name} at {config.student.image_size} px",
+        "images": data.num_images,
+        "batch_size": config.batch_size,
+        "steps": config.steps * (config.rounds - 1),
+        "views_cached": config.views,
+        "precision": config.precision,
+        "caching_images_per_second": data.num_images / caching,
+    }
+    return Report.of("pipeline", device, work, rows, ratios)
+
+
+class Side:
+    """One way to train, advanced a few steps at a time."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Beton,
+        branch: TargetBranch,
+        device: torch.device,
+        steps: int,
+        in_memory: bool = False,
+    ):
+        self.trainer = Trainer(config, branch.space, data.num_images // config.loader.batch_size, device)
+        info = describe_student(config.student)
+        self.config, self.data, self.branch, self.steps, self.in_memory = config, data, branch, steps, in_memory
+        self.prepare = Preparation(branch.recipe, info.mean, info.std, device)
+        self.loader = ViewLoader(data, branch.recipe, branch.seed, config.loader)
+        self.stopwatch = Stopwatch(device, synchronise=True)
+        self.step, self.losses = 0, []
+        self.rounds: list[tuple[dict[str, float], float]] = []
+        self.kept: list[tuple] = []
+
+    def round(self) -> None:
+        """``steps`` steps on the first batches of an epoch; the time to start the epoch's threads is not counted."""
+        size = self.config.loader.batch_size
+        plan = plan_views(self.config.pairing, self.branch.views, epoch=0)
+        pair_weights = plan.pair_weights.to(self.trainer.device)
+        order = epoch_order(self.config, self.data.num_images, epoch=0)[: size * (self.steps + 1)]
+        crops = crop_sets(self.config, self.branch, plan)
+        if self.in_memory:
+            if not self.kept:
+                with self.branch.targets(order, size, plan) as targets:
+                    for batch in self.loader.epoch(order, crops):
+                        self.kept.append((self.prepare(batch, crops), targets.next(batch)))
+            self.stopwatch.take()
+            for images, target in self.kept[1:]:
+                self._train(images, target, pair_weights)
+        else:
+            with self.branch.targets(order, size, plan) as targets:
+                batches = self.loader.epoch(order, crops + self.branch.view_sets(plan))
+                first = next(batches)
+                targets.next(first)
+                self.stopwatch.take()
+                for batch in timed(batches, self.stopwatch):
+                    with self.stopwatch("prepare"):
+                        images = self.prepare(batch, crops)
+                    with self.stopwatch("target"):
+                        target = targets.next(batch)
+                    self._train(images, target, pair_weights)
+        self.rounds.append(self.stopwatch.take())
+
+    def _train(self, images, target, pair_weights) -> None:
+        with self.stopwatch("student"):
+            health, _ = self.trainer.step(self.step, images, target, pair_weights)
+        self.losses.append(float(health[0]))
+        self.step += 1
+
+    def row(self) -> dict[str, Any]:
+        """Medians over the rounds but the first."""
+        counted = self.rounds[1:]
+        images = self.steps * self.config.loader.batch_size
+        shares = {
+            name: median(s.get(name, 0.0) / passed for s, passed in counted)
+            for name in ("data", "prepare", "target", "student")
+        }
+        is_online = isinstance(self.branch, OnlineTeacher)
+        return {
+            "images_per_second": median(images / passed for _, passed in counted),
+            "waiting_for_data": shares["data"],
+            "augment": shares["prepare"],
+            "teacher": shares["target"] if is_online else 0.0,
+            "reading_targets": 0.0 if is_online else shares["target"],
+            "student_and_loss": shares["student"],
+        }
+
+
+if __name__ == "__main__":
+    report = run(PipelineConfig())
+    report.show()
+    print(report.write())

@@ -1,0 +1,95 @@
+"""The one form in which every benchmark reports: printed as a table, written as JSON."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rob.common.run import versions
+
+PACKAGES = ("rob", "torch", "torchvision", "timm", "triton", "ffcv", "zarr", "numcodecs", "numba", "numpy")
+
+
+@dataclass(frozen=True)
+class Report:
+    """``work`` is what every side did, ``rows`` one mapping a side or setting, ``ratios`` the figures that count."""
+
+    name: str
+    device: str
+    work: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    ratios: Mapping[str, float | None]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        device: torch.device,
+        work: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        ratios: Mapping[str, float | None],
+    ):
+        """A report of this machine and these library versions."""
+        return cls(name, device_name(device), work, rows, ratios, versions(*PACKAGES))
+
+    def write(self, path: Path | None = None) -> Path:
+        """Write JSON; by default ``benchmarks/results/<name>_<device>_<date>.json`` under the working directory."""
+        short = "cpu" if "cpu" in self.device.lower() or "core" in self.device else self.device.split()[-1].lower()
+        path = path or Path("benchmarks/results") / f"{self.name}_{short}_{date.today():%Y%m%d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the rows as a table, the ratios below it."""
+        console = console or Console()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        table = Table(title=f"{self.name} on {self.device}", title_justify="left")
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
+        for row in self.rows:
+            table.add_row(*(_text(row.get(column)) for column in columns))
+        console.print(table)
+        for name, value in self.ratios.items():
+            console.print(f"{name} = {_text(value)}", highlight=False)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the cores that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        names = {line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")}
+    except OSError:
+        names = {platform.processor() or platform.machine()}
+    return f"{', '.join(sorted(names))}, {torch.get_num_threads()} cores"
+
+
+def median_of(work: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
+    """Median seconds of ``repeats`` calls after ``warmup`` calls that do not count."""
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
