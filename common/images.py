@@ -195,14 +195,14 @@ def shrink(image: Image.Image, longest: int) -> Image.Image:
 
 def _is_plain_jpeg(data: bytes, image: Image.Image) -> bool:
     """Whether libjpeg-turbo hands out the file's YCbCr planes: baseline or progressive, at 4:4:4, 4:2:2 or 4:2:0."""
-    if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.mode != "RGB":
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG":
         return False
     # libjpeg's rule: a JFIF file is YCbCr, else Adobe's marker says it, else the components' names.
     is_rgb = image.info.get("adobe_transform") == 0 or [component[0] for component in image.layer] == list(b"RGB")
     if get_sampling(image) < 0 or (is_rgb and "jfif" not in image.info):
         return False
     at = 2  # behind the start-of-image marker; from here on: 0xFF, marker, length of the segment, segment
-    while at + 4 <= len(data):
+    while at + 4 <= len(data) and data[at] == 0xFF:  # else stray bytes, which Pillow forgives and libjpeg-turbo reports
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1

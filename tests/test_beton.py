@@ -135,7 +135,8 @@ def test_fingerprint_follows_content_not_names(tmp_path):
     write(tmp_path / "a.beton", [raw_image(4, 6, 1), raw_image(4, 6, 2)])
     write(tmp_path / "b.beton", [raw_image(4, 6, 1), raw_image(4, 6, 2)])
     write(tmp_path / "c.beton", [raw_image(4, 6, 2), raw_image(4, 6, 1)])
-    write(tmp_path / "d.beton", [raw_image(6, 4, 1), raw_image(4, 6, 2)])
+    turned = StoredImage(raw_image(4, 6, 1).data, 6, 4, beton.RAW)
+    write(tmp_path / "d.beton", [turned, raw_image(4, 6, 2)])
     prints = [Beton(tmp_path / f"{name}.beton").manifest.fingerprint for name in "abcd"]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3

@@ -150,6 +150,7 @@ def test_lossless_and_arithmetic_jpegs_are_not_plain(frame):
         assert images._is_plain_jpeg(data, image)
         assert images._is_plain_jpeg(data[:2] + b"\xff\xff" + data[2:], image)  # fill bytes
         assert not images._is_plain_jpeg(data.replace(b"\xff\xc0", bytes([0xFF, frame]), 1), image)
+        assert not images._is_plain_jpeg(data[:2] + b"abc" + data[2:], image)  # stray bytes
         assert not images._is_plain_jpeg(data[:40], image)
 
 
