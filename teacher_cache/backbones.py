@@ -1,0 +1,100 @@
+"""timm backbones: built without a classifier, and filled from official or timm-named weights by timm's own converters."""
+
+import socket
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import timm
+from torch import nn
+
+from ..common.errors import MisuseError
+from .checkpoints import Tensors
+
+
+def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """timm's ``name`` without its classifier: images (N, 3, H, W) to pooled features (N, D).
+
+    A transformer with position embeddings is built so that it interpolates them to the size of the images it is given.
+    ``arguments`` go to ``timm.create_model``; ``pretrained`` fetches timm's weights. Raises ``MisuseError`` where timm does not
+    know an argument, has no such weights, or can't reach them.
+    """
+    arguments = {"num_classes": 0, "pretrained": pretrained, **arguments}
+    try:
+        try:
+            return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
+        except TypeError:  # timm hands the argument to the model, and only transformers know it
+            return timm.create_model(name, **arguments)
+    except (TypeError, RuntimeError) as error:
+        raise MisuseError(f"timm can't build {name}: {error}") from error
+    except OSError as error:
+        raise MisuseError(f"the weights of {name} can't be downloaded from here; pass --checkpoint FILE with a local copy") from error
+
+
+def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """``build_backbone`` with timm's pretrained weights, from its cache or downloaded; fails at once where there is no network."""
+    if not timm.is_model_pretrained(name):
+        raise MisuseError(f"timm has no pretrained weights for {name}; pass --checkpoint FILE")
+    hub = huggingface_hub.constants
+    was_offline = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = was_offline or not _resolves(hub.ENDPOINT)  # else the hub's client retries for most of a minute
+    try:
+        return build_backbone(name, arguments, pretrained=True)
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
+
+
+def _resolves(url: str) -> bool:
+    """Whether a download from ``url`` stands a chance: a proxy is set, or the host's name has an address."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.request.urlparse(url).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) -> None:
+    """Fill ``backbone`` with official or timm-named ``tensors``; ``MisuseError`` names the first three that do not fit."""
+    expected = backbone.state_dict()
+    # timm's converter would stretch patches of another size to fit, which turns another model's file into a wrong teacher.
+    patches = "patch_embed.proj.weight"
+    if patches in expected and patches in tensors and expected[patches].shape != tensors[patches].shape:
+        found = {patches: tensors[patches]}
+    else:
+        found = _converted(backbone, tensors)
+    problems = _differences(expected, found)
+    if problems:
+        shown = "; ".join(problems[:3])
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise MisuseError(f"checkpoint {path} is not a {name}: {shown}{more}")
+    backbone.load_state_dict(found, strict=False)  # by now only counters of batches can be missing
+
+
+def _converted(backbone: nn.Module, tensors: Tensors) -> Tensors:
+    """``tensors`` under timm's names, less the classifier and what was only used in pre-training."""
+    converter = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    try:
+        tensors = converter(dict(tensors), backbone) if converter else tensors
+    except (KeyError, AttributeError, RuntimeError, ValueError):
+        pass  # another architecture's file confuses the converter; the comparison that follows names what does not fit
+    classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    unused = (*prefixes, "mask_token", "masked_embed")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+
+
+def _differences(expected: Tensors, found: Tensors) -> list[str]:
+    """One clause a tensor of another shape, missing or too many, in the model's own order."""
+    differences = []
+    for name, tensor in expected.items():
+        if name not in found:
+            if not name.endswith("num_batches_tracked"):
+                differences.append(f"{name} is missing")
+        elif found[name].shape != tensor.shape:
+            differences.append(f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+    return differences + [f"{name} is unknown to the model" for name in found if name not in expected]

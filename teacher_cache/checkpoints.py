@@ -1,0 +1,190 @@
+"""Published checkpoint files: read without running what is in them, unwrapped, and taken apart into backbone, head and prototypes.
+
+Shapes are never written down here: depth, widths, K, BatchNorm and weight norm of a head are read off its tensors.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..common.errors import MisuseError
+from ..common.heads import Activation, ProjectionHead
+
+Tensors = dict[str, Tensor]
+
+HARMLESS_GLOBALS: list[Any] = [
+    argparse.Namespace,  # DINO and iBOT keep their command line beside the weights
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # losses and learning rates kept as numpy scalars,
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # under numpy 1's name and numpy 2's
+    np.dtype,
+    *(type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")),
+]
+"""What a pickle may name besides tensors and plain containers. Everything else is refused, and nothing is executed."""
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+"""Name segments added by DataParallel and DDP, ``torch.compile`` and FSDP, wherever they wrapped."""
+
+CONTAINERS = frozenset({"state_dict", "model", "model_state_dict"})
+"""Leading segments of files that keep the weights beside an epoch number or an optimiser, and of Lightning modules."""
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Every tensor of a ``.safetensors`` or PyTorch file on the CPU under its dotted name, wrappers and containers taken off.
+
+    Raises ``MisuseError`` for a file that is missing, truncated, of another kind, or a pickle with anything but data in it.
+    """
+    if not path.is_file():
+        raise MisuseError(f"checkpoint {path} does not exist; give the path of a .safetensors, .pth, .pt or .bin file")
+    tensors: Tensors = {}
+    for segments, tensor in _walk(_read(path)):
+        segments = [segment for segment in segments if segment not in WRAPPERS]
+        while len(segments) > 1 and segments[0] in CONTAINERS:
+            segments = segments[1:]
+        tensors.setdefault(".".join(segments), tensor)
+    if not tensors:
+        raise MisuseError(f"checkpoint {path} holds no tensors; a model's weights were expected")
+    return tensors
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise MisuseError(f"checkpoint {path} is truncated or not a safetensors file ({error}); fetch it again") from error
+    try:
+        with torch.serialization.safe_globals(HARMLESS_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if culprit is None:
+            raise MisuseError(f"checkpoint {path} is not a PyTorch file or is corrupt; fetch it again") from error
+        raise MisuseError(
+            f"checkpoint {path} was refused, and nothing in it was run: its pickle asks for {culprit[1]} where only tensors are "
+            "read; save the bare state_dict, best as .safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError) as error:  # what cut-off files make torch raise
+        raise MisuseError(f"checkpoint {path} is truncated or not a PyTorch file; fetch it again") from error
+
+
+def _walk(node: Any, segments: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Tensor]]:
+    """Tensors of nested dictionaries with the segments of their dotted names; whatever else a file keeps is passed over."""
+    if isinstance(node, Tensor):
+        yield list(segments), node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _walk(value, (*segments, *str(key).split(".")))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family's files keep the parts. Prefixes end in a dot; an empty ``backbone`` means all that is nothing else."""
+
+    branches: tuple[str, ...] = ()
+    """Prefixes of the encoder to take, best first, in files that hold several (teacher and student, query and key)."""
+    backbone: str = ""
+    head: str | None = None
+    prototypes: str | None = None
+    centre: str | None = None
+    """Full name of DINO's running mean of the teacher's logits, which some files keep with the loss."""
+    activation: Activation = "gelu"
+    unit_prototypes: bool = False
+    """The method normalises its prototypes before every use."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One teacher, taken out of its file."""
+
+    backbone: Tensors
+    head: ProjectionHead | None
+    prototypes: Tensor | None
+    """(K, D) float32 effective rows: logits are ``embedding @ prototypes.T``."""
+    centre: Tensor | None
+    """(K,) float32."""
+
+
+def take_apart(tensors: Tensors, layout: Layout) -> Parts:
+    """The parts of ``tensors`` (from ``read_tensors``) by ``layout``; a part that the file lacks is None."""
+    branch = next((b for b in layout.branches if any(name.startswith(b) for name in tensors)), "")
+    encoder = under(tensors, branch)
+    head = under(encoder, layout.head) if layout.head else {}
+    # MSN keeps its prototypes beside the encoders, all others inside: the file's own top level is the second place to look.
+    prototypes = (under(encoder, layout.prototypes) or under(tensors, layout.prototypes)) if layout.prototypes else {}
+    taken = tuple(prefix for prefix in (layout.head, layout.prototypes) if prefix)
+    backbone = under({name: t for name, t in encoder.items() if not name.startswith(taken)}, layout.backbone)
+    centre = tensors.get(layout.centre) if layout.centre else None
+    return Parts(
+        backbone=backbone,
+        head=projection_head(head, layout.activation),
+        prototypes=prototype_rows(prototypes, layout.unit_prototypes),
+        centre=None if centre is None else centre.float().flatten(),
+    )
+
+
+def under(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with ``prefix``, without it; of a name equal to ``prefix`` the rest is empty."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def projection_head(tensors: Tensors, activation: Activation) -> ProjectionHead | None:
+    """The MLP whose layers ``tensors`` holds, whatever they are called, or None where there are not two linear layers.
+
+    Two-dimensional weights are the linear layers and one-dimensional ones the BatchNorms, each in natural order of their names. A
+    linear layer without bias gets a zero one, and a BatchNorm after the last layer (MoCo-v3) is folded into it, which in
+    eval mode is the same function: one class then holds every published head.
+    """
+    weights = {name: t.float() for name, t in tensors.items() if name.endswith("weight")}
+    modules = sorted((name.removesuffix("weight") for name in weights), key=_natural)
+    linears = [module for module in modules if weights[module + "weight"].ndim == 2]
+    norms = sorted((name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")), key=_natural)
+    if len(linears) < 2 or len(norms) not in (0, len(linears) - 1, len(linears)):
+        return None
+    hidden_dim, in_dim = weights[linears[0] + "weight"].shape
+    out_dim = len(weights[linears[-1] + "weight"])
+    head = ProjectionHead(in_dim, hidden_dim, out_dim, len(linears), activation, norm=bool(norms))
+    ours = {kind: [m for m in head.mlp if isinstance(m, kind)] for kind in (nn.Linear, nn.BatchNorm1d)}
+    for module, linear in zip(linears, ours[nn.Linear], strict=True):
+        bias = tensors.get(module + "bias", torch.zeros(linear.out_features))
+        linear.load_state_dict({"weight": weights[module + "weight"], "bias": bias})
+    for module, norm in zip(norms, ours[nn.BatchNorm1d], strict=False):
+        norm.load_state_dict(norm.state_dict() | under(tensors, module))
+    if len(norms) == len(linears):
+        _fold_norm(ours[nn.Linear][-1], under(tensors, norms[-1]))
+    return head
+
+
+def _fold_norm(linear: nn.Linear, norm: Tensors, eps: float = 1e-5) -> None:
+    gain = norm.get("weight", torch.ones(linear.out_features)) / (norm["running_var"] + eps).sqrt()
+    with torch.no_grad():
+        linear.weight.mul_(gain[:, None])
+        linear.bias.sub_(norm["running_mean"]).mul_(gain).add_(norm.get("bias", torch.zeros(linear.out_features)))
+
+
+def prototype_rows(tensors: Tensors, unit: bool) -> Tensor | None:
+    """The effective prototype rows (K, D) of a weight-normed layer (``weight_g``, ``weight_v``: the gain is kept), a plain one, or
+    several plain ones (DeepCluster-v2), which are stacked. ``unit`` renormalises them. None where there are none."""
+    if "weight_v" in tensors:
+        rows = tensors["weight_g"].float() * F.normalize(tensors["weight_v"].float(), dim=1)
+    else:
+        matrices = [tensors[name].float() for name in sorted(tensors, key=_natural) if tensors[name].ndim == 2]
+        if not matrices:
+            return None
+        rows = torch.cat(matrices)
+    return F.normalize(rows, dim=1) if unit else rows
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key with numbers by value: ``mlp.2`` before ``mlp.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
