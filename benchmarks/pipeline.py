@@ -155,7 +155,9 @@ class Side:
         size = self.config.loader.batch_size
         plan = plan_views(self.config.pairing, self.branch.views, epoch=0)
         pair_weights = plan.pair_weights.to(self.trainer.device)
-        order = epoch_order(self.config, self.data.num_images, epoch=0)[: size * (self.steps + 1)]
+        order = epoch_order(self.config, self.data.num_images, self.branch.window_blocks, epoch=0)[
+            : size * (self.steps + 1)
+        ]
         crops = crop_sets(self.config, self.branch, plan)
         if self.in_memory:
             if not self.kept:

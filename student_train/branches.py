@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common.augment import augment
 from ..common.beton import Beton
 from ..common.loader import Batch, ViewSet
+from ..common.prefetch import TargetPrefetcher, window_blocks
 from ..common.run import autocast
 from ..common.store import TargetStore
 from ..common.views import Recipe
@@ -22,18 +23,23 @@ from .kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .pairing import ViewPlan
 
 
+WINDOW_BLOCKS = 16
+"""Blocks of 256 images within which an epoch's order is shuffled, unless the memory for targets holds fewer."""
+
+
 @dataclass(frozen=True, eq=False)
 class TargetSpace:
     """What a branch's targets are made of, for the objective to fit its head to.
 
-    ``prototypes`` (K, D) float32 or None; ``centre`` (K,) the teacher's mean logits or None; ``has_embedding`` is False for a store
-    of logits, whose ``prototypes`` then only give K.
+    ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits.
+    ``mean_embedding`` (D,) and ``centre`` (K,) are the teacher's mean embedding and mean logits over the data set, where known.
     """
 
     dim: int
     num_prototypes: int
     has_embedding: bool
     teacher_temp: float | None = None
+    mean_embedding: Tensor | None = None
     centre: Tensor | None = None
 
 
@@ -47,6 +53,8 @@ class TargetBranch(Protocol):
     """Target views there are of an image: ids 0 .. views-1."""
     geometry: str | None
     """The resize path of the cached views; None when they are made on the spot."""
+    window_blocks: int
+    """Blocks within which the order may be shuffled."""
     space: TargetSpace
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
@@ -71,12 +79,18 @@ class TargetStream(Protocol):
 class CachedTargets:
     """Targets from a store that ``rob cache-teacher`` wrote. Raises MisuseError when the store is of another data set."""
 
-    def __init__(self, path: Path, data: Beton, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, data: Beton, device: torch.device, window_mib: float = 256, in_memory: bool = False
+    ) -> None:
+        """``window_mib`` bounds the memory of decompressed chunks; ``in_memory`` keeps the whole store from epoch to epoch."""
         self.store = TargetStore.open(path)
         self.store.check(data_fingerprint=data.manifest.fingerprint)
         manifest = self.store.manifest
         self.recipe, self.seed, self.views = Recipe.from_dict(manifest.recipe), manifest.seed, len(manifest.view_ids)
         self.geometry, self.device = manifest.geometry, device
+        self.window_mib, self.in_memory = window_mib, in_memory
+        self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, window_mib))
+        self._prefetcher: TargetPrefetcher | None = None
         has_embedding = self.store.encoding.kind == "embedding"
         prototypes = self.store.prototypes
         self.prototypes = None if prototypes is None else torch.from_numpy(prototypes).to(device)
@@ -98,7 +112,13 @@ class CachedTargets:
         return ()
 
     def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> "TargetStream":
-        return _StoreStream(self, plan.targets)
+        if self._prefetcher is None or self._prefetcher.batch_size != batch_size:
+            self._prefetcher = TargetPrefetcher(
+                self.store, batch_size, window_mib=self.window_mib, device=self.device, cache_in_memory=self.in_memory
+            )
+        columns = np.array(plan.targets)
+        self._prefetcher.columns = lambda image_ids: columns
+        return _StoreStream(self, self._prefetcher, order)
 
     def make_target(self, arrays: dict[str, Tensor]) -> Target:
         """Decoded arrays (B, G, ...) of the store as the loss takes them."""
@@ -116,20 +136,20 @@ class CachedTargets:
 
 
 class _StoreStream:
-    def __init__(self, branch: CachedTargets, columns: tuple[int, ...]) -> None:
-        self.branch, self.columns = branch, list(columns)
+    def __init__(self, branch: CachedTargets, prefetcher: TargetPrefetcher, order: np.ndarray) -> None:
+        self.branch, self.prefetcher = branch, prefetcher
+        self.batches = prefetcher.epoch(order)
 
     def __enter__(self) -> "_StoreStream":
         return self
 
     def __exit__(self, *exception) -> None:
-        pass
+        self.prefetcher.close()
 
     def next(self, batch: Batch) -> Target:
-        store = self.branch.store
-        rows = {name: values[:, self.columns] for name, values in store.rows(batch.image_ids).items()}
-        decoded = store.encoding.decode(rows)
-        return self.branch.make_target({name: values.to(self.branch.device) for name, values in decoded.items()})
+        ready = next(self.batches)
+        assert np.array_equal(ready.image_ids, batch.image_ids), "the loader and the store read the same order"
+        return self.branch.make_target(ready.targets)
 
 
 class FrozenTeacher(Protocol):
@@ -155,6 +175,7 @@ class OnlineTeacher:
     """
 
     geometry = None
+    window_blocks = WINDOW_BLOCKS
 
     def __init__(
         self,
@@ -168,7 +189,7 @@ class OnlineTeacher:
     ) -> None:
         self.teacher, self.recipe, self.seed, self.views = teacher, recipe, seed, views
         self.view_size, self.device, self.precision = view_size, device, precision
-        self.space = TargetSpace(teacher.dim, teacher.num_prototypes, True, teacher.teacher_temp, teacher.centre)
+        self.space = TargetSpace(teacher.dim, teacher.num_prototypes, True, teacher.teacher_temp, centre=teacher.centre)
         self._mean, self._std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:

@@ -14,7 +14,7 @@ from ..common.errors import FailureError
 from ..common.timing import Stopwatch
 from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
 
-FREE_TO_CHANGE = ("out", "device", "log_every", "checkpoint_every", "loader")
+FREE_TO_CHANGE = ("out", "device", "log_every", "checkpoint_every", "loader", "cache_in_memory")
 """Settings that a resumed run may change: they move no weight. The batch size, part of ``loader``, is kept apart."""
 
 

@@ -30,9 +30,6 @@ from .pairing import PairingConfig, ViewPlan, plan_views
 from .run_folder import RunFolder
 from .students import StudentConfig, build_student, check_input_size, describe_student
 
-WINDOW_BLOCKS = 16
-"""Blocks of 256 images within which an epoch's order is shuffled."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -57,6 +54,8 @@ class TrainConfig:
     precision: str = "fp32"
     device: str = "auto"
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    window_mib: float = 256
+    cache_in_memory: bool = False
     log_every: int = 10
     checkpoint_every: int = 1
 
@@ -155,7 +154,7 @@ def train_student(
             raise MisuseError(
                 "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
             )
-        branch = CachedTargets(config.targets, data, device)
+        branch = CachedTargets(config.targets, data, device, config.window_mib, config.cache_in_memory)
     if config.pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
@@ -188,7 +187,7 @@ def train_student(
             epoch, done = divmod(step, steps_per_epoch)
             plan = plan_views(config.pairing, branch.views, epoch)
             pair_weights = plan.pair_weights.to(device)
-            order = epoch_order(config, data.num_images, epoch)[done * config.loader.batch_size :]
+            order = epoch_order(config, data.num_images, branch.window_blocks, epoch)[done * config.loader.batch_size :]
             crops = crop_sets(config, branch, plan)
             with branch.targets(order, config.loader.batch_size, plan) as targets:
                 for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
@@ -216,9 +215,9 @@ def train_student(
     return TrainResult(run.weights, total_steps, loss, images_per_second, data_wait)
 
 
-def epoch_order(config: TrainConfig, num_images: int, epoch: int) -> np.ndarray:
+def epoch_order(config: TrainConfig, num_images: int, window_blocks: int, epoch: int) -> np.ndarray:
     """The image ids of an epoch's whole batches, in training order; an incomplete last batch is dropped."""
-    order = block_shuffled_order(num_images, CHUNK_ROWS, WINDOW_BLOCKS, config.seed, epoch)
+    order = block_shuffled_order(num_images, CHUNK_ROWS, window_blocks, config.seed, epoch)
     return order[: len(order) - len(order) % config.loader.batch_size]
 
 

@@ -36,7 +36,9 @@ class DinoObjective(nn.Module):
         if teacher_temp is None:
             raise MisuseError("the teacher has no temperature of its own: pass --teacher-temp (0.04 to 0.1)")
         if config.centre and space.centre is None:
-            raise MisuseError("--centre needs the teacher's mean logits, which this target does not have: leave it out")
+            raise MisuseError(
+                "--centre-targets needs the teacher's mean logits, which this target does not have: leave it out"
+            )
         self.student_temp, self.teacher_temp = config.student_temp, teacher_temp
         self.head = ProjectionHead(
             num_features, config.hidden_dim, config.bottleneck, num_layers=3, norm=config.head_norm
