@@ -50,10 +50,12 @@ class StoreManifest:
 
     def arrays(self) -> dict[str, ShardedArray]:
         """The sharded arrays by name."""
-        layout = Encoding.from_dict(self.encoding).layout(self.dim, self.num_prototypes)
+        encoding, views = Encoding.from_dict(self.encoding), len(self.view_ids)
         return {
-            name: ShardedArray((self.num_images, len(self.view_ids), *shape), dtype, self.chunk_rows, self.shard_chunks)
-            for name, (shape, dtype) in layout.items()
+            name: ShardedArray(
+                (self.num_images, views, *shape), dtype, self.chunk_rows, self.shard_chunks, encoding.shuffle
+            )
+            for name, (shape, dtype) in encoding.layout(self.dim, self.num_prototypes).items()
         }
 
     def to_json(self) -> dict[str, Any]:

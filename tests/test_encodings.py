@@ -46,6 +46,7 @@ def test_int8_is_within_half_a_step(dim, seed, size):
     arrays = encoding.encode(embedding)
     restored = encoding.decode(arrays)["embedding"]
     step = torch.as_tensor(arrays["scale"]).float()[..., None]
+    assert (abs(arrays["embedding"].astype(int)).max(-1) >= 126).all()  # the whole range is used
     # Half a step; where rounding the scale down leaves the largest value past 127 steps, a sixteenth of a step more.
     assert ((restored - embedding).abs() <= 0.5625 * step).all()
 
