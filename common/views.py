@@ -1,13 +1,15 @@
 """A view is a pure function of (recipe, seed, image id, view id).
 
-Nothing about a view is ever stored: both stages draw its crop, flip and colour from a counter-based generator, so the view that the
-teacher saw when its target was cached is the view that the student sees, on any machine, in any order, with any number of workers.
+Nothing about a view is ever stored: both stages draw its crop, flip and colour from a counter-based generator, so the
+view that the teacher saw when its target was cached is the view that the student sees, on any machine, in any order,
+with any number of workers.
 
-View ids 0, 1, 2 ... are global crops, and the cached views are the first V of them; ids from ``LOCAL`` on are local crops.
+View ids 0, 1, 2 ... are global crops, and the cached views are the first V of them; ids from ``LOCAL`` on are local
+crops.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -52,7 +54,9 @@ class Crop:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise MisuseError(f"view option {name} is {getattr(self, name)}, expected a value from 0 to 1")
         if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
-            raise MisuseError(f"view option scale is {self.scale}, expected 0 < low <= high <= 1 (fractions of the image's area)")
+            raise MisuseError(
+                f"view option scale is {self.scale}, expected 0 < low <= high <= 1 (fractions of the image's area)"
+            )
         if not 0.0 < self.ratio[0] <= self.ratio[1]:
             raise MisuseError(f"view option ratio is {self.ratio}, expected 0 < low <= high (width over height)")
         if not 0.0 <= self.hue <= 0.5 or min(self.brightness, self.contrast, self.saturation) < 0.0 or self.size < 1:
@@ -79,9 +83,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.num_global < 1 or self.num_local < 0:
-            raise MisuseError(f"recipe {self.name}: needs at least 1 global and 0 local crops, got {self.num_global} and {self.num_local}")
+            raise MisuseError(
+                f"recipe {self.name}: needs at least 1 global and 0 local crops, got {self.num_global} and {self.num_local}"
+            )
         if self.num_local and self.local_crop is None:
-            raise MisuseError(f"recipe {self.name} has no local crop: leave out --num-local or take a recipe that has (dino, swav ...)")
+            raise MisuseError(
+                f"recipe {self.name} has no local crop: leave out --num-local or take a recipe that has (dino, swav ...)"
+            )
 
     def table(self) -> np.ndarray:
         """One row a kind of crop, the local kind last: (kinds + 1, fields) float64."""
@@ -92,7 +100,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
-        crop = lambda d: Crop(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in d.items()})  # noqa: E731
+        """Undoes ``to_dict``, also after a way through JSON, which knows no tuples."""
+
+        def crop(fields: dict[str, Any]) -> Crop:
+            pairs: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            return Crop(**(fields | pairs))
+
         local = values["local_crop"]
         return cls(
             values["name"],
@@ -103,11 +116,13 @@ class Recipe:
         )
 
 
-def _jitter(b: float, c: float, s: float, h: float) -> dict:
+def _jitter(b: float, c: float, s: float, h: float) -> dict[str, Any]:
     return {"jitter": 0.8, "brightness": b, "contrast": c, "saturation": s, "hue": h, "grey": 0.2}
 
 
-def _dino(global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: int) -> dict:
+def _dino(
+    global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: int
+) -> dict[str, Any]:
     """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop."""
     colour = _jitter(0.4, 0.4, 0.2, 0.1)
     return {
@@ -120,9 +135,11 @@ def _dino(global_scale: tuple[float, float], local_scale: tuple[float, float], l
     }
 
 
-def _swav(global_scale: tuple[float, float], local_scale: tuple[float, float], strength: float, **counts: int) -> dict:
+def _swav(
+    global_scale: tuple[float, float], local_scale: tuple[float, float], strength: float, **counts: int
+) -> dict[str, Any]:
     """SwAV's augmentations (also MSN's, at half the colour strength): jitter .8/.8/.8/.2 times the strength, blur .5."""
-    colour = _jitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength) | {"blur": 0.5}
+    colour: dict[str, Any] = {"blur": 0.5, **_jitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
     return {
         "global_crops": (Crop(224, global_scale, **colour),),
         "local_crop": Crop(96, local_scale, **colour),
@@ -194,10 +211,10 @@ def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
 
 
 class ViewParameters(NamedTuple):
-    """What one draw decides, for n views.
+    """What one draw decides.
 
-    geometry: (n, 5) int32: top, left, height, width in pixels of the stored image, and flip (0 or 1).
-    colour: (n, 8) float32: brightness, contrast and saturation factors (1 = unchanged), hue shift (turns, 0 = unchanged), order
+    geometry: (..., 5) int32: top, left, height, width in pixels of the stored image, and flip (0 or 1).
+    colour: (..., 8) float32: brightness, contrast and saturation factors (1 = unchanged), hue shift (turns, 0 = unchanged), order
     (0..23, which permutation of those four), grey (0 or 1), blur sigma in pixels at the crop's own size (0 = none), solarise
     (0 or 1).
     """
@@ -209,13 +226,18 @@ class ViewParameters(NamedTuple):
 def view_parameters(
     recipe: Recipe, seed: int, image_ids: np.ndarray, view_ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> ViewParameters:
-    """The parameters of n views; all five arrays have length n, sizes are those of the stored images in pixels."""
-    n = len(image_ids)
-    out = ViewParameters(np.empty((n, 5), np.int32), np.empty((n, 8), np.float32))
-    table, kinds = recipe.table(), len(recipe.global_crops)
-    for i in range(n):
-        draw_view(table, kinds, seed, image_ids[i], view_ids[i], heights[i], widths[i], out.geometry[i], out.colour[i])
-    return out
+    """The parameters of some views.
+
+    The four arrays broadcast to one shape, which the results have before their last axis. Heights and widths are those
+    of the stored images in pixels.
+    """
+    arrays = np.broadcast_arrays(image_ids, view_ids, heights, widths)
+    images, views, heights, widths = (array.astype(np.int64).ravel() for array in arrays)
+    geometry, colour = np.empty((len(images), 5), np.int32), np.empty((len(images), 8), np.float32)
+    kinds = len(recipe.global_crops)
+    _draw_views(recipe.table(), kinds, np.uint64(seed % 2**64), images, views, heights, widths, geometry, colour)
+    shape = arrays[0].shape
+    return ViewParameters(geometry.reshape(*shape, 5), colour.reshape(*shape, 8))
 
 
 @njit(cache=True, nogil=True)
@@ -262,7 +284,13 @@ def _log(x):
 
 
 @njit(cache=True, nogil=True)
-def draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, colour):
+def _draw_views(table, kinds, seed, image_ids, view_ids, heights, widths, geometry, colour):
+    for i in range(len(image_ids)):
+        _draw_view(table, kinds, seed, image_ids[i], view_ids[i], heights[i], widths[i], geometry[i], colour[i])
+
+
+@njit(cache=True, nogil=True)
+def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, colour):
     """Fill ``geometry`` (5,) and ``colour`` (8,) for one view. The crop is torchvision's RandomResizedCrop.get_params."""
     kind = kinds if view_id >= LOCAL else view_id % kinds
     row = table[kind]
