@@ -1,11 +1,20 @@
-"""The prototype cross-entropy of RoB, DINO, SwAV, MSN and iBOT, from embeddings and prototypes."""
+"""The prototype cross-entropy of RoB, DINO, iBOT, SwAV and MSN, from embeddings and prototypes: one public function."""
 
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
-from . import reference
-from .target import Target
+from . import chunked, reference
+from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 
-IMPLS = ("auto", "reference")
+IMPLS = ("auto", "triton", "chunked", "reference")
+
+SMALLEST_CHUNKED = 1 << 15
+"""Student logits (B V K) from which `chunked` is at least as fast as `reference` on a CPU: benchmarks/loss_notes.md."""
+
+SMALLEST_TRITON = 1 << 22
+"""The same for `triton` on CUDA, by reckoning: some ten launches have to be worth it. Not measured on a GPU yet."""
 
 
 def prototype_cross_entropy(
@@ -18,16 +27,123 @@ def prototype_cross_entropy(
     centre: Tensor | None = None,
     pair_weights: Tensor,
     impl: str = "auto",
+    check_finite: bool | None = None,
 ) -> Tensor:
-    """sum_{v,g} pair_weights[v,g] * mean_b H(q[b,g], p[b,v])."""
+    """sum_{v,g} pair_weights[v,g] * mean_b H(q[b,g], p[b,v]), without a tensor of all rows by all prototypes.
+
+    B images, V student views, G target views, K prototypes, D dimensions; H(q, p) = -sum_k q_k log p_k in nats,
+    p = softmax(student_embedding student_prototypes^T / student_temp), q = softmax((t - centre) / teacher_temp) with t
+    the target's logits.
+
+    student_embedding: (B, V, D) float, normalised by the caller if at all. Gets a gradient.
+    student_prototypes: (K, D) float, the effective rows: weight norm is left to torch, which differentiates it at no
+        noticeable cost. Gets a gradient.
+    target: G views of the same images over the same K prototypes. Gets no gradient. A top-k target's tail is spread
+        evenly over the prototypes that it does not name.
+    student_temp, teacher_temp: positive.
+    centre: (K,) subtracted from the target's logits: DINO's running mean, or Sinkhorn's (kernels/sinkhorn.py).
+    pair_weights: (V, G), or (B, V, G) to weigh images too, used as given: zero where a pair is skipped, 1 / number of
+        pairs for a mean.
+    impl: "triton" (CUDA, compute capability 8 and up, D <= 256), "chunked" (torch, any device), "reference" (the formula,
+        with every logit in memory), or "auto", which picks by device, dtype and size.
+    check_finite: whether to raise when the loss is not finite. The check reads the loss back, which makes a GPU wait: by
+        default only CPU tensors are checked, and elsewhere a bad row shows as a NaN loss.
+
+    Returns a float32 scalar (float64 for float64 inputs). Sums are accumulated in float32 for inputs of any smaller
+    dtype, and no finite logit overflows. Under CUDA autocast the matrix products take its dtype, as torch's would; CPU
+    autocast does not lower the precision. Cannot be differentiated twice, except for "reference".
+
+    Raises ValueError where shapes or arguments do not fit, FloatingPointError naming the offending rows if the loss is
+    NaN or infinite.
+    """
+    _check_arguments(student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights)
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLS)}")
-    return reference.prototype_cross_entropy(
-        student_embedding,
-        student_prototypes,
-        target,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-        centre=centre,
-        pair_weights=pair_weights,
+    if impl == "auto":
+        impl = choose_impl(student_embedding, student_prototypes, target)
+    arguments = dict(student_temp=student_temp, teacher_temp=teacher_temp, centre=centre, pair_weights=pair_weights)
+    device = student_embedding.device
+    if impl == "reference":
+        loss = reference.prototype_cross_entropy(student_embedding, student_prototypes, target, **arguments)
+    else:
+        autocast_dtype = _autocast_dtype(device)
+        with torch.autocast(device.type, enabled=False):
+            if impl == "chunked":
+                loss = chunked.prototype_cross_entropy(student_embedding, student_prototypes, target, **arguments)
+            else:
+                from . import triton_ce  # triton is a Linux package
+
+                loss = triton_ce.prototype_cross_entropy(
+                    student_embedding, student_prototypes, target, **arguments, dtype=autocast_dtype
+                )
+    if device.type == "cpu" if check_finite is None else check_finite:
+        _raise_unless_finite(loss, student_embedding, student_prototypes, target, centre, pair_weights)
+    return loss
+
+
+def choose_impl(student_embedding: Tensor, student_prototypes: Tensor, target: Target) -> str:
+    """What "auto" stands for: by device, dtype and size."""
+    device, size = student_embedding.device, student_embedding[..., 0].numel() * len(student_prototypes)
+    if device.type != "cuda":
+        return "chunked" if size >= SMALLEST_CHUNKED else "reference"
+    if size < SMALLEST_TRITON:
+        return "reference"
+    dtype = _autocast_dtype(device) or torch.promote_types(student_embedding.dtype, student_prototypes.dtype)
+    fast = dtype.itemsize == 2 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
+    widest = max(student_embedding.shape[2], target.embedding.shape[2] if isinstance(target, EmbeddingTarget) else 0)
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return "triton" if fast and widest <= 256 and ampere and find_spec("triton") else "chunked"
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if device.type == "cuda" and torch.is_autocast_enabled("cuda") else None
+
+
+def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights) -> None:
+    if embedding.ndim != 3 or prototypes.ndim != 2 or embedding.shape[2] != prototypes.shape[1]:
+        raise ValueError(
+            "student_embedding must be (B, V, D) and student_prototypes (K, D), "
+            f"got {tuple(embedding.shape)} and {tuple(prototypes.shape)}"
+        )
+    (b, v, _), k = embedding.shape, len(prototypes)
+    if 0 in embedding.shape or k == 0:
+        raise ValueError(f"there is nothing to average: student_embedding {tuple(embedding.shape)}, {k} prototypes")
+    if target.num_images != b or target.num_prototypes != k:
+        raise ValueError(
+            f"the target has {target.num_images} images and {target.num_prototypes} prototypes, the student {b} and {k}"
+        )
+    if pair_weights.shape not in ((v, target.num_views), (b, v, target.num_views)):
+        raise ValueError(
+            f"pair_weights must be (V, G) = {(v, target.num_views)} or (B, V, G), got {tuple(pair_weights.shape)}"
+        )
+    if centre is not None and centre.shape != (k,):
+        raise ValueError(f"centre must be (K,) = {(k,)}, got {tuple(centre.shape)}")
+    for name, temp in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
+        if not 0 < temp < float("inf"):
+            raise ValueError(f"{name} must be positive, got {temp}")
+    devices = {t.device for t in (embedding, prototypes, target, pair_weights, centre) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def _raise_unless_finite(loss: Tensor, embedding, prototypes, target, centre, pair_weights) -> None:
+    if torch.isfinite(loss):
+        return
+    rows = {"student_embedding": embedding, "student_prototypes": prototypes, "pair_weights": pair_weights, "centre": centre}
+    bad = {name: ~torch.isfinite(rows_).all(-1) for name, rows_ in rows.items() if rows_ is not None}
+    match target:
+        case EmbeddingTarget():
+            bad["target.embedding"] = ~torch.isfinite(target.embedding).all(-1)
+            bad["target.prototypes"] = ~torch.isfinite(target.prototypes).all(-1)
+        case TopKTarget():
+            bad["target.logits"] = ~torch.isfinite(target.logits).all(-1)
+            bad["target.tail"] = (target.tail.isnan() | target.tail.isposinf()).any(-1)
+        case DenseTarget():  # -inf excludes a prototype, but one must be left
+            bad["target.logits"] = (target.logits.isnan() | target.logits.isposinf()).any(-1)
+            bad["target.logits"] |= target.logits.isneginf().all(-1)
+    found = {name: where.nonzero().tolist() for name, where in bad.items() if where.any()}
+    listed = "; ".join(f"{name} rows {str(at[:4])[1:-1]}" + ", ..." * (len(at) > 4) for name, at in found.items())
+    raise FloatingPointError(
+        f"the prototype cross-entropy is {loss.item()}: "
+        + (f"NaN or infinite values in {listed}" if found else "its inputs are finite, but their products overflow float32")
     )

@@ -23,10 +23,10 @@ def log_tail(target: TopKTarget, temp: float) -> Tensor:
     tail = target.tail.to(widened(target.tail.dtype))
     if dropped == 0:
         return tail.new_full(tail.shape[:2], -math.inf)
-    hot_to_cold = target.temps.to(tail.dtype).flip(0).reciprocal().flip(0)
-    knots, order = torch.cat([hot_to_cold.new_zeros(1), hot_to_cold]).sort()
+    coldness = target.temps.to(tail.dtype).reciprocal()
+    knots, order = torch.cat([coldness.new_zeros(1), coldness]).sort()
     values = torch.cat([tail.new_full((*tail.shape[:2], 1), math.log(dropped)), tail], dim=2)[..., order]
-    right = torch.searchsorted(knots, knots.new_tensor([1 / temp])).clamp(1, knots.numel() - 1)
+    right = torch.searchsorted(knots, knots.new_full((1,), 1 / temp)).clamp(1, knots.numel() - 1)
     left = right - 1
     share = (1 / temp - knots[left]) / (knots[right] - knots[left])
     low, high = values.index_select(2, left), values.index_select(2, right)
@@ -48,3 +48,17 @@ def topk_probabilities(target: TopKTarget, temp: float, centre: Tensor | None) -
         tail = tail - (centre.to(dtype).sum() - centre_at_ids.sum(dim=2)) / (max(dropped, 1) * temp)
     joint = torch.cat([top / temp, tail.unsqueeze(2)], dim=2).softmax(dim=2)
     return joint[..., :-1], joint[..., -1] / max(dropped, 1)
+
+
+def topk_means(ids: Tensor, at_ids: Tensor, elsewhere: Tensor, prototypes: Tensor) -> Tensor:
+    """(B, G, D) float32 mean of the prototypes (K, D) under the target: k rows gathered, and one sum shared by all."""
+    excess = at_ids - elsewhere.unsqueeze(2)
+    gathered = torch.einsum("bgk,bgkd->bgd", excess, prototypes[ids.long()].to(excess.dtype))
+    return gathered + elsewhere.unsqueeze(2) * prototypes.sum(0, dtype=excess.dtype)
+
+
+def add_topk_gradient_(gradient: Tensor, ids: Tensor, at_ids: Tensor, elsewhere: Tensor, rows: Tensor) -> None:
+    """gradient (K, D) += q^T rows, rows (B * G, D): the adjoint of topk_means."""
+    excess = (at_ids - elsewhere.unsqueeze(2)).flatten(0, 1)
+    gradient.index_add_(0, ids.long().flatten(), (excess.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1))
+    gradient.add_(elsewhere.flatten() @ rows)

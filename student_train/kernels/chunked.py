@@ -1,0 +1,180 @@
+"""The prototype cross-entropy in torch, a few images at a time, on any device: what CPU and MPS use.
+
+With z a student row, s = z P^T / student_temp its logits, and W the sum of its pair weights w_g over the targets q_g:
+
+    loss   = sum over rows of  W logsumexp(s) - sum_g w_g <q_g, s>
+    dlogit = W softmax(s) - sum_g w_g q_g          dz = dlogit P / student_temp          dP = dlogit^T z / student_temp
+
+A chunk of images runs through all of it, gradients included, while its logits are still in cache: three matrix products
+a student row and nothing recomputed. Backward only scales by the upstream gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .target import EmbeddingTarget, Target, TopKTarget, widened
+from .topk import topk_probabilities
+
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20, "mps": 64 << 20}
+"""Bytes of logits to hold at once. On a CPU it should fit the last-level cache; measured in benchmarks/loss_notes.md."""
+
+
+def images_per_chunk(num_images: int, logits_per_image: int, itemsize: int, device: torch.device) -> int:
+    """As many images as the budget allows, at least one, spread evenly over the chunks."""
+    most = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (logits_per_image * itemsize))
+    chunks = -(-num_images // most)
+    return -(-num_images // chunks)
+
+
+@dataclass(frozen=True)
+class _AllProbabilities:
+    """q of n images over all the prototypes."""
+
+    q: Tensor  # (n, G, K)
+
+    @classmethod
+    def of(cls, target: Target, temp: float, centre: Tensor | None, out: Tensor) -> "_AllProbabilities":
+        """q of an embedding or dense target, made in place in ``out`` (at least n*G, K)."""
+        n, g = target.num_images, target.num_views
+        logits = out[: n * g]
+        if isinstance(target, EmbeddingTarget):
+            rows = target.embedding.reshape(n * g, -1).to(out.dtype) / temp
+            torch.mm(rows, target.prototypes.T, out=logits)
+        else:
+            torch.mul(target.logits.reshape(n * g, -1).to(out.dtype), 1 / temp, out=logits)
+        if centre is not None:
+            logits.sub_(centre / temp)
+        return cls(torch.softmax(logits, dim=1, out=logits).view(n, g, -1))
+
+    def dot(self, s: Tensor) -> Tensor:
+        """(n, V, G) <q, s> of every pair, s (n, V, K)."""
+        return torch.bmm(s, self.q.transpose(1, 2))
+
+    def subtract_from(self, p: Tensor, weights: Tensor) -> None:
+        """p (n, V, K) -= sum_g weights (n, V, G) q."""
+        p.baddbmm_(weights, self.q, alpha=-1)
+
+
+@dataclass(frozen=True)
+class _TopKProbabilities:
+    """q of n images: k probabilities, and the one that every other prototype has."""
+
+    ids: Tensor  # (n, G*k)
+    at_ids: Tensor  # (n, G, k)
+    elsewhere: Tensor  # (n, G)
+
+    @classmethod
+    def of(cls, target: TopKTarget, temp: float, centre: Tensor | None, dtype: torch.dtype) -> "_TopKProbabilities":
+        at_ids, elsewhere = topk_probabilities(target, temp, centre)
+        return cls(target.ids.long().flatten(1), at_ids.to(dtype), elsewhere.to(dtype))
+
+    @property
+    def _excess(self) -> Tensor:
+        return self.at_ids - self.elsewhere.unsqueeze(2)
+
+    def _ids_for(self, num_student_views: int) -> Tensor:
+        return self.ids.unsqueeze(1).expand(-1, num_student_views, -1)
+
+    def dot(self, s: Tensor) -> Tensor:
+        picked = s.gather(2, self._ids_for(s.shape[1])).unflatten(2, self.at_ids.shape[1:])
+        return torch.einsum("nvgk,ngk->nvg", picked, self._excess) + s.sum(2, keepdim=True) * self.elsewhere.unsqueeze(1)
+
+    def subtract_from(self, p: Tensor, weights: Tensor) -> None:
+        p.sub_((weights * self.elsewhere.unsqueeze(1)).sum(2, keepdim=True))
+        at_ids = weights.unsqueeze(3) * self._excess.unsqueeze(1)
+        p.scatter_add_(2, self._ids_for(p.shape[1]), -at_ids.flatten(2))
+
+
+def loss_and_gradients(
+    student_embedding: Tensor,  # (B, V, D)
+    student_prototypes: Tensor,  # (K, D)
+    target: Target,
+    student_temp: float,
+    teacher_temp: float,
+    centre: Tensor | None,  # (K,)
+    pair_weights: Tensor,  # (B, V, G)
+    needs_embedding: bool,
+    needs_prototypes: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients by embedding and prototypes where they are needed, in the wide dtype."""
+    (num_images, v, d), k, g = student_embedding.shape, len(student_prototypes), target.num_views
+    dtype = widened(torch.promote_types(student_embedding.dtype, student_prototypes.dtype))
+    prototypes = student_prototypes.to(dtype)
+    weights = pair_weights.to(dtype) / num_images
+    centre = None if centre is None else centre.to(dtype)
+    if isinstance(target, EmbeddingTarget):  # cast once, not once a chunk
+        target = EmbeddingTarget(target.embedding, target.prototypes.to(dtype))
+
+    sparse = isinstance(target, TopKTarget)
+    n = images_per_chunk(num_images, (v if sparse else v + g) * k, dtype.itemsize, prototypes.device)
+    student_logits = prototypes.new_empty(n * v, k)
+    target_logits = prototypes.new_empty(0 if sparse else n * g, k)
+    loss = prototypes.new_zeros(())
+    grad_embedding = prototypes.new_empty(num_images, v, d) if needs_embedding else None
+    grad_prototypes = torch.zeros_like(prototypes) if needs_prototypes else None
+
+    for start in range(0, num_images, n):
+        chunk = slice(start, min(start + n, num_images))
+        z = student_embedding[chunk].reshape(-1, d).to(dtype) / student_temp
+        w, part = weights[chunk], target.images(chunk.start, chunk.stop)
+        if sparse:
+            q = _TopKProbabilities.of(part, teacher_temp, centre, dtype)
+        else:
+            q = _AllProbabilities.of(part, teacher_temp, centre, out=target_logits)
+
+        rows = torch.mm(z, prototypes.T, out=student_logits[: len(z)])
+        by_image = rows.view(-1, v, k)
+        total = w.sum(2)
+        largest = rows.amax(1)
+        loss -= (w * q.dot(by_image)).sum()
+        torch.softmax(rows, dim=1, out=rows)
+        log_sum_exp = largest - rows.amax(1).log()
+        loss += (total.flatten() * log_sum_exp).sum()
+
+        if needs_embedding or needs_prototypes:
+            by_image.mul_(total.unsqueeze(2))
+            q.subtract_from(by_image, w)
+        if grad_embedding is not None:
+            torch.mm(rows, prototypes, out=grad_embedding[chunk].view(-1, d)).div_(student_temp)
+        if grad_prototypes is not None:
+            grad_prototypes.addmm_(rows.T, z)
+    return loss, grad_embedding, grad_prototypes
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_embedding, student_prototypes, *rest):
+        ctx.save_for_backward(student_embedding, student_prototypes)
+        ctx.rest = rest
+        loss, *ctx.gradients = loss_and_gradients(student_embedding, student_prototypes, *rest, *ctx.needs_input_grad[:2])
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        inputs = ctx.saved_tensors
+        if ctx.gradients is None:  # a second backward through a retained graph: the first gave the buffers away
+            _, *ctx.gradients = loss_and_gradients(*inputs, *ctx.rest, *ctx.needs_input_grad[:2])
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (None if grad is None else grad.mul_(grad_loss).to(x.dtype) for grad, x in zip(gradients, inputs, strict=True))
+        return *scaled, *(None for _ in ctx.rest)
+
+
+def prototype_cross_entropy(
+    student_embedding: Tensor,
+    student_prototypes: Tensor,
+    target: Target,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    centre: Tensor | None = None,
+    pair_weights: Tensor,
+) -> Tensor:
+    """As reference.prototype_cross_entropy; pair_weights (V, G) or (B, V, G)."""
+    weights = pair_weights.expand(len(student_embedding), -1, -1)
+    return _ChunkedCrossEntropy.apply(
+        student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, weights
+    )
