@@ -1,7 +1,8 @@
 """Projection heads and prototypes: the same classes for the teacher's published head and for the student's fresh one.
 
-Every method of the table ends alike: an MLP projects the backbone's feature, the projection is L2-normalised, and a bias-free
-linear layer compares it with K prototypes. They differ in depth, activation, BatchNorm, and in how the prototypes are scaled:
+Every method of the table ends alike: an MLP projects the backbone's feature, the projection is L2-normalised, and a
+bias-free linear layer compares it with K prototypes. They differ in depth, activation, BatchNorm, and in how the
+prototypes are scaled:
 
 =================  ======  ==========  =========  =============================================  =====================
 method             layers  activation  BatchNorm  prototypes                                     source
@@ -27,9 +28,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 class ProjectionHead(nn.Module):
     """MLP with an L2-normalised output: (N, in_dim) -> (N, out_dim) float32 unit rows.
 
-    ``num_layers`` linear layers (1 or more) with ``activation`` between them; ``norm`` puts a BatchNorm before each activation.
-    The layers live in ``mlp`` numbered as in the published DINO, SwAV and MoCo heads. Initialised as DINO: truncated normal of
-    standard deviation .02, zero biases.
+    ``num_layers`` linear layers (1 or more) with ``activation`` between them; ``norm`` puts a BatchNorm before each
+    activation. The layers live in ``mlp`` numbered as in the published DINO, SwAV and MoCo heads. Initialised as DINO:
+    truncated normal of standard deviation .02, zero biases.
     """
 
     def __init__(
@@ -63,14 +64,16 @@ class ProjectionHead(nn.Module):
 class Prototypes(nn.Module):
     """K directions that embeddings are compared with: ``logits = embedding @ matrix().T``.
 
-    ``weight_norm=True`` keeps a direction ``weight_v`` (K, D) and a gain ``weight_g`` (K, 1) a row, the names of DINO's files; the
-    effective row is ``g * v / |v|``. The gain is fixed at 1 unless ``learn_gain`` (DINO's ``norm_last_layer=False``), so the rows are
-    unit vectors, as SwAV and MSN want them too. ``weight_norm=False`` is a plain matrix ``weight`` (K, D).
+    ``weight_norm=True`` keeps a direction ``weight_v`` (K, D) and a gain ``weight_g`` (K, 1) a row, the names of DINO's
+    files; the effective row is ``g * v / |v|``. The gain is fixed at 1 unless ``learn_gain`` (DINO's
+    ``norm_last_layer=False``), so the rows are unit vectors, as SwAV and MSN want them too. ``weight_norm=False`` is a
+    plain matrix ``weight`` (K, D).
     """
 
     def __init__(self, num: int, dim: int, weight_norm: bool = True, learn_gain: bool = False) -> None:
         super().__init__()
-        rows = torch.empty(num, dim).uniform_(-(dim**-0.5), dim**-0.5)  # nn.Linear's, which every published method starts from
+        bound = dim**-0.5  # nn.Linear's, which every published method starts from
+        rows = torch.empty(num, dim).uniform_(-bound, bound)
         self.num, self.dim, self.weight_norm = num, dim, weight_norm
         if weight_norm:
             self.weight_v = nn.Parameter(rows)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from rob.common.heads import ProjectionHead, Prototypes
 from torch import nn
+
+from rob.common.heads import ProjectionHead, Prototypes
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,156 @@
+"""Prototypes for teachers that publish none: mini-batch spherical k-means with balanced assignments, on cached
+embeddings.
+
+Each batch is balanced by Sinkhorn-Knopp (SwAV, arXiv 2006.09882, eq. 3 to 5), so that every prototype gets the same
+share of it; each embedding then goes to the prototype with its largest share, and a prototype moves to the direction of
+the decaying sum of what it was given. Moving by the soft shares instead, as SwAV's loss does, lets prototypes drift
+together where embeddings are dense.
+
+One number sets the scale: the spread, the standard deviation of the cosine between embeddings of different images. It
+is .08 for the pooled features of a ReLU network and several times that for a trained projection. Measured with
+EfficientNet-Lite0 on 6,000 views of 3,000 CIFAR-10 images (D = 1280, spread .078, K = 256 and 1024, 8 passes), evenness
+being the entropy of the use over log K:
+
+- plain spherical k-means: all prototypes used, evenness .974 and .972; balanced: all used, .998 and .994. On made-up
+  data with nine in ten embeddings in one narrow cone (K = 64): plain .953, balanced .996, balanced with soft shares .12
+  and three in four unused.
+- the softness of the balancing hardly matters: from half the spread to a sixteenth of it the evenness stays above .985.
+- teacher temperature: at .04 the softmax over the prototypes spreads over 29 of 256 and 39 of 1024 of them (perplexity)
+  and its largest probability is about .3; at .02 over 5 and 3, close to a label; at .07 over 109 and 354, close to
+  nothing. Half the spread is .04. Nearest neighbours by these distributions agree as often on the class (.53) from .03
+  to .1.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.errors import MisuseError
+
+ReadRows = Callable[[int, int], np.ndarray | Tensor]
+"""``read(start, stop)``: the embeddings of rows start..stop-1, (n, D) or (n, V, D)."""
+
+EPSILON_OF_SPREAD = 0.25
+TEMP_OF_SPREAD = 0.5
+
+EMBEDDINGS_EACH = 4
+"""Least number of embeddings for each prototype: with fewer, prototypes are images."""
+
+BATCH_ELEMENTS = 1 << 24
+"""Elements of the largest matrix held, batch x K or batch x D: 64 MiB of float32."""
+
+WINDOW = 10
+"""Batches that a prototype's decaying sum reaches back over; no more than there are, so one batch of all makes plain
+k-means."""
+
+SCALE_SAMPLE = 1024
+"""Embeddings whose cosines with each other measure the spread."""
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    """How to fit."""
+
+    num: int
+    """K, at least 2."""
+    epochs: int = 5
+    """Passes over the embeddings."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FittedPrototypes:
+    """What a fit found, and its figures over all embeddings."""
+
+    prototypes: Tensor
+    """(K, D) float32 unit rows."""
+    teacher_temp: float
+    """Temperature for a teacher's softmax over them: half the spread."""
+    used: float
+    """Share of the prototypes that are the nearest one of some embedding."""
+    balance: float
+    """Entropy of how the embeddings share out over their nearest prototypes, over log K; 1 is a perfectly even use."""
+    cohesion: float
+    """Mean cosine of an embedding with its nearest prototype."""
+
+
+def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> FittedPrototypes:
+    """Fit ``config.num`` prototypes to the embeddings that ``read`` gives, a bounded number in memory at a time.
+
+    The same rows and configuration give the same prototypes. Raises ``MisuseError`` for more prototypes than the
+    embeddings bear.
+    """
+    views, dim = _unit_rows(read(0, 1)).shape
+    num_embeddings = num_rows * views
+    if not 2 <= config.num <= num_embeddings // EMBEDDINGS_EACH:
+        raise MisuseError(
+            f"--prototypes {config.num} does not suit {num_embeddings} embeddings: give from 2 to "
+            f"{num_embeddings // EMBEDDINGS_EACH}, one for every {EMBEDDINGS_EACH} at most"
+        )
+    batch_rows = max(1, BATCH_ELEMENTS // max(config.num, dim) // views)
+    starts = np.arange(0, num_rows, batch_rows)
+    generator = np.random.Generator(np.random.Philox(config.seed))
+
+    def batch(start: int) -> Tensor:
+        return _unit_rows(read(int(start), int(min(start + batch_rows, num_rows))))
+
+    picked = np.sort(
+        generator.choice(num_embeddings, min(num_embeddings, max(config.num, SCALE_SAMPLE)), replace=False)
+    )
+    parts = np.split(picked, np.searchsorted(picked, starts[1:] * views))
+    sample = torch.cat([batch(start)[part - start * views] for start, part in zip(starts, parts, strict=True)])
+    sample = sample[generator.permutation(len(sample))]
+    prototypes, spread = sample[: config.num], _spread(sample[:SCALE_SAMPLE])
+    sums, window = torch.zeros(config.num, dim), min(len(starts), WINDOW)
+    for _ in range(config.epochs):
+        for start in generator.permutation(starts):
+            embeddings = batch(start)
+            shares = balanced_assignment(embeddings @ prototypes.T, EPSILON_OF_SPREAD * spread)
+            sums.mul_(1 - 1 / window).index_add_(0, shares.argmax(dim=1), embeddings)
+            prototypes = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), prototypes)
+    return _with_figures(prototypes, TEMP_OF_SPREAD * spread, map(batch, starts))
+
+
+def balanced_assignment(similarity: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
+    """Sinkhorn-Knopp: shares (B, K) of each embedding in each prototype, rows 1/B and columns near 1/K, from
+    similarities (B, K).
+
+    Starts from the softmax of each row, which unlike SwAV's plain exponential can't underflow, then balances columns
+    and rows.
+    """
+    shares = similarity.div(epsilon).softmax(dim=1)
+    batch, num = shares.shape
+    for _ in range(iterations):
+        shares.div_(shares.sum(dim=0).clamp_min_(torch.finfo(shares.dtype).tiny)).div_(num)
+        shares.div_(shares.sum(dim=1, keepdim=True)).div_(batch)
+    return shares
+
+
+def _unit_rows(embeddings: np.ndarray | Tensor) -> Tensor:
+    rows = torch.as_tensor(embeddings)
+    return F.normalize(rows.reshape(-1, rows.shape[-1]).float(), dim=1)
+
+
+def _spread(embeddings: Tensor) -> float:
+    """Standard deviation of the cosines between different rows of ``embeddings`` (n, D)."""
+    cosines = embeddings @ embeddings.T
+    return cosines[~torch.eye(len(cosines), dtype=torch.bool)].std().clamp_min(1e-3).item()
+
+
+def _with_figures(prototypes: Tensor, teacher_temp: float, batches: Iterable[Tensor]) -> FittedPrototypes:
+    counts, total = torch.zeros(len(prototypes), dtype=torch.float64), 0.0
+    for embeddings in batches:
+        cosines, nearest = (embeddings @ prototypes.T).max(dim=1)
+        counts += torch.bincount(nearest, minlength=len(prototypes))
+        total += cosines.sum().item()
+    return FittedPrototypes(
+        prototypes=prototypes,
+        teacher_temp=teacher_temp,
+        used=(counts > 0).double().mean().item(),
+        balance=(torch.special.entr(counts / counts.sum()).sum() / np.log(len(prototypes))).item(),
+        cohesion=total / counts.sum().item(),
+    )
