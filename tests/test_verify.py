@@ -183,10 +183,11 @@ def test_a_flipped_bit_in_a_chunk(data, headless, tmp_path, place) -> None:
         check(store, data, headless)
 
 
-def test_a_flipped_bit_in_the_prototypes(data, with_head, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["prototypes", "statistics/embedding_sum"])
+def test_a_flipped_bit_in_a_small_array(data, with_head, tmp_path, name) -> None:
     store = tiny.tiny_store(tmp_path / "a.zarr", data, with_head)
-    flip(store.path / "prototypes" / "c" / "0" / "0", 100)
-    with pytest.raises(FailureError, match="'prototypes' is damaged"):
+    flip(next(file for file in (store.path / name / "c").rglob("*") if file.is_file()), 30)
+    with pytest.raises(FailureError, match=f"'{name}' is damaged"):
         check(store, data, with_head)
 
 
