@@ -1,5 +1,4 @@
-"""Prototypes for teachers that publish none: mini-batch spherical k-means with balanced assignments, on cached
-embeddings.
+"""Prototypes for teachers that publish none: balanced mini-batch spherical k-means on cached embeddings.
 
 Each batch is balanced by Sinkhorn-Knopp (SwAV, arXiv 2006.09882, eq. 3 to 5), so that every prototype gets the same
 share of it; each embedding then goes to the prototype with its largest share, and a prototype moves to the direction of
@@ -21,7 +20,7 @@ being the entropy of the use over log K:
   to .1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +39,18 @@ TEMP_OF_SPREAD = 0.5
 EMBEDDINGS_EACH = 4
 """Least number of embeddings for each prototype: with fewer, prototypes are images."""
 
-BATCH_ELEMENTS = 1 << 24
-"""Elements of the largest matrix held, batch x K or batch x D: 64 MiB of float32."""
+PASS_EMBEDDINGS_EACH = 256
+"""Most embeddings for each prototype that a pass reads: k-means gains nothing from more (faiss's rule)."""
+
+BATCH_ELEMENTS = 1 << 25
+"""Elements of the largest matrix held, batch x K or batch x D: 128 MiB of float32."""
+
+BLOCK_ROWS = 16
+"""Rows read in one piece. A batch is many blocks from all over: rows lie in the order of their paths, often class by class,
+and a batch of one class must not be spread over the prototypes of all."""
 
 WINDOW = 10
-"""Batches that a prototype's decaying sum reaches back over; no more than there are, so one batch of all makes plain
-k-means."""
+"""Batches that a prototype's decaying sum reaches back over, or as many as a pass has: one batch makes plain Lloyd steps."""
 
 SCALE_SAMPLE = 1024
 """Embeddings whose cosines with each other measure the spread."""
@@ -64,7 +69,7 @@ class PrototypeConfig:
 
 @dataclass(frozen=True)
 class FittedPrototypes:
-    """What a fit found, and its figures over all embeddings."""
+    """What a fit found, and its figures over one more pass."""
 
     prototypes: Tensor
     """(K, D) float32 unit rows."""
@@ -91,33 +96,33 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
             f"--prototypes {config.num} does not suit {num_embeddings} embeddings: give from 2 to "
             f"{num_embeddings // EMBEDDINGS_EACH}, one for every {EMBEDDINGS_EACH} at most"
         )
-    batch_rows = max(1, BATCH_ELEMENTS // max(config.num, dim) // views)
-    starts = np.arange(0, num_rows, batch_rows)
     generator = np.random.Generator(np.random.Philox(config.seed))
+    blocks = np.arange(0, num_rows, BLOCK_ROWS)
+    blocks_a_pass = min(len(blocks), -(-PASS_EMBEDDINGS_EACH * config.num // (BLOCK_ROWS * views)))
+    blocks_a_batch = max(1, BATCH_ELEMENTS // max(config.num, dim) // (BLOCK_ROWS * views))
+    num_batches = -(-blocks_a_pass // blocks_a_batch)
 
-    def batch(start: int) -> Tensor:
-        return _unit_rows(read(int(start), int(min(start + batch_rows, num_rows))))
+    def one_pass() -> Iterator[Tensor]:
+        """Batches (B, D) that cover the embeddings, or a fresh part of them, in random order."""
+        for batch in np.array_split(generator.permutation(blocks)[:blocks_a_pass], num_batches):
+            yield torch.cat([_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch])
 
-    picked = np.sort(
-        generator.choice(num_embeddings, min(num_embeddings, max(config.num, SCALE_SAMPLE)), replace=False)
-    )
-    parts = np.split(picked, np.searchsorted(picked, starts[1:] * views))
-    sample = torch.cat([batch(start)[part - start * views] for start, part in zip(starts, parts, strict=True)])
+    wanted = max(config.num, SCALE_SAMPLE)
+    from_each = 2 * -(-wanted // num_batches)  # twice, because the last block can be short
+    sample = torch.cat([batch[generator.permutation(len(batch))[:from_each]] for batch in one_pass()])
     sample = sample[generator.permutation(len(sample))]
     prototypes, spread = sample[: config.num], _spread(sample[:SCALE_SAMPLE])
-    sums, window = torch.zeros(config.num, dim), min(len(starts), WINDOW)
+    sums, window = torch.zeros(config.num, dim), min(num_batches, WINDOW)
     for _ in range(config.epochs):
-        for start in generator.permutation(starts):
-            embeddings = batch(start)
+        for embeddings in one_pass():
             shares = balanced_assignment(embeddings @ prototypes.T, EPSILON_OF_SPREAD * spread)
             sums.mul_(1 - 1 / window).index_add_(0, shares.argmax(dim=1), embeddings)
             prototypes = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), prototypes)
-    return _with_figures(prototypes, TEMP_OF_SPREAD * spread, map(batch, starts))
+    return _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
 
 
 def balanced_assignment(similarity: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
-    """Sinkhorn-Knopp: shares (B, K) of each embedding in each prototype, rows 1/B and columns near 1/K, from
-    similarities (B, K).
+    """Sinkhorn-Knopp: shares (B, K) of embeddings in prototypes, rows 1/B, columns near 1/K, from similarities (B, K).
 
     Starts from the softmax of each row, which unlike SwAV's plain exponential can't underflow, then balances columns
     and rows.

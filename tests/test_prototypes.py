@@ -40,23 +40,56 @@ def test_no_prototype_is_left_unused_where_nine_in_ten_embeddings_are_alike() ->
     assert fit.balance > 0.98  # plain k-means .95; moving by soft shares .12
 
 
-def test_half_precision_views_as_a_store_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_ELEMENTS", 16 * 120)  # batches of 30 rows: several, the last one short
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_ELEMENTS", 16 * 120)  # 120 embeddings of 16 dimensions
+    monkeypatch.setattr(module, "BLOCK_ROWS", 3)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_half_precision_views_as_a_store_gives_them() -> None:
     embeddings, directions = clusters(num=6, each=100)
     store = embeddings.numpy().astype(np.float16).reshape(150, 4, 16)
-    reads: list[int] = []
-
-    def read(start: int, stop: int) -> np.ndarray:
-        reads.append(stop - start)
-        return store[start:stop]
-
-    fit = fit_prototypes(read, 150, PrototypeConfig(6))
-    assert max(reads) == 30
-    assert (fit.prototypes @ directions.T).amax(dim=0).min() > 0.97
-    again = fit_prototypes(read, 150, PrototypeConfig(6))
+    fit = fit_prototypes(lambda start, stop: store[start:stop], 150, PrototypeConfig(12))
+    assert (fit.prototypes @ directions.T).amax(dim=0).min() > 0.95
+    again = fit_prototypes(lambda start, stop: store[start:stop], 150, PrototypeConfig(12))
     assert torch.equal(fit.prototypes, again.prototypes)
-    other = fit_prototypes(read, 150, PrototypeConfig(6, seed=1))
+    other = fit_prototypes(lambda start, stop: store[start:stop], 150, PrototypeConfig(12, seed=1))
     assert not torch.equal(fit.prototypes, other.prototypes)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_rows_may_lie_class_by_class() -> None:
+    """Packed folders do: with batches of neighbouring rows, each would be forced over the prototypes of all classes."""
+    _, directions = clusters(num=8, each=1)
+    embeddings = F.normalize(
+        directions.repeat_interleave(240, dim=0)
+        + 0.1 * torch.randn(1920, 16, generator=torch.Generator().manual_seed(3)),
+        dim=1,
+    )
+    fit = fit_prototypes(lambda start, stop: embeddings[start:stop], 1920, PrototypeConfig(16))
+    nearest = (embeddings @ fit.prototypes.T).argmax(dim=1).reshape(8, 240)
+    table = torch.stack([torch.bincount(row, minlength=16) for row in nearest])  # embeddings of a class at a prototype
+    assert table.amax(dim=0).sum() > 0.95 * len(embeddings)
+    assert fit.balance > 0.9
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_pass_reads_a_bounded_number_of_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PASS_EMBEDDINGS_EACH", 10)
+    embeddings, _ = clusters(num=6, each=1000)
+    rows_read: list[int] = []
+
+    def read(start: int, stop: int) -> Tensor:
+        rows_read.append(stop - start)
+        return embeddings[start:stop]
+
+    fit = fit_prototypes(read, 6000, PrototypeConfig(30, epochs=4))
+    assert (
+        sum(rows_read) <= 1 + (1 + 4 + 1) * 10 * 30
+    )  # one to see the shape; a pass for seeds, four epochs, one for figures
+    assert fit.prototypes.shape == (30, 16)
+    assert fit.used == 1
 
 
 def test_the_temperature_follows_the_spread_of_the_embeddings() -> None:
