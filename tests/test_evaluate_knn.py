@@ -3,19 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from gaussians import gaussian_classes
 
 from rob.common.errors import MisuseError
 from rob.student_train.evaluate import knn as knn_module
 from rob.student_train.evaluate.features import Features
 from rob.student_train.evaluate.knn import knn, knn_sweep
-
-
-def clusters(count: int, num_classes: int = 10, dim: int = 32, spread: float = 2.0, seed: int = 0) -> Features:
-    """Overlapping Gaussian classes whose centres do not depend on ``seed``."""
-    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % num_classes
-    return Features(centres[labels] + spread * torch.randn(count, dim, generator=generator), labels)
 
 
 def test_votes_by_hand():
@@ -30,7 +23,7 @@ def test_votes_by_hand():
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_agrees_with_scikit_learn(k):
     neighbors = pytest.importorskip("sklearn.neighbors")
-    train, test = clusters(3000, seed=1), clusters(1000, seed=2)
+    train, test = gaussian_classes(3000, seed=1), gaussian_classes(1000, seed=2)
     reference = neighbors.KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     ).fit(train.features.numpy(), train.labels.numpy())
@@ -44,7 +37,7 @@ def test_agrees_with_scikit_learn(k):
 
 
 def test_a_sweep_and_small_batches_change_nothing(monkeypatch):
-    train, test = clusters(500, seed=1), clusters(300, seed=2)
+    train, test = gaussian_classes(500, seed=1), gaussian_classes(300, seed=2)
     whole = knn_sweep(train, test, (5, 20, 100))
     assert whole == tuple(knn(train, test, k) for k in (5, 20, 100))
     monkeypatch.setattr(knn_module, "SIMILARITIES_PER_BATCH", 7 * len(train))
@@ -52,12 +45,12 @@ def test_a_sweep_and_small_batches_change_nothing(monkeypatch):
 
 
 def test_top5_of_few_classes_is_certain():
-    train = clusters(60, num_classes=3, seed=1)
-    result = knn(train, clusters(30, num_classes=3, seed=2), k=20)
+    train = gaussian_classes(60, num_classes=3, seed=1)
+    result = knn(train, gaussian_classes(30, num_classes=3, seed=2), k=20)
     assert result.top5 == 100
     assert result.to_json()["num_train"] == 60
 
 
 def test_more_neighbours_than_images_are_refused():
     with pytest.raises(MisuseError, match="k = 20 neighbours of 10 training images"):
-        knn(clusters(10), clusters(10), k=20)
+        knn(gaussian_classes(10), gaussian_classes(10), k=20)
