@@ -94,19 +94,16 @@ class CachedTargets:
         has_embedding = self.store.encoding.kind == "embedding"
         prototypes = self.store.prototypes
         self.prototypes = None if prototypes is None else torch.from_numpy(prototypes).to(device)
-        self.space = TargetSpace(
-            manifest.dim,
-            manifest.num_prototypes,
-            has_embedding,
-            manifest.teacher_temp,
-            None if prototypes is None else self._centre(),
+        mean = (
+            torch.from_numpy(self.store.statistics["embedding_sum"] / (manifest.num_images * self.views))
+            .float()
+            .to(device)
         )
-
-    def _centre(self) -> Tensor:
-        """The teacher's mean logits over every cached view: linear in the embedding, so its mean is enough."""
-        assert self.prototypes is not None
-        total = torch.from_numpy(self.store.statistics["embedding_sum"]).to(self.prototypes)
-        return self.prototypes @ (total / (self.store.manifest.num_images * self.views))
+        # Logits are linear in the embedding: their mean is that of the mean embedding.
+        centre = None if self.prototypes is None else self.prototypes @ mean
+        self.space = TargetSpace(
+            manifest.dim, manifest.num_prototypes, has_embedding, manifest.teacher_temp, mean, centre
+        )
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         return ()
