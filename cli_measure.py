@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from rob import cli_options as o
-from rob.cli import app, console, note, say_which_loader
+from rob.cli import app, bar, console, note, say_which_loader
 from rob.common.errors import MisuseError
 
 evaluate = typer.Typer(help="Measure frozen features.", no_args_is_help=True)
@@ -72,3 +72,137 @@ def frozen_network(what: str, teacher: str | None, checkpoint: Path | None, size
             model.name, model, size or model.view_size, model.mean, model.std, model.weights_hash, where
         )
     return FrozenNetwork.student(Path(what), where, size)
+
+
+@app.command("inspect")
+def inspect_(
+    path: Annotated[Path, typer.Argument(help="A .beton or a target store.")],
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw a contact sheet to this PNG: the first images with their views, and a store's nearest neighbours."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="With --sheet for a store: the .beton it was cached from.")] = None,
+    recipe: o.RecipeName = "dino",
+    images: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 6,
+) -> None:
+    """Show what a .beton or a target store holds."""
+    from rob.common.contact_sheet import SheetConfig, contact_sheet
+    from rob.common.inspect import inspect
+    from rob.common.views import get_recipe
+
+    found = inspect(path)
+    table = Table(title=found.title, title_justify="left", show_header=False)
+    for row in found.rows:
+        table.add_row(*row)
+    console.print(table)
+    if sheet is None:
+        return
+    is_store = path.is_dir()
+    if is_store and data is None:
+        raise MisuseError("--sheet of a store needs its images: pass --data DATA.beton")
+    config = SheetConfig(
+        data=data if is_store and data else path,
+        out=sheet,
+        store=path if is_store else None,
+        recipe=get_recipe(recipe),
+        images=images,
+    )
+    note(f"written to {contact_sheet(config)}")
+
+
+@app.command("verify")
+def verify_(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A target store.")],
+    data: o.Data,
+    teacher: o.TeacherName,
+    checkpoint: o.Checkpoint = None,
+    samples: Annotated[int, typer.Option(min=1, help="Random views to compute again with the live teacher.")] = 256,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Distance a unit embedding may have moved; default by precision. On one machine 1e-4 will do."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: o.Device = "auto",
+    workers: o.Workers = 0,
+    seed: o.Seed = 0,
+) -> None:
+    """Check every chunk of a store, and a sample of its targets against the live teacher."""
+    from rob.teacher_cache.teachers import TeacherConfig
+    from rob.teacher_cache.verify import VerifyConfig, VerifyProgress, verify
+
+    config = VerifyConfig(
+        store,
+        data,
+        TeacherConfig(teacher, checkpoint),
+        samples,
+        seed,
+        device,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    with bar("chunks", "chunks") as chunks, bar("views", "views") as views:
+        result = verify(config, VerifyProgress(chunks, views))
+    note(
+        f"{store}: every chunk is whole; {len(result.samples)} views agree, mean cosine {result.mean_cosine:.6f}, worst {result.worst.cosine:.6f}"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Its folder; results of an earlier demo there are replaced.")] = Path(
+        "runs/demo"
+    ),
+    device: o.Device = "auto",
+) -> None:
+    """The whole idea on Fashion-MNIST, in minutes and without downloads on Debian."""
+    from rob.benchmarks import demo as stage
+
+    note(
+        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. With a network, a real one is\n"
+        "  rob cache-teacher DATA.beton targets.zarr --teacher vit_small_patch16_224.dino"
+    )
+    summary = stage.run(stage.DemoConfig(out=out, device=device), stage.DemoScreen(note, bar))
+    table = Table(title="k-NN top-1 on Fashion-MNIST", title_justify="left")
+    table.add_column("features")
+    table.add_column("top-1 %", justify="right")
+    for name, top1 in summary["knn_top1"].items():
+        table.add_row(name.replace("_", " "), f"{top1:.2f}")
+    console.print(table)
+    note("  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items()))
+    note(f"written to {out}: summary.json, curve.png, student/student.safetensors")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="pipeline, loader, store, cache or loss.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")
+    ] = None,
+    device: o.Device = "auto",
+) -> None:
+    """Measure one part against its peers and its floor, in one run."""
+    from importlib import import_module
+
+    from rob.common.errors import unknown_name
+
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", name, BENCHMARKS)
+    module = import_module(f"rob.benchmarks.{name}")
+    report = module.run(getattr(module, BENCHMARKS[name])(device=device))
+    report.show(console)
+    note(f"written to {report.write(out)}")
+
+
+BENCHMARKS = {
+    "pipeline": "PipelineConfig",
+    "loader": "LoaderBenchConfig",
+    "store": "StoreBenchConfig",
+    "cache": "CacheBenchConfig",
+    "loss": "LossBenchConfig",
+}
+"""Modules of ``rob.benchmarks`` and the names of their configurations."""
