@@ -2,6 +2,16 @@
 
 from .prototype_ce import prototype_cross_entropy
 from .reference import mean_entropy
+from .sinkhorn import Offsets, sinkhorn_offsets
 from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 
-__all__ = ["DenseTarget", "EmbeddingTarget", "Target", "TopKTarget", "mean_entropy", "prototype_cross_entropy"]
+__all__ = [
+    "DenseTarget",
+    "EmbeddingTarget",
+    "Offsets",
+    "Target",
+    "TopKTarget",
+    "mean_entropy",
+    "prototype_cross_entropy",
+    "sinkhorn_offsets",
+]

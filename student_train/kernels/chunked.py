@@ -18,14 +18,21 @@ from torch.autograd.function import once_differentiable
 from .target import EmbeddingTarget, Target, TopKTarget, widened
 from .topk import topk_probabilities
 
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20, "mps": 64 << 20}
-"""Bytes of logits to hold at once. On a CPU it should fit the last-level cache; measured in benchmarks/loss_notes.md."""
+CHUNK_BYTES = {"cpu": 8 << 20}
+"""Bytes of logits to hold at once, so that on a CPU they stay in its last-level cache. Measured: benchmarks/loss_notes.md."""
+
+OTHER_CHUNK_BYTES = 64 << 20
+"""The same on an accelerator, where a chunk must rather be worth a launch."""
+
+FEWEST_ROWS = 96
+"""Rows a chunk should have even if they need more bytes: the matrix products slow down below."""
 
 
-def images_per_chunk(num_images: int, logits_per_image: int, itemsize: int, device: torch.device) -> int:
-    """As many images as the budget allows, at least one, spread evenly over the chunks."""
-    most = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (logits_per_image * itemsize))
-    chunks = -(-num_images // most)
+def images_per_chunk(num_images: int, rows_per_image: int, bytes_per_row: int, device: torch.device) -> int:
+    """As many images as the budget allows, spread evenly over the chunks."""
+    budget = CHUNK_BYTES.get(device.type, OTHER_CHUNK_BYTES)
+    most = max(budget // bytes_per_row, FEWEST_ROWS) // rows_per_image
+    chunks = -(-num_images // max(1, most))
     return -(-num_images // chunks)
 
 
@@ -80,7 +87,8 @@ class _TopKProbabilities:
 
     def dot(self, s: Tensor) -> Tensor:
         picked = s.gather(2, self._ids_for(s.shape[1])).unflatten(2, self.at_ids.shape[1:])
-        return torch.einsum("nvgk,ngk->nvg", picked, self._excess) + s.sum(2, keepdim=True) * self.elsewhere.unsqueeze(1)
+        everywhere = s.sum(2, keepdim=True) * self.elsewhere.unsqueeze(1)
+        return everywhere + torch.einsum("nvgk,ngk->nvg", picked, self._excess)
 
     def subtract_from(self, p: Tensor, weights: Tensor) -> None:
         p.sub_((weights * self.elsewhere.unsqueeze(1)).sum(2, keepdim=True))
@@ -108,10 +116,9 @@ def loss_and_gradients(
     if isinstance(target, EmbeddingTarget):  # cast once, not once a chunk
         target = EmbeddingTarget(target.embedding, target.prototypes.to(dtype))
 
-    sparse = isinstance(target, TopKTarget)
-    n = images_per_chunk(num_images, (v if sparse else v + g) * k, dtype.itemsize, prototypes.device)
-    student_logits = prototypes.new_empty(n * v, k)
-    target_logits = prototypes.new_empty(0 if sparse else n * g, k)
+    dense_views = 0 if isinstance(target, TopKTarget) else g
+    n = images_per_chunk(num_images, v + dense_views, k * dtype.itemsize, prototypes.device)
+    student_logits, target_logits = prototypes.new_empty(n * v, k), prototypes.new_empty(n * dense_views, k)
     loss = prototypes.new_zeros(())
     grad_embedding = prototypes.new_empty(num_images, v, d) if needs_embedding else None
     grad_prototypes = torch.zeros_like(prototypes) if needs_prototypes else None
@@ -120,7 +127,7 @@ def loss_and_gradients(
         chunk = slice(start, min(start + n, num_images))
         z = student_embedding[chunk].reshape(-1, d).to(dtype) / student_temp
         w, part = weights[chunk], target.images(chunk.start, chunk.stop)
-        if sparse:
+        if isinstance(part, TopKTarget):
             q = _TopKProbabilities.of(part, teacher_temp, centre, dtype)
         else:
             q = _AllProbabilities.of(part, teacher_temp, centre, out=target_logits)
@@ -146,31 +153,34 @@ def loss_and_gradients(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_embedding, student_prototypes, *rest):
-        ctx.save_for_backward(student_embedding, student_prototypes)
+    def forward(ctx, embedding, prototypes, *rest):
+        ctx.save_for_backward(embedding, prototypes)
         ctx.rest = rest
-        loss, *ctx.gradients = loss_and_gradients(student_embedding, student_prototypes, *rest, *ctx.needs_input_grad[:2])
+        loss, *ctx.gradients = loss_and_gradients(embedding, prototypes, *rest, *ctx.needs_input_grad[:2])
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
-        inputs = ctx.saved_tensors
+    def backward(ctx, *grad_outputs):
+        (upstream,) = grad_outputs
+        embedding, prototypes = ctx.saved_tensors
         if ctx.gradients is None:  # a second backward through a retained graph: the first gave the buffers away
-            _, *ctx.gradients = loss_and_gradients(*inputs, *ctx.rest, *ctx.needs_input_grad[:2])
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if grad is None else grad.mul_(grad_loss).to(x.dtype) for grad, x in zip(gradients, inputs, strict=True))
-        return *scaled, *(None for _ in ctx.rest)
+            _, *ctx.gradients = loss_and_gradients(embedding, prototypes, *ctx.rest, *ctx.needs_input_grad[:2])
+        (by_embedding, by_prototypes), ctx.gradients = ctx.gradients, None
+        if by_embedding is not None:
+            by_embedding = by_embedding.mul_(upstream).to(embedding.dtype)
+        if by_prototypes is not None:
+            by_prototypes = by_prototypes.mul_(upstream).to(prototypes.dtype)
+        return by_embedding, by_prototypes, *(None for _ in ctx.rest)
 
 
 def prototype_cross_entropy(
     student_embedding: Tensor,
     student_prototypes: Tensor,
     target: Target,
-    *,
     student_temp: float,
     teacher_temp: float,
-    centre: Tensor | None = None,
+    centre: Tensor | None,
     pair_weights: Tensor,
 ) -> Tensor:
     """As reference.prototype_cross_entropy; pair_weights (V, G) or (B, V, G)."""

@@ -61,21 +61,18 @@ def prototype_cross_entropy(
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLS)}")
     if impl == "auto":
         impl = choose_impl(student_embedding, student_prototypes, target)
-    arguments = dict(student_temp=student_temp, teacher_temp=teacher_temp, centre=centre, pair_weights=pair_weights)
+    inputs = student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights
     device = student_embedding.device
-    if impl == "reference":
-        loss = reference.prototype_cross_entropy(student_embedding, student_prototypes, target, **arguments)
-    else:
-        autocast_dtype = _autocast_dtype(device)
-        with torch.autocast(device.type, enabled=False):
-            if impl == "chunked":
-                loss = chunked.prototype_cross_entropy(student_embedding, student_prototypes, target, **arguments)
-            else:
-                from . import triton_ce  # triton is a Linux package
+    autocast_dtype = _autocast_dtype(device)
+    with torch.autocast(device.type, enabled=impl == "reference" and torch.is_autocast_enabled(device.type)):
+        if impl == "reference":
+            loss = reference.prototype_cross_entropy(*inputs)
+        elif impl == "chunked":
+            loss = chunked.prototype_cross_entropy(*inputs)
+        else:
+            from . import triton_ce  # triton is a Linux package
 
-                loss = triton_ce.prototype_cross_entropy(
-                    student_embedding, student_prototypes, target, **arguments, dtype=autocast_dtype
-                )
+            loss = triton_ce.prototype_cross_entropy(*inputs, dtype=autocast_dtype)
     if device.type == "cpu" if check_finite is None else check_finite:
         _raise_unless_finite(loss, student_embedding, student_prototypes, target, centre, pair_weights)
     return loss
@@ -129,21 +126,18 @@ def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, 
 def _raise_unless_finite(loss: Tensor, embedding, prototypes, target, centre, pair_weights) -> None:
     if torch.isfinite(loss):
         return
-    rows = {"student_embedding": embedding, "student_prototypes": prototypes, "pair_weights": pair_weights, "centre": centre}
-    bad = {name: ~torch.isfinite(rows_).all(-1) for name, rows_ in rows.items() if rows_ is not None}
+    rows = {"student_embedding": embedding, "student_prototypes": prototypes, "pair_weights": pair_weights}
+    if centre is not None:
+        rows["centre"] = centre
     match target:
         case EmbeddingTarget():
-            bad["target.embedding"] = ~torch.isfinite(target.embedding).all(-1)
-            bad["target.prototypes"] = ~torch.isfinite(target.prototypes).all(-1)
+            rows |= {"target.embedding": target.embedding, "target.prototypes": target.prototypes}
         case TopKTarget():
-            bad["target.logits"] = ~torch.isfinite(target.logits).all(-1)
-            bad["target.tail"] = (target.tail.isnan() | target.tail.isposinf()).any(-1)
+            rows |= {"target.logits": target.logits, "target.tail": target.tail}
         case DenseTarget():  # -inf excludes a prototype, but one must be left
-            bad["target.logits"] = (target.logits.isnan() | target.logits.isposinf()).any(-1)
-            bad["target.logits"] |= target.logits.isneginf().all(-1)
-    found = {name: where.nonzero().tolist() for name, where in bad.items() if where.any()}
-    listed = "; ".join(f"{name} rows {str(at[:4])[1:-1]}" + ", ..." * (len(at) > 4) for name, at in found.items())
-    raise FloatingPointError(
-        f"the prototype cross-entropy is {loss.item()}: "
-        + (f"NaN or infinite values in {listed}" if found else "its inputs are finite, but their products overflow float32")
-    )
+            excluded = target.logits.isneginf()
+            rows["target.logits"] = target.logits.masked_fill(excluded & ~excluded.all(-1, keepdim=True), 0)
+    bad = {name: (~torch.isfinite(values)).any(-1).nonzero().tolist() for name, values in rows.items()}
+    found = "; ".join(f"{name}{at[:4]}{' and more' * (len(at) > 4)}" for name, at in bad.items() if at)
+    cause = f"NaN or infinite rows in {found}" if found else "the inputs are finite, but their products overflow"
+    raise FloatingPointError(f"the prototype cross-entropy is {loss.item()}: {cause}")

@@ -7,19 +7,21 @@ from .target import DenseTarget, EmbeddingTarget, Target, widened
 from .topk import topk_probabilities
 
 
+def wide(x: Tensor) -> Tensor:
+    return x.to(widened(x.dtype))
+
+
 def target_probabilities(target: Target, temp: float, centre: Tensor | None = None) -> Tensor:
     """(B, G, K) q = softmax((t - centre) / temp) in float32, or float64 for a float64 target."""
     match target:
         case EmbeddingTarget():
-            dtype = torch.promote_types(target.embedding.dtype, target.prototypes.dtype)
-            logits = target.embedding.to(dtype) @ target.prototypes.to(dtype).T
+            logits = wide(target.embedding) @ wide(target.prototypes).T
         case DenseTarget():
-            logits = target.logits
+            logits = wide(target.logits)
         case _:
             at_ids, elsewhere = topk_probabilities(target, temp, centre)
             q = elsewhere.unsqueeze(2).repeat(1, 1, target.num_prototypes)
             return q.scatter(2, target.ids.long(), at_ids)
-    logits = logits.to(widened(logits.dtype))
     if centre is not None:
         logits = logits - centre
     return torch.softmax(logits / temp, dim=2)
@@ -29,16 +31,13 @@ def prototype_cross_entropy(
     student_embedding: Tensor,  # (B, V, D)
     student_prototypes: Tensor,  # (K, D)
     target: Target,  # G views an image
-    *,
     student_temp: float,
     teacher_temp: float,
-    centre: Tensor | None = None,  # (K,)
+    centre: Tensor | None,  # (K,)
     pair_weights: Tensor,  # (V, G) or (B, V, G)
 ) -> Tensor:
     """sum_{v,g} w[v,g] mean_b H(q[b,g], p[b,v]), p = softmax(student logits / student_temp)."""
-    dtype = torch.promote_types(student_embedding.dtype, student_prototypes.dtype)
-    logits = student_embedding.to(dtype) @ student_prototypes.to(dtype).T
-    log_p = torch.log_softmax(logits.to(widened(dtype)) / student_temp, dim=2)
+    log_p = torch.log_softmax(wide(student_embedding) @ wide(student_prototypes).T / student_temp, dim=2)
     with torch.no_grad():
         q = target_probabilities(target, teacher_temp, centre).to(log_p.dtype)
     cross_entropy = -torch.einsum("bvk,bgk->bvg", log_p, q)
@@ -51,6 +50,6 @@ def mean_entropy(student_embedding: Tensor, prototypes: Tensor, temp: float) -> 
     student_embedding: (..., D); prototypes: (K, D). Across ranks the mean must be taken over all of them: this is one
     rank's.
     """
-    logits = student_embedding.flatten(0, -2) @ prototypes.T
-    p = torch.softmax(logits.to(widened(logits.dtype)) / temp, dim=1).mean(dim=0)
-    return torch.special.entr(p).sum()
+    logits = wide(student_embedding).flatten(0, -2) @ wide(prototypes).T
+    p = torch.softmax(logits / temp, dim=1).mean(dim=0)
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()

@@ -1,16 +1,16 @@
 """The prototype cross-entropy on CUDA, around the two kernels of triton_kernels.py.
 
-With z a student row, P the student's prototypes and w the pair weights, all that the loss needs of a target q is the mean
-of the prototypes under it, a D-vector: <q, s> = z . (q P) / student_temp. So, per image,
+With z a student row, P the student's prototypes and w the pair weights, all that the loss needs of a target q is the
+mean of the prototypes under it, a D-vector: <q, s> = z . (q P) / student_temp. So, per image,
 
     mix_v   = sum_g w[v,g] q_g P               W_v = sum_g w[v,g]
     loss    = sum_v W_v logsumexp(s_v) - z_v . mix_v / student_temp
     dz_v    = (W_v p_v P - mix_v) / student_temp
     dP      = sum_v W_v p_v^T z_v / student_temp - sum_g q_g^T (sum_v w[v,g] z_v) / student_temp
 
-p P and q P come from `attend` in the forward pass, the two sums over rows of dP from `prototype_gradient` in the backward
-pass: each student row costs four matrix products (one recomputed), each target row four, and the largest thing in memory
-is S x rows x D for S splits. A top-k target needs no kernel: k prototypes are gathered, and the rest is one common mean.
+p P and q P come from `attend` in the forward pass, the two sums over rows of dP from `prototype_gradient` in the
+backward pass. Each row costs four matrix products, one of them recomputed, and the largest thing in memory is S x rows x D
+for S splits. A top-k target needs no kernel: k prototypes are gathered, and the rest share one sum.
 """
 
 import math
@@ -85,7 +85,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
         centre = None if centre is None else centre.float().contiguous()
 
         student_means, student_log_sums = _means(z, prototypes, prototypes, student_temp, None)
-        rows = keys = target_log_sums = probabilities = None
+        rows = keys = target_log_sums = topk = None
         match target:
             case EmbeddingTarget():
                 target_dtype = target.embedding.dtype if target.embedding.element_size() == 2 else dtype
@@ -96,8 +96,8 @@ class _TritonCrossEntropy(torch.autograd.Function):
                 rows = target.logits.reshape(b * g, -1).contiguous()
                 means, target_log_sums = _means(rows, None, prototypes, teacher_temp, centre)
             case TopKTarget():
-                probabilities = topk_probabilities(target, teacher_temp, centre)
-                means = topk_means(target.ids, *probabilities, prototypes).view(b * g, d)
+                topk = target.ids, *topk_probabilities(target, teacher_temp, centre)
+                means = topk_means(*topk, prototypes).view(b * g, d)
 
         total = weights.sum(2)
         mix = torch.einsum("bvg,bgd->bvd", weights, means.view(b, g, d))
@@ -108,15 +108,18 @@ class _TritonCrossEntropy(torch.autograd.Function):
             ctx.grad_embedding = (total.unsqueeze(2) * student_means.view(b, v, d) - mix) / student_temp
         if ctx.needs_input_grad[1]:
             mixed_student = torch.einsum("bvg,bvd->bgd", weights, rows_z).reshape(b * g, d)
-            ctx.save_for_backward(z, prototypes, student_log_sums, total, mixed_student, rows, keys, centre, target_log_sums)
-            ctx.topk = None if probabilities is None else (target.ids, *probabilities)
+            ctx.save_for_backward(
+                z, prototypes, student_log_sums, total, mixed_student, rows, keys, centre, target_log_sums
+            )
+            ctx.topk = topk
             ctx.temps = student_temp, teacher_temp
         ctx.dtypes = student_embedding.dtype, student_prototypes.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, *grad_outputs):
+        (upstream,) = grad_outputs
         grad_embedding = grad_prototypes = None
         if ctx.needs_input_grad[0]:
             grad_embedding = (ctx.grad_embedding * upstream).to(ctx.dtypes[0])
@@ -140,7 +143,8 @@ def _grad_prototypes(ctx, upstream: Tensor) -> Tensor:
         z, prototypes, student_log_sums, student_weights,
         z if rows is None or dense else rows, prototypes if dense else keys, z if rows is None else rows,
         student_weights if centre is None else centre,
-        student_log_sums if sparse else target_log_sums, target_weights, mixed, gradient, upstream * largest / student_temp,
+        student_log_sums if sparse else target_log_sums, target_weights, mixed,
+        gradient, upstream * largest / student_temp,
         len(z), len(mixed), k, math.log2(math.e) / student_temp, math.log2(math.e) / teacher_temp,
         triton.next_power_of_2(len(z)),
         D=d, DT=dt, WIDTH=max(16, triton.next_power_of_2(d)), WIDTH_T=max(16, triton.next_power_of_2(dt)),
@@ -148,7 +152,8 @@ def _grad_prototypes(ctx, upstream: Tensor) -> Tensor:
         PRECISION=_precision(z.dtype), LIFT=_lift(z.dtype), TARGETS=not sparse, TARGET_STAGES=TARGET_STAGES,
     )  # fmt: skip
     if ctx.topk is not None:
-        add_topk_gradient_(gradient, *ctx.topk, mixed_student * (-upstream / student_temp))
+        ids, at_ids, elsewhere = ctx.topk
+        add_topk_gradient_(gradient, ids, at_ids, elsewhere, mixed_student * (-upstream / student_temp))
     return gradient.to(ctx.dtypes[1])
 
 
@@ -156,14 +161,13 @@ def prototype_cross_entropy(
     student_embedding: Tensor,
     student_prototypes: Tensor,
     target: Target,
-    *,
     student_temp: float,
     teacher_temp: float,
-    centre: Tensor | None = None,
+    centre: Tensor | None,
     pair_weights: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As reference.prototype_cross_entropy, in float32 accumulation whatever the inputs; pair_weights (V, G) or (B, V, G).
+    """As reference.prototype_cross_entropy, accumulated in float32.
 
     dtype: what the tensor cores multiply; None for that of the embedding and prototypes.
     """

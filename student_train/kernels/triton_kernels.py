@@ -10,9 +10,12 @@ finite logit overflows. LIFT is added to every exponent before the cast to the o
 result: without it float16 would flush the small probabilities, of which there are many.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 CONFIGS = [
     triton.Config({"BLOCK_OUT": out, "BLOCK_IN": inner}, num_warps=warps, num_stages=stages)
@@ -59,9 +62,8 @@ def fitting_configs(kernel: str, width: int, itemsize: int, major: int, shared: 
             streamed = 2 * inner * stages
         else:
             streamed = max(inner * stages, 2 * inner * TARGET_STAGES)
-        registers = out * (width + inner) / (32 * config.num_warps)
-        architecture = min(major, 9)
-        return (out + streamed) * width * itemsize <= SHARED_MEMORY[architecture] and registers <= REGISTERS[architecture]
+        shared_bytes, registers = (out + streamed) * width * itemsize, out * (width + inner) / (32 * config.num_warps)
+        return shared_bytes <= SHARED_MEMORY[min(major, 9)] and registers <= REGISTERS[min(major, 9)]
 
     return [config for config in CONFIGS if fits(config)]
 
@@ -252,11 +254,13 @@ def _prototype_gradient(
 
 
 def _autotuned(kernel, prune, key):
-    configs = CONFIGS[-1:] if triton.knobs.runtime.interpret else CONFIGS
+    configs = CONFIGS[-1:] if knobs.runtime.interpret else CONFIGS
     return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": prune}, cache_results=True)(kernel)
 
 
-attend = _autotuned(_attend, _prune_attend, key=["rows_bucket", "num_prototypes", "WIDTH_Q", "WIDTH_V", "DENSE", "SHARED"])
+attend = _autotuned(
+    _attend, _prune_attend, key=["rows_bucket", "num_prototypes", "WIDTH_Q", "WIDTH_V", "DENSE", "SHARED"]
+)
 prototype_gradient = _autotuned(
     _prototype_gradient,
     _prune_prototype_gradient,
