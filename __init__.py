@@ -1,0 +1,88 @@
+"""Tiny vision backbones without labels: run a teacher once, train many students from its cached targets.
+
+Whatever a command does, a function here does, taking one frozen configuration::
+
+    import rob
+    rob.cache_teacher(rob.CacheConfig(Path("data.beton"), Path("targets.zarr"), rob.TeacherConfig("vit_small_patch16_224.dino")))
+    rob.train_student(rob.TrainConfig(Path("data.beton"), Path("runs/first"), rob.StudentConfig("resnet18"), Path("targets.zarr")))
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .common.encodings import Encoding
+    from .common.errors import FailureError, MisuseError
+    from .common.images import PackConfig, pack
+    from .common.loader import LoaderConfig
+    from .common.store import TargetStore
+    from .common.views import Recipe, RecipeOverrides, get_recipe
+    from .student_train.checkpoint import load_student
+    from .student_train.evaluate.knn import knn
+    from .student_train.evaluate.network import FrozenNetwork
+    from .student_train.objectives import ObjectiveConfig
+    from .student_train.optimiser import OptimiserConfig
+    from .student_train.pairing import PairingConfig
+    from .student_train.students import StudentConfig
+    from .student_train.train import TrainConfig, train_student
+    from .teacher_cache.cache import CacheConfig, cache_teacher
+    from .teacher_cache.teachers import TeacherConfig, load_teacher
+    from .teacher_cache.verify import VerifyConfig, verify
+
+_HOME = {
+    "common.encodings": ("Encoding",),
+    "common.errors": ("FailureError", "MisuseError"),
+    "common.images": ("PackConfig", "pack"),
+    "common.loader": ("LoaderConfig",),
+    "common.store": ("TargetStore",),
+    "common.views": ("Recipe", "RecipeOverrides", "get_recipe"),
+    "student_train.checkpoint": ("load_student",),
+    "student_train.evaluate.knn": ("knn",),
+    "student_train.evaluate.network": ("FrozenNetwork",),
+    "student_train.objectives": ("ObjectiveConfig",),
+    "student_train.optimiser": ("OptimiserConfig",),
+    "student_train.pairing": ("PairingConfig",),
+    "student_train.students": ("StudentConfig",),
+    "student_train.train": ("TrainConfig", "train_student"),
+    "teacher_cache.cache": ("CacheConfig", "cache_teacher"),
+    "teacher_cache.teachers": ("TeacherConfig", "load_teacher"),
+    "teacher_cache.verify": ("VerifyConfig", "verify"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "CacheConfig",
+    "Encoding",
+    "FailureError",
+    "FrozenNetwork",
+    "LoaderConfig",
+    "MisuseError",
+    "ObjectiveConfig",
+    "OptimiserConfig",
+    "PackConfig",
+    "PairingConfig",
+    "Recipe",
+    "RecipeOverrides",
+    "StudentConfig",
+    "TargetStore",
+    "TeacherConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "cache_teacher",
+    "get_recipe",
+    "knn",
+    "load_student",
+    "load_teacher",
+    "pack",
+    "train_student",
+    "verify",
+]
+__version__ = version("rob")
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use, so that the command line's --help stays instant."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'rob' has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
