@@ -1,27 +1,57 @@
-"""timm backbones: built without a classifier, and filled from official or timm-named weights by timm's own converters."""
+"""timm backbones without a classifier, filled from official or timm-named weights by timm's own converters."""
 
+import contextlib
+import io
 import socket
 import sys
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import timm
+from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..common.errors import MisuseError
 from .checkpoints import Tensors
 
 
+def wide_resnet50(width: int, channels: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3)) -> ResNet:
+    """SwAV's ResNet-50 with every layer ``width`` times as wide: timm widens all but the stem, so the stem is put in
+    here.
+
+    94, 375 and 586 million parameters at width 2, 4 and 5, as SwAV's README has them.
+    """
+    stem = channels * width
+    stages = tuple(stem * 2**stage for stage in range(4))
+    model = ResNet(Bottleneck, layers, num_classes=0, channels=stages)
+    model.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(stem)
+    first = model.layer1[0]
+    first.conv1 = nn.Conv2d(stem, stem, kernel_size=1, bias=False)
+    first.downsample[0] = nn.Conv2d(stem, stem * Bottleneck.expansion, kernel_size=1, bias=False)
+    return model
+
+
+WIDE_RESNETS: dict[str, Callable[..., nn.Module]] = {
+    f"resnet50w{width}": partial(wide_resnet50, width) for width in (2, 4)
+}
+"""Backbones of the registry that timm has no name for."""
+
+
 def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
-    """timm's ``name`` without its classifier: images (N, 3, H, W) to pooled features (N, D).
+    """timm's ``name`` without its classifier: images (N, 3, H, W) to pooled features (N, num_features).
 
     A transformer with position embeddings is built so that it interpolates them to the size of the images it is given.
-    ``arguments`` go to ``timm.create_model``; ``pretrained`` fetches timm's weights. Raises ``MisuseError`` where timm does not
-    know an argument, has no such weights, or can't reach them.
+    ``arguments`` go to ``timm.create_model``; ``pretrained`` fetches timm's weights. Raises ``MisuseError`` where timm
+    does not know an argument, has no such weights, or can't reach them.
     """
+    if name in WIDE_RESNETS:
+        return WIDE_RESNETS[name](**arguments)
     arguments = {"num_classes": 0, "pretrained": pretrained, **arguments}
     try:
         try:
@@ -31,16 +61,19 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
     except (TypeError, RuntimeError) as error:
         raise MisuseError(f"timm can't build {name}: {error}") from error
     except OSError as error:
-        raise MisuseError(f"the weights of {name} can't be downloaded from here; pass --checkpoint FILE with a local copy") from error
+        raise MisuseError(f"the weights of {name} can't be downloaded from here; pass --checkpoint FILE") from error
 
 
 def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """``build_backbone`` with timm's pretrained weights, from its cache or downloaded; fails at once where there is no network."""
+    """``build_backbone`` with timm's pretrained weights, from its cache or downloaded; fails at once where there is no
+    network."""
     if not timm.is_model_pretrained(name):
         raise MisuseError(f"timm has no pretrained weights for {name}; pass --checkpoint FILE")
     hub = huggingface_hub.constants
     was_offline = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = was_offline or not _resolves(hub.ENDPOINT)  # else the hub's client retries for most of a minute
+    hub.HF_HUB_OFFLINE = was_offline or not _resolves(
+        hub.ENDPOINT
+    )  # else the hub's client retries for most of a minute
     try:
         return build_backbone(name, arguments, pretrained=True)
     finally:
@@ -52,16 +85,18 @@ def _resolves(url: str) -> bool:
     if urllib.request.getproxies():
         return True
     try:
-        socket.getaddrinfo(urllib.request.urlparse(url).hostname, 443)
+        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, 443)
     except OSError:
         return False
     return True
 
 
 def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) -> None:
-    """Fill ``backbone`` with official or timm-named ``tensors``; ``MisuseError`` names the first three that do not fit."""
+    """Fill ``backbone`` with official or timm-named ``tensors``; ``MisuseError`` names the first three that do not
+    fit."""
     expected = backbone.state_dict()
-    # timm's converter would stretch patches of another size to fit, which turns another model's file into a wrong teacher.
+    # timm's converter would stretch patches of another size to fit, which turns another model's file into a wrong
+    # teacher.
     patches = "patch_embed.proj.weight"
     if patches in expected and patches in tensors and expected[patches].shape != tensors[patches].shape:
         found = {patches: tensors[patches]}
@@ -76,12 +111,15 @@ def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) 
 
 
 def _converted(backbone: nn.Module, tensors: Tensors) -> Tensors:
-    """``tensors`` under timm's names, less the classifier and what was only used in pre-training."""
+    """``tensors`` under timm's names, less the classifier and what only pre-training used."""
     converter = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    try:
-        tensors = converter(dict(tensors), backbone) if converter else tensors
-    except (KeyError, AttributeError, RuntimeError, ValueError):
-        pass  # another architecture's file confuses the converter; the comparison that follows names what does not fit
+    if converter:
+        # Another architecture's file confuses the converter: then the comparison that follows names what does not fit.
+        with (
+            contextlib.suppress(KeyError, AttributeError, RuntimeError, ValueError),
+            contextlib.redirect_stdout(io.StringIO()),  # some print what they leave out
+        ):
+            tensors = converter(dict(tensors), backbone)
     classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     unused = (*prefixes, "mask_token", "masked_embed")

