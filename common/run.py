@@ -1,8 +1,13 @@
 """What every run needs first: a device, a precision, a seed, and the versions it ran with."""
 
+import os
 import platform
 import random
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -10,17 +15,48 @@ import torch
 
 from .errors import MisuseError, unknown_name
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started: ``rank`` of ``world_size``, on GPU ``local_rank`` of its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and shows the progress."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def join_ranks() -> Ranks:
+    """The process group that torchrun's environment describes, joined; alone without it. NCCL with CUDA, else gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank)
+
+
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one, else the CPU), or a torch device name. Raises MisuseError when it is not there."""
+    """``auto`` (CUDA where there is one, this rank's; else the CPU), or a torch device name. Raises MisuseError when it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise unknown_name("device", name, ("auto", "cpu", "cuda", "mps")) from None
+        raise unknown_name("device", name, DEVICES) from None
+    if device.type not in DEVICES:
+        raise unknown_name("device", name, DEVICES)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MisuseError(
             f"--device {name}: torch finds no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
@@ -51,6 +87,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block, so that what is inside happens wholly or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    held_back = []
+    before = signal.signal(signal.SIGINT, lambda *_: held_back.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held_back:
+        signal.raise_signal(signal.SIGINT)
 
 
 def versions(*packages: str) -> dict[str, str]:

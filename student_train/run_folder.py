@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import FailureError
+from ..common.run import ALONE, Ranks
 from ..common.timing import Stopwatch
 from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
 
@@ -31,8 +32,9 @@ class RunFolder:
         facts: Mapping[str, Any],
         total_steps: int,
         on_log: Callable[[dict[str, Any], int], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.out, self.total_steps, self.on_log = out, total_steps, on_log
+        self.out, self.total_steps, self.on_log, self.ranks = out, total_steps, on_log, ranks
         self.log_every: int = config["log_every"]
         self.weights, self.checkpoint = out / WEIGHTS_NAME, out / "checkpoint.pt"
         self._fixed = {k: v for k, v in config.items() if k not in FREE_TO_CHANGE}
@@ -43,7 +45,10 @@ class RunFolder:
         self._lines: list[dict[str, Any]] = []
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
-        """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from. MisuseError: of other settings."""
+        """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
+
+        MisuseError: it is of other settings.
+        """
         step = 0
         if self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
@@ -51,6 +56,8 @@ class RunFolder:
                 part.load_state_dict(saved[name])
             restore_random_state(saved["random"])
             step = saved["step"]
+        if not self.ranks.is_main:
+            return step
         with replacing(self.out / "config.json") as file:
             file.write(self._config_json.encode())
         self._cut_log(step)
@@ -59,6 +66,8 @@ class RunFolder:
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""
         self.check_losses(step)
+        if not self.ranks.is_main:
+            return
         parts = {name: part.state_dict() for name, part in state.items()}
         save_checkpoint(self.checkpoint, {**parts, "random": random_state(), "step": step}, self._fixed)
 
@@ -73,6 +82,8 @@ class RunFolder:
             return
         values = self.check_losses(step)
         seconds, passed = stopwatch.take()
+        if not self.ranks.is_main:
+            return
         shares = {name: round(part / passed, 4) for name, part in seconds.items()}
         line = {
             "step": step,
@@ -80,7 +91,7 @@ class RunFolder:
             "loss": float(values[:, 0].mean()),
             "gradient_norm": float(values[:, 1].mean()),
             "lr": rate,
-            "images_per_second": round(self._images / passed, 1),
+            "images_per_second": round(self._images * self.ranks.world_size / passed, 1),
             "data_wait": shares.pop("data", 0.0),
             "shares": shares,
         }
@@ -117,8 +128,9 @@ class RunFolder:
         return values
 
     def medians(self) -> tuple[float, float, float]:
-        """Last loss, median images/s and median share of time waiting for data, over the log of the whole run."""
-        lines = [json.loads(text) for text in (self.out / "metrics.jsonl").read_text().splitlines()]
+        """Last loss, median images/s and median share of time waiting for data, over the whole run's log (else NaN)."""
+        text = (self.out / "metrics.jsonl").read_text() if self.ranks.is_main else ""
+        lines = [json.loads(line) for line in text.splitlines()]
         if not lines:
             return math.nan, math.nan, math.nan
         return lines[-1]["loss"], median(x["images_per_second"] for x in lines), median(x["data_wait"] for x in lines)

@@ -4,20 +4,21 @@ data.beton -> loader -> augment -> student -> head -> objective <- target branch
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..common.augment import augment
 from ..common.beton import Beton
 from ..common.errors import MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.order import block_shuffled_order
-from ..common.run import autocast, pick_device, seed_everything, versions
+from ..common.run import ALONE, Ranks, autocast, join_ranks, pick_device, seed_everything, versions
 from ..common.store_manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views import Recipe
@@ -35,8 +36,9 @@ from .students import StudentConfig, build_student, check_input_size, describe_s
 class TrainConfig:
     """What to train, on what, and how. ``targets`` is the store; None when a branch is handed to ``train_student``.
 
-    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential moving average of
-    the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it alone.
+    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential
+    moving average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it
+    alone. ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead.
     """
 
     data: Path
@@ -100,12 +102,21 @@ class StudentWithHead(nn.Module):
 class Trainer:
     """The student, its optimiser and schedule: everything that one step changes."""
 
-    def __init__(self, config: TrainConfig, space: TargetSpace, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        space: TargetSpace,
+        steps_per_epoch: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         seed_everything(config.seed)
         backbone = build_student(config.student)
         check_input_size(backbone, config.student.image_size)
         objective = build_objective(config.objective, backbone.num_features, space)  # type: ignore[arg-type]
         self.model = StudentWithHead(backbone, objective).to(device).train()
+        self.parallel = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
+        seed_everything(config.seed + ranks.rank)  # ranks start alike and drop different paths
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -122,7 +133,7 @@ class Trainer:
         """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
         rate = self.schedule.step(number)
         with autocast(self.device, self.precision):
-            loss = self.model(crops, target, pair_weights)
+            loss = self.parallel(crops, target, pair_weights)
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
@@ -141,11 +152,14 @@ def train_student(
 ) -> TrainResult:
     """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes.
 
-    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number (the last good checkpoint stays).
+    Under torchrun every rank takes its share of each batch and of the images; rank 0 writes the files.
+    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number (the last good
+    checkpoint stays).
     """
     progress = progress or TrainProgress()
 
     # ==== what is trained, and against what ====
+    ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)
     data = Beton(config.data)
@@ -160,25 +174,30 @@ def train_student(
             f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
             "the student's pixels differ slightly from the teacher's; use the same --loader for exact pairs"
         )
+    if config.loader.batch_size % ranks.world_size:
+        raise MisuseError(
+            f"--batch-size {config.loader.batch_size} cannot be shared by {ranks.world_size} ranks: take a multiple"
+        )
     if data.num_images < config.loader.batch_size:
         raise MisuseError(
             f"--batch-size {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
         )
 
     # ==== how ====
-    steps_per_epoch = data.num_images // config.loader.batch_size
+    batch_size = config.loader.batch_size // ranks.world_size  # of this rank
+    steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
     total_steps = steps_per_epoch * config.epochs
-    trainer = Trainer(config, branch.space, steps_per_epoch, device)
+    trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
-    loader = ViewLoader(data, branch.recipe, branch.seed, config.loader)
+    loader = ViewLoader(data, branch.recipe, branch.seed, replace(config.loader, batch_size=batch_size))
     stopwatch = Stopwatch(device)
     facts = {
         "student_info": info.to_dict(),
         "recipe": branch.recipe.to_dict(),
         "versions": versions("rob", "torch", "timm"),
     }
-    run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log)
+    run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log, ranks)
     step = run.resume(trainer.state, device)
 
     # ==== the loop ====
@@ -187,9 +206,9 @@ def train_student(
             epoch, done = divmod(step, steps_per_epoch)
             plan = plan_views(config.pairing, branch.views, epoch)
             pair_weights = plan.pair_weights.to(device)
-            order = epoch_order(config, data.num_images, branch.window_blocks, epoch)[done * config.loader.batch_size :]
+            order = epoch_order(config, data.num_images, branch.window_blocks, epoch, ranks)[done * batch_size :]
             crops = crop_sets(config, branch, plan)
-            with branch.targets(order, config.loader.batch_size, plan) as targets:
+            with branch.targets(order, batch_size, plan) as targets:
                 for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
                     with stopwatch("prepare"):
                         images = prepare(batch, crops)
@@ -208,17 +227,22 @@ def train_student(
 
     # ==== what is left of it ====
     run.save(trainer.state, step)
-    export_weights(trainer.model.backbone, info, run.weights)
-    if trainer.average:
+    if ranks.is_main:
+        export_weights(trainer.model.backbone, info, run.weights)
+    if ranks.is_main and trainer.average:
         export_weights(trainer.average.module, info, run.out / "student_average.safetensors")
     loss, images_per_second, data_wait = run.medians()
     return TrainResult(run.weights, total_steps, loss, images_per_second, data_wait)
 
 
-def epoch_order(config: TrainConfig, num_images: int, window_blocks: int, epoch: int) -> np.ndarray:
-    """The image ids of an epoch's whole batches, in training order; an incomplete last batch is dropped."""
-    order = block_shuffled_order(num_images, CHUNK_ROWS, window_blocks, config.seed, epoch)
-    return order[: len(order) - len(order) % config.loader.batch_size]
+def epoch_order(
+    config: TrainConfig, num_images: int, window_blocks: int, epoch: int, ranks: Ranks = ALONE
+) -> np.ndarray:
+    """The image ids of this rank's whole batches, in training order; an incomplete last batch is dropped."""
+    order = block_shuffled_order(
+        num_images, CHUNK_ROWS, window_blocks, config.seed, epoch, ranks.rank, ranks.world_size
+    )
+    return order[: len(order) - len(order) % (config.loader.batch_size // ranks.world_size)]
 
 
 def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tuple[ViewSet, ...]:
