@@ -3,8 +3,9 @@
 Whatever a command does, a function here does, taking one frozen configuration::
 
     import rob
-    rob.cache_teacher(rob.CacheConfig(Path("data.beton"), Path("targets.zarr"), rob.TeacherConfig("vit_small_patch16_224.dino")))
-    rob.train_student(rob.TrainConfig(Path("data.beton"), Path("runs/first"), rob.StudentConfig("resnet18"), Path("targets.zarr")))
+    data, store = Path("data.beton"), Path("targets.zarr")
+    rob.cache_teacher(rob.CacheConfig(data, store, rob.TeacherConfig("vit_small_patch16_224.dino")))
+    rob.train_student(rob.TrainConfig(data, Path("runs/first"), rob.StudentConfig("resnet18"), store))
 """
 
 from importlib import import_module

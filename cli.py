@@ -1,4 +1,6 @@
-"""The command line: parses, and calls one function a command. Stages are imported inside the commands, so that --help is instant."""
+"""The command line: parses, and calls one function a command. Stages are imported inside the commands, so that --help is
+instant.
+"""
 
 import sys
 from collections.abc import Iterator

@@ -148,7 +148,8 @@ def verify_(
     with bar("chunks", "chunks") as chunks, bar("views", "views") as views:
         result = verify(config, VerifyProgress(chunks, views))
     note(
-        f"{store}: every chunk is whole; {len(result.samples)} views agree, mean cosine {result.mean_cosine:.6f}, worst {result.worst.cosine:.6f}"
+        f"{store}: every chunk is whole; {len(result.samples)} views agree, "
+        f"mean cosine {result.mean_cosine:.6f}, worst {result.worst.cosine:.6f}"
     )
 
 
@@ -163,7 +164,8 @@ def demo(
     from rob.benchmarks import demo as stage
 
     note(
-        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. With a network, a real one is\n"
+        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. With a network, a
+        real one is\n"
         "  rob cache-teacher DATA.beton targets.zarr --teacher vit_small_patch16_224.dino"
     )
     summary = stage.run(stage.DemoConfig(out=out, device=device), stage.DemoScreen(note, bar))

@@ -19,7 +19,7 @@ Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, 
 Precision = Annotated[
     str,
     typer.Option(
-        help="fp32, bf16 or fp16 (fp16 on GPUs only). bf16 halves the time on recent hardware; NaN losses with fp16 end with bf16."
+        help="fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same views and same run.")]

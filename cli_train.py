@@ -160,7 +160,8 @@ def train_student(
 
         result = run(config, branch, TrainProgress(log=log, note=note))
     note(
-        f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s, {result.data_wait:.1%} of it waiting for data"
+        f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s, "
+        f"{result.data_wait:.1%} of the time waiting for data"
     )
 
 

@@ -2,8 +2,8 @@
 
     rob bench cache
 
-What caching adds (decoding, augmenting, encoding, compressing, writing) runs beside the teacher, so it should cost nothing. Rounds of
-the two sides alternate; the cached embeddings must equal the bare ones before the times count.
+What caching adds (decoding, augmenting, encoding, compressing, writing) runs beside the teacher, so it should cost nothing.
+Rounds of the two sides alternate; the cached embeddings must equal the bare ones before the times count.
 """
 
 import shutil

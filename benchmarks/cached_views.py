@@ -1,4 +1,5 @@
-"""How many cached views are enough? k-NN of students trained from 1, 2, 4 and 8 cached views, against the teacher run in every step.
+"""How many cached views are enough? k-NN of students trained from 1, 2, 4 and 8 cached views, against the teacher run
+in every step.
 
     python benchmarks/cached_views.py TRAIN.beton TEST.beton
 
@@ -11,7 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-
 
 from rob.benchmarks.report import Report
 from rob.common.beton import Beton
@@ -60,7 +60,8 @@ def run(config: CachedViewsConfig) -> Report:
         cache_teacher(
             CacheConfig(
                 config.train, store, config.teacher, recipe, views,
-                encoding=Encoding("embedding"), view_size=config.teacher_size, device=config.device, loader=LoaderConfig(batch_size=32),
+                encoding=Encoding("embedding"), view_size=config.teacher_size, device=config.device,
+                loader=LoaderConfig(batch_size=32),
             )
         )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """The whole idea on real data in minutes: ``rob demo``.
 
-Fashion-MNIST; teacher EfficientNet-Lite0 at 96 px, run once; student a MobileNetV2 of half width at 32 px, trained from the cache.
-The teacher is a supervised stand-in that needs no download: small, and not what the product is for. Same functions as the commands.
+Fashion-MNIST; teacher EfficientNet-Lite0 at 96 px, run once; student a MobileNetV2 of half width at 32 px, trained
+from the cache.
+The teacher is a supervised stand-in that needs no download: small, and not what the product is for. Same functions as
+the commands.
 """
 
 import json

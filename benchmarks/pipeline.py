@@ -2,8 +2,9 @@
 
     rob bench pipeline
 
-Three sides take turns, round by round, so that the machine's noise falls on all alike: ``cached``, ``online``, and ``student only``
-(the student on batches already in memory: the limit that no loader can pass). The sides' losses must agree before the times count.
+Three sides take turns, round by round, so that the machine's noise falls on all alike: ``cached``, ``online``, and
+``student only`` (the student on batches already in memory: the limit that no loader can pass). The sides' losses must agree
+before the times count.
 """
 
 import tempfile
@@ -35,7 +36,9 @@ from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """The demo's work by default. ``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first round warms up."""
+    """The demo's work by default. ``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first
+    round warms up.
+    """
 
     data: Path | None = None
     teacher: TeacherConfig = TeacherConfig("efficientnet_lite0")

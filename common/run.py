@@ -47,7 +47,9 @@ def join_ranks() -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one, this rank's; else the CPU), or a torch device name. Raises MisuseError when it is not there."""
+    """``auto`` (CUDA where there is one, this rank's; else the CPU), or a torch device name. Raises MisuseError when it
+    is not there.
+    """
     if name == "auto":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,6 +1,7 @@
 """The branch that was replaced: what makes the targets of a training step.
 
-``CachedTargets`` reads what the teacher said once; ``OnlineTeacher`` runs the frozen teacher in every step, as a baseline and to prove
+``CachedTargets`` reads what the teacher said once; ``OnlineTeacher`` runs the frozen teacher in every step, as a
+baseline and to prove
 that the cache changes nothing. Both say which views the student's targets belong to, and answer, batch by batch, with a Target.
 """
 
@@ -21,7 +22,6 @@ from ..common.store import TargetStore
 from ..common.views import Recipe
 from .kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .pairing import ViewPlan
-
 
 WINDOW_BLOCKS = 16
 """Blocks of 256 images within which an epoch's order is shuffled, unless the memory for targets holds fewer."""
@@ -168,7 +168,8 @@ class FrozenTeacher(Protocol):
 class OnlineTeacher:
     """Targets from the frozen teacher itself, run on every batch at ``view_size`` pixels.
 
-    ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a cache of so many.
+    ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a
+    cache of so many.
     """
 
     geometry = None

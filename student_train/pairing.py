@@ -1,8 +1,8 @@
 """Which of the teacher's views meets which of the student's, in one epoch.
 
 ``same``   the student sees the very views whose targets were cached, each against its own target (DisCo, embedding regression);
-``cross``  a target never meets its own view (DINO, SwAV). From a cache the student then sees fresh views of every image in every
-           epoch, so that V cached targets teach unlimited views; with the teacher at hand both see the same crops, as published;
+``cross``  a target never meets its own view (DINO, SwAV). The student sees fresh views of every image in every epoch, so that V
+           cached targets teach unlimited views; with ``fresh=False`` it sees the targets' own crops, as published;
 ``all``    the student sees the cached views and every pair counts.
 
 Local crops are fresh in every epoch, whatever the pairing, except that ``same`` has none: no target shows them.
@@ -49,8 +49,18 @@ class PairingConfig:
             raise MisuseError(
                 "--pairing cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
             )
-        if self.global_weight is not None and not 0.0 <= self.global_weight <= 1.0:
+        if self.global_weight is None:
+            return
+        if not 0.0 <= self.global_weight <= 1.0:
             raise MisuseError(f"the weight of global pairs is {self.global_weight}, expected a value from 0 to 1")
+        if not self.num_local:
+            raise MisuseError(
+                "--global-weight is against local crops, and there are none: leave it out, or use --num-local"
+            )
+        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and self.targets == 1:
+            raise MisuseError(
+                "--global-weight 1 leaves no pair: one view meets only local crops, which then weigh nothing"
+            )
 
 
 def choose_pairing(
@@ -65,9 +75,13 @@ def choose_pairing(
 ) -> PairingConfig:
     """What is not said (None) as the objective's paper has it: embedding regression pairs the same view, the others cross.
 
-    ``views`` is what the branch has of an image; two of them are used in a step where there are two. Local crops are the recipe's.
+    ``views`` is what the branch has of an image; two of them are used in a step where there are two. Local crops are the
+    recipe's. MisuseError: options that contradict each other.
     """
     pairing = pairing or ("same" if objective == "embedding" else "cross")
+    if fresh is not None and pairing in ("same", "all"):
+        option = "--fresh" if fresh else "--replay"
+        raise MisuseError(f"{option} is for --pairing cross: {pairing} always replays the cached views, leave it out")
     targets = targets or min(2, views)
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local

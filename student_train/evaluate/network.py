@@ -12,13 +12,23 @@ from ...common.errors import MisuseError
 from ...common.loader import LoaderConfig
 from ..checkpoint import load_student
 from ..students import StudentConfig, build_student, describe_student
-from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features, weights_hash
+from .features import (
+    FeatureKey,
+    Features,
+    cached_features,
+    extract_features,
+    flatten_pixels,
+    label_features,
+    weights_hash,
+)
 from .views import evaluation_batches
 
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """``embed`` maps (B, 3, size, size), normalised by ``mean`` and ``std``, to features (B, D). ``source`` tells its weights apart."""
+    """``embed`` maps (B, 3, size, size), normalised by ``mean`` and ``std``, to features (B, D). ``source`` tells its
+    weights apart.
+    """
 
     name: str
     embed: Callable[[Tensor], Tensor]
@@ -44,7 +54,9 @@ class FrozenNetwork:
         """The same network before training: the floor of what training adds."""
         torch.manual_seed(seed)
         backbone, info = build_student(config).to(device).eval(), describe_student(config)
-        return cls(f"random {info.name}", backbone, info.image_size, info.mean, info.std, weights_hash(backbone), device)
+        return cls(
+            f"random {info.name}", backbone, info.image_size, info.mean, info.std, weights_hash(backbone), device
+        )
 
     def features(self, path: Path, loader: LoaderConfig, keep_in: Path | None = None) -> Features:
         """Labelled features of a ``.beton``; with ``keep_in`` a run folder, extracted once and kept there.

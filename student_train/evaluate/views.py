@@ -12,7 +12,9 @@ from ...common.loader import LoaderConfig, ViewLoader, ViewSet
 from ...common.views import evaluation_recipe
 
 SMALL_SIDE = 64
-"""Data sets whose images are at most this many pixels a side are seen whole; from others 7/8 of the shorter side is cut, as usual."""
+"""Data sets whose images are at most this many pixels a side are seen whole; from others 7/8 of the shorter side is cut,
+as usual.
+"""
 
 
 def evaluation_batches(

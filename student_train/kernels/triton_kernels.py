@@ -191,7 +191,8 @@ def _add_rows(
             s -= centre_tile[:, None]
         log_sum = tl.load(log_sums + rows, mask=row_ok, other=float("inf"))  # so that a missing row weighs nothing
         weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
-        p = tl.exp2(s * scale - log_sum + LIFT) * weight
+        # Recomputed in another order, an enormous logit may exceed its row's log-sum-exp by rounding.
+        p = tl.exp2(tl.minimum(s * scale - log_sum, 0.0) + LIFT) * weight
         if SHARED:
             value_tile = query_tile
         else:

@@ -17,7 +17,10 @@ OBJECTIVES: dict[str, type[nn.Module]] = {"dino": DinoObjective, "embedding": Em
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """``teacher_temp`` None takes the teacher's own; ``centre`` subtracts the teacher's mean logits; ``hidden_dim`` is the head's."""
+    """``teacher_temp`` None takes the teacher's own; ``centre`` subtracts the teacher's mean over the data set;
+    ``hidden_dim`` and
+    ``bottleneck`` are widths of the student's head, ``head_norm`` gives it BatchNorm.
+    """
 
     name: str = "embedding"
     student_temp: float = 0.1

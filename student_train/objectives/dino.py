@@ -57,4 +57,5 @@ class DinoObjective(nn.Module):
             teacher_temp=self.teacher_temp,
             centre=self.centre,
             pair_weights=pair_weights,
+            check_finite=False,  # the run does, for every objective
         )

@@ -48,5 +48,6 @@ class EmbeddingObjective(nn.Module):
         towards = target.embedding.float()
         if self.mean_embedding is not None:
             towards = F.normalize(towards - self.mean_embedding, dim=-1)
-        cosine = torch.einsum("bvd,bgd->vg", embedding, towards) / len(features)
+        with torch.autocast(features.device.type, enabled=False):  # 2 - 2 cos cancels: no bits to spare
+            cosine = torch.einsum("bvd,bgd->vg", embedding, towards) / len(features)
         return (pair_weights * (2 - 2 * cosine)).sum()
