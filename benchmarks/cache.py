@@ -16,6 +16,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.report import Report
 from rob.common.augment import augment
 from rob.common.beton import Beton
@@ -34,7 +35,7 @@ class CacheBenchConfig:
     """``data`` None packs ``images`` of Fashion-MNIST. The first of ``rounds`` warms up."""
 
     data: Path | None = None
-    teacher: TeacherConfig = TeacherConfig("efficientnet_lite0")
+    teacher: TeacherConfig = TEACHER
     view_size: int = 96
     recipe: str = "moco-v2"
     views: int = 2

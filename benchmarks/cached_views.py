@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -38,9 +39,9 @@ UNLIMITED = 1 << 20
 class CachedViewsConfig:
     train: Path
     test: Path
-    teacher: TeacherConfig = TeacherConfig("efficientnet_lite0")
+    teacher: TeacherConfig = TEACHER
     teacher_size: int = 64
-    student: StudentConfig = StudentConfig("test_resnet", image_size=32, small_images=True)
+    student: StudentConfig = STUDENT
     views: tuple[int, ...] = (1, 2, 4, 8)
     epochs: int = 10
     seeds: tuple[int, ...] = (0,)

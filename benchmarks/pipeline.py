@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -41,9 +42,9 @@ class PipelineConfig:
     """
 
     data: Path | None = None
-    teacher: TeacherConfig = TeacherConfig("efficientnet_lite0")
+    teacher: TeacherConfig = TEACHER
     teacher_size: int = 96
-    student: StudentConfig = StudentConfig("mobilenetv2_050", image_size=32, small_images=True)
+    student: StudentConfig = STUDENT
     recipe: str = "weak"
     views: int = 2
     images: int = 1024
