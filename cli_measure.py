@@ -74,6 +74,23 @@ def frozen_network(what: str, teacher: str | None, checkpoint: Path | None, size
     return FrozenNetwork.student(Path(what), where, size)
 
 
+@app.command()
+def teachers() -> None:
+    """The published teachers that rob knows: head, prototypes, temperature, licence, where the file is."""
+    from rob.teacher_cache.registry import teacher_table
+
+    rows = teacher_table()
+    table = Table(show_lines=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    note(
+        "Any other timm model is a teacher without a head: its embeddings, or prototypes fitted to them with --prototypes K."
+    )
+
+
 @app.command("inspect")
 def inspect_(
     path: Annotated[Path, typer.Argument(help="A .beton or a target store.")],
@@ -164,8 +181,7 @@ def demo(
     from rob.benchmarks import demo as stage
 
     note(
-        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. With a network, a
-        real one is\n"
+        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. Online, a real one is\n"
         "  rob cache-teacher DATA.beton targets.zarr --teacher vit_small_patch16_224.dino"
     )
     summary = stage.run(stage.DemoConfig(out=out, device=device), stage.DemoScreen(note, bar))

@@ -69,7 +69,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        names = {line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")}
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     except OSError:
         names = {platform.processor() or platform.machine()}
     return f"{', '.join(sorted(names))}, {torch.get_num_threads()} cores"
