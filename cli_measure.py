@@ -75,20 +75,31 @@ def frozen_network(what: str, teacher: str | None, checkpoint: Path | None, size
 
 
 @app.command()
-def teachers() -> None:
-    """The published teachers that rob knows: head, prototypes, temperature, licence, where the file is."""
+def teachers(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them: everything about it, with where to download its file.")
+    ] = None,
+) -> None:
+    """The published teachers that rob knows: head, prototypes, temperature, licence, and where the file is."""
+    from rob.common.errors import unknown_name
     from rob.teacher_cache.registry import teacher_table
 
-    rows = teacher_table()
-    table = Table(show_lines=False)
-    for column in rows[0]:
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for row in rows:
-        table.add_row(*row.values())
+    rows = {row["name"]: row for row in teacher_table()}
+    if name is not None and name not in rows:
+        raise unknown_name("teacher", name, rows)
+    if name is not None:
+        for column, value in rows[name].items():
+            note(f"{column:>12}  {value}")
+        return
+    columns = ("name", "method", "head", "prototypes", "temperature", "licence")
+    table = Table()
+    for column in columns:
+        table.add_column(column, no_wrap=column == "name")
+    for row in rows.values():
+        table.add_row(*(row[column] for column in columns))
     console.print(table)
-    note(
-        "Any other timm model is a teacher without a head: its embeddings, or prototypes fitted to them with --prototypes K."
-    )
+    note("rob teachers NAME says where its file is. Any other timm model is a teacher without a head: its embeddings,")
+    note("or prototypes fitted to them with --prototypes K.")
 
 
 @app.command("inspect")

@@ -104,7 +104,7 @@ def run(config: DemoConfig, screen: DemoScreen) -> dict[str, Any]:
         out=out / "student",
         student=STUDENT,
         targets=store,
-        objective=ObjectiveConfig("embedding", centre=True),
+        objective=ObjectiveConfig("embedding"),
         pairing=PairingConfig("same", targets=1),
         optimiser=OptimiserConfig(lr=3e-3, warmup_epochs=1),
         epochs=config.epochs,
