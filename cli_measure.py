@@ -89,17 +89,19 @@ def teachers(
         raise unknown_name("teacher", name, rows)
     if name is not None:
         for column, value in rows[name].items():
-            note(f"{column:>12}  {value}")
+            console.print(f"{column:>12}  {value}", highlight=False, soft_wrap=True)
         return
-    columns = ("name", "method", "head", "prototypes", "temperature", "licence")
-    table = Table()
+    columns = ("name", "method", "prototypes", "temperature", "licence")
+    table = Table(box=None)
     for column in columns:
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=True)
     for row in rows.values():
         table.add_row(*(row[column] for column in columns))
     console.print(table)
-    note("rob teachers NAME says where its file is. Any other timm model is a teacher without a head: its embeddings,")
-    note("or prototypes fitted to them with --prototypes K.")
+    note("rob teachers NAME says where its file is and what head it has.")
+    note(
+        "Any other timm model is a teacher without a head: its embeddings, or prototypes fitted to them (--prototypes K)."
+    )
 
 
 @app.command("inspect")
