@@ -31,7 +31,7 @@ from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.pairing import PairingConfig, plan_views
 from rob.student_train.students import StudentConfig, describe_student
 from rob.student_train.train import Preparation, TrainConfig, Trainer, crop_sets, epoch_order, timed
-from rob.teacher_cache.cache import CacheConfig, CachePlan, CacheProgress, cache_teacher
+from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
 
@@ -69,15 +69,19 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
     data, recipe = Beton(path), get_recipe(config.recipe)
     loader = LoaderConfig(batch_size=config.batch_size)
 
-    plans: list[CachePlan] = []
     clock = Stopwatch(device)
+
+    def start_clock(done: int, total: int) -> None:
+        if done == 0:  # the teacher is loaded and tried: from here to the finished store
+            clock.take()
+
     cache = CacheConfig(
         path, folder / "targets.zarr", config.teacher, recipe, config.views, encoding=Encoding("embedding", "float32")
     )
     cache = replace(
         cache, view_size=config.teacher_size, precision=config.precision, device=config.device, loader=loader
     )
-    cache_teacher(cache, CacheProgress(plan=plans.append, rows=lambda done, total: clock.take() if done == 0 else None))
+    cache_teacher(cache, CacheProgress(rows=start_clock))
     _, caching = clock.take()
 
     training = TrainConfig(

@@ -76,7 +76,7 @@ class TargetStream(Protocol):
         ...
 
 
-class CachedTargets:
+class CachedTargets(TargetBranch):
     """Targets from a store that ``rob cache-teacher`` wrote. Raises MisuseError when the store is of another data set."""
 
     def __init__(
@@ -152,20 +152,26 @@ class _StoreStream:
 class FrozenTeacher(Protocol):
     """What OnlineTeacher needs of a teacher: ``teacher_cache.teachers.Teacher`` has it, and the two stages stay apart."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    dim: int
-    num_prototypes: int
-    prototypes: Tensor | None
-    centre: Tensor | None
-    teacher_temp: float | None
-
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_prototypes(self) -> int: ...
+    @property
+    def prototypes(self) -> Tensor | None: ...
+    @property
+    def centre(self) -> Tensor | None: ...
+    @property
+    def teacher_temp(self) -> float | None: ...
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised -> (N, D) float32 unit rows."""
+        """Images (N, 3, S, S) normalised by mean and std -> embeddings (N, D) float32, unit rows."""
         ...
 
 
-class OnlineTeacher:
+class OnlineTeacher(TargetBranch):
     """Targets from the frozen teacher itself, run on every batch at ``view_size`` pixels.
 
     ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a
