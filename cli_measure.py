@@ -94,7 +94,7 @@ def teachers(
     columns = ("name", "method", "prototypes", "temperature", "licence")
     table = Table(box=None)
     for column in columns:
-        table.add_column(column, no_wrap=True)
+        table.add_column("K" if column == "prototypes" else column, no_wrap=True)
     for row in rows.values():
         table.add_row(*(row[column] for column in columns))
     console.print(table)

@@ -1,0 +1,91 @@
+"""Training on two ranks (gloo): every image once an epoch over both, the same weights on both, and targets of the right views."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import rob
+from rob.common.beton import Beton
+from rob.student_train import train
+from rob.student_train.branches import CachedTargets
+
+data, store, out = map(Path, sys.argv[1:4])
+seen = []
+
+class Checking(CachedTargets):
+    def make_target(self, arrays):
+        seen[-1]["embedding"] = arrays["embedding"].clone()
+        return super().make_target(arrays)
+
+original = train.Trainer.step
+def step(self, number, crops, target, pair_weights):
+    trainers.append(self)
+    return original(self, number, crops, target, pair_weights)
+trainers = []
+train.Trainer.step = step
+timed = train.timed
+def recording(batches, stopwatch):
+    for batch in timed(batches, stopwatch):
+        seen.append({"ids": torch.from_numpy(batch.image_ids.copy())})
+        yield batch
+train.timed = recording
+
+config = rob.TrainConfig(
+    data, out, rob.StudentConfig("test_resnet", 32, True), store,
+    pairing=rob.PairingConfig("same", 1), optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
+    loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu",
+)
+train.train_student(config, Checking(store, Beton(data), torch.device("cpu")))
+rank = torch.distributed.get_rank()
+weights = {name: value.clone() for name, value in trainers[-1].model.backbone.named_parameters()}
+torch.save({"seen": seen, "weights": weights}, out.parent / f"rank{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> None:
+    data = tiny_beton(tmp_path, 32)
+    whole = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
+    script = tmp_path / "two_ranks.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, data.path, whole.path, tmp_path / "run"],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for epoch in range(2):
+        steps = [found[rank]["seen"][4 * epoch : 4 * epoch + 4] for rank in range(2)]
+        ids = torch.cat([step["ids"] for rank in steps for step in rank])
+        assert sorted(ids.tolist()) == list(range(32))
+    for name, value in found[0]["weights"].items():
+        assert torch.equal(value, found[1]["weights"][name]), name
+
+    rows = whole.encoding.decode(whole.read(0, 32))["embedding"]
+    for rank in range(2):
+        for number, step in enumerate(found[rank]["seen"]):
+            column = (number // 4) % 2  # one target view an epoch, in turn
+            assert torch.equal(step["embedding"][:, 0], rows[step["ids"], column])
+    assert (tmp_path / "run" / "student.safetensors").exists()
