@@ -7,7 +7,7 @@ that the cache changes nothing. Both say which views the student's targets belon
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class TargetBranch(Protocol):
     window_blocks: int
     """Blocks within which the order may be shuffled."""
     space: TargetSpace
+    description: dict[str, Any]
+    """What the targets depend on, as plain values: a run is not resumed against others."""
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         """Views that the loader must render for the branch itself, after the student's."""
@@ -104,6 +106,13 @@ class CachedTargets(TargetBranch):
         self.space = TargetSpace(
             manifest.dim, manifest.num_prototypes, has_embedding, manifest.teacher_temp, mean, centre
         )
+        told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
+        self.description = {
+            "kind": "cached",
+            **{name: getattr(manifest, name) for name in told},
+            "views": self.views,
+            "seed": self.seed,
+        }
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         return ()
@@ -153,6 +162,10 @@ class FrozenTeacher(Protocol):
     """What OnlineTeacher needs of a teacher: ``teacher_cache.teachers.Teacher`` has it, and the two stages stay apart."""
 
     @property
+    def name(self) -> str: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
     def mean(self) -> tuple[float, ...]: ...
     @property
     def std(self) -> tuple[float, ...]: ...
@@ -194,6 +207,16 @@ class OnlineTeacher(TargetBranch):
         self.teacher, self.recipe, self.seed, self.views = teacher, recipe, seed, views
         self.view_size, self.device, self.precision = view_size, device, precision
         self.space = TargetSpace(teacher.dim, teacher.num_prototypes, True, teacher.teacher_temp, centre=teacher.centre)
+        self.description = {
+            "kind": "online",
+            "teacher": teacher.name,
+            "weights_hash": teacher.weights_hash,
+            "num_prototypes": teacher.num_prototypes,
+            "view_size": view_size,
+            "precision": precision,
+            "views": views,
+            "seed": seed,
+        }
         self._mean, self._std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:

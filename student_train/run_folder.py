@@ -10,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.errors import FailureError
+from ..common.errors import FailureError, MisuseError
 from ..common.run import ALONE, Ranks
 from ..common.timing import Stopwatch
 from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
 
-FREE_TO_CHANGE = ("out", "device", "log_every", "checkpoint_every", "loader", "cache_in_memory")
-"""Settings that a resumed run may change: they move no weight. The batch size, part of ``loader``, is kept apart."""
+FREE_TO_CHANGE = (
+    *("out", "device", "log_every", "checkpoint_every", "loader", "cache_in_memory"),
+    *("data", "targets", "versions"),
+)
+"""What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
+elsewhere, if what is in them is the same."""
 
 
 class RunFolder:
     """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors`` comes last.
 
-    ``config`` is the run's configuration as plain values, ``facts`` what else ``config.json`` shall say.
+    ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
+    has both. Raises MisuseError when ``out`` is no folder.
     """
 
     def __init__(
@@ -34,15 +39,17 @@ class RunFolder:
         on_log: Callable[[dict[str, Any], int], None],
         ranks: Ranks = ALONE,
     ) -> None:
+        if out.exists() and not out.is_dir():
+            raise MisuseError(f"--out {out} is a file: give the folder to train in")
         self.out, self.total_steps, self.on_log, self.ranks = out, total_steps, on_log, ranks
         self.log_every: int = config["log_every"]
         self.weights, self.checkpoint = out / WEIGHTS_NAME, out / "checkpoint.pt"
-        self._fixed = {k: v for k, v in config.items() if k not in FREE_TO_CHANGE}
+        settings = {**config, **facts}
+        self._fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
         self._fixed["batch_size"] = config["loader"]["batch_size"]
-        self._config_json = json.dumps({**config, **facts}, indent=2, default=str) + "\n"
-        self._unchecked: list[Tensor] = []
+        self._config_json = json.dumps(settings, indent=2, default=str) + "\n"
+        self._health: list[Tensor] = []  # of the steps since the last line
         self._images = 0
-        self._lines: list[dict[str, Any]] = []
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
         """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
@@ -56,6 +63,7 @@ class RunFolder:
                 part.load_state_dict(saved[name])
             restore_random_state(saved["random"])
             step = saved["step"]
+            self._health = list(saved["health"])
         if not self.ranks.is_main:
             return step
         with replacing(self.out / "config.json") as file:
@@ -65,22 +73,24 @@ class RunFolder:
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""
-        self.check_losses(step)
+        health = self.check_losses(step)
         if not self.ranks.is_main:
             return
         parts = {name: part.state_dict() for name, part in state.items()}
-        save_checkpoint(self.checkpoint, {**parts, "random": random_state(), "step": step}, self._fixed)
+        run = {"random": random_state(), "step": step, "health": health}
+        save_checkpoint(self.checkpoint, parts | run, self._fixed)
 
     def log(self, step: int, epoch: int, health: Tensor, rate: float, images: int, stopwatch: Stopwatch) -> None:
         """Take note of step number ``step`` (from 1); every ``log_every`` steps write a line.
 
         health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for.
         """
-        self._unchecked.append(health)
+        self._health.append(health)
         self._images += images
         if step % self.log_every and step != self.total_steps:
             return
         values = self.check_losses(step)
+        self._health.clear()
         seconds, passed = stopwatch.take()
         if not self.ranks.is_main:
             return
@@ -96,22 +106,17 @@ class RunFolder:
             "shares": shares,
         }
         self._images = 0
-        self._lines.append(line)
         with open(self.out / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
         with open(self.out / "train.log", "a") as text:
-            text.write(
-                f"epoch {epoch} step {step}/{self.total_steps} loss {line['loss']:.4f} lr {rate:.2e} "
-                f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data\n"
-            )
+            text.write(self._sentence(line))
         self.on_log(line, self.total_steps)
 
     def check_losses(self, step: int) -> Tensor:
-        """The (loss, gradient norm) pairs since the last call, (n, 2) on the CPU. FailureError names the first bad step."""
-        if not self._unchecked:
+        """The (loss, gradient norm) pairs since the last line, (n, 2) on the CPU. FailureError names the first bad step."""
+        if not self._health:
             return torch.zeros(0, 2)
-        values = torch.stack(self._unchecked).float().cpu()
-        self._unchecked.clear()
+        values = torch.stack(self._health).float().cpu()
         bad = (~values.isfinite()).any(1).nonzero()[:, 0]
         if len(bad):
             at = step - len(values) + int(bad[0]) + 1
@@ -129,15 +134,28 @@ class RunFolder:
 
     def medians(self) -> tuple[float, float, float]:
         """Last loss, median images/s and median share of time waiting for data, over the whole run's log (else NaN)."""
-        text = (self.out / "metrics.jsonl").read_text() if self.ranks.is_main else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = self._read_log() if self.ranks.is_main else []
         if not lines:
             return math.nan, math.nan, math.nan
         return lines[-1]["loss"], median(x["images_per_second"] for x in lines), median(x["data_wait"] for x in lines)
 
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""
+        lines = [line for line in self._read_log() if line["step"] <= step]
+        with replacing(self.out / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        with replacing(self.out / "train.log") as file:
+            file.write("".join(map(self._sentence, lines)).encode())
+
+    def _read_log(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last one that was cut short is left out."""
         metrics = self.out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() and step else []
-        with replacing(metrics) as file:
-            file.write("".join(text for text in lines if json.loads(text)["step"] <= step).encode())
+        text = metrics.read_text() if metrics.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def _sentence(self, line: Mapping[str, Any]) -> str:
+        """A line of ``train.log``."""
+        return (
+            f"epoch {line['epoch']} step {line['step']}/{self.total_steps} loss {line['loss']:.4f} lr {line['lr']:.2e} "
+            f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data\n"
+        )

@@ -18,7 +18,7 @@ from ..common.beton import Beton
 from ..common.errors import MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.order import block_shuffled_order
-from ..common.run import ALONE, Ranks, autocast, join_ranks, pick_device, seed_everything, versions
+from ..common.run import ALONE, Ranks, autocast, join_ranks, pick_device, seed_everything, uninterrupted, versions
 from ..common.store_manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views import Recipe
@@ -29,7 +29,10 @@ from .objectives import ObjectiveConfig, build_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
 from .pairing import PairingConfig, ViewPlan, plan_views
 from .run_folder import RunFolder
-from .students import StudentConfig, build_student, check_input_size, describe_student
+from .students import VIT_PATCH_SMALL, StudentConfig, build_student, check_input_size, describe_student
+
+VIT_PATCH = 16
+"""Pixels a side of the usual ViT's patch."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,6 @@ class Trainer:
     ) -> None:
         seed_everything(config.seed)
         backbone = build_student(config.student)
-        check_input_size(backbone, config.student.image_size)
         objective = build_objective(config.objective, backbone.num_features, space)  # type: ignore[arg-type]
         self.model = StudentWithHead(backbone, objective).to(device).train()
         self.parallel = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
@@ -143,7 +145,7 @@ class Trainer:
         if self.average:
             self.average.update(self.model.backbone, number)
         if self.scaler.is_enabled():  # fp16 skips a step whose gradient overflowed: no reason to stop
-            norm = torch.zeros_like(norm)
+            norm = torch.where(norm.isfinite(), norm, 0.0)
         return torch.stack([loss.detach(), norm]), rate
 
 
@@ -188,13 +190,17 @@ def train_student(
     steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
     total_steps = steps_per_epoch * config.epochs
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks)
+    for crops in crop_sets(config, branch, plan_views(config.pairing, branch.views, epoch=0)):
+        check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(config.loader, batch_size=batch_size))
     stopwatch = Stopwatch(device)
     facts = {
         "student_info": info.to_dict(),
+        "data_fingerprint": data.manifest.fingerprint,
         "recipe": branch.recipe.to_dict(),
+        "branch": branch.description,
         "versions": versions("rob", "torch", "timm"),
     }
     run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log, ranks)
@@ -214,10 +220,11 @@ def train_student(
                         images = prepare(batch, crops)
                     with stopwatch("target"):
                         target = targets.next(batch)
-                    with stopwatch("student"):
-                        health, rate = trainer.step(step, images, target, pair_weights)
-                    step += 1
-                    run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
+                    with uninterrupted():  # a checkpoint of half a step would be of no step at all
+                        with stopwatch("student"):
+                            health, rate = trainer.step(step, images, target, pair_weights)
+                        step += 1
+                        run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(trainer.state, step)
     except KeyboardInterrupt:
@@ -246,7 +253,10 @@ def epoch_order(
 
 
 def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tuple[ViewSet, ...]:
-    """The student's crops: the global ones at its image size, then the local ones."""
+    """The student's crops: the global ones at its image size, then the local ones.
+
+    By default those are smaller in the recipe's proportion, to the nearest side that a transformer's patches fill.
+    """
     size = config.student.image_size
     sets = (ViewSet(plan.globals, size),)
     if not plan.locals:
@@ -254,8 +264,9 @@ def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tupl
     local = branch.recipe.local_crop
     if local is None:
         raise MisuseError(f"the recipe {branch.recipe.name} of the targets has no local crops: use --num-local 0")
-    local_size = config.local_size or max(1, round(size * local.size / branch.recipe.global_crops[0].size))
-    return (*sets, ViewSet(plan.locals, local_size))
+    patch = VIT_PATCH_SMALL if config.student.small_images else VIT_PATCH
+    patches = max(1, round(size * local.size / branch.recipe.global_crops[0].size / patch))
+    return (*sets, ViewSet(plan.locals, config.local_size or patches * patch))
 
 
 class Preparation:

@@ -1,0 +1,165 @@
+"""The objectives against their formulas written out by hand, and the targets that cannot serve them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rob.common.errors import MisuseError
+from rob.student_train.branches import TargetSpace
+from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget
+from rob.student_train.objectives import ObjectiveConfig, build_objective
+
+IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES = 6, 3, 2, 20, 8, 12
+SMALL = {"hidden_dim": 16, "bottleneck": 10}
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+FEATURE_ROWS = unit(IMAGES, VIEWS, FEATURES, seed=0) * 4
+TARGET_ROWS, TARGET_PROTOTYPES = unit(IMAGES, TARGETS, DIM, seed=1), unit(PROTOTYPES, DIM, seed=2)
+WEIGHTS = torch.tensor([[0.0, 0.3], [0.2, 0.1], [0.4, 0.0]])
+MEAN = 0.3 * unit(DIM, seed=3)
+SPACE = TargetSpace(DIM, PROTOTYPES, True, 0.05, MEAN, TARGET_PROTOTYPES @ MEAN)
+
+
+@pytest.fixture(autouse=True)
+def same_heads():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_embedding_is_the_squared_distance_of_unit_vectors(centre):
+    objective = build_objective(ObjectiveConfig("embedding", centre=centre, hidden_dim=16), FEATURES, SPACE)
+    loss = objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES), WEIGHTS)
+    student = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS)).double()
+    teacher = F.normalize(TARGET_ROWS.double() - MEAN.double(), dim=-1) if centre else TARGET_ROWS.double()
+    expected = sum(
+        WEIGHTS[v, g].item() * ((student[b, v] - teacher[b, g]) ** 2).sum().item() / IMAGES
+        for b in range(IMAGES)
+        for v in range(VIEWS)
+        for g in range(TARGETS)
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["embedding", "dino"])
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_a_batch_twice_as_large_is_the_same_loss_and_gradient(name, head_norm):
+    objective = build_objective(ObjectiveConfig(name, head_norm=head_norm, **SMALL), FEATURES, SPACE)
+
+    def loss_and_gradient(times: int) -> tuple[Tensor, Tensor]:
+        target = EmbeddingTarget(TARGET_ROWS.repeat(times, 1, 1), TARGET_PROTOTYPES)
+        loss = objective(FEATURE_ROWS.repeat(times, 1, 1), target, WEIGHTS)
+        return loss.detach(), torch.autograd.grad(loss, objective.head.mlp[0].weight)[0]
+
+    torch.testing.assert_close(loss_and_gradient(1), loss_and_gradient(2), rtol=1e-4, atol=1e-6)
+
+
+def entropies_by_hand(
+    student_logits: Tensor, teacher_logits: Tensor, student_temp: float, teacher_temp: float
+) -> float:
+    """sum over pairs of weight * mean over images of -sum_k q_k log p_k, one number at a time."""
+    total = 0.0
+    for b in range(IMAGES):
+        for v in range(VIEWS):
+            for g in range(TARGETS):
+                s = [x / student_temp for x in student_logits[b, v].tolist()]
+                t = [x / teacher_temp for x in teacher_logits[b, g].tolist()]
+                log_sum = math.log(sum(map(math.exp, s)))
+                q = [math.exp(x) / sum(map(math.exp, t)) for x in t]
+                entropy = -sum(q_k * (s_k - log_sum) for q_k, s_k in zip(q, s, strict=True))
+                total += WEIGHTS[v, g].item() * entropy / IMAGES
+    return total
+
+
+@pytest.mark.parametrize("kind", ["embedding", "dense", "topk of all"])
+@pytest.mark.parametrize("centre", [False, True])
+def test_dino_is_the_cross_entropy_of_the_two_softmaxes(kind, centre):
+    config = ObjectiveConfig("dino", student_temp=0.2, centre=centre, **SMALL)
+    objective = build_objective(config, FEATURES, SPACE)
+    teacher = TARGET_ROWS.double() @ TARGET_PROTOTYPES.double().T
+    logits, ids = teacher.float().sort(descending=True)
+    target = {
+        "embedding": EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES),
+        "dense": DenseTarget(teacher.float()),
+        "topk of all": TopKTarget(
+            ids, logits, torch.full((IMAGES, TARGETS, 1), -torch.inf), torch.tensor([0.05]), PROTOTYPES
+        ),
+    }[kind]
+    loss = objective(FEATURE_ROWS, target, WEIGHTS)
+    embedding = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS))
+    student = embedding.double() @ objective.prototypes.matrix().double().T
+    if centre:
+        teacher = teacher - TARGET_PROTOTYPES.double() @ MEAN.double()
+    expected = entropies_by_hand(student, teacher, 0.2, teacher_temp=0.05)  # the teacher's own
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_teachers_temperature_can_be_overridden():
+    target = EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES)
+
+    def loss(**settings) -> float:
+        torch.manual_seed(0)
+        return build_objective(ObjectiveConfig("dino", **SMALL, **settings), FEATURES, SPACE)(
+            FEATURE_ROWS, target, WEIGHTS
+        ).item()
+
+    assert loss(teacher_temp=0.05) == loss() != loss(teacher_temp=0.1)
+
+
+def test_half_precision_keeps_the_cosine_in_single():
+    """Near the end of training 2 - 2 cos is small: with bfloat16's 8 bits it would be noise."""
+    objective = build_objective(ObjectiveConfig("embedding", **SMALL), FEATURES, SPACE)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES), WEIGHTS)
+        embedding = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS))
+    expected = (WEIGHTS * (2 - 2 * torch.einsum("bvd,bgd->vg", embedding, TARGET_ROWS) / IMAGES)).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["embedding", "dino"])
+def test_targets_and_teacher_are_not_trained(name):
+    objective = build_objective(ObjectiveConfig(name, centre=True, **SMALL), FEATURES, SPACE)
+    target = EmbeddingTarget(TARGET_ROWS.clone().requires_grad_(), TARGET_PROTOTYPES.clone().requires_grad_())
+    if name == "embedding":
+        target = EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES)
+    objective(FEATURE_ROWS, target, WEIGHTS).backward()
+    assert target.embedding.grad is None
+    assert target.prototypes.grad is None
+    trained = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[0] for name in trained} == {"head"} | ({"prototypes"} if name == "dino" else set())
+    assert not {"centre", "mean_embedding"} & objective.state_dict().keys()  # of the data, not of the student
+
+
+@pytest.mark.parametrize(
+    ("config", "space", "message"),
+    [
+        (
+            ObjectiveConfig("embedding"),
+            TargetSpace(DIM, PROTOTYPES, has_embedding=False),
+            "the store holds logits: cache with --encoding embedding",
+        ),
+        (ObjectiveConfig("dino"), TargetSpace(DIM, 0, True), "the teacher has no head: .* --prototypes K"),
+        (ObjectiveConfig("dino"), TargetSpace(DIM, PROTOTYPES, True), "pass --teacher-temp"),
+        (
+            ObjectiveConfig("embedding", centre=True),
+            replace(SPACE, mean_embedding=None),
+            "--centre-targets needs the teacher's mean embedding",
+        ),
+        (ObjectiveConfig("dino", centre=True), replace(SPACE, centre=None), "--centre-targets needs .* mean logits"),
+    ],
+)
+def test_targets_that_cannot_serve_are_refused(config, space, message):
+    with pytest.raises(MisuseError, match=message):
+        build_objective(config, FEATURES, space)
+
+
+def test_an_unknown_objective_is_answered_with_the_nearest():
+    with pytest.raises(MisuseError, match="unknown objective 'dinno': did you mean dino"):
+        ObjectiveConfig("dinno")
