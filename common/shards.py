@@ -5,16 +5,17 @@ of event loop a chunk, many times what checking and decompressing it takes (benc
 chunk that is missing. It makes the metadata here, and the tests read the arrays back with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
 import zarr
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.abc.buffer import Buffer
 from zarr.storage import MemoryStore
 
 blosc.use_threads = False  # bytes must not depend on which thread finishes first; callers run many chunks side by side
@@ -49,16 +50,14 @@ class ShardedArray:
 
     def metadata(self) -> Mapping[str, bytes]:
         """The array's files other than its shards: {"zarr.json": ...}."""
-        memory = MemoryStore()
-        zarr.create_array(
-            memory,
+        return zarr_files(
+            zarr.create_array,
             shape=self.shape,
             dtype=self.dtype,
             chunks=self.chunk_shape,
             shards=(self.chunk_rows * self.shard_chunks, *self.shape[1:]),
             compressors=[BloscCodec(typesize=self.dtype.itemsize, shuffle=self.shuffle, **COMPRESSOR), Crc32cCodec()],
         )
-        return files_of(memory)
 
     def shard_file(self, shard: int) -> str:
         """The shard's path inside the array's folder."""
@@ -124,21 +123,19 @@ class ShardedArray:
 
 def small_array_files(values: np.ndarray) -> Mapping[str, bytes]:
     """Every file of an unsharded Zarr v3 array that holds ``values``, by path inside the array's folder."""
-    memory = MemoryStore()
     rows = max(1, (64 << 20) // max(1, values[:1].nbytes)) if values.ndim else 1  # chunks of up to 64 MiB
     chunks = (min(rows, max(1, len(values))), *values.shape[1:]) if values.ndim else ()
-    array = zarr.create_array(
-        memory,
-        shape=values.shape,
-        dtype=values.dtype,
+    return zarr_files(
+        zarr.create_array,
+        data=values,
         chunks=chunks,
         compressors=[BloscCodec(typesize=values.dtype.itemsize, **COMPRESSOR), Crc32cCodec()],
         config={"write_empty_chunks": True},
     )
-    array[...] = values
-    return files_of(memory)
 
 
-def files_of(memory: MemoryStore) -> Mapping[str, bytes]:
-    """What a Zarr memory store holds: path -> bytes, sorted by path."""
-    return {path: buffer.to_bytes() for path, buffer in sorted(memory._store_dict.items())}
+def zarr_files(create: Callable[..., object], **settings: Any) -> Mapping[str, bytes]:
+    """What ``zarr.create_array`` or ``zarr.create_group`` would write into an empty folder: path -> bytes."""
+    files: dict[str, Buffer] = {}
+    create(MemoryStore(files), **settings)
+    return {path: buffer.to_bytes() for path, buffer in sorted(files.items())}

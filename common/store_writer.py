@@ -17,11 +17,10 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
-from zarr.storage import MemoryStore
 
 from .encodings import Encoding
 from .errors import FailureError, MisuseError
-from .shards import files_of, small_array_files
+from .shards import small_array_files, zarr_files
 from .store_manifest import AGAIN, StoreManifest, differences
 
 
@@ -69,9 +68,7 @@ def _write_array(root: Path, name: str, files: Mapping[str, bytes]) -> None:
 
 def write_group(root: Path, name: str, attributes: Mapping[str, Any]) -> None:
     """The Zarr group ``name`` ("" for the root, else "folder/") of the store at ``root``, whole or not at all."""
-    memory = MemoryStore()
-    zarr.create_group(memory, attributes=dict(attributes))
-    _replace(root, f"{name}zarr.json", files_of(memory)["zarr.json"])
+    _replace(root, f"{name}zarr.json", zarr_files(zarr.create_group, attributes=dict(attributes))["zarr.json"])
 
 
 def write_extras(root: Path, prototypes: np.ndarray | None, statistics: Mapping[str, np.ndarray]) -> None:
