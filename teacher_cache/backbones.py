@@ -33,7 +33,8 @@ def wide_resnet50(width: int, channels: int = 64, layers: tuple[int, ...] = (3, 
     model.bn1 = nn.BatchNorm2d(stem)
     first = model.layer1[0]
     first.conv1 = nn.Conv2d(stem, stem, kernel_size=1, bias=False)
-    first.downsample[0] = nn.Conv2d(stem, stem * Bottleneck.expansion, kernel_size=1, bias=False)
+    out = stem * Bottleneck.expansion
+    first.downsample = nn.Sequential(nn.Conv2d(stem, out, kernel_size=1, bias=False), nn.BatchNorm2d(out))
     return model
 
 

@@ -55,7 +55,7 @@ def read_tensors(path: Path) -> Tensors:
     tensors: Tensors = {}
     for segments, tensor in _walk(content):
         segments = [segment for segment in segments if segment not in WRAPPERS]
-        if segments[0] in CONTAINERS and len(segments) > 1:
+        if len(segments) > 1 and segments[0] in CONTAINERS:
             segments = segments[1:]
         tensors[".".join(segments)] = tensor
     if not tensors:
