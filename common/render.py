@@ -205,27 +205,23 @@ def render_views(planes, layout, geometry, sizes, starts, first_image, out):
         scale, height, width = layout[i, SCALE], layout[i, HEIGHT], layout[i, WIDTH]
         factor_y, factor_x = layout[i, FACTOR_Y], layout[i, FACTOR_X]
         chroma_height, chroma_width = height // factor_y, width // factor_x
-        blue_at = height * width
-        red_at = blue_at + chroma_height * chroma_width
         for v in range(len(sizes)):
             size = sizes[v]
             top, left = geometry[i, v, 0] / scale, geometry[i, v, 1] / scale
             box_height, box_width = geometry[i, v, 2] / scale, geometry[i, v, 3] / scale
             flip = geometry[i, v, 4] == 1
-            rows, columns = (
-                _filter(top, box_height, height, size, 1, False),
-                _filter(left, box_width, width, size, 1, flip),
-            )
-            chroma_rows, chroma_columns = rows, columns
-            if factor_y > 1:
-                chroma_rows = _filter(top / factor_y, box_height / factor_y, chroma_height, size, factor_y, False)
-            if factor_x > 1:
-                chroma_columns = _filter(left / factor_x, box_width / factor_x, chroma_width, size, factor_x, flip)
+            rows = _filter(top, box_height, height, size, 1, False)
+            columns = _filter(left, box_width, width, size, 1, flip)
             stride = (size + LANES - 1) // LANES * LANES
             resized = scratch[: 3 * stride * stride].reshape(3, stride, stride)
-            _resize(planes[i], 0, width, rows, columns, resized[0].ravel(), stride)
-            _resize(planes[i], blue_at, chroma_width, chroma_rows, chroma_columns, resized[1].ravel(), stride)
-            _resize(planes[i], red_at, chroma_width, chroma_rows, chroma_columns, resized[2].ravel(), stride)
+            for plane in range(3):
+                if plane == 1 and factor_y > 1:
+                    rows = _filter(top / factor_y, box_height / factor_y, chroma_height, size, factor_y, False)
+                if plane == 1 and factor_x > 1:
+                    columns = _filter(left / factor_x, box_width / factor_x, chroma_width, size, factor_x, flip)
+                at = 0 if plane == 0 else height * width + (plane - 1) * chroma_height * chroma_width
+                plane_width = width if plane == 0 else chroma_width
+                _resize(planes[i], at, plane_width, rows, columns, resized[plane].ravel(), stride)
             begin = starts[v, 0] + (first_image + i) * starts[v, 1]
             view = out[begin : begin + 3 * size * size].reshape(3, size, size)
             if layout[i, KIND] == YCC:
