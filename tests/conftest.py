@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test that would download fails at once
 
 import hypothesis

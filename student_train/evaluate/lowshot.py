@@ -14,7 +14,7 @@ from .subsets import balanced_subset
 
 REGULARISATION = 1e-3
 """Fixed, since so few labels leave none to choose by. On CIFAR-10 with 1, 5 and 50 images a class, for an ImageNet
-network's features as for raw pixels, it is within 1 point of the best of 1e-6 ... 1, which the test set would show."""
+network's features as for raw pixels, it is about 1 point of the best of 1e-6 ... 1, which the test set would show."""
 
 
 @dataclass(frozen=True)
