@@ -20,26 +20,26 @@ from ..common.errors import MisuseError
 from .checkpoints import Tensors
 
 
-def wide_resnet50(width: int, channels: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3)) -> ResNet:
-    """SwAV's ResNet-50 with every layer ``width`` times as wide: timm widens all but the stem, so the stem is put in
-    here.
+class WideResNet50(ResNet):
+    """SwAV's ResNet-50 with every layer ``width`` times as wide: timm widens all but the stem, so the stem is put in here.
 
-    94, 375 and 586 million parameters at width 2, 4 and 5, as SwAV's README has them.
+    94 and 375 million parameters at width 2 and 4, as SwAV's README has them.
     """
-    stem = channels * width
-    stages = tuple(stem * 2**stage for stage in range(4))
-    model = ResNet(Bottleneck, layers, num_classes=0, channels=stages)
-    model.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
-    model.bn1 = nn.BatchNorm2d(stem)
-    first = model.layer1[0]
-    first.conv1 = nn.Conv2d(stem, stem, kernel_size=1, bias=False)
-    out = stem * Bottleneck.expansion
-    first.downsample = nn.Sequential(nn.Conv2d(stem, out, kernel_size=1, bias=False), nn.BatchNorm2d(out))
-    return model
+
+    def __init__(self, width: int, channels: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3)) -> None:
+        stem = channels * width
+        block: Any = Bottleneck
+        super().__init__(block, layers, num_classes=0, channels=tuple(stem * 2**stage for stage in range(4)))
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        out = stem * Bottleneck.expansion
+        first: Any = self.get_submodule("layer1.0")
+        first.conv1 = nn.Conv2d(stem, stem, kernel_size=1, bias=False)
+        first.downsample = nn.Sequential(nn.Conv2d(stem, out, kernel_size=1, bias=False), nn.BatchNorm2d(out))
 
 
 WIDE_RESNETS: dict[str, Callable[..., nn.Module]] = {
-    f"resnet50w{width}": partial(wide_resnet50, width) for width in (2, 4)
+    f"resnet50w{width}": partial(WideResNet50, width) for width in (2, 4)
 }
 """Backbones of the registry that timm has no name for."""
 
@@ -47,7 +47,8 @@ WIDE_RESNETS: dict[str, Callable[..., nn.Module]] = {
 def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
     """timm's ``name`` without its classifier: images (N, 3, H, W) to pooled features (N, num_features).
 
-    A transformer with position embeddings is built so that it interpolates them to the size of the images it is given.
+    A transformer with position embeddings is built so that it interpolates them to the size of the images it is given
+    (timm's antialiased bicubic; the official codes interpolate a little differently, so other sizes differ slightly).
     ``arguments`` go to ``timm.create_model``; ``pretrained`` fetches timm's weights. Raises ``MisuseError`` where timm
     does not know an argument, has no such weights, or can't reach them.
     """
@@ -62,19 +63,18 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
     except (TypeError, RuntimeError) as error:
         raise MisuseError(f"timm can't build {name}: {error}") from error
     except OSError as error:
-        raise MisuseError(f"the weights of {name} can't be downloaded from here; pass --checkpoint FILE") from error
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise MisuseError(f"the weights of {name} can't be downloaded ({reason}); pass --checkpoint FILE") from error
 
 
 def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """``build_backbone`` with timm's pretrained weights, from its cache or downloaded; fails at once where there is no
-    network."""
+    """``build_backbone`` with timm's pretrained weights, from its cache or downloaded."""
     if not timm.is_model_pretrained(name):
         raise MisuseError(f"timm has no pretrained weights for {name}; pass --checkpoint FILE")
     hub = huggingface_hub.constants
     was_offline = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = was_offline or not _resolves(
-        hub.ENDPOINT
-    )  # else the hub's client retries for most of a minute
+    # Without a network the hub's client would try again for most of a minute before it looked into its cache.
+    hub.HF_HUB_OFFLINE = was_offline or not _resolves(hub.ENDPOINT)
     try:
         return build_backbone(name, arguments, pretrained=True)
     finally:
@@ -93,11 +93,9 @@ def _resolves(url: str) -> bool:
 
 
 def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) -> None:
-    """Fill ``backbone`` with official or timm-named ``tensors``; ``MisuseError`` names the first three that do not
-    fit."""
+    """Fill ``backbone`` with official or timm-named ``tensors``; ``MisuseError`` names the first three that don't fit."""
     expected = backbone.state_dict()
-    # timm's converter would stretch patches of another size to fit, which turns another model's file into a wrong
-    # teacher.
+    # timm's converter stretches patches of another size to fit, and so makes a wrong teacher of another model's file.
     patches = "patch_embed.proj.weight"
     if patches in expected and patches in tensors and expected[patches].shape != tensors[patches].shape:
         found = {patches: tensors[patches]}

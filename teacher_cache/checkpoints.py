@@ -23,10 +23,13 @@ from ..common.heads import Activation, ProjectionHead
 
 Tensors = dict[str, Tensor]
 
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+"""What numpy's scalars are pickled by."""
+
 HARMLESS_GLOBALS: list[Any] = [
     argparse.Namespace,  # DINO and iBOT keep their command line beside the weights
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # losses and learning rates kept as numpy scalars,
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # under numpy 1's name and numpy 2's
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),  # losses and learning rates kept as numpy scalars:
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),  # numpy 1's name and numpy 2's
     np.dtype,
     *(type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")),
 ]
@@ -158,22 +161,21 @@ def projection_head(tensors: Tensors, activation: Activation) -> ProjectionHead 
     weights = {name: t.float() for name, t in tensors.items() if name.endswith("weight")}
     modules = sorted((name.removesuffix("weight") for name in weights), key=_natural)
     linears = [module for module in modules if weights[module + "weight"].ndim == 2]
-    norms = sorted(
-        (name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")), key=_natural
-    )
+    norms = sorted((name[: -len("running_mean")] for name in tensors if name.endswith("running_mean")), key=_natural)
     if len(linears) < 2 or len(norms) not in (0, len(linears) - 1, len(linears)):
         return None
     hidden_dim, in_dim = weights[linears[0] + "weight"].shape
     out_dim = len(weights[linears[-1] + "weight"])
     head = ProjectionHead(in_dim, hidden_dim, out_dim, len(linears), activation, norm=bool(norms))
-    ours = {kind: [m for m in head.mlp if isinstance(m, kind)] for kind in (nn.Linear, nn.BatchNorm1d)}
-    for module, linear in zip(linears, ours[nn.Linear], strict=True):
+    own_linears = [layer for layer in head.mlp if isinstance(layer, nn.Linear)]
+    own_norms = [layer for layer in head.mlp if isinstance(layer, nn.BatchNorm1d)]
+    for module, linear in zip(linears, own_linears, strict=True):
         bias = tensors.get(module + "bias", torch.zeros(linear.out_features))
         linear.load_state_dict({"weight": weights[module + "weight"], "bias": bias})
-    for module, norm in zip(norms, ours[nn.BatchNorm1d], strict=False):
+    for module, norm in zip(norms, own_norms, strict=False):
         norm.load_state_dict(norm.state_dict() | under(tensors, module))
     if len(norms) == len(linears):
-        _fold_norm(ours[nn.Linear][-1], under(tensors, norms[-1]))
+        _fold_norm(own_linears[-1], under(tensors, norms[-1]))
     return head
 
 

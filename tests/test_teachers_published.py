@@ -39,10 +39,13 @@ class Fixture:
     """From the weights of the backbone and of the head, and another encoder's: what the file holds."""
     arguments: dict[str, Any] = field(default_factory=dict)
     size: int = 32
+    contrast: float = 1.0
+    """Standard deviation of the images: where it is small, the epsilons of LayerNorms show."""
 
     def build(self, path: Path, batch: int = 2) -> tuple[Tensor, Tensor, Tensor | None]:
         """Writes the file; images, and the embeddings and logits that the official code has for them."""
         images = torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(5))
+        images *= self.contrast
         backbone, head = Weights(1), Weights(2)
         embedding, logits = self.head(head, self.backbone(backbone, images))
         other = Weights()
@@ -169,7 +172,7 @@ def wide_resnet(width: int) -> Fixture:
 def swin(window: int) -> Fixture:
     backbone = partial(official.swin, dim=12, depths=(2, 2), heads=(3, 6), window=window)
     arguments = {"embed_dim": 12, "depths": (2, 2), "num_heads": (3, 6), "img_size": 8 * window}
-    return Fixture(backbone, partial(dino_head, patches=True), wrap_ibot, arguments, size=8 * window)
+    return Fixture(backbone, partial(dino_head, patches=True), wrap_ibot, arguments, size=8 * window, contrast=0.02)
 
 
 def xcit(patch: int, depth: int) -> Fixture:
