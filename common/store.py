@@ -152,7 +152,11 @@ class TargetStore:
 
 
 def add_prototypes(
-    path: Path | str, prototypes: np.ndarray, head: str, statistics: Mapping[str, np.ndarray] | None = None
+    path: Path | str,
+    prototypes: np.ndarray,
+    head: str,
+    teacher_temp: float,
+    statistics: Mapping[str, np.ndarray] | None = None,
 ) -> TargetStore:
     """Give a complete `embedding` store without prototypes the fitted ``prototypes`` (K, D), the name of their
     ``head``, and ``statistics`` about them. Killed at any moment, the store is either without them or with them.
@@ -161,7 +165,7 @@ def add_prototypes(
     if store.manifest.num_prototypes or store.encoding.kind != "embedding":
         raise MisuseError(f"{path} has prototypes already: cache the embeddings again to fit others")
     assert prototypes.shape[1] == store.manifest.dim
-    manifest = replace(store.manifest, num_prototypes=len(prototypes), head=head)
+    manifest = replace(store.manifest, num_prototypes=len(prototypes), head=head, teacher_temp=teacher_temp)
     with disk_full_is_a_failure(store.path, prototypes.nbytes):
         write_extras(store.path, prototypes, statistics or {})
         write_group(store.path, "", manifest.to_json())

@@ -26,9 +26,6 @@ from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes
 from .teachers import Teacher, TeacherConfig, load_teacher
 
-FITTED_TEMP = 0.05
-"""Temperature of a teacher's softmax over fitted prototypes."""
-
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -108,7 +105,8 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
     embeddings = config.out.with_name(f".{config.out.name}.embeddings")
-    if not _is_complete(config.out, _manifest(config, config.encoding, data, teacher, config.prototypes)):
+    manifest = _manifest(config, config.encoding, data, teacher, config.prototypes)
+    if not _is_complete(config.out, manifest, "teacher_temp"):
         _write_store(embeddings, Encoding("embedding", dtype="float16"), config, data, teacher, device, progress)
         _reencode(_fit(embeddings, config, progress), config, data, teacher, progress)
     shutil.rmtree(embeddings, ignore_errors=True)
@@ -142,7 +140,7 @@ def _manifest(
         head="fitted" if config.prototypes and num_prototypes else teacher.head_name,
         dim=teacher.dim,
         num_prototypes=num_prototypes,
-        teacher_temp=teacher.teacher_temp or (FITTED_TEMP if config.prototypes else None),
+        teacher_temp=teacher.teacher_temp,
         encoding=encoding.to_dict(),
         precision=config.precision,
         geometry=config.loader.geometry,
@@ -170,7 +168,7 @@ def _write_store(
 ) -> None:
     """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed."""
     manifest = _manifest(config, encoding, data, teacher, teacher.num_prototypes)
-    if _is_complete(path, manifest, "num_prototypes", "head"):
+    if _is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         progress.note(f"{path} is complete already: nothing to do")
         return
     _refuse_what_will_not_fit(path, encoding, config, data, teacher)
@@ -271,8 +269,13 @@ def _plan(
 def _fit(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStore:
     """Fit prototypes on the embeddings of the complete store at ``path``, unless it has them already."""
     store = TargetStore.open(path)
-    if store.manifest.num_prototypes:
+    if store.manifest.num_prototypes == config.prototypes:
         return store
+    if store.manifest.num_prototypes:
+        raise MisuseError(
+            f"{path} has {store.manifest.num_prototypes} fitted prototypes already, --prototypes asks for "
+            f"{config.prototypes}: give another path to cache to"
+        )
 
     def read(start: int, stop: int) -> Tensor:
         return store.encoding.decode(store.read(start, stop))["embedding"]
@@ -280,16 +283,19 @@ def _fit(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStor
     progress.note(f"fitting {config.prototypes} prototypes on the cached embeddings")
     fitted = fit_prototypes(read, store.manifest.num_images, PrototypeConfig(config.prototypes, seed=config.seed))
     progress.note(
-        f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}"
+        f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
+        f"teacher temperature {fitted.teacher_temp:.3g}"
     )
-    return add_prototypes(path, fitted.prototypes.numpy(), "fitted", store.statistics)
+    return add_prototypes(path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
 
 
 def _reencode(source: TargetStore, config: CacheConfig, data: Beton, teacher: Teacher, progress: CacheProgress) -> None:
     """Turn a store of embeddings with prototypes into the store of logits ``config.out``, chunk by chunk."""
     assert source.prototypes is not None
     prototypes = torch.from_numpy(source.prototypes)
-    writer = StoreWriter.open_or_resume(config.out, _manifest(config, config.encoding, data, teacher, len(prototypes)))
+    manifest = _manifest(config, config.encoding, data, teacher, len(prototypes))
+    manifest = replace(manifest, teacher_temp=source.manifest.teacher_temp)
+    writer = StoreWriter.open_or_resume(config.out, manifest)
     progress.note(f"encoding {config.encoding.kind} targets")
     while (start := writer.rows_done) < data.num_images:
         stop = min(start + writer.manifest.chunk_rows, data.num_images)

@@ -148,14 +148,16 @@ def test_prototypes_are_added_to_a_complete_store(tmp_path):
     path = tmp_path / "t.zarr"
     write(path, manifest_of(ENCODINGS[1], num_prototypes=0))
     assert TargetStore.open(path).prototypes is None
-    add_prototypes(path, prototypes().numpy(), head="kmeans", statistics={"usage": np.arange(PROTOTYPES)})
+    add_prototypes(
+        path, prototypes().numpy(), head="kmeans", teacher_temp=0.05, statistics={"usage": np.arange(PROTOTYPES)}
+    )
     store = TargetStore.open(path)
     assert (store.manifest.num_prototypes, store.manifest.head) == (PROTOTYPES, "kmeans")
     np.testing.assert_array_equal(store.prototypes, prototypes())
     assert set(store.statistics) == {"embedding_sum", "rows", "usage"}
     assert store.verify() == []
     with pytest.raises(MisuseError, match="has prototypes already"):
-        add_prototypes(path, prototypes().numpy(), head="kmeans")
+        add_prototypes(path, prototypes().numpy(), head="kmeans", teacher_temp=0.05)
 
 
 # ---- refusals ----
