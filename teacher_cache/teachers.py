@@ -1,6 +1,5 @@
 """Teachers by name: a frozen backbone with its published head and prototypes, loaded from a file or from timm."""
 
-import hashlib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.errors import MisuseError, unknown_name
 from ..common.heads import ProjectionHead
+from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Parts, read_tensors, take_apart
 from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_BACKBONE, STAND_IN_PACKAGE, TEACHERS, Entry
@@ -115,16 +115,6 @@ class Teacher(nn.Module):
             )
         self.prototypes = prototypes.float().to(next(self.parameters()).device)
         self.teacher_temp = teacher_temp
-
-
-def hash_weights(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and bytes in sorted order: equal for equal weights, from whatever file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:

@@ -45,7 +45,7 @@ class Features:
 class FeatureKey:
     """What features depend on: features are read back only where all of it is the same.
 
-    ``source`` is ``weights_hash(backbone)``, a teacher's weight hash, or ``"pixels"``.
+    ``source`` is ``hash_weights(backbone.state_dict())``, a teacher's weight hash, or ``"pixels"``.
     """
 
     source: str
@@ -110,16 +110,6 @@ def cached_features(run_folder: Path, key: FeatureKey, extract: Callable[[], Ten
 def flatten_pixels(images: Tensor) -> Tensor:
     """The backbone that learned nothing: ``(B, 3, S, S) -> (B, 3 * S * S)``, the floor of every evaluation."""
     return images.flatten(1)
-
-
-def weights_hash(backbone: nn.Module) -> str:
-    """SHA-256, in hex, over the names, types, shapes and bytes of the backbone's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def label_features(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...common.beton import Beton
 from ...common.errors import MisuseError
 from ...common.loader import LoaderConfig
+from ...common.weights import hash_weights
 from ..checkpoint import load_student
 from ..students import StudentConfig, build_student, describe_student
 from .features import (
@@ -19,7 +20,6 @@ from .features import (
     extract_features,
     flatten_pixels,
     label_features,
-    weights_hash,
 )
 from .views import evaluation_batches
 
@@ -47,7 +47,15 @@ class FrozenNetwork:
     def student(cls, run_or_weights: Path, device: torch.device, size: int | None = None) -> "FrozenNetwork":
         """The trained student of a run folder or a weights file. MisuseError as ``load_student``."""
         backbone, info = load_student(run_or_weights, device)
-        return cls(info.name, backbone, size or info.image_size, info.mean, info.std, weights_hash(backbone), device)
+        return cls(
+            info.name,
+            backbone,
+            size or info.image_size,
+            info.mean,
+            info.std,
+            hash_weights(backbone.state_dict()),
+            device,
+        )
 
     @classmethod
     def random_student(cls, config: StudentConfig, seed: int, device: torch.device) -> "FrozenNetwork":
@@ -55,7 +63,13 @@ class FrozenNetwork:
         torch.manual_seed(seed)
         backbone, info = build_student(config).to(device).eval(), describe_student(config)
         return cls(
-            f"random {info.name}", backbone, info.image_size, info.mean, info.std, weights_hash(backbone), device
+            f"random {info.name}",
+            backbone,
+            info.image_size,
+            info.mean,
+            info.std,
+            hash_weights(backbone.state_dict()),
+            device,
         )
 
     def features(self, path: Path, loader: LoaderConfig, keep_in: Path | None = None) -> Features:
