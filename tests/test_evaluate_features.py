@@ -68,8 +68,9 @@ def test_weights_hash_sees_names_types_and_values():
     assert first == hash_weights(layer.state_dict())
     with torch.no_grad():
         layer.weight[0, 0] += 1e-3
-    assert weights_hash(layer) != first
-    assert hash_weights(nn.Sequential(layer).state_dict()) != first != hash_weights(layer.bfloat16().state_dict())
+    changed = hash_weights(layer.state_dict())
+    assert changed != first
+    assert hash_weights(nn.Sequential(layer).state_dict()) != changed != hash_weights(layer.bfloat16().state_dict())
 
 
 def test_missing_labels_are_named():
