@@ -17,9 +17,10 @@ OBJECTIVES: dict[str, type[nn.Module]] = {"dino": DinoObjective, "embedding": Em
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """``teacher_temp`` None takes the teacher's own; ``centre`` subtracts the teacher's mean over the data set;
-    ``hidden_dim`` and
-    ``bottleneck`` are widths of the student's head, ``head_norm`` gives it BatchNorm.
+    """``teacher_temp`` None takes the teacher's own; ``centre`` subtracts the teacher's mean over the data set.
+
+    ``hidden_dim`` and ``bottleneck`` are widths of the student's head, ``head_norm`` gives it BatchNorm; ``loss_impl`` picks
+    how the prototype loss is computed (``kernels.prototype_ce``), which changes speed and memory only.
     """
 
     name: str = "embedding"
@@ -29,6 +30,7 @@ class ObjectiveConfig:
     hidden_dim: int = 2048
     head_norm: bool = True
     bottleneck: int = 256
+    loss_impl: str = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:

@@ -40,6 +40,7 @@ class DinoObjective(nn.Module):
                 "--centre-targets needs the teacher's mean logits, which this target does not have: leave it out"
             )
         self.student_temp, self.teacher_temp = config.student_temp, teacher_temp
+        self.loss_impl = config.loss_impl
         self.head = ProjectionHead(
             num_features, config.hidden_dim, config.bottleneck, num_layers=3, norm=config.head_norm
         )
@@ -57,5 +58,6 @@ class DinoObjective(nn.Module):
             teacher_temp=self.teacher_temp,
             centre=self.centre,
             pair_weights=pair_weights,
+            impl=self.loss_impl,
             check_finite=False,  # the run does, for every objective
         )
