@@ -84,6 +84,8 @@ class FfcvPath:
         while running.is_alive():
             with suppress(queue.Empty):
                 running.output_queue.get(timeout=0.05)
+        while not running.output_queue.empty():  # a thread that was done already leaves it full
+            running.output_queue.get_nowait()
         running.output_queue.put(None)  # whoever still iterates over it comes to an end
         running.close()
 
