@@ -6,6 +6,7 @@ The tests compile the largest tiles. All of them, for every dtype and width: pyt
 import re
 import subprocess
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,8 @@ def compiled(kernel: str, config, major: int, dtype: str, width: int, flags: dic
 
 
 def fitting(kernel: str, major: int, dtype: str, width: int, flags: dict):
-    shared = bool(flags.get("SHARED") or flags.get("TARGETS") is False)
-    return triton_kernels.fitting_configs(kernel, width, 4 if dtype == "fp32" else 2, major, shared)
+    one_stream, dense = bool(flags.get("SHARED") or flags.get("TARGETS") is False), flags.get("DENSE", False)
+    return triton_kernels.fitting_configs(kernel, width, 4 if dtype == "fp32" else 2, major, one_stream, dense)
 
 
 def check(kernel: str, config, major: int, dtype: str, width: int, flags: dict) -> str:
@@ -79,18 +80,17 @@ def check(kernel: str, config, major: int, dtype: str, width: int, flags: dict) 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(ptxas()).exists(), reason="no ptxas: triton ships one on Linux")
 @pytest.mark.parametrize("major", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", FLAGS)
-def test_largest_tiles_fit_without_spills(kernel, major):
-    for flags in FLAGS[kernel][:2]:
-        check(kernel, fitting(kernel, major, "bf16", 256, flags)[0], major, "bf16", 256, flags)
+@pytest.mark.parametrize(("kernel", "flags"), [("attend", dict(SHARED=True)), ("prototype_gradient", {})])
+def test_largest_tiles_fit_without_spills(kernel, flags, major):
+    check(kernel, fitting(kernel, major, "bf16", 256, flags)[0], major, "bf16", 256, flags)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
 @pytest.mark.parametrize("width", [16, 64, 256])
 def test_some_config_fits_every_width(width, major, itemsize):
-    for kernel in FLAGS:
-        assert all(triton_kernels.fitting_configs(kernel, width, itemsize, major, shared) for shared in (False, True))
+    for kernel, one_stream, dense in product(FLAGS, (False, True), (False, True)):
+        assert triton_kernels.fitting_configs(kernel, width, itemsize, major, one_stream, dense)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ else:
         case = make_case(kind, images=12, views=3, dim=48, teacher_dim=20, num_prototypes=333, dtype=dtype)
         assert_as_exact_as_torch(triton_ce.prototype_cross_entropy, case, slack=1.5)
 
-    @settings(max_examples=25)
+    @settings(max_examples=12)
     @given(
         kind=st.sampled_from(KINDS),
         images=st.integers(1, 8),
@@ -89,6 +89,7 @@ else:
             truth = outcome(reference.prototype_cross_entropy, wide(scaled))
             assert errors(found, truth)[0] < 1e-3
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the row of nothing: log2 of zero
     def test_excluded_prototypes_and_rows_of_nothing():
         """A whole first tile excluded is no NaN; a whole row is."""
         case = make_case("dense", num_prototypes=140)

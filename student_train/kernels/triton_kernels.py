@@ -47,35 +47,43 @@ TARGET_STAGES = 2
 """Pipeline stages of the prototype gradient's loop over targets, which streams two tensors where the student's needs one."""
 
 
-def fitting_configs(kernel: str, width: int, itemsize: int, major: int, shared: bool) -> list[triton.Config]:
+def fitting_configs(
+    kernel: str, width: int, itemsize: int, major: int, one_stream: bool, dense: bool
+) -> list[triton.Config]:
     """The configs without spills and within shared memory, which tests/test_prototype_ce_compile.py compiles to see.
 
     kernel: "attend" or "prototype_gradient"; width: the widest row, a power of two; itemsize: of an operand; major: the
-    compute capability; shared: attend's keys are its values, or the gradient has no targets, so that one tensor streams.
+    compute capability; one_stream: the inner loop reads one tensor, as keys and values are one or there are no targets;
+    dense: it reads logits.
     """
 
     def fits(config: triton.Config) -> bool:
         out, inner, stages = config.kwargs["BLOCK_OUT"], config.kwargs["BLOCK_IN"], config.num_stages
-        if shared:
+        if one_stream:
             streamed = inner * stages
         elif kernel == "attend":
             streamed = 2 * inner * stages
         else:
             streamed = max(inner * stages, 2 * inner * TARGET_STAGES)
-        shared_bytes, registers = (out + streamed) * width * itemsize, out * (width + inner) / (32 * config.num_warps)
-        return shared_bytes <= SHARED_MEMORY[min(major, 9)] and registers <= REGISTERS[min(major, 9)]
+        pointers = 2 * inner if dense else 0
+        registers = out * (width + inner + pointers) / (32 * config.num_warps)
+        return (out + streamed) * width * itemsize <= SHARED_MEMORY[min(major, 9)] and registers <= REGISTERS[
+            min(major, 9)
+        ]
 
-    return [config for config in CONFIGS if fits(config)]
+    fitting = [config for config in CONFIGS if fits(config)]
+    large = [config for config in fitting if config.kwargs["BLOCK_OUT"] >= 64]
+    return large or fitting
 
 
-def _prune_attend(_configs, arguments, *, WIDTH_Q, WIDTH_V, SHARED, **_meta):
+def _prune_attend(_configs, arguments, *, WIDTH_Q, WIDTH_V, SHARED, DENSE, **_meta):
     itemsize, major = arguments["values"].element_size(), torch.cuda.get_device_capability()[0]
-    return fitting_configs("attend", max(WIDTH_Q, WIDTH_V), itemsize, major, SHARED)
+    return fitting_configs("attend", max(WIDTH_Q, WIDTH_V), itemsize, major, SHARED, DENSE)
 
 
-def _prune_prototype_gradient(_configs, arguments, *, WIDTH, WIDTH_T, TARGETS, **_meta):
+def _prune_prototype_gradient(_configs, arguments, *, WIDTH, WIDTH_T, TARGETS, DENSE, **_meta):
     itemsize, major = arguments["prototypes"].element_size(), torch.cuda.get_device_capability()[0]
-    return fitting_configs("prototype_gradient", max(WIDTH, WIDTH_T), itemsize, major, not TARGETS)
+    return fitting_configs("prototype_gradient", max(WIDTH, WIDTH_T), itemsize, major, not TARGETS, DENSE)
 
 
 @triton.jit
