@@ -36,7 +36,9 @@ class PillowPath:
         workers = min(self.workers, len(batches)) if self.workers > 1 else 0
         # An item is a whole batch, so there is nothing to sample and nothing to collate.
         dataset = _Batches(self.data, self.recipe, self.seed, tuple(sets), batches)
-        for batch in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged):
+        # A DataLoader draws a seed for its workers; from torch's own generator, a resumed epoch would differ.
+        unused = torch.Generator()
+        for batch in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=unused):
             if isinstance(batch, FailureError):  # raised here: torch would wrap a worker's exception in its traceback
                 raise batch
             yield batch
