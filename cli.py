@@ -33,6 +33,9 @@ def main() -> None:
     except (MisuseError, FailureError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
+    except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
+        print(f"error: {error.filename or 'rob'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -176,7 +179,7 @@ def cache_teacher(
 
 
 def note(text: str) -> None:
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)  # a path may hold [brackets], and is copied whole
 
 
 def say_which_loader(config: Any) -> None:

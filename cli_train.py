@@ -87,14 +87,23 @@ def train_student(
     workers: o.Workers = 0,
     seed: o.Seed = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps a log line.")] = 10,
+    window_mib: Annotated[
+        float, typer.Option(min=1, help="Memory for targets read ahead. More shuffles better where a row is large.")
+    ] = 256,
+    cache_in_memory: Annotated[
+        bool, typer.Option("--cache-in-memory", help="Keep all targets in memory from epoch to epoch.")
+    ] = False,
     teacher: Annotated[
         str | None, typer.Option(help="With --targets online: the teacher, as for rob cache-teacher.")
     ] = None,
     checkpoint: o.Checkpoint = None,
     view_size: o.ViewSize = None,
     views: Annotated[
-        int, typer.Option(min=1, help="With --targets online: views of an image that the teacher would have cached.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1, help="With --targets online: views of an image that the teacher would have cached (default 4)."
+        ),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="With --targets online: the views' recipe (default dino). A store has its own.")
     ] = None,
@@ -114,12 +123,13 @@ def train_student(
 
     packed, where = Beton(data), pick_device(device)
     if targets == "online":
-        branch = online_branch(teacher, checkpoint, view_size, views, recipe, global_scale, precision, where, seed)
+        branch = online_branch(teacher, checkpoint, view_size, views or 4, recipe, global_scale, precision, where, seed)
     else:
         online_only = {
             "--teacher": teacher,
             "--checkpoint": checkpoint,
             "--view-size": view_size,
+            "--views": views,
             "--recipe": recipe,
             "--global-scale": global_scale,
         }
@@ -128,7 +138,7 @@ def train_student(
             raise MisuseError(
                 f"{given[0]} is for --targets online; the store {targets} has its own: leave {given[0]} out"
             )
-        branch = CachedTargets(Path(targets), packed, where)
+        branch = CachedTargets(Path(targets), packed, where, window_mib, cache_in_memory)
     small = image_size <= 64 if small_images is None else small_images
     warmup = min(10.0, epochs / 10) if warmup_epochs is None else warmup_epochs
     config = TrainConfig(
@@ -149,6 +159,8 @@ def train_student(
         precision=precision,
         device=device,
         loader=LoaderConfig(loader, batch_size, workers),
+        window_mib=window_mib,
+        cache_in_memory=cache_in_memory,
         log_every=log_every,
     )
     say_which_loader(config.loader)

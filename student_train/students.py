@@ -80,7 +80,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     if config.small_images and family not in SMALL_IMAGE_FAMILIES:
         raise MisuseError(
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
-            "choose one of those, or leave --small-images out"
+            "choose one of those, or pass --no-small-images"
         )
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
