@@ -66,7 +66,7 @@ class TargetPrefetcher:
         cache_in_memory: bool = False,
     ) -> None:
         self.store, self.batch_size, self.threads = store, batch_size, threads
-        self.columns = columns or (lambda image_ids: np.arange(len(store.manifest.view_ids)))
+        self.columns = columns
         self.device, self.cache_in_memory = torch.device(device), cache_in_memory
         self.wait_seconds = 0.0
         slots = min(_slots(store, window_mib), store.manifest.num_chunks)
@@ -117,28 +117,29 @@ class TargetPrefetcher:
 
     def gather(self, image_ids: np.ndarray) -> dict[str, Tensor]:
         """The stored arrays (B, G, ...) of images whose chunks are in the buffer; in pinned memory for a CUDA device."""
-        manifest = self.store.manifest
-        columns = np.asarray(self.columns(image_ids))
-        rows = self.slot_of[image_ids // manifest.chunk_rows] * manifest.chunk_rows + image_ids % manifest.chunk_rows
-        entries = rows[:, None] * len(manifest.view_ids) + columns  # (B, G) positions among all views in the buffer
+        chunk_rows, num_views = self.store.manifest.chunk_rows, len(self.store.manifest.view_ids)
+        entries = self.slot_of[image_ids // chunk_rows] * chunk_rows + image_ids % chunk_rows
+        if self.columns is not None:  # single views instead of an image's views in one piece
+            entries = entries[:, None] * num_views + np.asarray(self.columns(image_ids))
         gathered = {}
         for name, values in self.buffer.items():
-            views = values.reshape(-1, *values.shape[3:])
-            dtype, pinned = torch.from_numpy(views).dtype, self.device.type == "cuda"
-            gathered[name] = torch.empty((*entries.shape, *views.shape[1:]), dtype=dtype, pin_memory=pinned)
-            np.take(views, entries, axis=0, out=gathered[name].numpy(), mode="clip")  # the mode that needs no buffer
+            source = values.reshape(-1, *values.shape[2 if self.columns is None else 3 :])
+            dtype, pinned = torch.from_numpy(source).dtype, self.device.type == "cuda"
+            gathered[name] = torch.empty((*entries.shape, *source.shape[1:]), dtype=dtype, pin_memory=pinned)
+            np.take(source, entries, axis=0, out=gathered[name].numpy(), mode="clip")  # the mode that needs no buffer
         return gathered
 
 
 class _Epoch:
-    """One epoch's threads: readers fill slots, one gatherer makes batches. All share one condition variable."""
+    """One epoch's threads: readers fill slots, one gatherer makes batches. One lock; each side has its own condition."""
 
     def __init__(self, owner: TargetPrefetcher, order: np.ndarray) -> None:
         self.owner = owner
         self.batches = [order[start : start + owner.batch_size] for start in range(0, len(order), owner.batch_size)]
         self.num_batches = len(self.batches)
         self._plan()
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.slot_freed, self.gatherable, self.batch_ready = (threading.Condition(self.lock) for _ in range(3))
         self.started = 0  # chunks of the plan that a reader has taken up
         self.arrived = np.zeros(len(self.chunks), bool)
         self.ready: deque[Any] = deque()
@@ -152,11 +153,11 @@ class _Epoch:
 
     def take(self) -> TargetBatch:
         """The next batch, waiting for it."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.ready or self.error or self.stopped)
+        with self.lock:
+            self.batch_ready.wait_for(lambda: self.ready or self.error or self.stopped)
             if self.ready:
                 batch, copied = self.ready.popleft()
-                self.changed.notify_all()
+                self.gatherable.notify()
             elif self.error:
                 raise self.error
             else:
@@ -170,11 +171,11 @@ class _Epoch:
 
     def stop(self) -> None:
         """End the threads; chunks that the epoch still held are forgotten, unless they are cached."""
-        with self.changed:
+        with self.lock:
             if self.stopped:
                 return
             self.stopped = True
-            self.changed.notify_all()
+            self._wake_all()
         for thread in self.threads:
             thread.join()
         owner = self.owner
@@ -216,44 +217,50 @@ class _Epoch:
         try:
             work()
         except BaseException as error:
-            with self.changed:
+            with self.lock:
                 self.error = self.error or error
-                self.changed.notify_all()
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        for condition in (self.slot_freed, self.gatherable, self.batch_ready):
+            condition.notify_all()
 
     def _read(self) -> None:
         owner = self.owner
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.stopped or self.started == len(self.chunks) or owner.free)
+            with self.lock:
+                self.slot_freed.wait_for(lambda: self.stopped or self.started == len(self.chunks) or owner.free)
                 if self.stopped or self.started == len(self.chunks):
                     return
                 number, slot = self.started, owner.free.pop()
                 self.started += 1
                 chunk = int(self.chunks[number])
                 owner.slot_of[chunk] = slot
+                if self.started == len(self.chunks):
+                    self.slot_freed.notify_all()  # none left to read: the other readers may go
             owner.store.read_chunk(chunk, {name: values[slot] for name, values in owner.buffer.items()})
-            with self.changed:
+            with self.lock:
                 self.arrived[number] = True
-                self.changed.notify_all()
+                self.gatherable.notify()
 
     def _gather(self) -> None:
         owner = self.owner
         for number, image_ids in enumerate(self.batches):
-            with self.changed:
-                self.changed.wait_for(lambda: self.stopped or self.error or self._can_gather(number))  # noqa: B023
+            with self.lock:
+                self.gatherable.wait_for(lambda: self.stopped or self.error or self._can_gather(number))  # noqa: B023
                 if self.stopped or not self._can_gather(number):
                     return
             stored = owner.gather(image_ids)
-            with self.changed:
-                done = self.done_after[number]
-                owner.free.extend(owner.slot_of[done].tolist())
-                owner.slot_of[done] = -1
-                self.changed.notify_all()
+            if done := self.done_after[number]:
+                with self.lock:
+                    owner.free.extend(owner.slot_of[done].tolist())
+                    owner.slot_of[done] = -1
+                    self.slot_freed.notify(len(done))
             batch = TargetBatch(image_ids, self._decode(stored))
             copied = None if self.stream is None else self.stream.record_event()
-            with self.changed:
+            with self.lock:
                 self.ready.append((batch, copied))
-                self.changed.notify_all()
+                self.batch_ready.notify()
 
     def _can_gather(self, number: int) -> bool:
         return len(self.ready) < READY_BATCHES and bool(self.arrived[: self.chunks_needed[number]].all())

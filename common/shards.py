@@ -14,8 +14,8 @@ import google_crc32c
 import numpy as np
 import zarr
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]
-from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.abc.buffer import Buffer
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 blosc.use_threads = False  # bytes must not depend on which thread finishes first; callers run many chunks side by side
