@@ -224,7 +224,8 @@ def bench(
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     module = import_module(f"rob.benchmarks.{name}")
-    report = module.run(getattr(module, BENCHMARKS[name])(device=device))
+    settings = getattr(module, BENCHMARKS[name])
+    report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
 
@@ -234,6 +235,6 @@ BENCHMARKS = {
     "loader": "LoaderBenchConfig",
     "store": "StoreBenchConfig",
     "cache": "CacheBenchConfig",
-    "loss": "LossBenchConfig",
+    "loss": "LossConfig",
 }
 """Modules of ``rob.benchmarks`` and the names of their configurations."""

@@ -45,7 +45,7 @@ class DemoConfig:
     train_images: int = 10_000
     test_images: int = 2_000
     views: int = 2
-    epochs: int = 10
+    epochs: int = 8
     device: str = "auto"
     seed: int = 0
 

@@ -44,7 +44,7 @@ class Report:
 
     def write(self, path: Path | None = None) -> Path:
         """Write JSON; by default ``benchmarks/results/<name>_<device>_<date>.json`` under the working directory."""
-        short = "cpu" if "cpu" in self.device.lower() or "core" in self.device else self.device.split()[-1].lower()
+        short = "cpu" if "cpu" in self.device.lower() or "threads" in self.device else self.device.split()[-1].lower()
         path = path or Path("benchmarks/results") / f"{self.name}_{short}_{date.today():%Y%m%d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -73,7 +73,7 @@ def device_name(device: torch.device) -> str:
         names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     except OSError:
         names = {platform.processor() or platform.machine()}
-    return f"{', '.join(sorted(names))}, {torch.get_num_threads()} cores"
+    return f"{', '.join(sorted(names))}, {torch.get_num_threads()} torch threads"
 
 
 def median_of(work: Callable[[], Any], repeats: int, warmup: int = 1) -> float:

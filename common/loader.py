@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from . import pillow_path
 from .batch import Batch, ViewSet
@@ -15,10 +16,13 @@ from .beton import Beton
 from .errors import MisuseError
 from .views import Recipe
 
+_threads = torch.get_num_threads()
 try:
     from . import ffcv_path
 except ImportError:  # ffcv is not installed: the plain path still works
     ffcv_path = None
+finally:
+    torch.set_num_threads(_threads)  # importing ffcv sets it to 1 for everybody
 
 __all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet"]
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -315,3 +317,10 @@ def test_without_ffcv_the_plain_path_serves(monkeypatch, small_beton):
     assert_same(views_by_image(ViewLoader(small_beton, DINO, 3, config), np.arange(24)), expected)
     with pytest.raises(MisuseError, match="ffcv"):
         replace(config, path="ffcv")
+
+
+def test_torch_keeps_its_threads():
+    """ffcv sets torch to one thread when it is imported: everything would then train on one core."""
+    code = "import torch; torch.set_num_threads(2); import rob.common.loader; print(torch.get_num_threads())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "2"
