@@ -1,9 +1,9 @@
 """The prototype cross-entropy in torch, a few images at a time, on any device: what CPU and MPS use.
 
-With z a student row, s = z P^T / student_temp its logits, and W the sum of its pair weights w_g over the targets q_g:
+With z a student row, s = z P^T / student_temp its logits, p = softmax(s), and w_g its weights against the targets q_g:
 
-    loss   = sum over rows of  W logsumexp(s) - sum_g w_g <q_g, s>
-    dlogit = W softmax(s) - sum_g w_g q_g          dz = dlogit P / student_temp          dP = dlogit^T z / student_temp
+    loss   = - sum_g w_g <q_g, log p>, summed over rows
+    dlogit = (sum_g w_g) p - sum_g w_g q_g        dz = dlogit P / student_temp        dP = dlogit^T z / student_temp
 
 A chunk of images runs through all of it, gradients included, while its logits are still in cache: three matrix products
 a student row and nothing recomputed. Backward only scales by the upstream gradient.
@@ -56,9 +56,9 @@ class _AllProbabilities:
             logits.sub_(centre / temp)
         return cls(torch.softmax(logits, dim=1, out=logits).view(n, g, -1))
 
-    def dot(self, s: Tensor) -> Tensor:
-        """(n, V, G) <q, s> of every pair, s (n, V, K)."""
-        return torch.bmm(s, self.q.transpose(1, 2))
+    def dot(self, log_p: Tensor) -> Tensor:
+        """(n, V, G) <q, log p> of every pair, log_p (n, V, K)."""
+        return torch.bmm(log_p, self.q.transpose(1, 2))
 
     def subtract_from(self, p: Tensor, weights: Tensor) -> None:
         """p (n, V, K) -= sum_g weights (n, V, G) q."""
@@ -85,9 +85,9 @@ class _TopKProbabilities:
     def _ids_for(self, num_student_views: int) -> Tensor:
         return self.ids.unsqueeze(1).expand(-1, num_student_views, -1)
 
-    def dot(self, s: Tensor) -> Tensor:
-        picked = s.gather(2, self._ids_for(s.shape[1])).unflatten(2, self.at_ids.shape[1:])
-        everywhere = s.sum(2, keepdim=True) * self.elsewhere.unsqueeze(1)
+    def dot(self, log_p: Tensor) -> Tensor:
+        picked = log_p.gather(2, self._ids_for(log_p.shape[1])).unflatten(2, self.at_ids.shape[1:])
+        everywhere = log_p.sum(2, keepdim=True) * self.elsewhere.unsqueeze(1)
         return everywhere + torch.einsum("nvgk,ngk->nvg", picked, self._excess)
 
     def subtract_from(self, p: Tensor, weights: Tensor) -> None:
@@ -134,15 +134,10 @@ def loss_and_gradients(
 
         rows = torch.mm(z, prototypes.T, out=student_logits[: len(z)])
         by_image = rows.view(-1, v, k)
-        total = w.sum(2)
-        largest = rows.amax(1)
+        torch.log_softmax(rows, dim=1, out=rows)
         loss -= (w * q.dot(by_image)).sum()
-        torch.softmax(rows, dim=1, out=rows)
-        log_sum_exp = largest - rows.amax(1).log()
-        loss += (total.flatten() * log_sum_exp).sum()
-
         if needs_embedding or needs_prototypes:
-            by_image.mul_(total.unsqueeze(2))
+            by_image.exp_().mul_(w.sum(2, keepdim=True))
             q.subtract_from(by_image, w)
         if grad_embedding is not None:
             torch.mm(rows, prototypes, out=grad_embedding[chunk].view(-1, d)).div_(student_temp)

@@ -10,7 +10,7 @@ from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 
 IMPLS = ("auto", "triton", "chunked", "reference")
 
-SMALLEST_CHUNKED = 1 << 16
+SMALLEST_CHUNKED = 1 << 15
 """Student logits (B V K) from which `chunked` is at least as fast as `reference` on a CPU: benchmarks/loss_notes.md."""
 
 SMALLEST_TRITON = 1 << 22
