@@ -179,7 +179,9 @@ def cache_teacher(
 
 
 def note(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)  # a path may hold [brackets], and is copied whole
+    console.print(
+        text, highlight=False, markup=False, soft_wrap=True
+    )  # a path may hold [brackets], and is copied whole
 
 
 def say_which_loader(config: Any) -> None:

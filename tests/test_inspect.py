@@ -96,7 +96,7 @@ def test_table_of_a_store(store, data) -> None:
     assert rows["images x views"] == "24 x 2"
     assert rows["teacher"] == f"{tiny.TEACHER}, weights {store.manifest.weights_hash[:16]}, fp32"
     assert rows["embedding"] == f"24 dimensions, head: {store.manifest.head}"
-    assert rows["prototypes"] == "40, teacher temperature 0.04"
+    assert rows["prototypes"] == "40, teacher temperature 0.07"
     assert rows["encoding"] == "embedding, float16"
     assert rows["bytes a view"] == "48 in memory, 2.3 kB in all"
     assert rows["recipe"].startswith("dino, seed 0, 32 px, ")
