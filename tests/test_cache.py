@@ -409,4 +409,4 @@ def test_peak_memory_does_not_grow_with_the_data(tmp_path) -> None:
         script = [sys.executable, "-c", PEAK_OF_CACHING, str(path), str(tmp_path / f"{num_images}.zarr")]
         peaks.append(int(subprocess.run(script, check=True, capture_output=True, text=True).stdout))
     small, large = peaks
-    assert large < 1.1 * small, peaks  # all embeddings at once would be a quarter more
+    assert large < 1.1 * small, peaks  # all embeddings at once would be a sixth more
