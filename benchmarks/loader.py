@@ -96,7 +96,7 @@ def make_photographs(folder: Path, count: int) -> None:
 
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     try:
-        from skimage import data
+        from skimage import data  # pyright: ignore[reportMissingImports]  # only this benchmark needs it
 
         originals += [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
     except ImportError:

@@ -20,7 +20,7 @@ from numba import njit, types
 from .beton import RAW
 
 KIND, SCALE, HEIGHT, WIDTH, FACTOR_Y, FACTOR_X = range(6)
-"""Columns of a layout row: what ``decode_planes`` left in a row of ``planes``.
+"""Columns of a layout row: what ``decode_planes`` made of an image.
 
 Three planes lie one behind another without gaps: (HEIGHT, WIDTH), then twice (HEIGHT / FACTOR_Y, WIDTH / FACTOR_X).
 SCALE is by how much the stored image is larger than the first plane.
@@ -30,7 +30,7 @@ UNDECODED, YCC, RGB = range(3)
 """Values of KIND. YCC planes are JFIF's full-range YCbCr."""
 
 SLACK = 64
-"""Bytes of a row of ``planes`` that belong to no plane: vector loads may run past the last one."""
+"""Bytes behind an image's planes that belong to none: vector loads may run past the last one."""
 
 _lib = ctypes.CDLL(ffcv._libffcv.__file__)
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
@@ -57,11 +57,11 @@ def decoder_handle() -> int:
     return _thread.handle
 
 
-def plane_bytes(heights: np.ndarray, widths: np.ndarray, scales: np.ndarray) -> int:
-    """The length of a row of ``planes`` that holds each of these images, decoded at 1/scale."""
+def plane_starts(heights: np.ndarray, widths: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """(n + 1,) int64: where each image's planes begin when they lie one behind another, decoded at 1/scale; then the end."""
     padding = 3  # libjpeg-turbo rounds the first plane up to whole chroma samples, of at most four pixels
     height, width = -(-heights.astype(np.int64) // scales) + padding, -(-widths.astype(np.int64) // scales) + padding
-    return 3 * int((height * width).max()) + SLACK
+    return np.concatenate([[0], np.cumsum(3 * height * width + SLACK)])
 
 
 def decode_scales(geometry: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -78,26 +78,27 @@ def decode_scales(geometry: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def decode_planes(handle, memory, pointers, lengths, modes, heights, widths, image_ids, scales, planes, layout):
+def decode_planes(handle, memory, pointers, lengths, modes, heights, widths, image_ids, scales, starts, planes, layout):
     """Decode n images of a ``.beton``, each at 1/scale (uncompressed ones at full size), into its planes.
 
     memory: the whole file; pointers, lengths, modes, heights, widths: its index by image id (``Beton``). image_ids,
-    scales: (n,) int64. Fills ``planes`` (n, bytes) uint8 and ``layout`` (n, 6) int32. Where libjpeg-turbo has a
-    complaint, KIND is UNDECODED: it may be harmless (stray bytes between markers) and is Pillow's to judge.
+    scales: (n,) int64; starts: ``plane_starts``. Fills ``planes`` (bytes,) uint8 and ``layout`` (n, 6) int32. Where
+    libjpeg-turbo has a complaint, KIND is UNDECODED: it may be harmless (stray bytes between markers) and is Pillow's
+    to judge.
     """
     for i in range(len(image_ids)):
         image = image_ids[i]
         height, width = np.int64(heights[image]), np.int64(widths[image])
         data = memory[pointers[image] : pointers[image] + lengths[image]]
         if modes[image] == RAW:
-            _split(data, height, width, planes[i], layout[i])
+            _split(data, height, width, planes[starts[i] : starts[i + 1]], layout[i])
         else:
-            _decode_jpeg(handle, data, height, width, scales[i], planes[i], layout[i])
+            _decode_jpeg(handle, data, height, width, scales[i], planes[starts[i] : starts[i + 1]], layout[i])
 
 
 @njit(cache=True, nogil=True)
 def split_pixels(pixels, planes, layout):
-    """Lay (H, W, 3) uint8 RGB pixels out as a row of ``planes`` and of ``layout``."""
+    """Lay (H, W, 3) uint8 RGB pixels out as an image's part of ``planes`` and row of ``layout``."""
     _split(pixels.ravel(), pixels.shape[0], pixels.shape[1], planes, layout)
 
 

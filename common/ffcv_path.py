@@ -21,7 +21,7 @@ from ffcv.pipeline.compiler import Compiler
 
 from .batch import Batch, Slot, ViewSet
 from .beton import Beton
-from .decode import KIND, UNDECODED, decode_planes, decode_scales, decoder_handle, plane_bytes, split_pixels
+from .decode import KIND, UNDECODED, decode_planes, decode_scales, decoder_handle, plane_starts, split_pixels
 from .render import render_views
 from .views import Recipe, view_parameters
 
@@ -189,22 +189,23 @@ class Renderer:
         """The views of some images, on the calling thread. Raises FailureError when an image cannot be decoded."""
         data = self.data
         scales = decode_scales(geometry, self.sizes)
-        planes = self._scratch(len(image_ids), plane_bytes(data.heights[image_ids], data.widths[image_ids], scales))
+        starts = plane_starts(data.heights[image_ids], data.widths[image_ids], scales)
+        planes = self._scratch(int(starts[-1]))
         layout = np.empty((len(image_ids), 6), np.int32)
         decode_planes(
             decoder_handle(), data.memory, data.pointers, data.sizes, data.modes, data.heights, data.widths,
-            image_ids, scales, planes, layout,
+            image_ids, scales, starts, planes, layout,
         )  # fmt: skip
         for i in np.flatnonzero(layout[:, KIND] == UNDECODED):
             pixels = data.image(int(image_ids[i]))
-            split_pixels(pixels, planes[i], layout[i])
-        render_views(planes, layout, geometry, self.sizes, self.starts, first, out)
+            split_pixels(pixels, planes[starts[i] :], layout[i])
+        render_views(planes, starts, layout, geometry, self.sizes, self.starts, first, out)
 
-    def _scratch(self, images: int, length: int) -> np.ndarray:
-        """(images, length) uint8 of this thread's own; it grows to the largest that was ever needed."""
-        if getattr(self.thread, "scratch", np.empty(0)).size < images * length:
-            self.thread.scratch = np.empty(images * length, np.uint8)
-        return self.thread.scratch[: images * length].reshape(images, length)
+    def _scratch(self, length: int) -> np.ndarray:
+        """(at least length,) uint8 of this thread's own; it grows to the largest that was ever needed."""
+        if getattr(self.thread, "scratch", np.empty(0)).size < length:
+            self.thread.scratch = np.empty(length, np.uint8)
+        return self.thread.scratch
 
     def _batch(self, image_ids: np.ndarray, slot: Slot) -> Batch:
         views, colour, first = [], [], 0

@@ -192,16 +192,16 @@ def _to_rgb(luma, blue, red, out):
 
 
 @njit(cache=True, nogil=True)
-def render_views(planes, layout, geometry, sizes, starts, first_image, out):
+def render_views(planes, plane_starts, layout, geometry, sizes, view_starts, first_image, out):
     """Every view of n decoded images.
 
-    planes: (n, bytes) uint8 and layout: (n, 6) int32, of ``decode_planes``. geometry: (n, V, 5) int32, of
-    ViewParameters. sizes: (V,) sides of the views in pixels. The view v of the image i is written to the flat uint8
-    array ``out`` as (3, size, size) RGB, from ``starts[v, 0] + (first_image + i) * starts[v, 1]`` on.
+    planes: (bytes,) uint8, plane_starts: (n + 1,) and layout: (n, 6) int32, of ``decode_planes``. geometry: (n, V, 5)
+    int32, of ViewParameters. sizes: (V,) sides of the views in pixels. The view v of the image i is written to the flat
+    uint8 array ``out`` as (3, size, size) RGB, from ``view_starts[v, 0] + (first_image + i) * view_starts[v, 1]`` on.
     """
     longest = (sizes.max() + LANES - 1) // LANES * LANES
     scratch = np.empty(3 * longest * longest, np.uint8)
-    for i in range(len(planes)):
+    for i in range(len(layout)):
         scale, height, width = layout[i, SCALE], layout[i, HEIGHT], layout[i, WIDTH]
         factor_y, factor_x = layout[i, FACTOR_Y], layout[i, FACTOR_X]
         chroma_height, chroma_width = height // factor_y, width // factor_x
@@ -219,10 +219,12 @@ def render_views(planes, layout, geometry, sizes, starts, first_image, out):
                     rows = _filter(top / factor_y, box_height / factor_y, chroma_height, size, factor_y, False)
                 if plane == 1 and factor_x > 1:
                     columns = _filter(left / factor_x, box_width / factor_x, chroma_width, size, factor_x, flip)
-                at = 0 if plane == 0 else height * width + (plane - 1) * chroma_height * chroma_width
+                at = plane_starts[i]
+                if plane > 0:
+                    at += height * width + (plane - 1) * chroma_height * chroma_width
                 plane_width = width if plane == 0 else chroma_width
-                _resize(planes[i], at, plane_width, rows, columns, resized[plane].ravel(), stride)
-            begin = starts[v, 0] + (first_image + i) * starts[v, 1]
+                _resize(planes, at, plane_width, rows, columns, resized[plane].ravel(), stride)
+            begin = view_starts[v, 0] + (first_image + i) * view_starts[v, 1]
             view = out[begin : begin + 3 * size * size].reshape(3, size, size)
             if layout[i, KIND] == YCC:
                 _to_rgb(resized[0], resized[1], resized[2], view)

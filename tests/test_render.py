@@ -30,26 +30,27 @@ def decoded(stored: np.ndarray) -> np.ndarray:
 
 def planes_of(stored: np.ndarray, mode: int, height: int, width: int, scale: int = 1):
     heights, widths, scales = np.array([height], np.int32), np.array([width], np.int32), np.array([scale])
-    planes = np.full((1, decode.plane_bytes(heights, widths, scales)), 255, np.uint8)
+    starts = decode.plane_starts(heights, widths, scales)
+    planes = np.full(starts[-1], 255, np.uint8)
     layout = np.full((1, 6), -1, np.int32)
     decode.decode_planes(
         decode.decoder_handle(), stored, np.zeros(1, np.uint64), np.array([stored.size], np.uint64),
-        np.array([mode], np.uint8), heights, widths, np.zeros(1, np.int64), scales, planes, layout,
+        np.array([mode], np.uint8), heights, widths, np.zeros(1, np.int64), scales, starts, planes, layout,
     )  # fmt: skip
-    return planes, layout
+    return planes, starts, layout
 
 
 def views_of(
     stored: np.ndarray, mode: int, shape: tuple[int, ...], geometry, sizes, scale: int = 1
 ) -> list[np.ndarray]:
     """The views of one stored image, each (size, size, 3)."""
-    planes, layout = planes_of(stored, mode, *shape[:2], scale)
+    planes, plane_starts, layout = planes_of(stored, mode, *shape[:2], scale)
     assert layout[0, decode.KIND] != decode.UNDECODED
     sizes = np.array(sizes)
     starts = np.concatenate([[0], np.cumsum(3 * sizes**2)])
     out = np.zeros(starts[-1] + 1, np.uint8)
     places = np.stack([starts[:-1], np.zeros_like(sizes)], 1)
-    render.render_views(planes, layout, np.array([geometry], np.int32), sizes, places, 0, out)
+    render.render_views(planes, plane_starts, layout, np.array([geometry], np.int32), sizes, places, 0, out)
     assert out[-1] == 0, "wrote behind the last view"
     return [
         out[a:b].reshape(3, s, s).transpose(1, 2, 0)
@@ -215,15 +216,15 @@ def test_what_libjpeg_turbo_complains_about_is_left_to_pillow():
         (jpeg(pixels[..., 0]), (48, 64)),
         (jpeg(pixels, keep_rgb=True), (48, 64)),
     ):
-        _, layout = planes_of(stored, JPEG, *shape)
+        *_, layout = planes_of(stored, JPEG, *shape)
         assert layout[0, decode.KIND] == decode.UNDECODED
 
 
 def test_split_pixels_is_what_an_uncompressed_image_becomes():
     pixels = photograph(4, 13, 17)
-    planes, layout = planes_of(pixels.ravel(), RAW, 13, 17)
-    again, row = np.full_like(planes[0], 255), np.empty(6, np.int32)
+    planes, _, layout = planes_of(pixels.ravel(), RAW, 13, 17)
+    again, row = np.full_like(planes, 255), np.empty(6, np.int32)
     decode.split_pixels(pixels, again, row)
-    np.testing.assert_array_equal(again, planes[0])
+    np.testing.assert_array_equal(again, planes)
     np.testing.assert_array_equal(row, layout[0])
-    np.testing.assert_array_equal(planes[0, : 3 * 13 * 17].reshape(3, 13, 17).transpose(1, 2, 0), pixels)
+    np.testing.assert_array_equal(planes[: 3 * 13 * 17].reshape(3, 13, 17).transpose(1, 2, 0), pixels)
