@@ -82,8 +82,8 @@ def test_the_filter_is_pillows(box, size):
     noise = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
     (view,) = views_of(noise.ravel(), RAW, noise.shape, [box], [size])
     difference = np.abs(view.astype(int) - render_view(Image.fromarray(noise), box, size))
-    assert difference.max() <= 5
-    assert difference.mean() <= 1.5
+    assert difference.max() <= 3
+    assert difference.mean() <= 1 or size < 8
 
 
 def test_a_crop_that_is_not_resized_is_kept_bit_for_bit():
