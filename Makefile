@@ -22,6 +22,7 @@ lint: .venv/.installed ## ruff and pyright
 
 .PHONY: test
 test: lint ## lint, then all tests
+	.venv/bin/pytest -q tests/test_render.py # fills numba's cache on disk, which several processes must not do at once
 	.venv/bin/pytest -n auto
 
 .PHONY: demo

@@ -1,6 +1,7 @@
 """What every test shares: no network, no example databases, and one small packed data set."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only get in each other's way
@@ -14,6 +15,8 @@ from PIL import Image
 from rob.common.beton import Beton
 from rob.common.images import PackConfig, pack
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
 hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
