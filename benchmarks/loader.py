@@ -62,7 +62,6 @@ class LoaderBenchConfig:
 
 def run(config: LoaderBenchConfig) -> Report:
     """Raises AssertionError when our views differ from Pillow's by more than 38 dB."""
-    torch.set_num_threads(LoaderConfig().threads)  # importing ffcv sets it to 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_photographs(folder / "photographs", config.images)

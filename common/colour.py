@@ -6,6 +6,7 @@ needs the mean of the whole image first, and blur, which needs neighbours, make 
 numba's cache on disk notices changes in a function's own file only. So no compiled function here calls one of another file.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import permutations
 
@@ -15,7 +16,6 @@ from numba import njit
 from torch import Tensor
 
 from .views import CONTRAST, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
-from .workers import Workers
 
 PIECE = 1024
 """Pixels that are worked on together: 12 KiB, well inside the first-level cache."""
@@ -38,20 +38,21 @@ def augment_compiled(images: Tensor, colour: Tensor, blur_scale: float, mean: Te
     pixels, parameters = images.contiguous().numpy(), colour.contiguous().numpy()
     out = np.empty(pixels.shape, np.float32)  # numpy asks for huge pages: page faults cost more than the colours
     shift, scale = mean.to(torch.float32).numpy(), std.to(torch.float32).reciprocal().numpy()
-    workers = _workers(torch.get_num_threads())
-    slices = workers.slices(len(pixels))
+    threads = torch.get_num_threads()
+    step = max(1, -(-len(pixels) // (4 * threads)))
 
     def some(first: int) -> None:
-        part = slice(first, first + slices.step)
+        part = slice(first, first + step)
         _augment(pixels[part], parameters[part], np.float32(blur_scale), shift, scale, out[part])
 
-    workers.run(some, slices)
+    for _ in _pool(threads).map(some, range(0, len(pixels), step)):
+        pass
     return torch.from_numpy(out)
 
 
 @cache
-def _workers(threads: int) -> Workers:
-    return Workers(threads, "colour")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="colour")
 
 
 @compiled

@@ -76,9 +76,8 @@ class _Batches(Dataset):
                     crops[b, v] = render_view(image, geometry, crops.shape[2])
         return Batch(
             ids,
-            self.sets,
-            colour=tuple(torch.from_numpy(p.colour) for p in drawn),
-            views=tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
+            tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
+            tuple(torch.from_numpy(p.colour) for p in drawn),
         )
 
 

@@ -271,13 +271,13 @@ def test_batches_wait_for_the_copy_out_of_their_memory(small_beton):
         def synchronize(self) -> None:
             self.waited = True
 
-    renderer = ffcv_path.Renderer(small_beton, DINO, 3, 4, 1, slots=5)
+    renderer = ffcv_path.Renderer(small_beton, DINO, 3, 4, 1)
     renderer.set_views(SETS)
     first = renderer(np.arange(4))
     assert first.slot is not None
     first.slot.copied = copy = Copy()
     pixels = first.views[0].clone()
-    for _ in range(4):
+    for _ in range(ffcv_path.BATCHES_AHEAD + 1):
         renderer(np.arange(4, 8))
         assert torch.equal(first.views[0], pixels)
     assert not copy.waited
