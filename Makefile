@@ -22,13 +22,11 @@ lint: .venv/.installed ## ruff and pyright
 
 .PHONY: test
 test: lint ## lint, then all tests
-	@# numba's first compilation fails now and then when threads share it (CHANGELOG, known): fill its cache on disk first
-	@for files in tests/test_render.py tests/test_loader.py 'tests/test_loader.py tests/test_render.py'; do timeout 90 .venv/bin/pytest -q $$files > /dev/null 2>&1 || true; done
 	.venv/bin/pytest -n auto
 
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
-	@[ -d $(FASHION_MNIST) ] || $(APT_INSTALL) dataset-fashion-mnist || echo "no Debian package of Fashion-MNIST: rob downloads it"
+	@[ -d $(FASHION_MNIST) ] || { $(SUDO) apt-get update -qq && $(APT_INSTALL) dataset-fashion-mnist; } || echo "no Debian package of Fashion-MNIST: rob downloads it"
 	.venv/bin/rob demo
 
 # pyright cannot follow the import hook of an editable install, hence the link (extraPaths in pyproject.toml).

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
+from ffcv.memory_managers.os_cache import OSCacheManager
 from ffcv.pipeline.compiler import Compiler
+from numba import types
 
 from .batch import Batch, Slot, ViewSet
 from .beton import Beton
@@ -30,6 +32,24 @@ GEOMETRY = "planes"
 
 BATCHES_AHEAD = 3
 """Rendered batches that may wait for the consumer."""
+
+_bytes = types.Array(types.uint8, 1, "C", readonly=True)
+_memory_type = types.Tuple([_bytes, types.uint64[::1], types.uint64[::1]])
+
+
+def _compile_reader(_manager: OSCacheManager) -> Any:
+    """ffcv's own reader of a mapped file, typed without harm. ffcv makes the read-only type by writing to numba's one
+    and only ``uint8[::1]``, which changes that type's hash while it is a key in the tables of all that is compiled
+    already: the next compilation dies of a KeyError."""
+
+    def read(address, memory):
+        size = memory[2][np.searchsorted(memory[1], address)]
+        return memory[0][address : address + size]
+
+    return Compiler.compile(read, _bytes(types.uint64, _memory_type))
+
+
+OSCacheManager.compile_reader = _compile_reader  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class FfcvPath:

@@ -324,3 +324,15 @@ def test_torch_keeps_its_threads():
     code = "import torch; torch.set_num_threads(2); import rob.common.loader; print(torch.get_num_threads())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "2"
+
+
+def test_numbas_types_are_left_as_they_are(small_beton):
+    """ffcv's reader marks numba's only uint8[::1] read-only. As that changes the type's hash, compiled functions are
+    not found again, and the next compilation in the process dies."""
+    numba = pytest.importorskip("numba")
+    count = numba.njit(lambda a: a.size)
+    bytes_type = numba.types.uint8[::1]
+    count.compile((bytes_type,))
+    next(iter(ViewLoader(small_beton, DINO, 3, LoaderConfig("ffcv", 4, 1)).epoch(np.arange(4), SETS)))
+    assert bytes_type.mutable
+    assert [sig.args for sig in count.nopython_signatures] == [(bytes_type,)]
