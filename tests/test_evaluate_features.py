@@ -7,6 +7,7 @@ from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.weights import hash_weights
+from rob.student_train.evaluate import features
 from rob.student_train.evaluate.features import (
     FeatureKey,
     Features,
@@ -26,40 +27,64 @@ def batches(order, size=4):
 
 
 def test_rows_follow_image_ids_and_not_arrival():
-    shuffled = extract_features(flatten_pixels, batches([7, 3, 9, 0, 1, 8, 2, 6, 4, 5]), 10)
+    shuffled = extract_features(flatten_pixels, batches([7, 3, 9, 0, 1, 8, 2, 6, 4, 5]), 0, 10)
     assert torch.equal(shuffled, IMAGES.flatten(1))
 
 
 def test_an_image_that_never_came_is_a_failure():
     with pytest.raises(FailureError, match="9 of 10 images"):
-        extract_features(flatten_pixels, batches(range(9)), 10)
+        extract_features(flatten_pixels, batches(range(9)), 0, 10)
 
 
 def test_a_module_runs_in_eval_mode_and_keeps_its_own():
     backbone = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    features = extract_features(backbone, batches(range(10)), 10)
+    extracted = extract_features(backbone, batches(range(10)), 0, 10)
     assert backbone.training
-    assert not features.requires_grad
+    assert not extracted.requires_grad
     torch.testing.assert_close(dict(backbone.state_dict()), before)
+
+
+def test_a_part_is_counted_from_its_start():
+    assert torch.equal(extract_features(flatten_pixels, batches([7, 6, 5]), 5, 8), IMAGES[5:8].flatten(1))
 
 
 def test_features_are_extracted_once_for_each_key(tmp_path):
     calls = []
 
-    def extract():
-        calls.append(1)
-        return torch.full((3, 2), float(len(calls)))
+    def extract(start, stop):
+        calls.append((start, stop))
+        return torch.full((stop - start, 2), float(len(calls)))
 
     key = FeatureKey("weights", "data", 32)
-    assert torch.equal(cached_features(tmp_path, key, extract), cached_features(tmp_path, key, extract))
-    assert len(calls) == 1
+    assert torch.equal(cached_features(tmp_path, key, 3, extract), cached_features(tmp_path, key, 3, extract))
+    assert calls == [(0, 3)]
     for other in (FeatureKey("other", "data", 32), FeatureKey("weights", "new", 32), FeatureKey("weights", "data", 64)):
-        cached_features(tmp_path, other, extract)
+        cached_features(tmp_path, other, 3, extract)
     assert len(calls) == 4
-    key.path(tmp_path).write_bytes(key.path(tmp_path).read_bytes()[:-5])  # damaged: made again
-    assert cached_features(tmp_path, key, extract)[0, 0] == 5
-    assert cached_features(tmp_path, key, extract)[0, 0] == 5
+
+
+def test_killed_extraction_goes_on_and_damage_is_repaired(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_ROWS", 4)
+    rows = torch.arange(20.0).view(10, 2)
+    calls = []
+
+    def extract(start, stop):
+        calls.append((start, stop))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rows[start:stop]
+
+    key = FeatureKey("weights", "data", 32)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(tmp_path, key, 10, extract)
+    assert torch.equal(cached_features(tmp_path, key, 10, extract), rows)
+    assert calls == [(0, 4), (4, 8), (4, 8), (8, 10)]
+    shard = key.folder(tmp_path) / "000000004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    for _ in range(2):
+        assert torch.equal(cached_features(tmp_path, key, 10, extract), rows)
+    assert calls[4:] == [(4, 8)]
 
 
 def test_weights_hash_sees_names_types_and_values():

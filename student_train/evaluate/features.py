@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ...common.errors import FailureError, MisuseError
 from ..checkpoint import replacing
 
+SHARD_ROWS = 16_384
+"""Images whose features are written at a time: 32 MB of 512 dimensions, and no more lost when extraction is killed."""
+
 
 @dataclass(frozen=True)
 class Features:
@@ -52,26 +55,29 @@ class FeatureKey:
     data_fingerprint: str
     image_size: int
 
-    def path(self, run_folder: Path) -> Path:
+    def folder(self, run_folder: Path) -> Path:
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return run_folder / "eval" / f"features-{digest[:16]}.safetensors"
+        return run_folder / "eval" / "features" / digest[:16]
 
 
 @torch.no_grad()
 def extract_features(
     backbone: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
-    num_images: int,
+    start: int,
+    stop: int,
     *,
     device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Features (num_images, D), float32 on the CPU, each in the row of its image id whatever the order of arrival.
+    """Features (stop - start, D), float32 on the CPU, of image ids start ... stop - 1 whatever the order of arrival.
 
     ``batches`` yields image ids (B,) int64 and normalised images (B, 3, S, S). A backbone that is a module runs in eval
-    mode and is left in the mode it had. FailureError: the batches did not cover every image.
+    mode and is left in the mode it had. ``progress`` is called with the number of images of each batch. FailureError:
+    the batches did not cover every image.
     """
     features = torch.empty(0)
-    seen = torch.zeros(num_images, dtype=torch.bool)
+    seen = torch.zeros(stop - start, dtype=torch.bool)
     training = isinstance(backbone, nn.Module) and backbone.training
     if isinstance(backbone, nn.Module):
         backbone.eval()
@@ -79,32 +85,40 @@ def extract_features(
         for image_ids, images in batches:
             output = backbone(images.to(device)).float().cpu()
             if not len(features):
-                features = output.new_empty(num_images, output.shape[1])
-            features[image_ids.cpu()] = output
-            seen[image_ids.cpu()] = True
+                features = output.new_empty(stop - start, output.shape[1])
+            rows = image_ids.cpu() - start
+            features[rows] = output
+            seen[rows] = True
+            if progress:
+                progress(len(rows))
     finally:
         if isinstance(backbone, nn.Module):
             backbone.train(training)
     if not seen.all():
-        raise FailureError(f"the loader gave {int(seen.sum())} of {num_images} images")
+        raise FailureError(f"the loader gave {int(seen.sum())} of {stop - start} images")
     return features
 
 
-def cached_features(run_folder: Path, key: FeatureKey, extract: Callable[[], Tensor]) -> Tensor:
-    """The features kept in ``run_folder/eval`` under ``key``, or those of ``extract()``, which are then kept there.
+def cached_features(
+    run_folder: Path, key: FeatureKey, num_images: int, extract: Callable[[int, int], Tensor]
+) -> Tensor:
+    """The features (num_images, D) kept in ``run_folder/eval`` under ``key``; what is missing comes from ``extract``.
 
-    Labels are not kept: packing the same images again may change them. A damaged file is replaced. FailureError: the
-    file cannot be written.
+    ``extract(start, stop)`` gives the features of those rows. They are written a shard at a time, so a killed extraction
+    goes on from the last whole one. Labels are not kept: packing the same images again may change them. A damaged shard
+    is replaced. FailureError: a shard cannot be written.
     """
-    path = key.path(run_folder)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("features")
-    except (OSError, SafetensorError):
-        features = extract()
-    with replacing(path) as file:
-        file.write(serialise_tensors({"features": features.contiguous()}, {"key": json.dumps(asdict(key))}))
-    return features
+    shards = []
+    for start in range(0, num_images, SHARD_ROWS):
+        path = key.folder(run_folder) / f"{start:09}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                shards.append(file.get_tensor("features"))
+        except (OSError, SafetensorError):
+            shards.append(extract(start, min(start + SHARD_ROWS, num_images)).contiguous())
+            with replacing(path) as file:
+                file.write(serialise_tensors({"features": shards[-1]}, {"key": json.dumps(asdict(key))}))
+    return torch.cat(shards)
 
 
 def flatten_pixels(images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The heads of all settings see the same batches, so they stand side by side in on
 for all of them. A validation part of the training set chooses the setting; the test set is looked at once.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import cos, pi
@@ -78,71 +79,132 @@ class LinearHeads:
         return LinearHeads(self.weights[..., chosen], self.biases[..., chosen], self.mean, self.scale)
 
 
-def linear(train: Features, test: Features, config: LinearConfig = LinearConfig()) -> LinearResult:
-    """Sweep, choose, test. Runs on the device the features are on.
+def linear(
+    train: Features,
+    test: Features,
+    config: LinearConfig = LinearConfig(),
+    progress: Callable[[int, int], None] | None = None,
+) -> LinearResult:
+    """Sweep, choose, test. Runs on the device the features are on; ``progress`` is called with (epochs done, all).
 
     MisuseError: a test class that the training set lacks, or a class with fewer than two training images.
     """
     test = same_classes(train, test)
+    fit_rows, held_out = split_validation(train, config)
+    fit, validation = train.rows(fit_rows), train.rows(held_out)
+    heads = train_heads(fit, config, progress)
+    return choose_and_test(heads, validation, test, config, len(fit))
+
+
+def split_validation(train: Features, config: LinearConfig) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to choose by, ascending: ``config.validation`` of each class are held out.
+
+    MisuseError: a class that would have nothing left to train on.
+    """
     held_out = balanced_subset(train.labels, fraction=config.validation, seed=config.seed)
     kept = torch.ones(len(train), dtype=torch.bool, device=train.labels.device)
     kept[held_out] = False
-    fit, validation = train.rows(kept.nonzero().flatten()), train.rows(held_out)
-    lone = validation.labels[~torch.isin(validation.labels, fit.labels)]
+    rows = kept.nonzero().flatten()
+    labels = train.labels[held_out]
+    lone = labels[~torch.isin(labels, train.labels[rows])]
     if len(lone):
-        raise MisuseError(f"class {int(lone[0])} has one training image, linear wants at least 2: one to choose by")
+        label = int(lone[0])
+        name = repr(train.classes[label]) if train.classes else label
+        raise MisuseError(f"class {name} has one training image, linear wants at least 2: one to choose by")
+    return rows, held_out
 
-    heads = train_heads(fit, config)
+
+def choose_and_test(
+    heads: "LinearHeads", validation: Features, test: Features, config: LinearConfig, num_train: int
+) -> LinearResult:
+    """The setting that is best on ``validation``, the first of equals, and its accuracies on ``test``."""
     accuracies = top_k_accuracy(heads, validation, 1).tolist()
     settings = product(config.learning_rates, config.weight_decays)
     sweep = tuple(LinearSetting(*setting, top1) for setting, top1 in zip(settings, accuracies, strict=True))
     best = accuracies.index(max(accuracies))
     top1, top5 = (top_k_accuracy(heads.head(best), test, k).item() for k in (1, 5))
-    return LinearResult(top1, top5, sweep[best], sweep, len(fit), len(validation), len(test), config.epochs)
+    return LinearResult(top1, top5, sweep[best], sweep, num_train, len(validation), len(test), config.epochs)
 
 
-def train_heads(train: Features, config: LinearConfig) -> LinearHeads:
+def train_heads(
+    train: Features, config: LinearConfig, progress: Callable[[int, int], None] | None = None
+) -> LinearHeads:
     """A head for every setting, in the order of ``product(learning_rates, weight_decays)``, all from zero.
 
     A head that diverges (too great a rate) ends in NaN and leaves the others alone.
     """
-    if config.epochs < 1 or not config.learning_rates or not config.weight_decays:
-        raise MisuseError("a linear evaluation needs at least one epoch, one learning rate and one weight decay")
-    mean = train.features.mean(0)
-    scale = 1 / train.features.std(0).clamp_min(1e-6)
-    features_ND, labels = (train.features - mean) * scale, train.labels
-    rates, decays = torch.tensor(
-        [*product(config.learning_rates, config.weight_decays)], dtype=torch.float32, device=labels.device
-    ).T
-
-    # Class-major columns (C, H): the softmax over classes then runs along contiguous heads, 10 times as fast on a CPU.
-    num_heads, num_classes, dim = len(rates), train.num_classes, features_ND.shape[1]
-    rates, decays = rates.repeat(num_classes), decays.repeat(num_classes)
-    weights = features_ND.new_zeros(dim, num_classes * num_heads)
-    biases = features_ND.new_zeros(num_classes * num_heads)
-    weight_momentum, bias_momentum = torch.zeros_like(weights), torch.zeros_like(biases)
-
+    sweep = HeadSweep(train, config)
+    standardised = sweep.standardise(train.features)
     generator = torch.Generator().manual_seed(config.seed)
-    num_steps = config.epochs * -(-len(labels) // config.batch_size)
-    step = 0
-    for _ in range(config.epochs):
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(train), generator=generator).to(train.labels.device)
         for rows in order.split(config.batch_size):
-            x = features_ND[rows]
-            # The gradient of the mean cross-entropy by the logits: (softmax - one-hot) / B.
-            logits = torch.addmm(biases, x, weights).view(len(rows), num_classes, num_heads)
-            gradient = logits.softmax(1)
-            gradient[torch.arange(len(rows), device=rows.device), labels[rows]] -= 1
-            gradient = gradient.view(len(rows), -1).div_(len(rows))
+            sweep.step(standardised[rows], train.labels[rows])
+        if progress:
+            progress(epoch + 1, config.epochs)
+    return sweep.heads()
 
-            weight_momentum.mul_(config.momentum).addcmul_(weights, decays).addmm_(x.T, gradient)
-            bias_momentum.mul_(config.momentum).add_(gradient.sum(0))
-            step_sizes = rates * -(0.5 * (1 + cos(pi * step / num_steps)))
-            weights.addcmul_(weight_momentum, step_sizes)
-            biases.addcmul_(bias_momentum, step_sizes)
-            step += 1
-    shape = (num_classes, num_heads)
-    return LinearHeads(weights.unflatten(1, shape), biases.unflatten(0, shape), mean, scale)
+
+class HeadSweep:
+    """The heads of all settings in training. ``train`` gives the statistics that standardise features, the classes and
+    the number of images an epoch.
+
+    MisuseError: nothing to sweep, or no epoch.
+    """
+
+    def __init__(self, train: Features, config: LinearConfig) -> None:
+        if config.epochs < 1 or not config.learning_rates or not config.weight_decays:
+            raise MisuseError("a linear evaluation needs at least one epoch, one learning rate and one weight decay")
+        self.mean = train.features.mean(0)
+        self.scale = 1 / train.features.std(0).clamp_min(1e-6)
+        rates, decays = torch.tensor(
+            [*product(config.learning_rates, config.weight_decays)],
+            dtype=torch.float32,
+            device=train.labels.device,
+        ).T
+
+        # Class-major columns (C, H): the softmax over classes then runs along contiguous heads, 10 times as fast on a CPU.
+        self.shape = (train.num_classes, len(rates))
+        self.rates, self.decays = rates.repeat(train.num_classes), decays.repeat(train.num_classes)
+        self.momentum = config.momentum
+        self.weights = self.mean.new_zeros(len(self.mean), train.num_classes * len(rates))
+        self.biases = self.mean.new_zeros(train.num_classes * len(rates))
+        self.weight_momentum, self.bias_momentum = torch.zeros_like(self.weights), torch.zeros_like(self.biases)
+        self.num_steps = config.epochs * -(-len(train) // config.batch_size)
+        self.steps_done = 0
+
+    def standardise(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        """One step of SGD for every head: ``x`` (B, D) standardised features, ``labels`` (B,)."""
+        # The gradient of the mean cross-entropy by the logits: (softmax - one-hot) / B.
+        logits = torch.addmm(self.biases, x, self.weights).view(len(x), *self.shape)
+        gradient = logits.softmax(1)
+        gradient[torch.arange(len(x), device=x.device), labels] -= 1
+        gradient = gradient.view(len(x), -1).div_(len(x))
+
+        self.weight_momentum.mul_(self.momentum).addcmul_(self.weights, self.decays).addmm_(x.T, gradient)
+        self.bias_momentum.mul_(self.momentum).add_(gradient.sum(0))
+        step_sizes = self.rates * -(0.5 * (1 + cos(pi * self.steps_done / self.num_steps)))
+        self.weights.addcmul_(self.weight_momentum, step_sizes)
+        self.biases.addcmul_(self.bias_momentum, step_sizes)
+        self.steps_done += 1
+
+    def heads(self) -> LinearHeads:
+        return LinearHeads(
+            self.weights.unflatten(1, self.shape), self.biases.unflatten(0, self.shape), self.mean, self.scale
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.STATE:
+            setattr(self, name, state[name])
+
+    STATE = ("weights", "biases", "weight_momentum", "bias_momentum", "steps_done")
+    """What a resumed sweep goes on from; the rest follows from the features and the configuration."""
 
 
 def top_k_accuracy(heads: LinearHeads, test: Features, k: int) -> Tensor:

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...common.beton import Beton
 from ...common.errors import MisuseError
 from ...common.loader import LoaderConfig
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
-from ..students import StudentConfig, build_student, describe_student
+from ..students import StudentConfig, build_student, check_input_size, describe_student
 from .features import (
     FeatureKey,
     Features,
@@ -72,19 +73,39 @@ class FrozenNetwork:
             device,
         )
 
-    def features(self, path: Path, loader: LoaderConfig, keep_in: Path | None = None) -> Features:
+    def features(
+        self,
+        path: Path,
+        loader: LoaderConfig,
+        keep_in: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Features:
         """Labelled features of a ``.beton``; with ``keep_in`` a run folder, extracted once and kept there.
 
-        Raises MisuseError when the images have no labels.
+        ``progress`` is called with (images done, all). Raises MisuseError when the images have no labels, or the
+        network cannot take images of its size.
         """
         data = Beton(path)
         if data.labels is None:
             raise MisuseError(f"{path} has no labels: pack a folder with one sub-folder a class")
+        if isinstance(self.embed, nn.Module):
+            check_input_size(self.embed, self.size)
+        done = 0
 
-        def extract() -> Tensor:
-            batches = evaluation_batches(data, self.size, self.mean, self.std, self.device, loader)
-            return extract_features(self.embed, batches, data.num_images, device=self.device)
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            if progress:
+                progress(done, data.num_images)
+
+        def extract(start: int, stop: int) -> Tensor:
+            nonlocal done
+            done = start
+            batches = evaluation_batches(
+                data, self.size, self.mean, self.std, self.device, loader, np.arange(start, stop)
+            )
+            return extract_features(self.embed, batches, start, stop, device=self.device, progress=count)
 
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
-        features = cached_features(keep_in, key, extract) if keep_in else extract()
+        features = cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
         return label_features(features, data.labels, data.manifest.classes)

@@ -1,0 +1,272 @@
+"""The commands that evaluate: rob eval TASK."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rob import cli_options as o
+from rob.cli import app, bar, console, note, say_which_loader
+from rob.common.errors import MisuseError
+
+evaluate = typer.Typer(
+    help="Measure a student, a teacher or raw pixels. Features are extracted once and kept in the run's eval folder.",
+    no_args_is_help=True,
+)
+app.add_typer(evaluate, name="eval")
+
+What = Annotated[str, typer.Argument(metavar="WHAT", help="A run folder, a student's weights, teacher, or pixels.")]
+Train = Annotated[Path, typer.Argument(metavar="TRAIN.beton", help="Labelled images to learn from.")]
+Test = Annotated[
+    Path | None,
+    typer.Option(
+        help="Labelled images to test on; default a fifth of each class of TRAIN, the same for every network."
+    ),
+]
+TeacherOfEval = Annotated[str | None, typer.Option("--teacher", help="Its name, when WHAT is teacher.")]
+Size = Annotated[int | None, typer.Option(min=4, help="Side in pixels; default the network's own (pixels: 32).")]
+Out = Annotated[Path | None, typer.Option(help="Its eval folder takes features and results; default the run folder.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass. Lower it when memory runs out.")]
+
+
+@evaluate.command()
+def knn(
+    what: What,
+    data: Train,
+    test: Test = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Neighbours that vote, 20 by default. Several times: a sweep, of which the first is the result."
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.001, help="Of the votes.")] = 0.07,
+    teacher: TeacherOfEval = None,
+    checkpoint: o.Checkpoint = None,
+    size: Size = None,
+    out: Out = None,
+    batch_size: BatchSize = 128,
+    device: o.Device = "auto",
+    loader: o.LoaderPath = "auto",
+    workers: o.Workers = 0,
+) -> None:
+    """Weighted k-nearest-neighbour accuracy, as DINO defines it."""
+    from rob.student_train.evaluate.knn import knn_sweep
+
+    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    train, held_out = subject.images(data, test)
+    results = knn_sweep(train.features, held_out.features, k or [20], temperature)
+    show_accuracies(
+        f"k-NN of {subject.network.name}",
+        ("k", "top-1 %", "top-5 %", "train images", "test images"),
+        [(r.k, r.top1, r.top5, r.num_train, r.num_test) for r in results],
+    )
+    sweep = [result.to_json() for result in results]
+    subject.write("knn", data, test, {**sweep[0], "sweep": sweep})
+
+
+@evaluate.command()
+def linear(
+    what: What,
+    data: Train,
+    test: Test = None,
+    augment: Annotated[
+        bool,
+        typer.Option(
+            "--augment", help="Random crops and flips, as DINO does: a forward pass of every image in every epoch."
+        ),
+    ] = False,
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Learning rates to choose from; give it several times.")
+    ] = None,
+    weight_decay: Annotated[
+        list[float] | None, typer.Option(help="Weight decays to choose from; give it several times.")
+    ] = None,
+    seed: o.Seed = 0,
+    teacher: TeacherOfEval = None,
+    checkpoint: o.Checkpoint = None,
+    size: Size = None,
+    out: Out = None,
+    batch_size: BatchSize = 128,
+    device: o.Device = "auto",
+    loader: o.LoaderPath = "auto",
+    workers: o.Workers = 0,
+) -> None:
+    """A linear classifier on frozen features: a sweep in one pass, the choice made on a tenth of TRAIN, one test."""
+    from rob.student_train.evaluate.augmented import linear_augmented
+    from rob.student_train.evaluate.linear import LinearConfig
+    from rob.student_train.evaluate.linear import linear as run
+
+    config = LinearConfig(epochs=epochs, seed=seed)
+    if lr:
+        config = replace(config, learning_rates=tuple(lr))
+    if weight_decay:
+        config = replace(config, weight_decays=tuple(weight_decay))
+    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    task = "linear-augment" if augment else "linear"
+    train, held_out = subject.images(data, test)
+    with bar("training", "epochs") as update:
+        if augment:
+            saved = subject.folder and subject.folder / "eval" / f"{task}.checkpoint.pt"
+            result = linear_augmented(
+                subject.network, train, held_out.features, config, subject.loader, checkpoint=saved, progress=update
+            )
+        else:
+            where = subject.network.device
+            result = run(train.features.to(where), held_out.features.to(where), config, update)
+    show_accuracies(
+        f"linear classifier on {subject.network.name}",
+        ("learning rate", "weight decay", "validation %", "top-1 %", "top-5 %"),
+        [
+            (f"{s.learning_rate:g}", f"{s.weight_decay:g}", s.validation_top1)
+            + ((result.top1, result.top5) if s == result.chosen else ("", ""))
+            for s in result.sweep
+        ],
+    )
+    subject.write(task, data, test, result.to_json())
+
+
+@evaluate.command()
+def lowshot(
+    what: What,
+    data: Train,
+    test: Test = None,
+    percent: Annotated[
+        list[float] | None,
+        typer.Option(help="Of each class of TRAIN; give it several times. Default 1 and 10, if no --per-class."),
+    ] = None,
+    per_class: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images of each class; give it several times.")
+    ] = None,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Train the whole network, not only a classifier on frozen features.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="With --finetune.")] = 30,
+    lr: Annotated[
+        float, typer.Option(help="With --finetune, of the network; its classifier's is 10 times that.")
+    ] = 1e-4,
+    seeds: Annotated[int, typer.Option(min=1, help="Subsets: mean and deviation are over them.")] = 5,
+    teacher: TeacherOfEval = None,
+    checkpoint: o.Checkpoint = None,
+    size: Size = None,
+    out: Out = None,
+    batch_size: BatchSize = 128,
+    device: o.Device = "auto",
+    loader: o.LoaderPath = "auto",
+    workers: o.Workers = 0,
+) -> None:
+    """Few labels: fixed subsets by seed, logistic regression on frozen features or --finetune; mean and deviation."""
+    from rob.student_train.evaluate.finetune import FinetuneConfig, finetune_lowshot
+    from rob.student_train.evaluate.lowshot import REGULARISATION, Share
+    from rob.student_train.evaluate.lowshot import lowshot as run
+
+    percents = percent or ([] if per_class else [1.0, 10.0])
+    shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class or []]
+    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    train, held_out = subject.images(data, test)
+    task = "lowshot-finetune" if finetune else "lowshot"
+    settings = {"epochs": epochs, "lr": lr} if finetune else {"regularisation": REGULARISATION}
+    results = []
+    for share in shares:
+        with bar(str(share), "subsets") as update:
+            if finetune:
+                config = FinetuneConfig(epochs, lr)
+                kept = subject.folder and subject.folder / "eval" / "finetune"
+                result = finetune_lowshot(
+                    subject.network, train, held_out, config, subject.loader, share, range(seeds), kept, update
+                )
+            else:
+                where = subject.network.device
+                result = run(
+                    train.features.to(where), held_out.features.to(where), share, range(seeds), progress=update
+                )
+        results.append(result)
+    show_accuracies(
+        f"few labels, {subject.network.name} {'fine-tuned' if finetune else 'frozen'}",
+        ("labels", "train images", "top-1 %", "deviation", "seeds"),
+        [
+            (str(r.share), r.num_train, r.mean, "" if r.deviation is None else r.deviation, len(r.seeds))
+            for r in results
+        ],
+    )
+    subject.write(task, data, test, {**settings, "results": [r.to_json() for r in results]})
+
+
+# ==== what the commands share ====
+
+
+class Subject:
+    """What is evaluated, how its images are read, and the folder that keeps features and results (None: nothing is kept)."""
+
+    def __init__(
+        self,
+        what: str,
+        teacher: str | None,
+        checkpoint: Path | None,
+        size: int | None,
+        out: Path | None,
+        batch_size: int,
+        device: str,
+        loader: str,
+        workers: int,
+    ) -> None:
+        from rob.common.loader import LoaderConfig
+
+        self.loader = LoaderConfig(loader, batch_size, workers)
+        say_which_loader(self.loader)
+        self.network = frozen_network(what, teacher, checkpoint, size, device)
+        self.folder = out or (Path(what) if Path(what).is_dir() else None)
+
+    def images(self, data: Path, test: Path | None) -> Any:
+        """Train and test images with their features."""
+        from rob.student_train.evaluate.labelled import labelled_images
+
+        with bar("features", "images") as update:
+            return labelled_images(self.network, data, test, self.loader, self.folder, update)
+
+    def write(self, task: str, data: Path, test: Path | None, result: dict[str, Any]) -> None:
+        from rob.student_train.evaluate.results import write_result
+
+        if not self.folder:
+            return
+        facts = {
+            "features": self.network.name,
+            "weights": self.network.source,
+            "image_size": self.network.size,
+            "train": str(data),
+            "test": str(test) if test else f"a fifth of {data}",
+        }
+        note(f"written to {write_result(self.folder, task, {**facts, **result})}")
+
+
+def show_accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table; whole numbers with separators, others with two decimals, texts as they are."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:.2f}" if isinstance(x, float) else x for x in row))
+    console.print(table)
+
+
+def frozen_network(what: str, teacher: str | None, checkpoint: Path | None, size: int | None, device: str) -> Any:
+    """What ``rob eval`` measures, by the word on the command line."""
+    from rob.common.run import pick_device
+    from rob.student_train.evaluate.network import FrozenNetwork
+    from rob.teacher_cache.teachers import TeacherConfig, load_teacher
+
+    where = pick_device(device)
+    if what == "pixels":
+        return FrozenNetwork.pixels(size or 32, where)
+    if what == "teacher":
+        if teacher is None:
+            raise MisuseError("rob eval ... teacher needs --teacher NAME (rob teachers lists them)")
+        model = load_teacher(TeacherConfig(teacher, checkpoint)).to(where)
+        return FrozenNetwork(
+            model.name, model, size or model.view_size, model.mean, model.std, model.weights_hash, where
+        )
+    return FrozenNetwork.student(Path(what), where, size)

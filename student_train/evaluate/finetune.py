@@ -1,0 +1,139 @@
+"""Few labels, the whole network trained: from the frozen features' logistic regression, on random crops and flips."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import cos, pi
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...common.beton import Beton
+from ...common.errors import MisuseError
+from ...common.loader import LoaderConfig
+from ..checkpoint import replacing
+from .features import Features
+from .labelled import LabelledImages
+from .logistic import fit_logistic
+from .lowshot import REGULARISATION, LowshotResult, Share
+from .network import FrozenNetwork
+from .views import TrainingBatches, evaluation_batches
+
+HEAD_RATE = 10.0
+"""The classifier's learning rate over the network's."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """AdamW with a cosine to 0 over ``epochs`` of the subset. ``lr`` is the network's, for any batch size."""
+
+    epochs: int = 30
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+
+
+class Classifier(nn.Module):
+    """A network and logistic regression on its L2-normalised features."""
+
+    def __init__(self, backbone: nn.Module, weights: Tensor, biases: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(weights.shape[0], weights.shape[1])
+        with torch.no_grad():
+            self.head.weight.copy_(weights.T)
+            self.head.bias.copy_(biases)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.normalize(self.backbone(images)))
+
+
+def finetune_lowshot(
+    network: FrozenNetwork,
+    train: LabelledImages,
+    test: LabelledImages,
+    config: FinetuneConfig,
+    loader: LoaderConfig,
+    share: Share,
+    seeds: Sequence[int],
+    keep_in: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LowshotResult:
+    """``lowshot`` with the whole network trained. With ``keep_in`` each seed's outcome is kept in that folder, and a
+    killed run goes on with the next seed. MisuseError as ``finetune``.
+    """
+    accuracies = []
+    for seed in seeds:
+        settings = {**asdict(config), **asdict(share), "seed": seed, "loader": asdict(loader)}
+        settings |= {"weights": network.source, "size": network.size, "images": len(train.image_ids)}
+        settings |= {"data": [Beton(images.path).manifest.fingerprint for images in (train, test)]}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        done = keep_in and keep_in / f"{digest[:16]}.json"
+        if done and done.exists():
+            top1 = json.loads(done.read_text())["top1"]
+        else:
+            top1 = finetune(network, train, test, config, loader, share, seed)
+            if done:
+                with replacing(done) as file:
+                    file.write(json.dumps({"top1": top1, **settings}).encode())
+        accuracies.append(top1)
+        if progress:
+            progress(len(accuracies), len(seeds))
+    num_train = len(share.rows(train.features.labels, seeds[0]))
+    return LowshotResult.of(share, seeds, accuracies, num_train, len(test.image_ids))
+
+
+def finetune(
+    network: FrozenNetwork,
+    train: LabelledImages,
+    test: LabelledImages,
+    config: FinetuneConfig,
+    loader: LoaderConfig,
+    share: Share,
+    seed: int,
+) -> float:
+    """Top-1 in percent on ``test`` after training on ``share``'s images of ``seed``.
+
+    It starts where ``lowshot`` ends ("LP-FT", Kumar et al. 2022): behind a random classifier, few labels would ruin the
+    features. ``network`` is left as it was. MisuseError: it is no student, or as ``lowshot``.
+    """
+    if not isinstance(network.embed, nn.Module) or not any(p.requires_grad for p in network.embed.parameters()):
+        raise MisuseError(f"{network.name} cannot be fine-tuned: give a run folder or a student's weights")
+    subset = train.rows(share.rows(train.features.labels, seed))
+    frozen = subset.features
+    start = fit_logistic(Features(F.normalize(frozen.features), frozen.labels, frozen.classes), REGULARISATION)
+    model = Classifier(copy.deepcopy(network.embed), start.weights, start.biases).to(network.device).train()
+    # So few images make poor statistics: batch norm keeps those it was trained with.
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+    groups = [
+        {"params": model.backbone.parameters(), "lr": config.lr},
+        {"params": model.head.parameters(), "lr": HEAD_RATE * config.lr},
+    ]
+    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: 0.5 * (1 + cos(pi * epoch / config.epochs)))
+    labels = subset.labels_by_id().to(network.device)
+    batches = TrainingBatches(Beton(train.path), network.size, network.mean, network.std, network.device, loader, seed)
+    for epoch in range(config.epochs):
+        for image_ids, images in batches.epoch(subset.image_ids, epoch):
+            optimiser.zero_grad()
+            F.cross_entropy(model(images), labels[image_ids.to(network.device)]).backward()
+            optimiser.step()
+        schedule.step()
+    return _top1(model.eval(), network, test, loader)
+
+
+@torch.no_grad()
+def _top1(model: nn.Module, network: FrozenNetwork, test: LabelledImages, loader: LoaderConfig) -> float:
+    """Percent of the images of ``test`` that get their label."""
+    labels = test.labels_by_id()
+    batches = evaluation_batches(
+        Beton(test.path), network.size, network.mean, network.std, network.device, loader, test.image_ids.numpy()
+    )
+    hits = sum(int((model(images).argmax(1).cpu() == labels[ids]).sum()) for ids, images in batches)
+    return 100 * hits / len(test.image_ids)

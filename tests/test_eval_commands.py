@@ -1,0 +1,183 @@
+"""rob eval knn, linear and lowshot: on a student, files and resuming; what they refuse."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rob import cli
+from rob.common.images import PackConfig, pack
+from rob.student_train.checkpoint import export_weights
+from rob.student_train.evaluate import augmented, finetune, network
+from rob.student_train.students import StudentConfig, build_student, describe_student
+
+FAST = ("--loader", "torch", "--workers", "1", "--device", "cpu", "--batch-size", "16")
+
+
+@pytest.fixture
+def rob(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """``rob(*arguments)``: the console script, in this process."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["rob", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
+
+    return run
+
+
+def stripes(folder: Path, classes: tuple[str, ...], n: int, seed: int) -> Path:
+    """``n`` noisy 32 px pictures a class, whose classes are directions of stripes: easy for any convolution."""
+    random = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for row in range(n):
+            wave = 128 + 80 * np.sin(np.arange(32) * 1.2 + random.uniform(0, 6))
+            pixels = np.tile(wave, (32, 1)) if name == "across" else np.tile(wave[:, None], (1, 32))
+            if name == "flat":
+                pixels = np.full((32, 32), 128.0)
+            noisy = pixels[..., None] + random.normal(0, 30, (32, 32, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name / f"{row:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> SimpleNamespace:
+    """Packed stripes to learn from and to test on. Not to be changed."""
+    folder = tmp_path_factory.mktemp("stripes")
+    for name, n in (("train", 20), ("test", 10)):
+        images = stripes(folder / name, ("across", "down"), n, n)
+        pack(PackConfig(str(images), folder / f"{name}.beton", raw=True, workers=1))
+    return SimpleNamespace(train=folder / "train.beton", test=folder / "test.beton")
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """A run folder with a student that has not been trained."""
+    config = StudentConfig("test_resnet", 32)
+    torch.manual_seed(0)
+    export_weights(build_student(config), describe_student(config), tmp_path / "run" / "student.safetensors")
+    return tmp_path / "run"
+
+
+def result(run_folder: Path, task: str) -> dict:
+    return json.loads((run_folder / "eval" / f"{task}.json").read_text())
+
+
+def test_features_are_shared_by_the_tasks(rob, data, run_folder, monkeypatch):
+    assert rob("eval", "knn", run_folder, data.train, "--test", data.test, *FAST).code == 0
+    assert result(run_folder, "knn")["k"] == 20
+    monkeypatch.setattr(network, "extract_features", lambda *_, **__: pytest.fail("extracted again"))
+    outcome = rob("eval", "knn", run_folder, data.train, "--test", data.test, "--k", 1, "--k", 5, *FAST)
+    assert re.search(r"│ +1 │.*\n.*│ +5 │", outcome.out), outcome.out
+    knn = result(run_folder, "knn")
+    assert [entry["k"] for entry in knn["sweep"]] == [1, 5]
+    assert knn["k"] == 1
+    assert knn["top1"] == knn["sweep"][0]["top1"]
+
+    outcome = rob("eval", "linear", run_folder, data.train, "--test", data.test, "--epochs", 20, *FAST)
+    assert outcome.code == 0, outcome.err
+    linear = result(run_folder, "linear")
+    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (36, 4, 20)
+    assert len(linear["sweep"]) == 20
+    assert linear["top1"] > 80
+    assert linear["chosen"]["validation_top1"] == max(setting["validation_top1"] for setting in linear["sweep"])
+
+    outcome = rob(
+        "eval", "lowshot", run_folder, data.train, "--test", data.test, "--percent", 10, "--per-class", 5, *FAST
+    )
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"10 % │ +4 │.*\n.*5 a class │ +10 │", outcome.out), outcome.out
+    assert [entry["labels"] for entry in result(run_folder, "lowshot")["results"]] == ["10 %", "5 a class"]
+
+
+def test_without_a_test_set_a_fifth_is_held_out(rob, data, run_folder):
+    assert rob("eval", "linear", run_folder, data.train, "--epochs", 5, "--lr", 0.1, *FAST).code == 0
+    linear = result(run_folder, "linear")
+    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (28, 4, 8)
+    assert linear["test"].startswith("a fifth of")
+    assert len(linear["sweep"]) == 4
+
+
+def test_augmented_linear_learns_and_resumes_to_the_same(rob, data, run_folder, monkeypatch):
+    arguments = ("eval", "linear", run_folder, data.train, "--test", data.test, "--augment", "--epochs", 8, *FAST)
+    assert rob(*arguments).code == 0
+    whole = result(run_folder, "linear-augment")
+    assert whole["top1"] > 80
+    assert not list((run_folder / "eval").glob("*.pt"))
+
+    save, saved = augmented.save_checkpoint, []
+
+    def killed_after_three(*rest):
+        save(*rest)
+        saved.append(rest)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(augmented, "save_checkpoint", killed_after_three)
+    assert rob(*arguments).code == 130
+    assert rob(*arguments, "--seed", 1).code == 2  # the checkpoint is of another seed
+    assert rob(*arguments).code == 0
+    assert len(saved) == 8
+    assert result(run_folder, "linear-augment") == whole
+
+
+def test_finetuning_trains_the_network_and_goes_on(rob, data, run_folder, monkeypatch):
+    run, seeds = finetune.finetune, []
+
+    def killed_at_the_second(*rest):
+        seeds.append(rest[-1])
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return run(*rest)
+
+    arguments = ("eval", "lowshot", run_folder, data.train, "--test", data.test, "--per-class", 5)
+    options = ("--finetune", "--epochs", 5, "--lr", 1e-3, "--seeds", 2, *FAST)
+    monkeypatch.setattr(finetune, "finetune", killed_at_the_second)
+    assert rob(*arguments, *options).code == 130
+    outcome = rob(*arguments, *options)
+    assert outcome.code == 0, outcome.err
+    assert seeds == [0, 1, 1]
+    tuned = result(run_folder, "lowshot-finetune")["results"][0]
+    assert (tuned["num_train"], tuned["num_test"], len(tuned["top1"])) == (10, 20, 2)
+    assert tuned["mean"] > 80
+
+
+def test_what_has_no_weights_cannot_be_finetuned(rob, data):
+    outcome = rob("eval", "lowshot", "pixels", data.train, "--test", data.test, "--per-class", 1, "--finetune", *FAST)
+    assert outcome.code == 2
+    assert "error: pixels cannot be fine-tuned" in outcome.err
+
+
+def test_one_clear_sentence(rob, data, run_folder, tmp_path):
+    def refused(message: str, *arguments: object) -> None:
+        for task in ("knn", "linear", "lowshot"):
+            outcome = rob("eval", task, *arguments, *FAST)
+            assert outcome.code == 2
+            assert re.fullmatch(f"error: .*{message}.*\n", outcome.err), outcome.err
+
+    flat = tmp_path / "flat.beton"
+    pack(PackConfig(str(stripes(tmp_path / "images", ("across",), 3, 1) / "across"), flat, workers=1))
+    refused(r"flat\.beton has no labels", run_folder, flat, "--test", data.test)
+    more = tmp_path / "more.beton"
+    pack(PackConfig(str(stripes(tmp_path / "more", ("across", "down", "flat"), 2, 2)), more, workers=1))
+    refused("class 'flat' of the test set is not in the training set", run_folder, data.train, "--test", more)
+    config = StudentConfig("vit_tiny_patch16_224", 32)
+    export_weights(build_student(config), describe_student(config), tmp_path / "vit.safetensors")
+    where = (tmp_path / "vit.safetensors", data.train, "--test", data.test)
+    refused(r"cannot take images of 40 x 40 px: .*40.* divisible by .*16", *where, "--size", 40)
+    outcome = rob("eval", "linear", run_folder, more, "--test", data.test, *FAST)
+    assert outcome.code == 0  # one of two to choose by is enough
+    single = tmp_path / "single.beton"
+    pack(PackConfig(str(stripes(tmp_path / "single", ("across", "down"), 1, 2)), single, workers=1))
+    refused("class 'across' has one image, none is left to train on", run_folder, single)
