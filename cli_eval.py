@@ -196,6 +196,42 @@ def lowshot(
     subject.write(task, data, test, {**settings, "results": [r.to_json() for r in results]})
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders that rob eval has measured.")],
+    out: Annotated[Path, typer.Option(help="The plot to draw; its numbers go beside it as .json.")] = Path(
+        "compare.png"
+    ),
+) -> None:
+    """Runs side by side: every result, with parameters, MACs, measured latency and training speed."""
+    from rob.student_train.evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
+
+    if out.suffix != ".png":
+        raise MisuseError(f"--out {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
+    summaries = []
+    with bar("measuring", "runs") as update:
+        for run in runs:
+            summaries.append(summarise(run))
+            update(len(summaries), len(runs))
+    tasks = all_tasks(summaries)
+    write_comparison(summaries, out)
+    rows: list[tuple[str, list[Any]]] = [
+        ("student", [s.student for s in summaries]),
+        ("parameters, M", [s.parameters / 1e6 for s in summaries]),
+        ("MACs, M", [s.macs / 1e6 for s in summaries]),
+        ("CPU ms, one thread", [s.cpu_ms for s in summaries]),
+        ("CUDA ms", [s.cuda_ms for s in summaries]),
+        ("training images/s", [s.train_images_per_second for s in summaries]),
+        *((f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
+    ]
+    show_accuracies(
+        "runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)]
+    )
+    for sentence in check_comparable(summaries):
+        note(sentence)
+    note(f"drawn to {out}")
+
+
 # ==== what the commands share ====
 
 
@@ -229,6 +265,7 @@ class Subject:
             return labelled_images(self.network, data, test, self.loader, self.folder, update)
 
     def write(self, task: str, data: Path, test: Path | None, result: dict[str, Any]) -> None:
+        from rob.common.beton import Beton
         from rob.student_train.evaluate.results import write_result
 
         if not self.folder:
@@ -238,18 +275,22 @@ class Subject:
             "weights": self.network.source,
             "image_size": self.network.size,
             "train": str(data),
+            "train_fingerprint": Beton(data).manifest.fingerprint,
             "test": str(test) if test else f"a fifth of {data}",
+            "test_fingerprint": Beton(test).manifest.fingerprint
+            if test
+            else f"a fifth of {Beton(data).manifest.fingerprint}",
         }
         note(f"written to {write_result(self.folder, task, {**facts, **result})}")
 
 
 def show_accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table; whole numbers with separators, others with two decimals, texts as they are."""
+    """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:.2f}" if isinstance(x, float) else x for x in row))
+        table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if isinstance(x, float) else x for x in row))
     console.print(table)
 
 

@@ -1,0 +1,172 @@
+"""Several runs side by side: what each student scores, and what it costs."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...common.errors import MisuseError
+from ..checkpoint import load_student, replacing
+from ..students import num_macs, num_parameters
+from .results import read_results
+
+MIN_FORWARDS = 20
+"""Timed forward passes, after three that are not."""
+MIN_SECONDS = 1.0
+"""For which they go on at least."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run. ``scores`` are percent by task (accuracy, or AP of detection); costs are of one image.
+
+    ``cuda_ms`` is None without CUDA, ``train_images_per_second`` (median over the log) None without a log.
+    """
+
+    run: str
+    student: str
+    image_size: int
+    parameters: int
+    macs: int
+    cpu_ms: float
+    cuda_ms: float | None
+    train_images_per_second: float | None
+    scores: Mapping[str, float]
+    tested_on: Mapping[str, str]
+    """Task -> what identifies its test images, where the result says it."""
+
+
+def summarise(run: Path) -> RunSummary:
+    """Reads a run folder and measures its student. MisuseError: no student there, or a result that is no JSON."""
+    backbone, info = load_student(run)
+    scores: dict[str, float] = {}
+    tested_on: dict[str, str] = {}
+    for task, result in read_results(run).items():
+        for name, score in headline(task, result).items():
+            scores[name] = score
+            tested_on[name] = str(result.get("test_fingerprint") or result.get("test"))
+    return RunSummary(
+        run=str(run),
+        student=info.name,
+        image_size=info.image_size,
+        parameters=num_parameters(backbone),
+        macs=num_macs(backbone, info.image_size),
+        cpu_ms=latency_ms(backbone, info.image_size, torch.device("cpu")),
+        cuda_ms=latency_ms(backbone, info.image_size, torch.device("cuda")) if torch.cuda.is_available() else None,
+        train_images_per_second=training_speed(run),
+        scores=scores,
+        tested_on=tested_on,
+    )
+
+
+def headline(task: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in percent that stand for a result: top-1, a mean for each number of labels, or box and mask AP."""
+    if "top1" in result:
+        return {task: result["top1"]}
+    if "results" in result:
+        return {f"{task} {entry['labels']}": entry["mean"] for entry in result["results"]}
+    return {f"{task} {kind} AP": result[kind]["ap"] for kind in ("box", "mask") if result.get(kind)}
+
+
+@torch.no_grad()
+def latency_ms(backbone: nn.Module, size: int, device: torch.device) -> float:
+    """Median milliseconds of a forward pass of one (1, 3, size, size) float32 image, on one thread of the CPU or on CUDA."""
+    backbone.eval().to(device)
+    image = torch.zeros(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(3):
+            backbone(image)
+        wait()
+        end = time.perf_counter() + MIN_SECONDS
+        while len(times) < MIN_FORWARDS or time.perf_counter() < end:
+            start = time.perf_counter()
+            backbone(image)
+            wait()
+            times.append(1000 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+        backbone.cpu()
+    return median(times)
+
+
+def training_speed(run: Path) -> float | None:
+    """Median images/s over the run's ``metrics.jsonl``; None where there is none."""
+    log = run / "metrics.jsonl"
+    if not log.is_file():
+        return None
+    speeds = [json.loads(line)["images_per_second"] for line in log.read_text().splitlines(True) if line.endswith("\n")]
+    return median(speeds) if speeds else None
+
+
+def check_comparable(summaries: Sequence[RunSummary]) -> list[str]:
+    """Sentences about tasks whose results are of different test images, and so say nothing side by side."""
+    found = []
+    for task in all_tasks(summaries):
+        sets = {s.tested_on[task]: s.run for s in summaries if task in s.tested_on}
+        if len(sets) > 1:
+            found.append(f"{task}: {' and '.join(sets.values())} were tested on different images, do not compare them")
+    return found
+
+
+def all_tasks(summaries: Sequence[RunSummary]) -> list[str]:
+    """In order of first appearance."""
+    return list(dict.fromkeys(task for summary in summaries for task in summary.scores))
+
+
+def write_comparison(summaries: Sequence[RunSummary], out: Path) -> None:
+    """``out`` as a PNG, scores against parameters, MACs, latency and training speed; the numbers beside it as ``.json``.
+
+    MisuseError: no run has a result yet. FailureError: a file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    tasks = all_tasks(summaries)
+    if not tasks:
+        raise MisuseError("none of these runs has been evaluated: run rob eval knn RUN ... first")
+    costs = {
+        "parameters, M": [s.parameters / 1e6 for s in summaries],
+        "MACs, M": [s.macs / 1e6 for s in summaries],
+        "CPU latency, ms (one thread)": [s.cpu_ms for s in summaries],
+        "CUDA latency, ms": [s.cuda_ms for s in summaries],
+        "training images/s": [s.train_images_per_second for s in summaries],
+    }
+    costs = {name: values for name, values in costs.items() if any(value is not None for value in values)}
+    figure, axes = plt.subplots(1, len(costs), figsize=(3.6 * len(costs), 4.2), sharey=True, squeeze=False)
+    for panel, (cost, values) in zip(axes[0], costs.items(), strict=True):
+        for task in tasks:
+            points = sorted(
+                (value, s.scores[task])
+                for value, s in zip(values, summaries, strict=True)
+                if value is not None and task in s.scores
+            )
+            panel.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1, label=task) if points else None
+        for value, summary in zip(values, summaries, strict=True):
+            if value is not None and summary.scores:
+                name = Path(summary.run).name
+                top = max(summary.scores.values())
+                panel.annotate(name, (value, top), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
+        panel.set_xscale("log")
+        panel.set_xlabel(cost)
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel("%")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=min(len(labels), 6), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    with replacing(out) as file:
+        figure.savefig(file, format="png", dpi=140)
+    plt.close(figure)
+    with replacing(out.with_suffix(".json")) as file:
+        file.write((json.dumps([asdict(summary) for summary in summaries], indent=2) + "\n").encode())

@@ -1,0 +1,114 @@
+"""rob compare: scores by task, costs that are what they say, one plot."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from rob import cli
+from rob.common.errors import MisuseError
+from rob.student_train.checkpoint import export_weights
+from rob.student_train.evaluate import compare
+from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
+from rob.student_train.evaluate.results import read_results, write_result
+from rob.student_train.students import StudentConfig, build_student, describe_student
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(compare, "MIN_FORWARDS", 2)
+    monkeypatch.setattr(compare, "MIN_SECONDS", 0.0)
+
+
+def make_run(folder: Path, name: str, size: int) -> Path:
+    config = StudentConfig(name, size)
+    export_weights(build_student(config), describe_student(config), folder / "student.safetensors")
+    return folder
+
+
+def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
+    first, second = make_run(tmp_path / "first", "test_resnet", 32), make_run(tmp_path / "second", "test_vit", 32)
+    write_result(first, "knn", {"top1": 61.25, "test_fingerprint": "abc"})
+    shots = [{"labels": "1 %", "mean": 33.5}, {"labels": "10 %", "mean": 47.0}]
+    write_result(first, "lowshot", {"results": shots, "test_fingerprint": "abc"})
+    write_result(second, "knn", {"top1": 58.5, "test_fingerprint": "xyz"})
+    write_result(second, "detect", {"box": {"ap": 12.5}, "mask": None})
+    lines = [{"images_per_second": speed} for speed in (100.0, 300.0, 200.0)]
+    (first / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+
+    out = tmp_path / "plot.png"
+    monkeypatch.setattr(cli.console, "_width", 250)
+    monkeypatch.setattr(sys, "argv", ["rob", "compare", str(first), str(second), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    for expected in ("61.25", "33.50", "47.00", "58.50", "12.50", "detect box AP", "200.00"):
+        assert expected in text
+    assert "knn: " in text
+    assert "tested on different images" in text
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert image.width > image.height > 400
+        assert len(image.convert("L").getcolors()) > 10
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert rows[0]["scores"] == {"knn": 61.25, "lowshot 1 %": 33.5, "lowshot 10 %": 47.0}
+    assert rows[0]["train_images_per_second"] == 200
+    assert rows[1]["train_images_per_second"] is None
+
+
+def test_costs_are_those_of_the_network(tmp_path):
+    run = make_run(tmp_path / "run", "test_resnet", 32)
+    threads = torch.get_num_threads()
+    summary = summarise(run)
+    assert torch.get_num_threads() == threads
+    model = build_student(StudentConfig("test_resnet", 32))
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    macs = []
+
+    def count(module, _, output):
+        if isinstance(module, nn.Conv2d):
+            macs.append(output.numel() * module.weight[0].numel())
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    assert summary.macs == sum(macs)
+
+
+def test_latency_is_the_time_of_one_image_on_one_thread():
+    seen = []
+
+    class Sleeps(nn.Module):
+        def forward(self, images):
+            seen.append((tuple(images.shape), torch.get_num_threads()))
+            torch.zeros(200_000).sort()
+            return images
+
+    assert 0.05 < latency_ms(Sleeps(), 8, torch.device("cpu")) < 5000
+    assert set(seen) == {((1, 3, 8, 8), 1)}
+
+
+def test_what_stands_for_a_result():
+    assert headline("transfer-cifar10", {"top1": 5.0, "top5": 9.0}) == {"transfer-cifar10": 5.0}
+    assert headline("detect", {"box": {"ap": 1.0}, "mask": {"ap": 2.0}}) == {
+        "detect box AP": 1.0,
+        "detect mask AP": 2.0,
+    }
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    run = make_run(tmp_path / "run", "test_resnet", 32)
+    with pytest.raises(MisuseError, match="none of these runs has been evaluated"):
+        write_comparison([summarise(run)], tmp_path / "plot.png")
+    assert not check_comparable([summarise(run)])
+    write_result(run, "knn", {})
+    (run / "eval" / "knn.json").write_text("{")
+    with pytest.raises(MisuseError, match=r"knn\.json is not JSON"):
+        read_results(run)
+    with pytest.raises(MisuseError, match="no such file"):
+        summarise(tmp_path / "nowhere")
