@@ -30,11 +30,17 @@ def train_student(
     ] = 0.0,
     objective: Annotated[
         str,
-        typer.Option(help="embedding: regress the teacher's embedding. dino: match its distribution over prototypes."),
+        typer.Option(
+            help="embedding: regress the teacher's embedding. disco: that and InfoNCE. moco: InfoNCE alone. Over prototypes: "
+            "dino, ibot (class token), swav (Sinkhorn codes), msn (uses all prototypes). No prototypes in the store: cache "
+            "with --prototypes K, or take one of the first three."
+        ),
     ] = "embedding",
     pairing: Annotated[
         str | None,
-        typer.Option(help="same, cross or all: which views meet; default same for embedding, cross for dino."),
+        typer.Option(
+            help="same, cross or all: which views meet; default same for embedding and disco, cross for the others."
+        ),
     ] = None,
     step_targets: Annotated[
         int | None, typer.Option(min=1, help="Target views of an image in a step; default 2, or the 1 there is.")
@@ -54,15 +60,70 @@ def train_student(
         float | None,
         typer.Option(min=0, max=1, help="Weight of pairs with a global crop (SSLight 0.4); default: all pairs alike."),
     ] = None,
-    student_temp: Annotated[float, typer.Option(min=0.001, help="0.05 to 0.2; lower is sharper.")] = 0.1,
+    student_temp: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="0.05 to 0.2; lower is sharper. Default 0.1; for moco and disco 0.2, on all their keys."
+        ),
+    ] = None,
     teacher_temp: Annotated[
         float | None,
-        typer.Option(min=0.001, help="0.025 to 0.1; default the teacher's. Lower when targets are near uniform."),
+        typer.Option(
+            min=0.001,
+            help="0.025 to 0.1; default the teacher's. Lower when targets are near uniform. swav: Sinkhorn's epsilon.",
+        ),
     ] = None,
     centre_targets: Annotated[
-        bool, typer.Option("--centre-targets", help="Subtract the teacher's mean over the data set.")
-    ] = False,
+        str | None,
+        typer.Option(
+            help="What to take off the targets, where few prototypes get most images or features share a large part: "
+            "calibration (the mean over the cached views), checkpoint (DINO's centre, if the teacher's file has it), running "
+            "(the mean of this run's targets), none (default). With embeddings: calibration or none."
+        ),
+    ] = None,
+    sinkhorn: Annotated[
+        str | None,
+        typer.Option(
+            help="Even out the targets' use of the prototypes over the batch, or over a queue too (batch much smaller than "
+            "K), in the centre's place: none, batch, queue. Default queue for swav, batch for msn, none for dino and "
+            "ibot. Needs all logits: not a topk store."
+        ),
+    ] = None,
+    queue: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840; both at most an eighth of "
+            "the images. More rows than images are refused: an image would be its own negative.",
+        ),
+    ] = None,
+    mean_entropy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Weight of MSN's term for using all prototypes; default 1 for msn, else 0. Raise it on collapse.",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="The student's prototypes: fresh (default), teacher (start from the teacher's), frozen (and keep them)."
+        ),
+    ] = None,
+    only_consistency: Annotated[bool | None, typer.Option("--only-consistency", help="disco without InfoNCE.")] = None,
+    consistency_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="disco: weight of the squared distance, a mean over the batch (default 1). The published code sums over the "
+            "32 images of a GPU: that is 32.",
+        ),
+    ] = None,
     hidden_dim: Annotated[int, typer.Option(min=1, help="Width of the head's hidden layers.")] = 2048,
+    head_norm: Annotated[
+        bool | None,
+        typer.Option(help="BatchNorm in the head; default yes, and no for moco and disco. DINO's and iBOT's ViTs: no."),
+    ] = None,
     optimiser: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
     lr: Annotated[
         float,
@@ -146,7 +207,20 @@ def train_student(
         out=out,
         student=StudentConfig(student, image_size, small, drop_path),
         targets=None if targets == "online" else Path(targets),
-        objective=ObjectiveConfig(objective, student_temp, teacher_temp, centre_targets, hidden_dim),
+        objective=ObjectiveConfig(
+            objective,
+            student_temp,
+            teacher_temp,
+            centre_targets,
+            sinkhorn,
+            queue,
+            mean_entropy,
+            head,
+            hidden_dim,
+            head_norm,
+            only_consistency=only_consistency,
+            consistency_weight=consistency_weight,
+        ),
         pairing=choose_pairing(
             objective, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
         ),

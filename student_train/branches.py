@@ -31,8 +31,9 @@ WINDOW_BLOCKS = 16
 class TargetSpace:
     """What a branch's targets are made of, for the objective to fit its head to.
 
-    ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits.
-    ``mean_embedding`` (D,) and ``centre`` (K,) are the teacher's mean embedding and mean logits over the data set, where known.
+    ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits,
+    ``has_all_logits`` for one of the top k alone. Where known: ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the
+    data set, the ``centre`` (K,) of the teacher's own file, its ``prototypes`` (K, D).
     """
 
     dim: int
@@ -40,7 +41,10 @@ class TargetSpace:
     has_embedding: bool
     teacher_temp: float | None = None
     mean_embedding: Tensor | None = None
+    mean_logits: Tensor | None = None
     centre: Tensor | None = None
+    prototypes: Tensor | None = None
+    has_all_logits: bool = True
 
 
 class TargetBranch(Protocol):
@@ -93,8 +97,7 @@ class CachedTargets(TargetBranch):
         self.window_mib, self.in_memory = window_mib, in_memory
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, window_mib))
         self._prefetcher: TargetPrefetcher | None = None
-        has_embedding = self.store.encoding.kind == "embedding"
-        prototypes = self.store.prototypes
+        kind, prototypes, centre = self.store.encoding.kind, self.store.prototypes, self.store.statistics.get("centre")
         self.prototypes = None if prototypes is None else torch.from_numpy(prototypes).to(device)
         mean = (
             torch.from_numpy(self.store.statistics["embedding_sum"] / (manifest.num_images * self.views))
@@ -102,9 +105,16 @@ class CachedTargets(TargetBranch):
             .to(device)
         )
         # Logits are linear in the embedding: their mean is that of the mean embedding.
-        centre = None if self.prototypes is None else self.prototypes @ mean
         self.space = TargetSpace(
-            manifest.dim, manifest.num_prototypes, has_embedding, manifest.teacher_temp, mean, centre
+            manifest.dim,
+            manifest.num_prototypes,
+            has_embedding=kind == "embedding",
+            teacher_temp=manifest.teacher_temp,
+            mean_embedding=mean,
+            mean_logits=None if self.prototypes is None else self.prototypes @ mean,
+            centre=None if centre is None else torch.from_numpy(centre).to(device),
+            prototypes=self.prototypes,
+            has_all_logits=kind != "topk",
         )
         told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
         self.description = {
@@ -206,7 +216,13 @@ class OnlineTeacher(TargetBranch):
     ) -> None:
         self.teacher, self.recipe, self.seed, self.views = teacher, recipe, seed, views
         self.view_size, self.device, self.precision = view_size, device, precision
-        self.space = TargetSpace(teacher.dim, teacher.num_prototypes, True, teacher.teacher_temp, centre=teacher.centre)
+        self.space = TargetSpace(
+            *(teacher.dim, teacher.num_prototypes),
+            has_embedding=True,
+            teacher_temp=teacher.teacher_temp,
+            centre=teacher.centre,
+            prototypes=teacher.prototypes,
+        )
         self.description = {
             "kind": "online",
             "teacher": teacher.name,

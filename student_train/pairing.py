@@ -17,6 +17,10 @@ from ..common.errors import MisuseError, unknown_name
 from ..common.views import LOCAL, Recipe
 
 PAIRINGS = ("same", "cross", "all")
+SAME_VIEW = ("embedding", "disco")
+"""Objectives whose papers compare the same view of both branches."""
+ONE_TARGET = ("msn",)
+"""Objectives whose papers have one target view of an image in a step."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,19 @@ def choose_pairing(
     fresh: bool | None = None,
     global_weight: float | None = None,
 ) -> PairingConfig:
-    """What is not said (None) as the objective's paper has it: embedding regression pairs the same view, the others cross.
+    """What is not said (None) as the objective's paper has it: embedding regression and DisCo pair the same view, the
+    others cross.
 
-    ``views`` is what the branch has of an image; two of them are used in a step where there are two. Local crops are the
-    recipe's. MisuseError: options that contradict each other.
+    ``views`` is what the branch has of an image; two of them are used in a step where there are two, and MSN uses one.
+    Local crops are the recipe's. MisuseError: options that contradict each other.
     """
-    pairing = pairing or ("same" if objective == "embedding" else "cross")
+    pairing = pairing or ("same" if objective in SAME_VIEW else "cross")
+    if objective == "disco" and pairing != "same":
+        raise MisuseError("--objective disco compares the same views: leave out --pairing, or use embedding or moco")
     if fresh is not None and pairing in ("same", "all"):
         option = "--fresh" if fresh else "--replay"
         raise MisuseError(f"{option} is for --pairing cross: {pairing} always replays the cached views, leave it out")
-    targets = targets or min(2, views)
+    targets = targets or min(1 if objective in ONE_TARGET else 2, views)
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
     return PairingConfig(pairing, targets, num_local, True if fresh is None else fresh, global_weight)

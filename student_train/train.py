@@ -112,12 +112,16 @@ class Trainer:
         steps_per_epoch: int,
         device: torch.device,
         ranks: Ranks = ALONE,
+        num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
         backbone = build_student(config.student)
-        objective = build_objective(config.objective, backbone.num_features, space)  # type: ignore[arg-type]
+        features: int = backbone.num_features  # type: ignore[assignment]
+        objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
         self.model = StudentWithHead(backbone, objective).to(device).train()
-        self.parallel = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
+        # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
+        alone = ranks.world_size == 1
+        self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)
         seed_everything(config.seed + ranks.rank)  # ranks start alike and drop different paths
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
@@ -189,7 +193,7 @@ def train_student(
     batch_size = config.loader.batch_size // ranks.world_size  # of this rank
     steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
     total_steps = steps_per_epoch * config.epochs
-    trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks)
+    trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images)
     for crops in crop_sets(config, branch, plan_views(config.pairing, branch.views, epoch=0)):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)

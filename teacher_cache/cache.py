@@ -191,7 +191,10 @@ def _write_store(
             writing = pool.submit(write, embedding, logits)
         if writing is not None:
             progress.rows(writing.result(), data.num_images)
-    writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy())
+    statistics = writer.statistics
+    if teacher.centre is not None:
+        statistics["centre"] = teacher.centre.cpu().numpy()
+    writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
 
 
 def _chunks(

@@ -119,12 +119,17 @@ def test_the_space_tells_what_the_targets_are(data, with_head, store, tmp_path):
     space = CachedTargets(store.path, data, CPU).space
     assert (space.dim, space.num_prototypes, space.has_embedding) == (24, PROTOTYPES, True)
     torch.testing.assert_close(space.mean_embedding, rows.mean((0, 1)), rtol=0, atol=1e-5)
-    torch.testing.assert_close(space.centre, (rows @ prototypes.T).mean((0, 1)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(space.mean_logits, (rows @ prototypes.T).mean((0, 1)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(space.prototypes, prototypes)
 
     logits = CachedTargets(cached(tmp_path, data, with_head, Encoding("dense")).path, data, CPU).space
     assert not logits.has_embedding
-    torch.testing.assert_close(logits.centre, space.centre, rtol=0, atol=1e-5)
+    assert space.has_all_logits and logits.has_all_logits
+    torch.testing.assert_close(logits.mean_logits, space.mean_logits, rtol=0, atol=1e-5)
+    topk = CachedTargets(cached(tmp_path / "topk", data, with_head, Encoding("topk", k=4)).path, data, CPU).space
+    assert not (topk.has_embedding or topk.has_all_logits)
     on_the_spot = online(with_head, store).space
+    torch.testing.assert_close(on_the_spot.prototypes, prototypes)
     assert (on_the_spot.dim, on_the_spot.num_prototypes, on_the_spot.has_embedding) == (24, PROTOTYPES, True)
     assert on_the_spot.teacher_temp == space.teacher_temp == load_teacher(with_head).teacher_temp
 
@@ -149,7 +154,7 @@ def test_a_teacher_without_a_head_has_no_prototypes(data, tmp_path, plan, order)
     teacher = tiny_teacher_checkpoint(tmp_path)
     plain = cached(tmp_path, data, teacher, Encoding("embedding"))
     for branch in (CachedTargets(plain.path, data, CPU), online(teacher, plain)):
-        assert (branch.space.num_prototypes, branch.space.centre) == (0, None)
+        assert (branch.space.num_prototypes, branch.space.prototypes, branch.space.mean_logits) == (0, None, None)
         target = answers(branch, data, order, plan)[0]
         assert isinstance(target, EmbeddingTarget)
         assert target.num_prototypes == 0

@@ -35,7 +35,9 @@ def same_heads():
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_embedding_is_the_squared_distance_of_unit_vectors(centre):
-    objective = build_objective(ObjectiveConfig("embedding", centre=centre, hidden_dim=16), FEATURES, SPACE)
+    objective = build_objective(
+        ObjectiveConfig("embedding", centre="calibration" if centre else None, hidden_dim=16), FEATURES, SPACE
+    )
     loss = objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES), WEIGHTS)
     student = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS)).double()
     teacher = F.normalize(TARGET_ROWS.double() - MEAN.double(), dim=-1) if centre else TARGET_ROWS.double()
@@ -81,7 +83,7 @@ def entropies_by_hand(
 @pytest.mark.parametrize("kind", ["embedding", "dense", "topk of all"])
 @pytest.mark.parametrize("centre", [False, True])
 def test_dino_is_the_cross_entropy_of_the_two_softmaxes(kind, centre):
-    config = ObjectiveConfig("dino", student_temp=0.2, centre=centre, **SMALL)
+    config = ObjectiveConfig("dino", student_temp=0.2, centre="calibration" if centre else None, **SMALL)
     objective = build_objective(config, FEATURES, SPACE)
     teacher = TARGET_ROWS.double() @ TARGET_PROTOTYPES.double().T
     logits, ids = teacher.float().sort(descending=True)
@@ -125,7 +127,7 @@ def test_half_precision_keeps_the_cosine_in_single():
 
 @pytest.mark.parametrize("name", ["embedding", "dino"])
 def test_targets_and_teacher_are_not_trained(name):
-    objective = build_objective(ObjectiveConfig(name, centre=True, **SMALL), FEATURES, SPACE)
+    objective = build_objective(ObjectiveConfig(name, centre="calibration", **SMALL), FEATURES, SPACE)
     target = EmbeddingTarget(TARGET_ROWS.clone().requires_grad_(), TARGET_PROTOTYPES.clone().requires_grad_())
     if name == "embedding":
         target = EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES)
@@ -148,11 +150,15 @@ def test_targets_and_teacher_are_not_trained(name):
         (ObjectiveConfig("dino"), TargetSpace(DIM, 0, True), "the teacher has no head: .* --prototypes K"),
         (ObjectiveConfig("dino"), TargetSpace(DIM, PROTOTYPES, True), "pass --teacher-temp"),
         (
-            ObjectiveConfig("embedding", centre=True),
+            ObjectiveConfig("embedding", centre="calibration"),
             replace(SPACE, mean_embedding=None),
             "--centre-targets needs the teacher's mean embedding",
         ),
-        (ObjectiveConfig("dino", centre=True), replace(SPACE, centre=None), "--centre-targets needs .* mean logits"),
+        (
+            ObjectiveConfig("dino", centre="calibration"),
+            replace(SPACE, mean_logits=None),
+            "calibration .* only a store knows",
+        ),
     ],
 )
 def test_targets_that_cannot_serve_are_refused(config, space, message):

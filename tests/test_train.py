@@ -511,6 +511,6 @@ def test_a_teacher_without_a_head_does_not_serve_dino(config, data, tmp_path):
     dino = replace(config.objective, name="dino")
     refused(replace(config, targets=plain.path, objective=dino), "fit prototypes .* --prototypes K")
     fitted = tiny_store(tmp_path / "fitted.zarr", data, tiny_teacher_checkpoint(tmp_path), prototypes=8, loader=LOADER)
-    centred = replace(dino, centre=True)
+    centred = replace(dino, centre="calibration")
     train_student(replace(config, targets=fitted.path, objective=centred, pairing=PairingConfig(), epochs=1))
     assert CachedTargets(fitted.path, data, CPU).space.teacher_temp is not None

@@ -1,7 +1,7 @@
 """The losses over prototypes, and the targets they take. Imports only torch and triton."""
 
+from .entropy import mean_entropy
 from .prototype_ce import prototype_cross_entropy
-from .reference import mean_entropy
 from .sinkhorn import Offsets, sinkhorn_offsets
 from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 

@@ -45,11 +45,7 @@ def prototype_cross_entropy(
 
 
 def mean_entropy(student_embedding: Tensor, prototypes: Tensor, temp: float) -> Tensor:
-    """Entropy in nats of the mean prediction over all rows: MSN's term, to be maximised; at most log K.
-
-    student_embedding: (..., D); prototypes: (K, D). Across ranks the mean must be taken over all of them: this is one
-    rank's.
-    """
+    """Entropy in nats of one rank's mean prediction over all rows. student_embedding: (..., D); prototypes: (K, D)."""
     logits = wide(student_embedding).flatten(0, -2) @ wide(prototypes).T
     p = torch.softmax(logits / temp, dim=1).mean(dim=0)
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()

@@ -29,6 +29,8 @@ class Offsets:
         return -self.temp * self.column
 
 
+STARTS = ("exponentials", "probabilities")
+
 TILE = 8192
 """Prototypes to visit at a time. The same on every rank, since each tile is a collective."""
 
@@ -39,6 +41,7 @@ def sinkhorn_offsets(
     temp: float,
     iterations: int = 3,
     log_sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    start: str = "exponentials",
 ) -> Offsets:
     """The offsets after ``iterations`` rounds (SwAV, arXiv 2006.09882, appendix A: 3 at temp 0.05).
 
@@ -47,23 +50,29 @@ def sinkhorn_offsets(
 
     log_sum_over_ranks: given this rank's (K,) log-sum-exp over its rows, returns that over all ranks' rows;
         ``over_ranks`` does. None where one rank holds the whole batch.
+    start: "exponentials" iterates on exp(t / temp) as SwAV does, "probabilities" on softmax(t / temp) as MSN does
+        (2204.07141), where an image that is near no prototype counts as much as any other from the first round on.
 
-    Raises ValueError for a top-k target, whose rows are not known well enough to balance, and unless temp > 0 and
-    iterations >= 1.
+    Raises ValueError for a top-k target, whose rows are not known well enough to balance, for an unknown start, and
+    unless temp > 0 and iterations >= 1.
     """
     if not isinstance(target, EmbeddingTarget | DenseTarget):
         raise ValueError("Sinkhorn needs all the logits: cache the targets as embedding or dense, not topk")
     if not temp > 0 or iterations < 1:
         raise ValueError(f"Sinkhorn needs a positive temperature and at least one iteration, got {temp}, {iterations}")
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r} of Sinkhorn; known: {', '.join(STARTS)}")
     k = target.num_prototypes
+    tiles = [slice(first, min(first + TILE, k)) for first in range(0, k, TILE)]
     with torch.autocast(target.device.type, enabled=False):
         row = _logits(target, slice(0, 1)).squeeze(1).zero_()
         column = row.new_empty(k)
+        if start == "probabilities":
+            row = -torch.stack([torch.logsumexp(_logits(target, tile) / temp, dim=1) for tile in tiles]).logsumexp(0)
         for _ in range(iterations):
             # One pass over the prototypes does both halves: a tile's columns need all rows, but only their own tile.
             log_sum = torch.full_like(row, -torch.inf)
-            for start in range(0, k, TILE):
-                tile = slice(start, min(start + TILE, k))
+            for tile in tiles:
                 logits = _logits(target, tile).div_(temp)
                 over_rows = torch.logsumexp(logits + row.unsqueeze(1), dim=0)
                 column[tile] = -(over_rows if log_sum_over_ranks is None else log_sum_over_ranks(over_rows))

@@ -39,6 +39,10 @@ class _Target:
         """The target of images ``start`` to ``stop``; views of the same memory."""
         return replace(self, **{name: getattr(self, name)[start:stop] for name in self._per_image})  # type: ignore[type-var]
 
+    def views(self, start: int, stop: int) -> Self:
+        """The target of target views ``start`` to ``stop``; views of the same memory."""
+        return replace(self, **{name: getattr(self, name)[:, start:stop] for name in self._per_image})  # type: ignore[type-var]
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingTarget(_Target):

@@ -6,7 +6,7 @@ Against the published code the sum over the batch is a mean: the loss does not g
 teacher's mean embedding first: features after a ReLU share a large part that says nothing about the image.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ...common.errors import MisuseError
 from ...common.heads import ProjectionHead
 from ..kernels.target import EmbeddingTarget, Target
+from .prototypes import given
 
 if TYPE_CHECKING:
     from ..branches import TargetSpace
@@ -24,30 +25,58 @@ if TYPE_CHECKING:
 class EmbeddingObjective(nn.Module):
     """The student's projected embedding regresses the teacher's, view by view."""
 
+    options: ClassVar[frozenset[str]] = frozenset(("centre",))
+    """As ``PrototypeObjective`` has it."""
+    head_norm: ClassVar[bool] = True
+
     mean_embedding: Tensor | None
 
-    def __init__(self, config: "ObjectiveConfig", num_features: int, space: "TargetSpace") -> None:
+    def __init__(
+        self,
+        config: "ObjectiveConfig",
+        num_features: int,
+        space: "TargetSpace",
+        targets: int = 2,
+        num_images: int | None = None,
+    ) -> None:
+        """As ``build_objective``."""
         super().__init__()
         if not space.has_embedding:
             raise MisuseError(
-                "--objective embedding needs the teacher's embedding, but the store holds logits: cache with --encoding embedding"
+                f"--objective {config.name} needs the teacher's embedding, but the store holds logits: "
+                "cache with --encoding embedding"
             )
-        if config.centre and space.mean_embedding is None:
+        centre = config.centre or "none"
+        if centre not in ("none", "calibration"):
+            raise MisuseError(
+                f"--centre-targets {centre} is a mean of logits, and --objective {config.name} compares embeddings: "
+                "use calibration or none"
+            )
+        if centre == "calibration" and space.mean_embedding is None:
             raise MisuseError(
                 "--centre-targets needs the teacher's mean embedding, which only a store has: leave it out, or cache"
             )
-        self.register_buffer("mean_embedding", space.mean_embedding if config.centre else None, persistent=False)
-        self.head = ProjectionHead(
-            num_features, config.hidden_dim, space.dim, num_layers=2, activation="relu", norm=config.head_norm
-        )
+        self.register_buffer("mean_embedding", None if centre == "none" else space.mean_embedding, persistent=False)
+        norm = given(config.head_norm, self.head_norm)
+        self.head = ProjectionHead(num_features, config.hidden_dim, space.dim, 2, "relu", norm)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Features (..., F) to (..., D) float32 unit rows, in the teacher's space."""
+        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def wanted(self, target: Target) -> Tensor:
+        """(B, G, D) float32 unit rows: the teacher's embedding, centred if asked."""
+        assert isinstance(target, EmbeddingTarget)
+        embedding = target.embedding.float()
+        return embedding if self.mean_embedding is None else F.normalize(embedding - self.mean_embedding, dim=-1)
 
     def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""
-        assert isinstance(target, EmbeddingTarget)
-        embedding = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        towards = target.embedding.float()
-        if self.mean_embedding is not None:
-            towards = F.normalize(towards - self.mean_embedding, dim=-1)
-        with torch.autocast(features.device.type, enabled=False):  # 2 - 2 cos cancels: no bits to spare
-            cosine = torch.einsum("bvd,bgd->vg", embedding, towards) / len(features)
-        return (pair_weights * (2 - 2 * cosine)).sum()
+        return consistency(self.embed(features), self.wanted(target), pair_weights)
+
+
+def consistency(embedding: Tensor, wanted: Tensor, pair_weights: Tensor) -> Tensor:
+    """sum_{v,g} pair_weights[v,g] mean_b |embedding[b,v] - wanted[b,g]|^2 of unit rows (B, V, D) and (B, G, D)."""
+    with torch.autocast(embedding.device.type, enabled=False):  # 2 - 2 cos cancels: no bits to spare
+        cosine = torch.einsum("bvd,bgd->vg", embedding, wanted) / len(embedding)
+    return (pair_weights * (2 - 2 * cosine)).sum()

@@ -1,0 +1,34 @@
+"""RoB on SwAV (2301.09451 on 2006.09882): the student predicts the codes that Sinkhorn-Knopp makes of the teacher's logits.
+
+    L = sum_{v,g} w[v,g] mean_b H( q[b,g], softmax(s[b,v] / tau_s) )
+    q[:, g] = the rows of Sinkhorn(exp(t[:, g] / eps)) that belong to the batch, 3 rounds, prototypes first
+
+eps stands where others have a teacher temperature (SwAV's teachers: .05), tau_s is .1. Each target view's batch is balanced
+apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``; the paper waits 15 epochs):
+a batch smaller than K cannot be spread evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
+every step.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.target import Target
+from .prototypes import PrototypeObjective
+
+
+class SwavObjective(PrototypeObjective):
+    """SwAV's head, and the cross-entropy against balanced codes."""
+
+    num_layers = 2
+    activation = "relu"
+    bottleneck = 128
+    weight_norm = False
+    unit_prototypes = True
+    sinkhorn_by_view = True
+    sinkhorn = "queue"
+
+    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        return super().forward(features, target, pair_weights)
