@@ -31,8 +31,16 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
     The gradient passes to this rank's values unscaled: DistributedDataParallel takes the mean over ranks afterwards.
     """
-    if world_size() == 1:
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return values + (total / world_size() - values).detach()
+    return values if world_size() == 1 else _MeanOverRanks.apply(values)  # type: ignore[return-value]
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        return gradients[0]

@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rob.common.errors import MisuseError
 from rob.student_train.branches import TargetSpace
-from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget
-from rob.student_train.objectives import ObjectiveConfig, build_objective
+from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget, entropy, mean_entropy, reference
+from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from rob.student_train.objectives.queue import Queue
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES = 6, 3, 2, 20, 8, 12
 SMALL = {"hidden_dim": 16, "bottleneck": 10}
@@ -50,12 +53,12 @@ def test_embedding_is_the_squared_distance_of_unit_vectors(centre):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["embedding", "dino"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "disco"])
 @pytest.mark.parametrize("head_norm", [False, True])
 def test_a_batch_twice_as_large_is_the_same_loss_and_gradient(name, head_norm):
-    objective = build_objective(ObjectiveConfig(name, head_norm=head_norm, **SMALL), FEATURES, SPACE)
-
     def loss_and_gradient(times: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        objective = build_objective(ObjectiveConfig(name, head_norm=head_norm, **SMALL), FEATURES, SPACE)
         target = EmbeddingTarget(TARGET_ROWS.repeat(times, 1, 1), TARGET_PROTOTYPES)
         loss = objective(FEATURE_ROWS.repeat(times, 1, 1), target, WEIGHTS)
         return loss.detach(), torch.autograd.grad(loss, objective.head.mlp[0].weight)[0]
@@ -166,6 +169,127 @@ def test_targets_that_cannot_serve_are_refused(config, space, message):
         build_objective(config, FEATURES, space)
 
 
-def test_an_unknown_objective_is_answered_with_the_nearest():
-    with pytest.raises(MisuseError, match="unknown objective 'dinno': did you mean dino"):
-        ObjectiveConfig("dinno")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "dinno"}, "unknown objective 'dinno': did you mean dino"),
+        ({"name": "dino", "centre": "calibrated"}, "unknown centre 'calibrated': did you mean calibration"),
+        ({"name": "dino", "sinkhorn": "batches"}, "unknown Sinkhorn 'batches': did you mean batch"),
+        ({"name": "dino", "head": "teachers"}, "unknown head 'teachers': did you mean teacher"),
+        (
+            {"name": "moco", "sinkhorn": "batch"},
+            "--sinkhorn means nothing to --objective moco: it is for dino, ibot, swav, msn",
+        ),
+        ({"name": "embedding", "teacher_temp": 0.1}, "--teacher-temp means nothing to --objective embedding"),
+        ({"name": "dino", "only_consistency": True}, "--only-consistency .* it is for disco"),
+        ({"name": "embedding", "queue": 5}, "--queue .* it is for disco, moco, dino"),
+        ({"name": "moco", "queue": 0}, "--queue is 0, expected more than 0"),
+        ({"name": "dino", "student_temp": -1.0}, "--student-temp is -1.0, expected more than 0"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(MisuseError, match=message):
+        ObjectiveConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "dino", "centre": "running", "sinkhorn": "batch"}, "leave out --centre-targets running"),
+        ({"name": "swav", "sinkhorn": "batch", "queue": 10}, "--queue is for --sinkhorn queue, and it is batch"),
+        ({"name": "dino", "centre": "checkpoint"}, "teacher's file has to bring"),
+        (
+            {"name": "moco", "centre": "running"},
+            "running is a mean of logits, and --objective moco compares embeddings",
+        ),
+        ({"name": "moco", "queue": 101}, "--queue 101 is longer than the data set of 100 images.*at most 12"),
+        ({"name": "dino", "head": "teacher"}, "--head teacher needs a teacher with prototypes"),
+    ],
+)
+def test_settings_that_the_targets_cannot_serve(settings, message):
+    with pytest.raises(MisuseError, match=message):
+        build_objective(ObjectiveConfig(**settings), FEATURES, SPACE, num_images=100)
+
+
+# ==== heads ====
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "swav", "msn"])
+@pytest.mark.parametrize("head", ["teacher", "frozen"])
+def test_a_head_from_the_teacher_starts_at_its_prototypes(name, head):
+    rows = 1.5 * TARGET_PROTOTYPES
+    objective = build_objective(ObjectiveConfig(name, head=head, **SMALL), FEATURES, replace(SPACE, prototypes=rows))
+    objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, rows), WEIGHTS).backward()
+    start = rows if name in ("dino", "ibot") else TARGET_PROTOTYPES  # the others' are unit rows
+    torch.testing.assert_close(objective.prototypes.matrix().detach(), start)
+    gradients = [parameter.grad for parameter in objective.prototypes.parameters()]
+    assert all(gradient is None for gradient in gradients) == (head == "frozen")
+    assert objective.head.out_dim == DIM
+    assert objective.head.mlp[0].weight.grad.abs().sum() > 0
+
+
+def test_a_student_that_says_what_the_teacher_says_has_the_least_loss_with_its_head():
+    """With the teacher's prototypes, embedding and temperature the cross-entropy is the targets' own entropy."""
+    config = ObjectiveConfig("dino", head="frozen", student_temp=0.05, **SMALL)
+    objective = build_objective(config, FEATURES, replace(SPACE, prototypes=TARGET_PROTOTYPES))
+    objective.embed = lambda features: TARGET_ROWS
+    loss = objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES), torch.eye(2) / 2)
+    q = torch.softmax(TARGET_ROWS @ TARGET_PROTOTYPES.T / 0.05, dim=-1)
+    torch.testing.assert_close(loss, torch.special.entr(q).sum(-1).mean())
+
+
+# ==== queues ====
+
+
+def test_a_default_queue_suits_the_data_set():
+    for num_images, rows in ((None, 65536), (10_000_000, 65536), (50_000, 6250), (5, 1)):
+        objective = build_objective(ObjectiveConfig("moco", **SMALL), FEATURES, SPACE, num_images=num_images)
+        assert objective.queue.rows.shape == (rows, DIM)
+    swav = build_objective(ObjectiveConfig("swav", **SMALL), FEATURES, SPACE, targets=3, num_images=50_000)
+    assert [len(centre.queue.rows) for centre in swav.centres] == [3840] * 3
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_a_queue_holds_the_newest_rows(length, pushes):
+    queue, rows = Queue(length, 1), []
+    start = queue.rows.flatten().tolist()
+    for count in pushes:
+        new = [float(len(rows) + i) for i in range(count)]
+        queue.push(torch.tensor(new).unsqueeze(1))
+        rows += new
+        assert sorted(queue.rows.flatten().tolist()) == sorted((start + rows)[-length:])
+        assert queue.full == (len(rows) >= length)
+
+
+# ==== disco's consistency ====
+
+
+def test_discos_consistency_does_not_grow_with_the_batch_unless_its_weight_does():
+    def loss(times: int, weight: float) -> float:
+        torch.manual_seed(0)
+        config = ObjectiveConfig("disco", only_consistency=True, consistency_weight=weight, **SMALL)
+        objective = build_objective(config, FEATURES, SPACE)
+        target = EmbeddingTarget(TARGET_ROWS.repeat(times, 1, 1), TARGET_PROTOTYPES)
+        return objective(FEATURE_ROWS[:, :2].repeat(times, 1, 1), target, torch.eye(2) / 2).item()
+
+    assert loss(1, 1.0) == pytest.approx(loss(4, 1.0), rel=1e-5)
+    assert loss(1, 24.0) == pytest.approx(24 * loss(4, 1.0), rel=1e-5)
+
+
+def test_only_consistency_keeps_no_queue():
+    objective = build_objective(ObjectiveConfig("disco", only_consistency=True, **SMALL), FEATURES, SPACE)
+    assert not [name for name in objective.state_dict() if "queue" in name]
+
+
+# ==== the mean entropy ====
+
+
+def test_the_mean_entropy_in_chunks_is_the_same(monkeypatch):
+    rows, prototypes = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3, 8), (12, 8)))
+    whole = reference.mean_entropy(rows, prototypes, 0.3)
+    for chunk_rows in (1, 4, 15):
+        monkeypatch.setattr(entropy, "CHUNK_BYTES", chunk_rows * 12 * 8)
+        parts = mean_entropy(rows, prototypes, 0.3)
+        torch.testing.assert_close(parts, whole)
+        found, expected = (torch.autograd.grad(x, [rows, prototypes], retain_graph=True) for x in (parts, whole))
+        torch.testing.assert_close(found, expected)

@@ -46,6 +46,18 @@ def test_offsets_are_swavs_iteration(iterations, tile, monkeypatch):
         torch.testing.assert_close(target_probabilities(form, 0.05, offsets.centre), exact)
 
 
+@pytest.mark.parametrize("tile", [5, 8192])
+def test_offsets_from_probabilities_are_msns_iteration(tile, monkeypatch):
+    """msn's distributed_sinkhorn takes a softmax for the matrix, and goes on as SwAV's."""
+    monkeypatch.setattr(sinkhorn, "TILE", tile)
+    target = teacher()
+    logits = target.embedding @ target.prototypes.T
+    exact = swav(torch.softmax(logits.flatten(0, 1) / 0.05, dim=1).log(), 1.0, 3).view_as(logits)
+    offsets = sinkhorn_offsets(target, 0.05, start="probabilities")
+    torch.testing.assert_close(torch.exp(logits / 0.05 + offsets.row.unsqueeze(2) + offsets.column), exact)
+    assert (exact - swav(logits.flatten(0, 1), 0.05, 3).view_as(logits)).abs().max() > 1e-3
+
+
 def test_the_loss_takes_them_as_a_centre():
     case = wide(make_case("embedding"))
     offsets = sinkhorn_offsets(case.target, 0.05)
@@ -119,6 +131,8 @@ def test_arguments_that_do_not_fit():
     for temp, iterations in ((0.0, 3), (0.05, 0)):
         with pytest.raises(ValueError, match="positive temperature"):
             sinkhorn_offsets(teacher(), temp, iterations)
+    with pytest.raises(ValueError, match="unknown start 'logits' of Sinkhorn; known: exponentials, probabilities"):
+        sinkhorn_offsets(teacher(), 0.05, start="logits")
 
 
 # ==== MSN's mean entropy ====

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 from torch import Tensor
 
@@ -106,6 +106,11 @@ def online(teacher: TeacherConfig, store: TargetStore, **changes: Any) -> Online
         ("embedding", PairingConfig("same", targets=2)),
         ("dino", PairingConfig("cross", targets=2, num_local=1)),
         ("dino", PairingConfig("cross", targets=2, fresh=False)),
+        ("ibot", PairingConfig("all", targets=2)),
+        ("swav", PairingConfig("cross", targets=2)),
+        ("msn", PairingConfig("cross", targets=1, num_local=2)),
+        ("moco", PairingConfig("cross", targets=2)),
+        ("disco", PairingConfig("same", targets=2)),
     ],
 )
 def test_from_the_cache_the_curve_is_that_of_the_online_teacher(config, teacher, store, tmp_path, objective, pairing):
@@ -240,6 +245,32 @@ def test_two_epochs_and_two_are_four(stochastic, tmp_path):
     same_outcome(whole.out, halves.out)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "moco", "queue": 20},
+        {"name": "swav", "queue": 10},
+        {"name": "dino", "centre": "running"},
+        {"name": "disco", "queue": 20},
+        {"name": "msn"},
+    ],
+    ids=lambda settings: settings["name"],
+)
+def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
+    """A queue in the middle of its ring, or a running centre, three steps into the second epoch's end."""
+    pairing = PairingConfig("same" if settings["name"] == "disco" else "cross", targets=2)
+    config = replace(config, objective=replace(config.objective, **settings), pairing=pairing)
+    halves = replace(config, out=tmp_path / "halves")
+    train_student(config)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(halves, progress=interrupt_at(2 * STEPS_PER_EPOCH - 1))
+    train_student(halves)
+    assert curve(config.out) == curve(halves.out)
+    assert len(curve(config.out)) == 4 * STEPS_PER_EPOCH
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True)["state"] for out in (config.out, halves.out))
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("path", ["torch", "auto"])
 def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, path):
     stochastic = replace(stochastic, loader=replace(LOADER, path=path))
@@ -329,6 +360,39 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_last_good_checkpoint(con
     train_student(config)
     train_student(replace(config, out=tmp_path / "whole"))
     assert curve(config.out) == curve(tmp_path / "whole")
+
+
+def test_the_teachers_batch_norm_stays_as_it_is_whatever_the_students_mode(config, data, tmp_path):
+    """DisCo's published code calls train() on a module that holds the teacher too."""
+    weights = tmp_path / "teacher.safetensors"
+    model = timm.create_model("test_resnet", num_classes=0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after a training: batch statistics would be far from these
+            module.running_mean += 0.3
+    save_file(model.state_dict(), weights)
+    frozen = load_teacher(TeacherConfig("test_resnet", weights))
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    branch = OnlineTeacher(frozen, get_recipe("moco-v2"), seed=0, views=2, view_size=32, device=CPU)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    said = frozen(images)
+
+    class Both(torch.nn.Module):
+        """What a module is that holds student and teacher."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = frozen
+
+    Both().train()
+    disco = replace(config.objective, name="disco", queue=20)
+    train_student(replace(config, targets=None, objective=disco, pairing=PairingConfig("same"), epochs=1), branch)
+    assert not any(module.training for module in frozen.modules())
+    torch.testing.assert_close(dict(frozen.state_dict()), before, rtol=0, atol=0)
+    torch.testing.assert_close(frozen(images), said, rtol=0, atol=0)
+    alone = torch.cat(
+        [frozen(image[None]) for image in images]
+    )  # of batch statistics each image would say another thing
+    torch.testing.assert_close(alone, said, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["embedding", "dino"])

@@ -77,8 +77,8 @@ class PrototypeObjective(nn.Module):
         self.student_temp = given(config.student_temp, self.student_temp)
         self.mean_entropy = given(config.mean_entropy, self.mean_entropy)
         self.sinkhorn = given(config.sinkhorn, self.sinkhorn)
+        self._build_head(config, num_features, space)  # first: a queue's random rows must not move it
         self.centres = nn.ModuleList(self._centres(config, space, targets, num_images))
-        self._build_head(config, num_features, space)
 
     def _centres(
         self, config: "ObjectiveConfig", space: "TargetSpace", targets: int, num_images: int | None
