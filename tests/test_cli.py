@@ -179,6 +179,25 @@ def test_dino_on_fitted_prototypes_with_local_crops(rob, made, tmp_path):
     assert (tmp_path / "run" / "student_average.safetensors").exists()
 
 
+def test_every_objective_is_a_word_of_the_command(rob, made, tmp_path):
+    store = tmp_path / "fitted.zarr"
+    assert rob("cache-teacher", made.data, store, *made.cache, "--prototypes", 6).code == 0
+    options = {
+        "dino": ("--centre-targets", "running", "--head", "teacher"),
+        "ibot": ("--sinkhorn", "batch", "--no-head-norm"),
+        "swav": ("--queue", 3, "--head", "frozen"),
+        "msn": ("--mean-entropy", 0.5, "--student-temp", 0.2),
+        "moco": ("--queue", 12, "--centre-targets", "calibration"),
+        "disco": ("--only-consistency", "--consistency-weight", 2),
+    }
+    for name, given in options.items():
+        run = tmp_path / name
+        outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--objective", name, *given)
+        assert outcome.code == 0, outcome.err
+        assert json.loads((run / "config.json").read_text())["objective"]["name"] == name
+        assert (run / "student.safetensors").exists()
+
+
 def test_the_online_teacher_is_the_same_command(rob, made, tmp_path):
     teacher = ("--teacher", TEACHER, "--checkpoint", made.checkpoint, "--view-size", 32, "--views", 2)
     outcome = rob("train-student", *made.train, "--targets", "online", *teacher, "--out", tmp_path / "run")
@@ -345,6 +364,11 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--warmup-epochs", 1), "leaves nothing of a run of 1"),
         (("--optimiser", "lars", "--weight-decay", 0), "lars adapts only"),
         (("--objective", "dino"), "the teacher has no head: fit prototypes"),
+        (("--objective", "swav"), "--objective swav needs prototype logits, but the teacher has no head"),
+        (("--objective", "moco", "--sinkhorn", "batch"), "--sinkhorn means nothing to --objective moco"),
+        (("--objective", "disco", "--pairing", "cross"), "disco compares the same views: leave out --pairing"),
+        (("--objective", "moco", "--queue", 25), "--queue 25 is longer than the data set of 24 images"),
+        (("--centre-targets", "calibrate"), "unknown centre 'calibrate': did you mean calibration"),
         (("--student", "test_vit", "--small-images", "--image-size", 30), "cannot take images of 30 x 30 px"),
         (("--student", "test_convnext", "--small-images"), "no small-image form .* --no-small-images"),
         # options that contradict each other

@@ -132,9 +132,16 @@ def test_defaults_are_the_objectives_papers():
     dino, moco = get_recipe("dino"), get_recipe("moco-v2")
     assert choose_pairing("embedding", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("dino", dino, views=4) == PairingConfig("cross", 2, dino.num_local)
+    assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
+    assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
     assert choose_pairing("dino", moco, views=1) == PairingConfig("cross", 1, 0)
     chosen = choose_pairing("dino", dino, 4, "cross", targets=3, num_local=0, fresh=False)
     assert chosen == PairingConfig("cross", 3, 0, fresh=False)
+
+
+def test_disco_is_of_the_same_views():
+    with pytest.raises(MisuseError, match="--objective disco compares the same views: leave out --pairing"):
+        choose_pairing("disco", get_recipe("dino"), 4, "cross")
 
 
 @pytest.mark.parametrize(("fresh", "option"), [(True, "--fresh"), (False, "--replay")])
