@@ -63,7 +63,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.backbone = backbone
+        self.backbone = backbone.to(memory_format=torch.channels_last)  # CNNs are 1.3 to 1.6 times as fast on a CPU
         self.head = head
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("centre", centre)
