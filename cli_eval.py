@@ -197,6 +197,68 @@ def lowshot(
 
 
 @evaluate.command()
+def transfer(
+    what: What,
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="cifar10, cifar100, inaturalist2018, inaturalist2019, inaturalist2021, inaturalist2021-mini, places365, "
+            "clevr-count, clevr-dist, or folder: ROOT/train/CLASS and ROOT/test/CLASS (or val)."
+        ),
+    ],
+    root: Annotated[Path, typer.Option(help="Where the data lie; a task that is not there says what goes where.")],
+    download: Annotated[bool, typer.Option("--download", help="Fetch what is missing, where torchvision can.")] = False,
+    packed: Annotated[
+        Path | None, typer.Option(help="Folder for the packed images, which are used again; default ROOT/packed.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many training images, spread evenly.")] = None,
+    max_resolution: Annotated[int, typer.Option(min=8, help="Longest side in pixels of the packed images.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the linear classifier.")] = 100,
+    seed: o.Seed = 0,
+    teacher: TeacherOfEval = None,
+    checkpoint: o.Checkpoint = None,
+    size: Size = None,
+    out: Out = None,
+    batch_size: BatchSize = 128,
+    device: o.Device = "auto",
+    loader: o.LoaderPath = "auto",
+    workers: o.Workers = 0,
+) -> None:
+    """Another task: a linear classifier on frozen features, chosen as by rob eval linear, and k-NN."""
+    from rob.student_train.evaluate.knn import knn as neighbours
+    from rob.student_train.evaluate.linear import LinearConfig
+    from rob.student_train.evaluate.linear import linear as run
+    from rob.student_train.evaluate.transfer import packed_task
+
+    with bar("packing", "images") as update:
+        paths = packed_task(
+            task,
+            root,
+            packed or root / "packed",
+            download=download,
+            limit=limit,
+            max_resolution=max_resolution,
+            progress=update,
+        )
+    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    train, held_out = subject.images(*paths)
+    where = subject.network.device
+    features = train.features.to(where), held_out.features.to(where)
+    with bar("training", "epochs") as update:
+        result = run(*features, LinearConfig(epochs=epochs, seed=seed), update)
+    nearest = neighbours(*features, k=min(20, len(train.features)))
+    show_accuracies(
+        f"{task} with {subject.network.name}",
+        ("", "top-1 %", "top-5 %", "train images", "test images"),
+        [
+            ("linear", result.top1, result.top5, result.num_train, result.num_test),
+            ("k-NN", nearest.top1, nearest.top5, nearest.num_train, nearest.num_test),
+        ],
+    )
+    subject.write(f"transfer-{task}", *paths, {**result.to_json(), "knn": nearest.to_json()})
+
+
+@evaluate.command()
 def detect(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a student's weights.")],
     data: Annotated[

@@ -20,7 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .errors import FailureError, MisuseError
-from .sources import open_source
+from .sources import Source, open_source
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,8 +54,12 @@ class _BadImage(Exception):
     """An image that cannot be packed; the message says why, without the path."""
 
 
-def pack(config: PackConfig, progress: Callable[[int, int], None] | None = None) -> PackManifest:
+def pack(
+    config: PackConfig, progress: Callable[[int, int], None] | None = None, source: Source | None = None
+) -> PackManifest:
     """Writes ``config.out`` and its manifest. The same source gives the same bytes, for any number of workers.
+
+    ``source`` takes the place of what ``config.source`` names.
 
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
     called with (images done, all images) after each image.
@@ -64,7 +68,7 @@ def pack(config: PackConfig, progress: Callable[[int, int], None] | None = None)
     data set cannot be downloaded and when the file cannot be written.
     """
     _check(config)
-    source = open_source(config.source, config.split).take(config.limit)
+    source = (source or open_source(config.source, config.split)).take(config.limit)
     total = len(source.paths)
 
     def encode(path: str) -> tuple[StoredImage | _BadImage, int]:

@@ -1,0 +1,279 @@
+"""The transfer tasks of RoB's paper, and any two folders of classes, as images to pack: one ``Source`` to learn from and one
+to test on.
+
+Clevr/Count and Clevr/Dist are VTAB's (Zhai et al. 2019): the number of objects, and the depth of the nearest object in six
+intervals, from the scene files; its test images are Clevr's validation split.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...common.beton import Beton
+from ...common.errors import MisuseError, unknown_name
+from ...common.images import PackConfig, pack
+from ...common.sources import Source, open_folder
+
+CLEVR_COUNTS = range(3, 11)
+"""Objects in a scene: the eight classes of Clevr/Count."""
+CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
+"""Bounds of Clevr/Dist's six classes: class i is above the i-th and at most the next."""
+
+Sources = tuple[Source, Source]
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """``open(root, download)`` gives the images to learn from and to test on; ``download`` as torchvision's."""
+
+    name: str
+    open: Callable[[Path, bool], Sources]
+    where: str
+    """What is needed, from where, and how it lies below the root."""
+    can_download: bool = True
+
+
+def open_task(name: str, root: Path, download: bool = False) -> Sources:
+    """The two sources of a task whose data lie below ``root``.
+
+    MisuseError: an unknown task; data that are not there (it says what to fetch and where to put it), or not as they
+    should be.
+    """
+    if name not in TASKS:
+        raise unknown_name("transfer task", name, TASKS)
+    task = TASKS[name]
+    if download and not task.can_download:
+        raise MisuseError(f"{name} has no download that rob could make. {task.where}")
+    try:
+        return task.open(root, download)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # absent, or not as it should be
+        reason = str(error).splitlines()[0]
+        remedy = "; or pass --download" if task.can_download and not download else ""
+        raise MisuseError(f"{name} is not in {root} ({reason}). {task.where}{remedy}") from None
+
+
+def packed_task(
+    name: str,
+    root: Path,
+    packed: Path,
+    *,
+    download: bool = False,
+    limit: int | None = None,
+    max_resolution: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Path, Path]:
+    """The ``.beton`` files of a task in the folder ``packed``, to learn from and to test on; packed where missing.
+
+    ``limit`` takes so many training images, spread evenly. MisuseError as ``open_task``; FailureError as ``pack``.
+    """
+    if name not in TASKS:
+        raise unknown_name("transfer task", name, TASKS)
+    some = f"-{limit}" if limit else ""
+    paths = packed / f"{name}-train{some}-{max_resolution}px.beton", packed / f"{name}-test-{max_resolution}px.beton"
+    if not all(path.exists() for path in paths):
+        sources = open_task(name, root, download)
+        for path, source in zip(paths, (sources[0].take(limit), sources[1]), strict=True):
+            if not path.exists():
+                pack(PackConfig(str(root), path, max_resolution), progress, source)
+    for path in paths:
+        Beton(path)
+    return paths
+
+
+# ==== the tasks ====
+
+
+def _open_cifar(class_name: str) -> Callable[[Path, bool], Sources]:
+    def open_(root: Path, download: bool) -> Sources:
+        from torchvision import datasets
+
+        def source(train: bool) -> Source:
+            data = getattr(datasets, class_name)(root=str(root), train=train, download=download)
+            paths = tuple(f"{'train' if train else 'test'}/{row:05}" for row in range(len(data)))
+
+            def read(path: str) -> tuple[Image.Image, int]:
+                row = int(path.rpartition("/")[2])
+                return Image.fromarray(data.data[row]), int(data.targets[row])
+
+            return Source(paths, read, tuple(data.classes))
+
+        return source(True), source(False)
+
+    return open_
+
+
+def _open_inaturalist_2021(train_version: str) -> Callable[[Path, bool], Sources]:
+    def open_(root: Path, download: bool) -> Sources:
+        from torchvision.datasets import INaturalist
+
+        def source(version: str) -> Source:
+            data = INaturalist(str(root), version, download=download)
+            files = ((f"{data.all_categories[number]}/{file}", number) for number, file in data.index)
+            return _of_files(Path(data.root), files, data.all_categories)
+
+        return source(train_version), source("2021_valid")
+
+    return open_
+
+
+def _open_inaturalist_before_2021(year: str) -> Callable[[Path, bool], Sources]:
+    """One folder of images holds both parts; the annotation files say which image is of which."""
+
+    def open_(root: Path, download: bool) -> Sources:
+        from torchvision.datasets import INaturalist
+
+        data = INaturalist(str(root), year, download=download)
+        number = {Path(name).as_posix(): index for index, name in enumerate(data.all_categories)}
+
+        def source(part: str) -> Source:
+            listed = json.loads((root / f"{part}{year}.json").read_text())["images"]
+            files = [image["file_name"].partition("/")[2] for image in listed]
+            return _of_files(Path(data.root), ((f, number[f.rpartition("/")[0]]) for f in files), list(number))
+
+        return source("train"), source("val")
+
+    return open_
+
+
+def _open_places(root: Path, download: bool) -> Sources:
+    from torchvision.datasets import Places365
+
+    def source(split: str) -> Source:
+        data = Places365(str(root), split, small=True, download=download)
+        folder = Path(data.images_dir)
+        files = ((Path(file).relative_to(folder).as_posix(), int(label or 0)) for file, label in data.imgs)
+        return _of_files(folder, files, data.classes)
+
+    return source("train-standard"), source("val")
+
+
+def _open_clevr(label: Callable[[dict[str, Any]], int], classes: Sequence[str]) -> Callable[[Path, bool], Sources]:
+    def open_(root: Path, download: bool) -> Sources:
+        from torchvision.datasets import CLEVRClassification
+
+        def source(split: str) -> Source:
+            data = CLEVRClassification(str(root), split, download=download)
+            folder = root / "clevr" / "CLEVR_v1.0"
+            scenes = json.loads((folder / "scenes" / f"CLEVR_{split}_scenes.json").read_text())["scenes"]
+            labels = {scene["image_filename"]: label(scene) for scene in scenes}
+            files = ((path.name, labels[path.name]) for path in data._image_files)
+            return _of_files(folder / "images" / split, files, classes)
+
+        return source("train"), source("val")
+
+    return open_
+
+
+def count_label(scene: dict[str, Any]) -> int:
+    """VTAB's ``count_all``: the number of objects, less three. MisuseError: a scene of fewer than 3 or more than 10."""
+    count = len(scene["objects"])
+    if count not in CLEVR_COUNTS:
+        raise MisuseError(f"{scene['image_filename']} of Clevr has {count} objects, its scenes have 3 to 10")
+    return count - CLEVR_COUNTS[0]
+
+
+def distance_label(scene: dict[str, Any]) -> int:
+    """VTAB's ``closest_object_distance``: the interval of ``CLEVR_DISTANCES`` of the least depth, the third of an
+    object's ``pixel_coords``. MisuseError: a depth outside them.
+    """
+    nearest = min(thing["pixel_coords"][2] for thing in scene["objects"])
+    label = int(np.searchsorted(CLEVR_DISTANCES, nearest, side="left")) - 1
+    if not 0 <= label < len(CLEVR_DISTANCES) - 1:
+        raise MisuseError(f"{scene['image_filename']} of Clevr has an object at depth {nearest:g}, expected 0 to 100")
+    return label
+
+
+def _open_folders(root: Path, download: bool) -> Sources:
+    tested = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if tested is None or not (root / "train").is_dir():
+        raise FileNotFoundError("no folders train and test, or train and val")
+    sources = open_folder(root / "train"), open_folder(tested)
+    for source, folder in zip(sources, (root / "train", tested), strict=True):
+        if source.classes is None:
+            raise MisuseError(f"{folder}: images must lie in one sub-folder a class")
+    return sources
+
+
+def _of_files(folder: Path, files: Iterable[tuple[str, int]], classes: Sequence[str]) -> Source:
+    """Labelled files below ``folder``, in sorted order."""
+    labels = dict(sorted(files))
+    if not labels:
+        raise FileNotFoundError(f"no image in {folder}")
+    return Source(tuple(labels), lambda path: ((folder / path).read_bytes(), labels[path]), tuple(classes))
+
+
+_CLEVR = (
+    "Fetch CLEVR_v1.0.zip (18 GB) from cs.stanford.edu/people/jcjohns/clevr and unpack it to ROOT/clevr/CLEVR_v1.0 "
+    "(images/train, images/val, scenes/CLEVR_train_scenes.json, scenes/CLEVR_val_scenes.json)"
+)
+_INATURALIST = "github.com/visipedia/inat_comp links them"
+
+TASKS = {
+    task.name: task
+    for task in (
+        TransferTask(
+            "cifar10",
+            _open_cifar("CIFAR10"),
+            "Fetch cifar-10-python.tar.gz (170 MB) from cs.toronto.edu/~kriz and unpack it to ROOT/cifar-10-batches-py",
+        ),
+        TransferTask(
+            "cifar100",
+            _open_cifar("CIFAR100"),
+            "Fetch cifar-100-python.tar.gz (170 MB) from cs.toronto.edu/~kriz and unpack it to ROOT/cifar-100-python",
+        ),
+        TransferTask(
+            "inaturalist2018",
+            _open_inaturalist_before_2021("2018"),
+            f"Fetch train_val2018.tar.gz (120 GB) and the annotations train2018.json and val2018.json ({_INATURALIST}); "
+            "unpack the images to ROOT/2018/SUPERCATEGORY/NUMBER/*.jpg and put the two files into ROOT",
+            can_download=False,
+        ),
+        TransferTask(
+            "inaturalist2019",
+            _open_inaturalist_before_2021("2019"),
+            f"Fetch train_val2019.tar.gz (75 GB) and the annotations train2019.json and val2019.json ({_INATURALIST}); "
+            "unpack the images to ROOT/2019/SUPERCATEGORY/NUMBER/*.jpg and put the two files into ROOT",
+            can_download=False,
+        ),
+        TransferTask(
+            "inaturalist2021",
+            _open_inaturalist_2021("2021_train"),
+            f"Fetch train.tar.gz (224 GB) and val.tar.gz (8.4 GB) of 2021 ({_INATURALIST}); unpack them to "
+            "ROOT/2021_train/00000_Animalia_.../*.jpg and ROOT/2021_valid",
+        ),
+        TransferTask(
+            "inaturalist2021-mini",
+            _open_inaturalist_2021("2021_train_mini"),
+            f"Fetch train_mini.tar.gz (42 GB) and val.tar.gz (8.4 GB) of 2021 ({_INATURALIST}); unpack them to "
+            "ROOT/2021_train_mini/00000_Animalia_.../*.jpg and ROOT/2021_valid",
+        ),
+        TransferTask(
+            "places365",
+            _open_places,
+            "Fetch train_256_places365standard.tar (24 GB), val_256.tar and filelist_places365-standard.tar from "
+            "places2.csail.mit.edu; unpack them to ROOT/data_256_standard, ROOT/val_256 and ROOT",
+        ),
+        TransferTask("clevr-count", _open_clevr(count_label, [str(n) for n in CLEVR_COUNTS]), _CLEVR),
+        TransferTask(
+            "clevr-dist",
+            _open_clevr(
+                distance_label,
+                [f"{low:g} to {high:g}" for low, high in pairwise(CLEVR_DISTANCES)],
+            ),
+            _CLEVR,
+        ),
+        TransferTask(
+            "folder",
+            _open_folders,
+            "Put the images into ROOT/train/CLASS/ and ROOT/test/CLASS/ (or val)",
+            can_download=False,
+        ),
+    )
+}
+"""By name."""
