@@ -79,6 +79,41 @@ def inspect_(
     note(f"written to {contact_sheet(config)}")
 
 
+@app.command()
+def views(
+    out: Annotated[Path, typer.Argument(metavar="PREVIEW.png", help="The picture to draw.")],
+    data: Annotated[Path, typer.Option(help="Images packed by rob pack.")],
+    recipe: o.RecipeName = "dino",
+    num_global: Annotated[int | None, typer.Option(min=1, help="Global crops an image; default the recipe's.")] = None,
+    num_local: Annotated[int | None, typer.Option(min=0, help="Local crops an image; default the recipe's.")] = None,
+    global_scale: o.GlobalScale = None,
+    local_scale: o.LocalScale = None,
+    centre: o.Centre = None,
+    colour: o.Colour = None,
+    flip: o.Flip = None,
+    grey: o.Grey = None,
+    blur: o.Blur = None,
+    solarise: o.Solarise = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to draw, spread over the data set.")] = 5,
+    seed: o.Seed = 0,
+) -> None:
+    """Draw what a recipe does: crop boxes, crops, and how much paired views differ in scale.
+
+    Look for: crops that no longer show the object (raise the LOW of a scale), colours that matter and are gone (--colour 0), and
+    medians far above recipe dino's, which small networks learn badly from.
+    """
+    from rob.common.contact_sheet import SheetConfig, contact_sheet
+    from rob.common.views import RecipeOverrides, get_recipe
+
+    overrides = RecipeOverrides(
+        num_global, num_local, global_scale, local_scale, centre, colour, flip, grey, blur, solarise
+    )
+    config = SheetConfig(
+        data, out, images=images, spread=True, recipe=get_recipe(recipe, overrides), seed=seed, ratios=True
+    )
+    note(f"written to {contact_sheet(config)}")
+
+
 @app.command("verify")
 def verify_(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A target store.")],

@@ -93,7 +93,8 @@ def run(config: LossCurvesConfig) -> Report:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("train", type=Path, nargs="?")
+    parser.add_argument("--out", type=Path, help="JSON to write")
     given = parser.parse_args()
     report = run(LossCurvesConfig(given.train))
     report.show()
-    print(report.write())
+    print(report.write(given.out))

@@ -21,12 +21,16 @@ from .beton import Beton
 from .errors import MisuseError
 from .loader import LoaderConfig, ViewLoader, ViewSet
 from .neighbours import nearest
+from .pair_ratios import pair_ratios
 from .store import TargetStore
 from .views import LOCAL, Recipe, get_recipe, view_parameters
 
 DPI = 150
 MARGIN, GAP, LINE = 0.18, 0.07, 0.15
 """Inches: around the sheet, between tiles, and a line of small text."""
+CHART_HEIGHT = 2.2
+RATIO_IMAGES = 2000
+"""Images whose pairs are in the histograms."""
 TILE, IMAGE = 1.0, 1.6
 """Inches: sides of a view, and of the image it is taken from."""
 GLOBAL_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -63,6 +67,8 @@ class SheetConfig:
     views: int = 4
     neighbours: int = 6
     search: int = 10_000
+    ratios: bool = False
+    """Whether to add histograms of how much the paired views differ in scale, beside those of recipe dino."""
 
     def __post_init__(self) -> None:
         for name in ("images", "views", "neighbours", "search"):
@@ -109,7 +115,10 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
     row_height = IMAGE + LINE + 2 * GAP
     names = f"{config.data.name}: views of recipe {recipe.name}"
     what = f"seed {config.seed}, rows {_listed(image_ids)} of {data.num_images:,}; a frame has the colour of its crop's box"
-    sheet = Sheet(width, len(image_ids) * row_height + LINE, names, what)
+    height = len(image_ids) * row_height + LINE
+    sheet = Sheet(width, height + (CHART_HEIGHT if config.ratios else 0), names, what)
+    if config.ratios:
+        _draw_ratios(sheet, height, config, data)
     sheet.text(0, 0, "image")
     sheet.text(IMAGE + GAP, 0, f"global crops, {recipe.global_crops[0].size} px")
     if recipe.local_crop and local_ids:
@@ -123,6 +132,35 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
             left, down = locals_at + n % per_row * (small + GAP), n // per_row * (small + GAP)
             sheet.tile(left, top + down, small, pixels[image_id, view_id], _colour(view_id))
     return sheet
+
+
+def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -> None:
+    """Two histograms over the pairs that meet in the loss, of the recipe (filled) and of ``dino`` as it stands (line)."""
+    some = slice(0, RATIO_IMAGES)
+    recipes = {config.recipe.name: config.recipe, "dino (as in its table)": get_recipe("dino")}
+    found = {
+        name: pair_ratios(recipe, config.seed, data.heights[some], data.widths[some])
+        for name, recipe in recipes.items()
+    }
+    side = min(2.6, sheet.width / 2 - 2 * MARGIN)
+    titles = ("larger crop's area over the smaller one's", "how much larger things appear in one of the views")
+    for n, (field_name, title) in enumerate(zip(("area", "magnification"), titles, strict=True)):
+        axes = sheet.chart(n * (side + 3 * MARGIN) + MARGIN, top + LINE + GAP, side, CHART_HEIGHT - 0.75)
+        shown = {name: np.log2(getattr(ratios, field_name)) for name, ratios in found.items()}
+        bins = np.linspace(0, max([1.0, *(values.max() for values in shown.values() if values.size)]), 40).tolist()
+        for (name, values), style in zip(
+            shown.items(), ({"color": "#89c2d9"}, {"histtype": "step", "color": INK}), strict=True
+        ):
+            if values.size:
+                axes.hist(values, bins, density=True, label=f"{name}: median {2 ** np.median(values):.1f}", **style)
+        powers = range(0, int(bins[-1]) + 1)
+        axes.set_xticks(powers, [f"{2**power}" for power in powers])
+        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
+        axes.set_yticks([])
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.legend(fontsize=6, frameon=False)
+        sheet.text(n * (side + 3 * MARGIN) + MARGIN, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
 
 
 def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> "Sheet":
@@ -210,6 +248,13 @@ class Sheet:
     def _write(self, left: float, top: float, text: str, points: int, colour: str, weight: str = "normal") -> None:
         x, y = left / self.width, 1 - (top + 0.035) / self.height
         self.figure.text(x, y, text, size=points, color=colour, weight=weight, ha="left", va="top", parse_math=False)
+
+    def chart(self, left: float, top: float, width: float, height: float):
+        """Empty axes at these inches."""
+        bottom = self.head + top + height
+        return self.figure.add_axes(
+            ((MARGIN + left) / self.width, 1 - bottom / self.height, width / self.width, height / self.height)
+        )
 
     def tile(self, left: float, top: float, side: float, pixels: np.ndarray, frame: str | None = None):
         """``pixels`` (H, W, 3) uint8 with ``side`` inches for the longer side; returns the axes, in pixels."""
