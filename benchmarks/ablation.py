@@ -1,0 +1,192 @@
+"""Which objective, pairing, centre, and student or its average: k-NN and linear accuracy on real images, over seeds.
+
+    python benchmarks/ablation.py TRAIN.beton TEST.beton runs/ablation [--seeds 3] [--students test_resnet ...]
+
+One teacher is cached once, and every run reads that store. A run that is done is not done again: killed, or called with more
+seeds, it goes on. The EMA of the student comes from the same run.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any
+
+from rob.benchmarks.demo import TEACHER
+from rob.benchmarks.report import Report
+from rob.common.beton import Beton
+from rob.common.encodings import Encoding
+from rob.common.loader import LoaderConfig
+from rob.common.run import pick_device
+from rob.common.views import RecipeOverrides, get_recipe
+from rob.student_train.evaluate.knn import knn
+from rob.student_train.evaluate.linear import linear
+from rob.student_train.evaluate.network import FrozenNetwork
+from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.optimiser import OptimiserConfig
+from rob.student_train.pairing import PairingConfig
+from rob.student_train.students import StudentConfig
+from rob.student_train.train import TrainConfig, train_student
+from rob.teacher_cache.cache import CacheConfig, cache_teacher
+from rob.teacher_cache.teachers import load_teacher
+
+AVERAGE = 0.99
+"""Decay of the student's moving average: about the last epoch of these short runs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row of the table varies."""
+
+    name: str
+    pairing: str = "cross"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        extra = "".join(f" {name.replace('_', '-')}={value}" for name, value in self.options.items())
+        return f"{self.name} {self.pairing}{extra}"
+
+
+SETTINGS = (
+    Setting("embedding", "same"),
+    Setting("embedding", "cross"),
+    Setting("disco", "same"),
+    Setting("disco", "same", {"only_consistency": True}),
+    Setting("moco", "cross"),
+    Setting("dino", "same"),
+    Setting("dino", "cross"),
+    Setting("dino", "all"),
+    Setting("dino", "cross", {"centre": "calibration"}),
+    Setting("dino", "cross", {"sinkhorn": "batch"}),
+    Setting("dino", "same", {"sinkhorn": "batch"}),
+    Setting("dino", "cross", {"head": "teacher"}),
+    Setting("swav", "cross"),
+    Setting("ibot", "cross"),
+    Setting("msn", "cross"),
+    Setting("msn", "same"),
+)
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    train: Path
+    test: Path
+    out: Path
+    students: tuple[str, ...] = ("test_resnet", "test_vit")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 6
+    views: int = 4
+    teacher_size: int = 64
+    prototypes: int = 1024
+    batch_size: int = 128
+    device: str = "auto"
+
+
+def run(config: AblationConfig) -> Report:
+    device = pick_device(config.device)
+    store = cached_store(config)
+    rows = []
+    for student in config.students:
+        rows.append({"student": student, "setting": "(random weights)", **random_student(config, student)})
+        for setting in SETTINGS:
+            results = [one_run(config, store, student, setting, seed) for seed in config.seeds]
+            row: dict[str, Any] = {"student": student, "setting": setting.label}
+            for measure in ("knn_top1", "linear_top1", "average_knn_top1", "average_linear_top1"):
+                values = [result[measure] for result in results]
+                row[measure] = mean(values)
+                if len(values) > 1:
+                    row[f"{measure}_deviation"] = stdev(values)
+            rows.append(row | {"train_seconds": mean(result["train_seconds"] for result in results)})
+    rows.append({"student": "(teacher)", "setting": TEACHER.name, **teacher(config)})
+    work = {
+        "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.prototypes} fitted prototypes",
+        "images": Beton(config.train).num_images,
+        "test_images": Beton(config.test).num_images,
+        **{name: value for name, value in asdict(config).items() if name in ("epochs", "views", "batch_size", "seeds")},
+        "average": AVERAGE,
+    }
+    return Report.of("ablation", device, work, rows, {})
+
+
+def cached_store(config: AblationConfig) -> Path:
+    store = config.out / "targets.zarr"
+    if not (store / "zarr.json").exists():
+        recipe = get_recipe("moco-v2", RecipeOverrides(global_scale=(0.4, 1.0), colour=0.5))
+        cache_teacher(
+            CacheConfig(
+                config.train, store, TEACHER, recipe, config.views, encoding=Encoding("embedding"),
+                view_size=config.teacher_size, prototypes=config.prototypes, device=config.device,
+                loader=LoaderConfig(batch_size=32),
+            )
+        )  # fmt: skip
+    return store
+
+
+def one_run(config: AblationConfig, store: Path, student: str, setting: Setting, seed: int) -> dict[str, float]:
+    folder = config.out / student / setting.label.replace(" ", "_") / str(seed)
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    training = TrainConfig(
+        data=config.train,
+        out=folder,
+        targets=store,
+        student=StudentConfig(student, image_size=32, small_images=True),
+        objective=ObjectiveConfig(setting.name, **setting.options),
+        pairing=PairingConfig(setting.pairing, targets=1 if setting.pairing == "same" else 2),
+        optimiser=OptimiserConfig(lr=3e-3 if "resnet" in student else 1e-3, warmup_epochs=1),
+        epochs=config.epochs,
+        average=AVERAGE,
+        seed=seed,
+        device=config.device,
+        loader=LoaderConfig(batch_size=config.batch_size),
+        checkpoint_every=config.epochs,
+    )
+    start = perf_counter()
+    weights = train_student(training).weights
+    result = {"train_seconds": perf_counter() - start}
+    for prefix, path in (("", weights), ("average_", weights.with_name("student_average.safetensors"))):
+        network = FrozenNetwork.student(path, pick_device(config.device))
+        result |= {f"{prefix}{name}": value for name, value in measured(config, network).items()}
+    done.write_text(json.dumps(result))
+    print(student, setting.label, seed, {name: round(value, 2) for name, value in result.items()}, flush=True)
+    return result
+
+
+def measured(config: AblationConfig, network: FrozenNetwork) -> dict[str, float]:
+    loader = LoaderConfig(batch_size=100)
+    train, test = (network.features(path, loader) for path in (config.train, config.test))
+    return {"knn_top1": knn(train, test).top1, "linear_top1": linear(train, test).top1}
+
+
+def random_student(config: AblationConfig, student: str) -> dict[str, float]:
+    student_config = StudentConfig(student, image_size=32, small_images=True)
+    return measured(config, FrozenNetwork.random_student(student_config, 0, pick_device(config.device)))
+
+
+def teacher(config: AblationConfig) -> dict[str, float]:
+    device = pick_device(config.device)
+    loaded = load_teacher(TEACHER).to(device)
+    size, mean_, std = config.teacher_size, loaded.mean, loaded.std
+    return measured(config, FrozenNetwork(TEACHER.name, loaded, size, mean_, std, loaded.weights_hash, device))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--students", nargs="+", default=["test_resnet", "test_vit"])
+    parser.add_argument("--epochs", type=int, default=6)
+    given = parser.parse_args()
+    report = run(
+        AblationConfig(
+            given.train, given.test, given.out, tuple(given.students), tuple(range(given.seeds)), given.epochs
+        )
+    )
+    report.show()
+    print(report.write())
