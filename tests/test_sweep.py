@@ -1,0 +1,112 @@
+"""Grids of runs."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from rob.common.errors import FailureError, MisuseError
+from rob.student_train import sweep as sweep_module
+from rob.student_train.sweep import SweepConfig, SweepRow, Variation, draw_heat_map, is_finished, sweep
+
+SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Instead of processes: notes each command, and leaves behind what the real one leaves."""
+    seen = []
+
+    class Done:
+        returncode = 0
+
+    def run(command, stdout, stderr, env):
+        seen.append(command[3:])
+        arguments = command[3:]
+        if "--fail" in arguments or ("24" in arguments and "--fail-24" in arguments):
+            return type("Failed", (), {"returncode": 1})
+        if arguments[0] == "train-student":
+            folder = sweep_module.Path(arguments[arguments.index("--out") + 1])
+            size = int(arguments[arguments.index("--local-size") + 1])
+            (folder / "metrics.jsonl").write_text(
+                json.dumps({"loss": 2.0}) + "\n" + json.dumps({"loss": 16 / size}) + "\n"
+            )
+            (folder / "student.safetensors").touch()
+        else:
+            folder = sweep_module.Path(arguments[2])
+            (folder / "eval").mkdir(exist_ok=True)
+            (folder / "eval" / "knn.json").write_text(json.dumps({"top1": 40.0 + len(seen)}))
+        return Done
+
+    monkeypatch.setattr(sweep_module.subprocess, "run", run)
+    return seen
+
+
+def test_every_combination_is_trained_and_measured(tmp_path, commands):
+    config = SweepConfig(tmp_path, ("data.beton", "--epochs", "2"), (SIZES, SCALES), tmp_path / "t.beton", "cpu")
+    rows = sweep(config)
+    assert [row.values for row in rows] == [(s, c) for s in ("16", "24") for c in ("0.05 0.14", "0.05 0.3")]
+    assert [row.loss for row in rows] == [1.0, 1.0, 16 / 24, 16 / 24]
+    train, knn = commands[:2]
+    assert train[:4] == ["train-student", "data.beton", "--epochs", "2"]
+    assert train[4:9] == ["--local-size", "16", "--local-scale", "0.05", "0.14"]
+    assert knn[:4] == ["eval", "knn", train[train.index("--out") + 1], "data.beton"]
+    assert knn[knn.index("--test") + 1] == str(tmp_path / "t.beton")
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    assert table[3] == {"local-size": "24", "local-scale": "0.05 0.3", "loss": 16 / 24, "knn_top1": rows[3].knn_top1}
+
+
+def test_finished_runs_are_not_made_again(tmp_path, commands):
+    sweep(SweepConfig(tmp_path, ("data.beton",), (Variation("local-size", ("16",)),), device="cpu"))
+    before = len(commands)
+    rows = sweep(SweepConfig(tmp_path, ("data.beton",), (SIZES,), device="cpu"))
+    assert len(commands) == before + 2  # one value more: its training and its k-NN
+    assert len(rows) == 2
+
+
+def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, commands):
+    config = SweepConfig(tmp_path, ("data.beton", "--fail-24"), (SIZES,), device="cpu")
+    with pytest.raises(FailureError, match=r"1 of 2 runs failed, see .*local-size=24/sweep.log"):
+        sweep(config)
+    assert is_finished(config.folder(("16",)))
+    assert "local-size 24" in (config.folder(("24",)) / "sweep.log").read_text()
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variations", "sentence"),
+    [
+        (("data.beton",), (), "nothing to sweep"),
+        (("data.beton", "--local-size", "16"), (SIZES,), "both varied and fixed"),
+        (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
+        (("--epochs", "2"), (SIZES,), "DATA.beton"),
+        (("data.beton",), (SIZES, SIZES), "given twice"),
+        (
+            ("data.beton",),
+            (Variation("lr", tuple(map(str, range(30)))), Variation("seed", tuple(map(str, range(30))))),
+            "900",
+        ),
+    ],
+)
+def test_grids_that_cannot_be(tmp_path, arguments, variations, sentence):
+    with pytest.raises(MisuseError, match=sentence):
+        SweepConfig(tmp_path, arguments, variations)
+
+
+@pytest.mark.parametrize("text", ["local-size", "local-size=", "=1,2", "a=1,,2", "a=1,1", "out=x,y"])
+def test_variations_that_cannot_be(text):
+    with pytest.raises(MisuseError, match="--vary"):
+        Variation.parse(text)
+
+
+def test_heat_map(tmp_path):
+    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, SCALES))
+    rows = [SweepRow(cell, 1.0, 50.0 + n) for n, cell in enumerate(config.cells())]
+    draw_heat_map(config, rows[:3], tmp_path / "map.png")  # one run is missing
+    with Image.open(tmp_path / "map.png") as picture:
+        assert min(picture.size) > 200
+    draw_heat_map(
+        SweepConfig(tmp_path, ("data.beton",), (SIZES,)), [SweepRow(("16",), 1.0, 50.0)], tmp_path / "one.png"
+    )
+    with Image.open(tmp_path / "one.png") as picture:
+        assert min(picture.size) > 200
