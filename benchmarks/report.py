@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,15 +52,17 @@ class Report:
         return path
 
     def show(self, console: Console | None = None) -> None:
-        """Print the rows as a table, the ratios below it."""
+        """Print the rows, those with the same columns in one table, and the ratios below."""
         console = console or Console()
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        table = Table(title=f"{self.name} on {self.device}", title_justify="left")
-        for column in columns:
-            table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
-        for row in self.rows:
-            table.add_row(*(_text(row.get(column)) for column in columns))
-        console.print(table)
+        title = f"{self.name} on {self.device}"
+        for columns, rows in groupby(self.rows, key=tuple):
+            table = Table(title=title, title_justify="left")
+            for column in columns:
+                table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
+            for row in rows:
+                table.add_row(*(_text(row[column]) for column in columns))
+            console.print(table)
+            title = ""
         for name, value in self.ratios.items():
             console.print(f"{name} = {_text(value)}", highlight=False)
 
