@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,17 +51,22 @@ class Report:
         return path
 
     def show(self, console: Console | None = None) -> None:
-        """Print the rows, those with the same columns in one table, and the ratios below."""
+        """Print the rows, each run of rows that share columns in a table of its own, and the ratios below."""
         console = console or Console()
-        title = f"{self.name} on {self.device}"
-        for columns, rows in groupby(self.rows, key=tuple):
-            table = Table(title=title, title_justify="left")
+        tables: list[list[Mapping[str, Any]]] = []
+        for row in self.rows:
+            if tables and len(row.keys() & tables[-1][-1].keys()) > 1:
+                tables[-1].append(row)
+            else:
+                tables.append([row])
+        for number, rows in enumerate(tables):
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            table = Table(title=None if number else f"{self.name} on {self.device}", title_justify="left")
             for column in columns:
                 table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
             for row in rows:
-                table.add_row(*(_text(row[column]) for column in columns))
+                table.add_row(*(_text(row.get(column)) for column in columns))
             console.print(table)
-            title = ""
         for name, value in self.ratios.items():
             console.print(f"{name} = {_text(value)}", highlight=False)
 
