@@ -1,5 +1,6 @@
 """The command of stage 2."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,10 @@ def train_student(
     data: o.Data,
     targets: Annotated[
         str,
-        typer.Option(help="A store made by rob cache-teacher, or online: run the teacher in every step (a baseline)."),
+        typer.Option(
+            help="A store made by rob cache-teacher; or online: run the teacher in every step (a baseline); or momentum: no "
+            "teacher, the targets come from a momentum copy of the student (dino, ibot, msn, moco) or from itself (swav)."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The run folder. A run that was killed goes on from its checkpoint there.")],
     student: Annotated[
@@ -110,6 +114,21 @@ def train_student(
             help="The student's prototypes: fresh (default), teacher (start from the teacher's), frozen (and keep them)."
         ),
     ] = None,
+    prototypes: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --targets momentum: K; default 4096 for dino, 8192 ibot, 3000 swav, 1024 msn. Fewer for small data.",
+        ),
+    ] = None,
+    freeze_prototypes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Epochs at the start in which the student's prototypes stay. Default 1 with --targets momentum and prototypes, "
+            "else 0. A loss that stays at log K: one more.",
+        ),
+    ] = None,
     only_consistency: Annotated[bool | None, typer.Option("--only-consistency", help="disco without InfoNCE.")] = None,
     consistency_weight: Annotated[
         float | None,
@@ -166,7 +185,8 @@ def train_student(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="With --targets online: the views' recipe (default dino). A store has its own.")
+        str | None,
+        typer.Option(help="With --targets online or momentum: the views' recipe (default dino). A store has its own."),
     ] = None,
     global_scale: o.GlobalScale = None,
 ) -> None:
@@ -174,7 +194,9 @@ def train_student(
     from rob.common.beton import Beton
     from rob.common.loader import LoaderConfig
     from rob.common.run import pick_device
+    from rob.common.views import RecipeOverrides, get_recipe
     from rob.student_train.branches import CachedTargets
+    from rob.student_train.momentum import MomentumBranch, published
     from rob.student_train.objectives import ObjectiveConfig
     from rob.student_train.optimiser import OptimiserConfig
     from rob.student_train.pairing import choose_pairing
@@ -183,17 +205,52 @@ def train_student(
     from rob.student_train.train import train_student as run
 
     packed, where = Beton(data), pick_device(device)
-    if targets == "online":
+    without_teacher = targets == "momentum"
+    if without_teacher and objective in ("dino", "ibot") and sinkhorn in (None, "none"):
+        centre_targets = centre_targets or "running"  # without either all images end at one prototype
+    matched = ObjectiveConfig(
+        objective,
+        student_temp,
+        teacher_temp,
+        centre_targets,
+        sinkhorn,
+        queue,
+        mean_entropy,
+        head,
+        hidden_dim,
+        head_norm,
+        only_consistency=only_consistency,
+        consistency_weight=consistency_weight,
+    )
+    teacher_only = {"--teacher": teacher, "--checkpoint": checkpoint, "--view-size": view_size, "--views": views}
+    if prototypes is not None and not without_teacher:
+        raise MisuseError(
+            "--prototypes is for --targets momentum; a store has its own (rob cache-teacher --prototypes)"
+        )
+    if without_teacher:
+        given = [name for name, value in teacher_only.items() if value is not None]
+        if given:
+            raise MisuseError(
+                f"{given[0]} is for --targets online; with momentum there is no teacher: leave {given[0]} out"
+            )
+        momentum = published(objective)
+        if prototypes is not None and not momentum.num_prototypes:
+            raise MisuseError(f"--prototypes: --objective {objective} has none, leave it out")
+        momentum = replace(
+            momentum,
+            num_prototypes=prototypes or momentum.num_prototypes,
+            # DINO's 50 of its 200 epochs, in a shorter run a quarter too.
+            warmup_teacher_temp_epochs=min(momentum.warmup_teacher_temp_epochs, epochs // 4),
+        )
+        drawn = get_recipe(recipe or "dino", RecipeOverrides(global_scale=global_scale))
+        branch = MomentumBranch(matched, drawn, seed, where, momentum, precision)
+        fresh = False if fresh is None and pairing in (None, "cross") else fresh
+        if freeze_prototypes is None:
+            freeze_prototypes = 1 if momentum.num_prototypes else 0
+    elif targets == "online":
         branch = online_branch(teacher, checkpoint, view_size, views or 4, recipe, global_scale, precision, where, seed)
     else:
-        online_only = {
-            "--teacher": teacher,
-            "--checkpoint": checkpoint,
-            "--view-size": view_size,
-            "--views": views,
-            "--recipe": recipe,
-            "--global-scale": global_scale,
-        }
+        online_only = teacher_only | {"--recipe": recipe, "--global-scale": global_scale}
         given = [name for name, value in online_only.items() if value is not None]
         if given:
             raise MisuseError(
@@ -206,21 +263,8 @@ def train_student(
         data=data,
         out=out,
         student=StudentConfig(student, image_size, small, drop_path),
-        targets=None if targets == "online" else Path(targets),
-        objective=ObjectiveConfig(
-            objective,
-            student_temp,
-            teacher_temp,
-            centre_targets,
-            sinkhorn,
-            queue,
-            mean_entropy,
-            head,
-            hidden_dim,
-            head_norm,
-            only_consistency=only_consistency,
-            consistency_weight=consistency_weight,
-        ),
+        targets=None if targets in ("online", "momentum") else Path(targets),
+        objective=matched,
         pairing=choose_pairing(
             objective, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
         ),
@@ -228,6 +272,7 @@ def train_student(
         epochs=epochs,
         local_size=local_size,
         clip_grad=clip_grad,
+        freeze_prototypes=freeze_prototypes or 0,
         average=average,
         seed=seed,
         precision=precision,

@@ -58,7 +58,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Unit rows (N, out_dim), in float32 also under autocast: half precision costs a unit vector three decimals."""
-        return F.normalize(self.mlp(features).float(), dim=-1)
+        projected = self.mlp(features)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
 
 class Prototypes(nn.Module):

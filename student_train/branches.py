@@ -5,13 +5,14 @@ baseline and to prove
 that the cache changes nothing. Both say which views the student's targets belong to, and answer, batch by batch, with a Target.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.augment import augment
 from ..common.beton import Beton
@@ -63,6 +64,20 @@ class TargetBranch(Protocol):
     description: dict[str, Any]
     """What the targets depend on, as plain values: a run is not resumed against others."""
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the branch, by name."""
+        return {}
+
+    def follow(self, model: nn.Module, steps_per_epoch: int, epochs: int) -> None:
+        """Called once with the student and its objective (``train.StudentWithHead``) before the first step."""
+
+    def before_step(self, step: int) -> None:
+        """Called before step number ``step`` (from 0)."""
+
+    def after_step(self, step: int) -> None:
+        """Called when step number ``step`` has moved the student."""
+
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         """Views that the loader must render for the branch itself, after the student's."""
         ...
@@ -77,8 +92,11 @@ class TargetStream(Protocol):
 
     def __enter__(self) -> "TargetStream": ...
     def __exit__(self, *exception) -> None: ...
-    def next(self, batch: Batch) -> Target:
-        """The target of the next batch, which is ``batch``: row b belongs to image ``batch.image_ids[b]``."""
+    def next(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
+        """The target of the next batch, which is ``batch``: row b belongs to image ``batch.image_ids[b]``.
+
+        ``crops`` are the student's, as it will see them. None: the student makes its own target.
+        """
         ...
 
 
@@ -162,7 +180,7 @@ class _StoreStream:
     def __exit__(self, *exception) -> None:
         self.prefetcher.close()
 
-    def next(self, batch: Batch) -> Target:
+    def next(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target:
         ready = next(self.batches)
         assert np.array_equal(ready.image_ids, batch.image_ids), "the loader and the store read the same order"
         return self.branch.make_target(ready.targets)
@@ -261,7 +279,7 @@ class _TeacherStream:
     def __exit__(self, *exception) -> None:
         pass
 
-    def next(self, batch: Batch) -> Target:
+    def next(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target:
         embedding = self.branch.embed(batch).clone()  # out of inference mode: autograd may save it
         prototypes = self.branch.teacher.prototypes
         return EmbeddingTarget(

@@ -41,7 +41,8 @@ class TrainConfig:
 
     ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential
     moving average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it
-    alone. ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead.
+    alone. ``freeze_prototypes`` keeps the student's prototypes still for so many epochs, as DINO does its last layer.
+    ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead.
     """
 
     data: Path
@@ -54,6 +55,7 @@ class TrainConfig:
     epochs: int = 100
     local_size: int | None = None
     clip_grad: float = 3.0
+    freeze_prototypes: int = 0
     average: float | None = None
     seed: int = 0
     precision: str = "fp32"
@@ -96,7 +98,7 @@ class StudentWithHead(nn.Module):
         super().__init__()
         self.backbone, self.objective = backbone, objective
 
-    def forward(self, crops: list[Tensor], target: Target, pair_weights: Tensor) -> Tensor:
+    def forward(self, crops: list[Tensor], target: Target | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size. Each size is one forward pass."""
         features = [self.backbone(c.flatten(0, 1)).unflatten(0, c.shape[:2]) for c in crops]
         return self.objective(torch.cat(features, dim=1), target, pair_weights)
@@ -127,6 +129,9 @@ class Trainer:
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = build_average(self.model.backbone, config.average) if config.average else None
+        if config.freeze_prototypes and not hasattr(objective, "prototypes"):
+            raise MisuseError(f"--freeze-prototypes: --objective {config.objective.name} has none, leave it out")
+        self.steps_with_still_prototypes = config.freeze_prototypes * steps_per_epoch
         self.clip_grad, self.precision, self.device = config.clip_grad or float("inf"), config.precision, device
 
     @property
@@ -135,7 +140,9 @@ class Trainer:
         parts = {"model": self.model, "optimiser": self.optimiser, "scaler": self.scaler}
         return parts | ({"average": self.average.module} if self.average else {})
 
-    def step(self, number: int, crops: list[Tensor], target: Target, pair_weights: Tensor) -> tuple[Tensor, float]:
+    def step(
+        self, number: int, crops: list[Tensor], target: Target | None, pair_weights: Tensor
+    ) -> tuple[Tensor, float]:
         """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
         rate = self.schedule.step(number)
         with autocast(self.device, self.precision):
@@ -144,6 +151,9 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        if number < self.steps_with_still_prototypes:
+            for parameter in self.model.objective.prototypes.parameters():  # type: ignore[union-attr]
+                parameter.grad = None
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.average:
@@ -194,7 +204,9 @@ def train_student(
     steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
     total_steps = steps_per_epoch * config.epochs
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images)
-    for crops in crop_sets(config, branch, plan_views(config.pairing, branch.views, epoch=0)):
+    first = plan_views(config.pairing, branch.views, epoch=0)
+    branch.view_sets(first)  # refuses what it cannot serve, before anything is written
+    for crops in crop_sets(config, branch, first):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
@@ -208,7 +220,9 @@ def train_student(
         "versions": versions("rob", "torch", "timm"),
     }
     run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log, ranks)
-    step = run.resume(trainer.state, device)
+    branch.follow(trainer.model, steps_per_epoch, config.epochs)
+    state = trainer.state | branch.state
+    step = run.resume(state, device)
 
     # ==== the loop ====
     try:
@@ -223,21 +237,23 @@ def train_student(
                     with stopwatch("prepare"):
                         images = prepare(batch, crops)
                     with stopwatch("target"):
-                        target = targets.next(batch)
+                        branch.before_step(step)
+                        target = targets.next(batch, images)
                     with uninterrupted():  # a checkpoint of half a step would be of no step at all
                         with stopwatch("student"):
                             health, rate = trainer.step(step, images, target, pair_weights)
+                            branch.after_step(step)
                         step += 1
                         run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
             if (epoch + 1) % config.checkpoint_every == 0:
-                run.save(trainer.state, step)
+                run.save(state, step)
     except KeyboardInterrupt:
-        run.save(trainer.state, step)
+        run.save(state, step)
         progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
         raise
 
     # ==== what is left of it ====
-    run.save(trainer.state, step)
+    run.save(state, step)
     if ranks.is_main:
         export_weights(trainer.model.backbone, info, run.weights)
     if ranks.is_main and trainer.average:

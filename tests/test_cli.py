@@ -198,6 +198,30 @@ def test_every_objective_is_a_word_of_the_command(rob, made, tmp_path):
         assert (run / "student.safetensors").exists()
 
 
+def test_momentum_targets_need_no_teacher(rob, made, tmp_path):
+    for name, given in {"dino": ("--prototypes", 8), "swav": ("--prototypes", 6), "moco": ("--num-local", 0)}.items():
+        run = tmp_path / name
+        outcome = rob(
+            "train-student",
+            *made.train,
+            "--targets",
+            "momentum",
+            "--out",
+            run,
+            "--objective",
+            name,
+            "--num-local",
+            1,
+            *given,
+        )
+        assert outcome.code == 0, outcome.err
+        config = json.loads((run / "config.json").read_text())
+        assert config["branch"]["kind"] == "momentum"
+        assert not config["pairing"]["fresh"]
+        assert config["objective"]["centre"] == ("running" if name == "dino" else None)
+        assert config["freeze_prototypes"] == (0 if name == "moco" else 1)
+
+
 def test_the_online_teacher_is_the_same_command(rob, made, tmp_path):
     teacher = ("--teacher", TEACHER, "--checkpoint", made.checkpoint, "--view-size", 32, "--views", 2)
     outcome = rob("train-student", *made.train, "--targets", "online", *teacher, "--out", tmp_path / "run")
@@ -379,6 +403,14 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--recipe", "swav"), "--recipe is for --targets online"),
         (("--global-scale", 0.5, 1), "--global-scale is for --targets online"),
         (("--targets", "online"), "--targets online needs --teacher NAME"),
+        (("--targets", "momentum"), "--objective embedding needs a teacher: with --targets momentum there is dino"),
+        (
+            ("--targets", "momentum", "--objective", "moco", "--prototypes", 8),
+            "--prototypes: --objective moco has none",
+        ),
+        (("--targets", "momentum", "--objective", "dino", "--teacher", TEACHER), "with momentum there is no teacher"),
+        (("--prototypes", 8), "--prototypes is for --targets momentum"),
+        (("--freeze-prototypes", 1), "--objective embedding has none"),
         (("--pairing", "same", "--num-local", 2), "same has no target for a local crop"),
         (("--pairing", "same", "--fresh"), "--fresh is for --pairing cross"),
         (("--pairing", "cross", "--replay", "--step-targets", 1, "--num-local", 0), "leaves no pair"),

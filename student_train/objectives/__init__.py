@@ -2,7 +2,7 @@
 
 An objective owns the student's head, and whatever it gathers from step to step (a queue, a running centre). It is a module
 ``(features (B, V, F), target of G views, pair_weights (V, G)) -> scalar loss`` and does not know who made the target: a
-store, a teacher, or a momentum copy of the student, which has the same head under ``embed`` and the same ``prototypes``.
+store, a teacher, or a momentum copy of the student, which shares its ``embed`` and ``prototypes``.
 """
 
 from dataclasses import dataclass

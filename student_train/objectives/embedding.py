@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ...common.errors import MisuseError
 from ...common.heads import ProjectionHead
-from ..kernels.target import EmbeddingTarget, Target
+from ..kernels.target import EmbeddingTarget, Target, widened
 from .prototypes import given
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class EmbeddingObjective(nn.Module):
         return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
     def wanted(self, target: Target) -> Tensor:
-        """(B, G, D) float32 unit rows: the teacher's embedding, centred if asked."""
+        """(B, G, D) unit rows in float32 or wider: the teacher's embedding, centred if asked."""
         assert isinstance(target, EmbeddingTarget)
-        embedding = target.embedding.float()
+        embedding = target.embedding.to(widened(target.embedding.dtype))
         return embedding if self.mean_embedding is None else F.normalize(embedding - self.mean_embedding, dim=-1)
 
     def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:

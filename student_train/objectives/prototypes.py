@@ -19,7 +19,7 @@ from ...common.errors import MisuseError
 from ...common.heads import Activation, ProjectionHead, Prototypes
 from ..collective import mean_over_ranks
 from ..kernels import mean_entropy, prototype_cross_entropy
-from ..kernels.target import Target
+from ..kernels.target import EmbeddingTarget, Target
 from .centre import build_centre, build_sinkhorn
 from .queue import queue_length
 
@@ -119,9 +119,14 @@ class PrototypeObjective(nn.Module):
         """Features (..., F) to what is compared with the prototypes: (..., D) float32 unit rows."""
         return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
-    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
-        """features (B, V, F); target of G views an image; pair_weights (V, G)."""
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
+        """features (B, V, F); target of G views an image; pair_weights (V, G).
+
+        Without a target the student's own first G views are it, as in SwAV without a teacher.
+        """
         embedding, prototypes = self.embed(features), self.prototypes.matrix()
+        if target is None:
+            target = EmbeddingTarget(embedding[:, : pair_weights.shape[1]].detach(), prototypes.detach())
         parts = [(target, pair_weights)]
         if len(self.centres) > 1:
             parts = [(target.views(g, g + 1), pair_weights[:, g : g + 1]) for g in range(target.num_views)]

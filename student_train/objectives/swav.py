@@ -28,7 +28,7 @@ class SwavObjective(PrototypeObjective):
     sinkhorn_by_view = True
     sinkhorn = "queue"
 
-    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         return super().forward(features, target, pair_weights)

@@ -1,0 +1,191 @@
+"""The target branch as self-supervised learning has it: no teacher, but the student itself, or a slow copy of it.
+
+==========  ==========================================  ==========================  =================================
+objective   who makes the target                        temperature                 source
+==========  ==========================================  ==========================  =================================
+dino, ibot  a copy, momentum .996 to 1 (cosine)         .04 to .07 over 50 epochs   2104.14294, section 3.1
+msn         the same; prototypes are the student's own  .025                        2204.07141, section 3
+swav        the student itself, without gradient        .05                         2006.09882, section 3
+moco        a copy, momentum .999                                                   2003.04297, DisCo's .999
+==========  ==========================================  ==========================  =================================
+
+The objectives are those of distillation and do not notice. Both branches see the same views of a step, new in every epoch, and
+a view never meets itself.
+"""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..common.errors import MisuseError
+from ..common.loader import Batch, ViewSet
+from ..common.run import autocast
+from ..common.views import Recipe
+from .branches import WINDOW_BLOCKS, TargetBranch, TargetSpace
+from .kernels.target import EmbeddingTarget, Target
+from .objectives import OBJECTIVES, ObjectiveConfig
+from .objectives.prototypes import PrototypeObjective
+from .pairing import ViewPlan
+
+UNBOUNDED = 1 << 20
+"""Target views that there are of an image: more than any training uses."""
+
+MOCO_DIM = 128
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    """``num_prototypes`` is K (0: none). The copy's momentum follows a cosine from ``momentum`` to ``momentum_end`` over the
+    run; None: the student makes its own targets. ``teacher_temp`` is reached from ``warmup_teacher_temp`` in
+    ``warmup_teacher_temp_epochs`` equal steps, one an epoch.
+    """
+
+    num_prototypes: int = 4096
+    momentum: float | None = 0.996
+    momentum_end: float = 1.0
+    teacher_temp: float = 0.07
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+
+
+PUBLISHED: dict[str, MomentumConfig] = {
+    "dino": MomentumConfig(warmup_teacher_temp_epochs=50),
+    "ibot": MomentumConfig(num_prototypes=8192, warmup_teacher_temp_epochs=30),
+    "msn": MomentumConfig(num_prototypes=1024, teacher_temp=0.025),
+    "swav": MomentumConfig(num_prototypes=3000, momentum=None, teacher_temp=0.05),
+    "moco": MomentumConfig(num_prototypes=0, momentum=0.999, momentum_end=0.999),
+}
+"""By objective; the others need a teacher."""
+
+
+def published(objective: str) -> MomentumConfig:
+    """The paper's values. MisuseError: an objective that needs a frozen teacher."""
+    if objective not in PUBLISHED:
+        raise MisuseError(
+            f"--objective {objective} needs a teacher: with --targets momentum there is {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[objective]
+
+
+class MomentumBranch(TargetBranch):
+    """Targets from the student's global crops, by a momentum copy of it or by itself."""
+
+    geometry = None
+    window_blocks = WINDOW_BLOCKS
+    views = UNBOUNDED
+
+    def __init__(
+        self,
+        objective: ObjectiveConfig,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        config: MomentumConfig | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        """MisuseError: an objective that needs a frozen teacher."""
+        usual = published(objective.name)
+        config = config or usual
+        self.config = replace(config, teacher_temp=objective.teacher_temp or config.teacher_temp)
+        self.recipe, self.seed, self.device, self.precision = recipe, seed, device, precision
+        kind = OBJECTIVES[objective.name]
+        dim = MOCO_DIM
+        if issubclass(kind, PrototypeObjective):
+            dim = objective.bottleneck or kind.bottleneck
+        self.own_prototypes = objective.name == "msn"
+        self.space = TargetSpace(dim, self.config.num_prototypes, True, self.config.teacher_temp)
+        self.description = {"kind": "momentum", "seed": seed, **asdict(self.config)}
+        self.model: Any = None
+        self.copy: Any = None
+        """Both ``train.StudentWithHead``."""
+
+    # ==== as every branch ====
+
+    def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
+        if plan.globals != plan.targets:
+            raise MisuseError(
+                "with --targets momentum both branches see the same views: use --replay, or --pairing all"
+            )
+        return ()
+
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> "_CopyStream":
+        return _CopyStream(self)
+
+    # ==== beside the training ====
+
+    def follow(self, model: nn.Module, steps_per_epoch: int, epochs: int) -> None:
+        """Start as ``model``, a StudentWithHead, is now."""
+        self.model, self.steps_per_epoch, self.total_steps = model, steps_per_epoch, steps_per_epoch * epochs
+        if self.config.momentum is None:
+            return
+        self.copy = deepcopy(model).requires_grad_(False)
+        for name in ("queue", "centres"):  # the student's objective gathers, the copy only embeds
+            if hasattr(self.copy.objective, name):
+                delattr(self.copy.objective, name)
+        for module in self.copy.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+
+    @property
+    def state(self) -> dict[str, nn.Module]:
+        return {} if self.copy is None else {"momentum": self.copy}
+
+    def before_step(self, step: int) -> None:
+        """Set the temperature of step number ``step`` (from 0)."""
+        self.model.objective.teacher_temp = self.teacher_temp(step // self.steps_per_epoch)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the copy towards the student; BatchNorm's statistics are its own."""
+        if self.copy is None:
+            return
+        momentum = self.momentum(step)
+        for slow, fast in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+            slow.mul_(momentum).add_(fast, alpha=1 - momentum)
+
+    def teacher_temp(self, epoch: int) -> float:
+        """DINO's schedule: equal steps from epoch 0, the last value at the end of the warm-up."""
+        config = self.config
+        if epoch >= config.warmup_teacher_temp_epochs:
+            return config.teacher_temp
+        share = epoch / max(1, config.warmup_teacher_temp_epochs - 1)
+        return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
+
+    def momentum(self, step: int) -> float:
+        """DINO's schedule: a cosine from the first value at step 0 towards the last at the run's end."""
+        start, end = self.config.momentum, self.config.momentum_end
+        assert start is not None
+        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / self.total_steps))
+
+    @torch.no_grad()
+    def embed(self, crops: Tensor) -> Target | None:
+        """What the copy says of the student's global crops (B, G, 3, S, S); None leaves it to the student."""
+        if self.copy is None:
+            return None
+        with autocast(self.device, self.precision):
+            embedding = self.copy.objective.embed(self.copy.backbone(crops.flatten(0, 1)).unflatten(0, crops.shape[:2]))
+        source = self.model if self.own_prototypes else self.copy
+        prototypes = getattr(source.objective, "prototypes", None)
+        matrix = embedding.new_empty(0, embedding.shape[2]) if prototypes is None else prototypes.matrix().detach()
+        return EmbeddingTarget(embedding, matrix)
+
+
+class _CopyStream:
+    def __init__(self, branch: MomentumBranch) -> None:
+        self.branch = branch
+
+    def __enter__(self) -> "_CopyStream":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+    def next(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
+        return self.branch.embed(crops[0])
