@@ -1,8 +1,8 @@
 """The branch that was replaced: what makes the targets of a training step.
 
-``CachedTargets`` reads what the teacher said once; ``OnlineTeacher`` runs the frozen teacher in every step, as a
-baseline and to prove
-that the cache changes nothing. Both say which views the student's targets belong to, and answer, batch by batch, with a Target.
+``CachedTargets`` reads what the teacher said once; ``OnlineTeacher`` runs the frozen teacher in every step, as a baseline
+and to prove that the cache changes nothing; ``momentum.MomentumBranch`` has no teacher. Each says which views the student's
+targets belong to, and answers, batch by batch, with a Target.
 """
 
 from collections.abc import Sequence
