@@ -195,6 +195,7 @@ def train_student(
     from rob.common.loader import LoaderConfig
     from rob.common.run import pick_device
     from rob.common.views import RecipeOverrides, get_recipe
+    from rob.student_train.bottleneck import describe_shares
     from rob.student_train.branches import CachedTargets
     from rob.student_train.momentum import MomentumBranch, published
     from rob.student_train.objectives import ObjectiveConfig
@@ -286,14 +287,15 @@ def train_student(
     with bar("training", "steps") as update:
 
         def log(line: dict[str, Any], total: int) -> None:
-            text = f"loss {line['loss']:.4f}  {line['images_per_second']:,.0f} images/s  {line['data_wait']:.1%} waiting for data"
+            text = (
+                f"loss {line['loss']:.4f}  {line['images_per_second']:,.0f} images/s  {describe_shares(line['shares'])}"
+            )
             update(line["step"], total, text)
 
         result = run(config, branch, TrainProgress(log=log, note=note))
-    note(
-        f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s, "
-        f"{result.data_wait:.1%} of the time waiting for data"
-    )
+    note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
+    if result.shares:
+        note(f"{describe_shares(result.shares)}. {result.advice}")
 
 
 def online_branch(

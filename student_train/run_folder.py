@@ -13,6 +13,7 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.run import ALONE, Ranks
 from ..common.timing import Stopwatch
+from .bottleneck import shares_of_step
 from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
 
 FREE_TO_CHANGE = (
@@ -94,7 +95,7 @@ class RunFolder:
         seconds, passed = stopwatch.take()
         if not self.ranks.is_main:
             return
-        shares = {name: round(part / passed, 4) for name, part in seconds.items()}
+        shares = shares_of_step(seconds, passed)
         line = {
             "step": step,
             "epoch": epoch,
@@ -102,7 +103,7 @@ class RunFolder:
             "gradient_norm": float(values[:, 1].mean()),
             "lr": rate,
             "images_per_second": round(self._images * self.ranks.world_size / passed, 1),
-            "data_wait": shares.pop("data", 0.0),
+            "data_wait": shares["data"],
             "shares": shares,
         }
         self._images = 0
@@ -132,12 +133,14 @@ class RunFolder:
             )
         return values
 
-    def medians(self) -> tuple[float, float, float]:
-        """Last loss, median images/s and median share of time waiting for data, over the whole run's log (else NaN)."""
+    def medians(self) -> tuple[float, float, dict[str, float]]:
+        """Last loss, median images/s and median share of the time of each part of a step, over the whole run's log (else
+        NaN, and no shares)."""
         lines = self._read_log() if self.ranks.is_main else []
         if not lines:
-            return math.nan, math.nan, math.nan
-        return lines[-1]["loss"], median(x["images_per_second"] for x in lines), median(x["data_wait"] for x in lines)
+            return math.nan, math.nan, {}
+        shares = {name: median(x["shares"][name] for x in lines) for name in lines[-1]["shares"]}
+        return lines[-1]["loss"], median(x["images_per_second"] for x in lines), shares
 
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""

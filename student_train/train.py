@@ -22,6 +22,7 @@ from ..common.run import ALONE, Ranks, autocast, join_ranks, pick_device, seed_e
 from ..common.store_manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views import Recipe
+from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
 from .kernels.target import Target
@@ -82,13 +83,20 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``images_per_second`` is the median over the log lines; ``data_wait`` the share of the time that waited for data."""
+    """``images_per_second`` is the median over the log lines, and so are the ``shares`` of a step's time (bottleneck.py);
+    ``advice`` is a sentence on them."""
 
     weights: Path
     steps: int
     loss: float
     images_per_second: float
-    data_wait: float
+    shares: dict[str, float]
+    advice: str
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the time that waited for views."""
+        return self.shares.get("data", float("nan"))
 
 
 class StudentWithHead(nn.Module):
@@ -258,8 +266,9 @@ def train_student(
         export_weights(trainer.model.backbone, info, run.weights)
     if ranks.is_main and trainer.average:
         export_weights(trainer.average.module, info, run.out / "student_average.safetensors")
-    loss, images_per_second, data_wait = run.medians()
-    return TrainResult(run.weights, total_steps, loss, images_per_second, data_wait)
+    loss, images_per_second, shares = run.medians()
+    advice = advise(shares, branch.description["kind"]) if shares else ""
+    return TrainResult(run.weights, total_steps, loss, images_per_second, shares, advice)
 
 
 def epoch_order(
