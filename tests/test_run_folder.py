@@ -186,8 +186,8 @@ def test_the_whole_runs_medians_survive_a_resume(tmp_path):
     run.save(some_state(), 10)
     again = open_run(tmp_path)
     again.resume(some_state(), CPU)
-    loss, speed, wait = again.medians()
-    assert (loss, wait) == (10, 0)
+    loss, speed, shares = again.medians()
+    assert (loss, shares["data"], shares["student"]) == (10, 0, 1)
     assert speed == pytest.approx((speeds[1] + speeds[2]) / 2)
 
 
