@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from .common.store import TargetStore
     from .common.views import Recipe, RecipeOverrides, get_recipe
     from .student_train.checkpoint import load_student
+    from .student_train.evaluate.detect import DetectConfig, detect
     from .student_train.evaluate.knn import knn
+    from .student_train.evaluate.labelled import labelled_images
+    from .student_train.evaluate.linear import LinearConfig, linear
+    from .student_train.evaluate.lowshot import Share, lowshot
     from .student_train.evaluate.network import FrozenNetwork
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
@@ -39,7 +43,11 @@ _HOME = {
     "common.store": ("TargetStore",),
     "common.views": ("Recipe", "RecipeOverrides", "get_recipe"),
     "student_train.checkpoint": ("load_student",),
+    "student_train.evaluate.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
+    "student_train.evaluate.labelled": ("labelled_images",),
+    "student_train.evaluate.linear": ("LinearConfig", "linear"),
+    "student_train.evaluate.lowshot": ("Share", "lowshot"),
     "student_train.evaluate.network": ("FrozenNetwork",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
@@ -54,9 +62,11 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "CacheConfig",
+    "DetectConfig",
     "Encoding",
     "FailureError",
     "FrozenNetwork",
+    "LinearConfig",
     "LoaderConfig",
     "MisuseError",
     "ObjectiveConfig",
@@ -65,16 +75,21 @@ __all__ = [
     "PairingConfig",
     "Recipe",
     "RecipeOverrides",
+    "Share",
     "StudentConfig",
     "TargetStore",
     "TeacherConfig",
     "TrainConfig",
     "VerifyConfig",
     "cache_teacher",
+    "detect",
     "get_recipe",
     "knn",
+    "labelled_images",
+    "linear",
     "load_student",
     "load_teacher",
+    "lowshot",
     "pack",
     "train_student",
     "verify",

@@ -214,4 +214,4 @@ def bar(what: str, unit: str) -> Iterator[Any]:
         yield update
 
 
-from rob import cli_eval, cli_measure, cli_sweep, cli_train  # noqa: E402, F401  (they add their commands to the app)
+from rob import cli_compare, cli_detect, cli_eval, cli_measure, cli_sweep, cli_train  # noqa: E402, F401  (they add commands)

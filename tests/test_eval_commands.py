@@ -181,3 +181,21 @@ def test_one_clear_sentence(rob, data, run_folder, tmp_path):
     single = tmp_path / "single.beton"
     pack(PackConfig(str(stripes(tmp_path / "single", ("across", "down"), 1, 2)), single, workers=1))
     refused("class 'across' has one image, none is left to train on", run_folder, single)
+
+
+@pytest.mark.parametrize("command", ["knn", "linear", "lowshot", "transfer", "detect"])
+def test_help(rob, command):
+    outcome = rob("eval", command, "--help")
+    assert outcome.code == 0
+    assert "--device" in outcome.out
+    assert command in rob("eval", "--help").out
+
+
+def test_the_same_in_python(data, run_folder):
+    import rob
+
+    network = rob.FrozenNetwork.student(run_folder, torch.device("cpu"))
+    train, held_out = rob.labelled_images(network, data.train, data.test, rob.LoaderConfig("torch", 16, 1), run_folder)
+    result = rob.linear(train.features, held_out.features, rob.LinearConfig(epochs=20))
+    assert result.top1 > 80
+    assert rob.lowshot(train.features, held_out.features, rob.Share(per_class=5)).mean > 60

@@ -35,10 +35,12 @@ def linear_augmented(
     With ``checkpoint`` a killed run goes on from its last epoch, and the file is removed at the end. MisuseError as
     ``linear``, and for a checkpoint of other settings.
     """
-    test = same_classes(train.features, test)
+    device = network.device
+    train = replace(train, features=train.features.to(device))
+    test = same_classes(train.features, test.to(device))
     rows, held_out = split_validation(train.features, config)
     fit = train.rows(rows)
-    data, device = Beton(train.path), fit.features.labels.device
+    data = Beton(train.path)
     settings = {**asdict(config), "loader": asdict(loader), "weights": network.source, "size": network.size}
     settings |= {"data_fingerprint": data.manifest.fingerprint, "num_images": len(fit.image_ids)}
     sweep = HeadSweep(fit.features, config)
@@ -54,7 +56,7 @@ def linear_augmented(
     for epoch in range(first, config.epochs):
         for image_ids, images in batches.epoch(fit.image_ids, epoch):
             with torch.no_grad():
-                features = network.embed(images).float().to(device)
+                features = network.embed(images).float()
             sweep.step(sweep.standardise(features), labels[image_ids.to(device)])
         if checkpoint:
             save_checkpoint(checkpoint, {"heads": sweep.state_dict(), "epoch": epoch + 1}, settings)

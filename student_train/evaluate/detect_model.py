@@ -18,6 +18,8 @@ FINEST, COARSEST = 4, 64
 """Strides of a pyramid's levels in pixels: from one to the other by doubling, as in FPN; a student whose stages are
 finer or coarser gives what it has, and levels of maximum pooling follow it up to the coarsest.
 """
+PROBE = 224
+"""Pixels: a multiple of the usual patches (4, 7, 8, 14, 16, 32)."""
 ANCHOR_STRIDES = 8
 """Side of a level's anchors in units of its stride: 32 px at stride 4, as in FPN."""
 
@@ -32,7 +34,7 @@ def build_detector(
     with its own statistics, whatever the backbone was initialised with. MisuseError: a student that has no stages or
     cannot take such images.
     """
-    body = Pyramid(backbone, channels, side)
+    body = Pyramid(backbone, channels)
     strides = body.strides
     names = [str(level) for level in range(body.num_pooled_from)]
     settings = {
@@ -62,13 +64,13 @@ class Pyramid(nn.Module):
     strides (ViTDet's simple pyramid, Li et al. 2022).
     """
 
-    def __init__(self, backbone: nn.Module, channels: int, side: int) -> None:
+    def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
         if not hasattr(backbone, "forward_intermediates"):
             raise MisuseError(f"the student {type(backbone).__name__} does not show its stages: no detection with it")
         self.backbone, self.out_channels = backbone, channels
-        maps = self._probe(side)
-        strides = [self._probed / maps_.shape[-1] for maps_ in maps]
+        maps = self._probe()
+        strides = [PROBE / stage.shape[-2] for stage in maps]
         self.is_cnn = len(set(strides)) > 1
         if self.is_cnn:
             last = {stride: index for index, stride in enumerate(strides)}  # the deepest map of each stride
@@ -102,15 +104,12 @@ class Pyramid(nn.Module):
         return OrderedDict((str(number), level) for number, level in enumerate(levels))
 
     @torch.no_grad()
-    def _probe(self, side: int) -> list[Tensor]:
-        """The backbone's maps of a black image about as large as those to come."""
-        self._probed = 224 * max(1, round(side / 224))
-        image = torch.zeros(1, 3, self._probed, self._probed)
+    def _probe(self) -> list[Tensor]:
+        """The backbone's maps of a black image of ``PROBE`` by twice as many pixels, which no network of one size takes."""
         training = self.backbone.training
         try:
-            maps = self.backbone.eval().forward_intermediates(image, intermediates_only=True)  # pyright: ignore
-            # A network that is fixed to one size says so when the sides differ.
-            self.backbone.forward_intermediates(image[..., : self._probed // 2], intermediates_only=True)  # pyright: ignore
+            image = torch.zeros(1, 3, PROBE, 2 * PROBE)
+            return self.backbone.eval().forward_intermediates(image, intermediates_only=True)  # pyright: ignore
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise MisuseError(
@@ -118,7 +117,6 @@ class Pyramid(nn.Module):
             ) from error
         finally:
             self.backbone.train(training)
-        return maps
 
 
 def _resample(in_channels: int, channels: int, level: int) -> nn.Module:

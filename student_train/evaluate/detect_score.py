@@ -26,13 +26,16 @@ def average_precision(
     truth: dict[str, Any], detections: Sequence[dict[str, Any]], kind: Literal["bbox", "segm"] = "bbox"
 ) -> AveragePrecision:
     """``truth`` is COCO's dictionary, ``detections`` its result records, ``kind`` is bbox or segm."""
+    # pycocotools writes into what it is given.
+    truth = {**truth, "annotations": [dict(thing) for thing in truth["annotations"]]}
+    detections = [dict(detection) for detection in detections]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
         objects = COCO()
         objects.dataset = cast(Any, truth)
         objects.createIndex()
         if not detections:
             return AveragePrecision(0.0, 0.0, 0.0) if truth["annotations"] else AveragePrecision(None, None, None)
-        evaluation = COCOeval(objects, objects.loadRes(cast(Any, list(detections))), kind)
+        evaluation = COCOeval(objects, objects.loadRes(cast(Any, detections)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -108,4 +108,6 @@ class FrozenNetwork:
 
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
         features = cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
+        if progress:
+            progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
         return label_features(features, data.labels, data.manifest.classes)
