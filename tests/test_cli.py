@@ -140,7 +140,8 @@ def test_pack_cache_train_evaluate_inspect_verify(rob, made, tmp_path):
     run = tmp_path / "run"
     outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--log-every", 1)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"run/student\.safetensors: loss \d\.\d{4}, .* images/s, .*% .* waiting for data", outcome.out)
+    assert re.search(r"run/student\.safetensors: loss \d\.\d{4}, .* images/s", outcome.out)
+    assert re.search(r"waiting .*%, copy and colour .*%, student .*%\. .*\.", outcome.out)  # and what to do about it
     assert json.loads((run / "config.json").read_text())["targets"] == str(store)
     load_student(run)
 
