@@ -5,6 +5,9 @@
 500 x 375 JPEGs (quality 90) to 2 views of 224 and 6 of 96 pixels, geometry only, on all cores. The sides take turns, round by
 round, so that the machine's noise falls on all alike; the first round warms up (ffcv compiles in it). Our views must be within
 38 dB of Pillow's before the times count. The peers need not flip, ours do.
+
+Where there is a GPU, more rows: views made on it, against decoding alone, and the view kernel alone against a copy, counted in
+bytes read and written. Without one the report says so; these rows have not been run yet.
 """
 
 import io
@@ -13,7 +16,7 @@ import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +38,18 @@ from torchvision.transforms import v2
 from rob.benchmarks.report import Report
 from rob.common.augment import augment
 from rob.common.beton import Beton
-from rob.common.decode import decode_planes, decoder_handle, plane_starts
+from rob.common.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_handle, plane_starts
 from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from rob.common.pillow_path import render_view
-from rob.common.views import LOCAL, get_recipe, view_parameters
+from rob.common.views import LOCAL, RecipeOverrides, get_recipe, view_parameters
 
 HEIGHT, WIDTH = 375, 500
 VIEWS = (ViewSet((0, 1), 224), ViewSet(tuple(LOCAL + i for i in range(6)), 96))
 VIEW_IDS = np.array([i for s in VIEWS for i in s.ids])
 SIZES = [s.size for s in VIEWS for _ in s.ids]
 RECIPE, SEED = get_recipe("dino"), 0
+PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
 CIFAR10 = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
 """60,000 JPEGs of 32 x 32, for the rows that show a flat cost; left out where it is missing."""
 
@@ -70,15 +74,18 @@ def run(config: LoaderBenchConfig) -> Report:
         worst = worst_psnr(data, config)
         assert worst > 38, f"a view is only within {worst:.1f} dB of Pillow's"
         rows = compare(data, config)
+        of_copy = kernel_rows(data, config, rows) if LoaderConfig(device=gpu()).on_gpu else None
         if CIFAR10.exists():
             rows += linear_cost(folder)
-    speed = {row["side"]: row["images_per_second"] for row in rows}
+    speed = {row["side"]: row["images_per_second"] for row in rows if "images_per_second" in row}
     best_resize = max(speed["one decode, cv2 INTER_AREA"], speed["one decode, torchvision uint8"])
     ratios = {
         "vs_ffcv_per_view": speed["rob"] / speed["ffcv, one pipeline a view"],
         "vs_torchvision": speed["rob"] / speed["torchvision v2, PIL, DataLoader"],
         "vs_best_resize": speed["rob"] / best_resize,
         "of_decode_only": speed["rob"] / speed["decode only, planes"],
+        "gpu_of_decode_only": speed["rob, views on the GPU"] / speed["decode only, planes"] if of_copy else None,
+        "kernel_of_copy_bandwidth": of_copy,
     }
     work = {
         "images": f"{config.images} JPEGs of {WIDTH} x {HEIGHT}, quality 90",
@@ -86,6 +93,7 @@ def run(config: LoaderBenchConfig) -> Report:
         "batch_size": config.batch_size,
         "rounds": config.rounds,
         "worst_psnr_against_pillow": worst,
+        "gpu": torch.cuda.get_device_name() if of_copy else "none: views on a GPU are not measured",
     }
     return Report.of("loader", torch.device("cpu"), work, rows, ratios)
 
@@ -144,6 +152,8 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
         "decode only, RGB": loop_side(data, threads, None),
         "decode only, planes": planes_side(data, threads),
     }
+    if LoaderConfig(device=gpu()).on_gpu:
+        sides["rob, views on the GPU"] = gpu_side(data, config)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(1 + config.rounds):
@@ -210,6 +220,64 @@ def planes_side(data: Beton, threads: int) -> Callable[[], int]:
     pool = ThreadPoolExecutor(threads)
     parts = np.split(np.arange(data.num_images), np.arange(8, data.num_images, 8))
     return lambda: sum(pool.map(decode, parts))
+
+
+def gpu() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu_batches(data: Beton, config: LoaderBenchConfig) -> Iterator[Batch]:
+    """Planes on the GPU, without colours."""
+    loader = ViewLoader(data, get_recipe("dino", PLAIN), SEED, LoaderConfig("ffcv", config.batch_size, device="cuda"))
+    for batch in loader.epoch(np.arange(data.num_images), VIEWS):
+        yield batch.to(torch.device("cuda"))
+
+
+def gpu_side(data: Beton, config: LoaderBenchConfig) -> Callable[[], int]:
+    mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+
+    def epoch() -> int:
+        done = 0
+        for batch in gpu_batches(data, config):
+            for number in range(len(VIEWS)):
+                batch.augment(number, 1.0, mean, std, torch.bfloat16)
+            done += len(batch.image_ids)
+        torch.cuda.synchronize()
+        return done
+
+    return epoch
+
+
+def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any]]) -> float:
+    """Adds the view kernel alone and a copy of 1 GiB to ``rows``; returns the first's share of the second's bytes a second.
+
+    Its bytes: the planes under each crop read once, the views written once in bfloat16.
+    """
+    from triton.testing import do_bench
+
+    batch = next(gpu_batches(data, config))
+    assert batch.planes is not None
+    mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    layout, geometry = batch.planes.layout.cpu().double(), batch.planes.geometry.cpu().double()
+    plane_bytes = 1 + 2 / (layout[:, FACTOR_Y] * layout[:, FACTOR_X])
+    read = (geometry[..., 2] * geometry[..., 3] * (plane_bytes / layout[:, SCALE] ** 2)[:, None]).sum()
+    written = len(batch.image_ids) * sum(3 * 2 * size**2 for size in SIZES)
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def render() -> None:
+        for number in range(len(VIEWS)):
+            batch.augment(number, 1.0, mean, std, torch.bfloat16)
+
+    speeds = {}
+    for side, work, count in (
+        ("view kernel alone", render, float(read) + written),
+        ("copy on the GPU", lambda: target.copy_(source), 2.0 * source.numel()),
+    ):
+        milliseconds: Any = do_bench(work, return_mode="median")
+        speeds[side] = count / (1e-3 * milliseconds)
+        rows.append({"side": side, "gigabytes_per_second": speeds[side] / 1e9})
+    return speeds["view kernel alone"] / speeds["copy on the GPU"]
 
 
 # --- peers: frameworks ---

@@ -1,11 +1,13 @@
 """What a loader is asked for and what it gives: sets of views, and batches of them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .augment import augment
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,34 @@ class ViewSet:
     size: int
 
 
-@dataclass
-class Slot:
-    """Memory that batches are rendered into in turn, page-locked where there is a GPU to copy it to."""
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """Decoded images, and where their views lie in them: what a GPU makes the views from.
+
+    pixels: (bytes,) uint8, of ``decode_planes``: the images' planes, one behind another; starts: (B + 1,) int64 and layout:
+    (B, 6) int32, where and what each is. geometry: (B, V, 5) int32 and colour: (B, V, 8) float32, the ViewParameters of all
+    sets' views side by side.
+    """
 
     pixels: Tensor
-    """(bytes,) uint8: for each ViewSet (batch size, n, 3, size, size), one behind another."""
+    starts: Tensor
+    layout: Tensor
+    geometry: Tensor
+    colour: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def to(self, device: torch.device) -> "Planes":
+        return Planes(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
+
+
+@dataclass
+class Slot:
+    """Memory that batches are made in, one after the other; page-locked where there is a GPU to copy it to."""
+
+    pixels: Tensor
+    """(bytes,) uint8: for each ViewSet (batch size, n, 3, size, size), one behind another; or the images' planes."""
     colour: Tensor
     """(batch size, all views, 8) float32."""
     copied: torch.Event | None = None
@@ -31,32 +55,61 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of images' views.
+    """A batch of images' views: rendered, or the planes that a GPU renders them from.
 
-    image_ids: (B,) int64. views: for each ViewSet (B, n, 3, size, size) uint8 RGB. colour: for each ViewSet (B, n, 8)
-    float32, the parameters for ``augment``. The memory is reused: a batch is valid until the next one is asked for.
+    image_ids: (B,) int64. views: for each ViewSet (B, n, 3, size, size) uint8 RGB; empty where there are ``planes``.
+    colour: for each ViewSet (B, n, 8) float32 on the CPU, the parameters for ``augment``. The memory is reused: a batch is
+    valid until the next one is asked for.
     """
 
     image_ids: np.ndarray
     views: tuple[Tensor, ...]
     colour: tuple[Tensor, ...]
-    slot: Slot | None = field(default=None, repr=False)
+    slot: Slot | None = None
+    sets: tuple[ViewSet, ...] = ()
+    planes: Planes | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its views on ``device``; colour stays on the CPU, where ``augment`` wants it.
+        """The batch with its views or planes on ``device``; colour stays on the CPU, where ``augment`` wants it.
 
         To a GPU the copy runs beside the computation, on a stream of its own that the caller's stream waits for.
         """
         if device.type != "cuda" or self.slot is None:
-            return replace(self, views=tuple(views.to(device) for views in self.views))
+            return self._moved(device)
         copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
         with torch.cuda.stream(copying):
-            views = tuple(views.to(device, non_blocking=True) for views in self.views)
+            moved = self._moved(device)
             self.slot.copied = copying.record_event()
         computing.wait_stream(copying)
-        for tensor in views:
+        for tensor in moved.views if moved.planes is None else moved.planes.tensors():
             tensor.record_stream(computing)
-        return replace(self, views=views)
+        return moved
+
+    def _moved(self, device: torch.device) -> "Batch":
+        if self.planes is not None:
+            return replace(self, planes=self.planes.to(device))
+        return replace(self, views=tuple(views.to(device, non_blocking=True) for views in self.views))
+
+    def augment(
+        self, number: int, blur_scale: float, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The views of the set ``number`` as a network takes them: (B, n, 3, size, size) of ``dtype``, on mean's device.
+
+        mean, std: (3,) float32, blur_scale: as for ``augment``, which this is where the loader has rendered the views.
+        """
+        colour = self.colour[number]
+        if self.planes is None:
+            images = augment(
+                self.views[number].to(mean.device).flatten(0, 1), colour.flatten(0, 1), blur_scale, mean, std
+            )
+            return images.to(dtype).unflatten(0, colour.shape[:2])
+        if mean.device.type == "cuda":
+            from .view_kernel import views_from_planes
+        else:
+            from .view_reference import views_from_planes
+        planes = self.planes if self.planes.pixels.device == mean.device else self.planes.to(mean.device)
+        first = sum(len(s.ids) for s in self.sets[:number])
+        return views_from_planes(planes, first, self.sets[number].size, colour, blur_scale, mean, std, dtype)
 
 
 @cache

@@ -6,6 +6,7 @@ Two paths give the same views: ``ffcv_path`` is the fast one, ``pillow_path`` th
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -30,11 +31,14 @@ __all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet"]
 @dataclass(frozen=True)
 class LoaderConfig:
     """How views are loaded. ``path`` is auto, ffcv or torch; ``workers`` threads (ffcv) or processes (torch), 0 = all
-    cores."""
+    cores. ``device`` is the type of the device that makes the views: on ``cuda``, where there is Triton, the fast path
+    only decodes, and its batches carry planes.
+    """
 
     path: str = "auto"
     batch_size: int = 64
     workers: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.path not in ("auto", "ffcv", "torch"):
@@ -50,8 +54,17 @@ class LoaderConfig:
 
     @property
     def geometry(self) -> str:
-        """The resize path, as written into a store's manifest: ``planes`` or ``pillow``."""
-        return pillow_path.GEOMETRY if self.path == "torch" or ffcv_path is None else ffcv_path.GEOMETRY
+        """The resize path, as written into a store's manifest: ``planes``, ``planes-gpu`` or ``pillow``."""
+        if self.path == "torch" or ffcv_path is None:
+            return pillow_path.GEOMETRY
+        return ffcv_path.GEOMETRY_ON_GPU if self.on_gpu else ffcv_path.GEOMETRY
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches carry planes, for ``Batch.augment`` to make views of on the GPU."""
+        return (
+            self.device == "cuda" and self.path != "torch" and ffcv_path is not None and find_spec("triton") is not None
+        )
 
     @property
     def threads(self) -> int:
@@ -68,8 +81,11 @@ class ViewLoader:
     """
 
     def __init__(self, data: Beton, recipe: Recipe, seed: int, config: LoaderConfig) -> None:
-        path = pillow_path.PillowPath if ffcv_path is None or config.path == "torch" else ffcv_path.FfcvPath
-        self._path = path(data, recipe, seed, config.batch_size, config.threads)
+        arguments = data, recipe, seed, config.batch_size, config.threads
+        if ffcv_path is None or config.path == "torch":
+            self._path = pillow_path.PillowPath(*arguments)
+        else:
+            self._path = ffcv_path.FfcvPath(*arguments, planes=config.on_gpu)
 
     def epoch(self, order: np.ndarray, sets: Sequence[ViewSet]) -> Iterator[Batch]:
         """Batches of the images ``order`` (int64 image ids) with the views of all ``sets``; the last batch may be
