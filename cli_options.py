@@ -11,7 +11,8 @@ LoaderPath = Annotated[
     str,
     typer.Option(
         "--loader",
-        help="auto, ffcv or torch. torch is Pillow in a torch DataLoader: slower, runs where ffcv cannot be built. "
+        help="auto, ffcv, torch or gpu. torch is Pillow in a torch DataLoader: slower, runs where ffcv cannot be built. gpu "
+        "leaves only decoding to the CPU: for when a run waits for views; new, and not yet run on a GPU by us. "
         "Use one and the same for caching and for training with --pairing same: their pixels differ by about 1/255.",
     ),
 ]

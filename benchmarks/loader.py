@@ -74,7 +74,7 @@ def run(config: LoaderBenchConfig) -> Report:
         worst = worst_psnr(data, config)
         assert worst > 38, f"a view is only within {worst:.1f} dB of Pillow's"
         rows = compare(data, config)
-        of_copy = kernel_rows(data, config, rows) if LoaderConfig(device=gpu()).on_gpu else None
+        of_copy = kernel_rows(data, config, rows) if torch.cuda.is_available() else None
         if CIFAR10.exists():
             rows += linear_cost(folder)
     speed = {row["side"]: row["images_per_second"] for row in rows if "images_per_second" in row}
@@ -152,7 +152,7 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
         "decode only, RGB": loop_side(data, threads, None),
         "decode only, planes": planes_side(data, threads),
     }
-    if LoaderConfig(device=gpu()).on_gpu:
+    if torch.cuda.is_available():
         sides["rob, views on the GPU"] = gpu_side(data, config)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
@@ -222,13 +222,9 @@ def planes_side(data: Beton, threads: int) -> Callable[[], int]:
     return lambda: sum(pool.map(decode, parts))
 
 
-def gpu() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def gpu_batches(data: Beton, config: LoaderBenchConfig) -> Iterator[Batch]:
     """Planes on the GPU, without colours."""
-    loader = ViewLoader(data, get_recipe("dino", PLAIN), SEED, LoaderConfig("ffcv", config.batch_size, device="cuda"))
+    loader = ViewLoader(data, get_recipe("dino", PLAIN), SEED, LoaderConfig("gpu", config.batch_size))
     for batch in loader.epoch(np.arange(data.num_images), VIEWS):
         yield batch.to(torch.device("cuda"))
 

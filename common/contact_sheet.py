@@ -148,11 +148,14 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         axes = sheet.chart(n * (side + 3 * MARGIN) + MARGIN, top + LINE + GAP, side, CHART_HEIGHT - 0.75)
         shown = {name: np.log2(getattr(ratios, field_name)) for name, ratios in found.items()}
         bins = np.linspace(0, max([1.0, *(values.max() for values in shown.values() if values.size)]), 40).tolist()
-        for (name, values), style in zip(
-            shown.items(), ({"color": "#89c2d9"}, {"histtype": "step", "color": INK}), strict=True
-        ):
-            if values.size:
-                axes.hist(values, bins, density=True, label=f"{name}: median {2 ** np.median(values):.1f}", **style)
+        for name, values in shown.items():
+            if not values.size:
+                continue
+            label = f"{name}: median {2 ** np.median(values):.1f}"
+            if name == config.recipe.name:
+                axes.hist(values, bins, density=True, label=label, color="#89c2d9")
+            else:
+                axes.hist(values, bins, density=True, label=label, color=INK, histtype="step")
         powers = range(0, int(bins[-1]) + 1)
         axes.set_xticks(powers, [f"{2**power}" for power in powers])
         axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend

@@ -30,23 +30,23 @@ __all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet"]
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How views are loaded. ``path`` is auto, ffcv or torch; ``workers`` threads (ffcv) or processes (torch), 0 = all
-    cores. ``device`` is the type of the device that makes the views: on ``cuda``, where there is Triton, the fast path
-    only decodes, and its batches carry planes.
+    """How views are loaded. ``path`` is auto, ffcv, torch or gpu; ``workers`` threads (processes with torch), 0 = all
+    cores. With gpu the workers only decode: batches carry planes, of which ``Batch.augment`` makes views on the device.
     """
 
     path: str = "auto"
     batch_size: int = 64
     workers: int = 0
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.path not in ("auto", "ffcv", "torch"):
-            raise MisuseError(f"--loader is {self.path!r}, expected auto, ffcv or torch")
-        if self.path == "ffcv" and ffcv_path is None:
+        if self.path not in ("auto", "ffcv", "torch", "gpu"):
+            raise MisuseError(f"--loader is {self.path!r}, expected auto, ffcv, torch or gpu")
+        if self.path in ("ffcv", "gpu") and ffcv_path is None:
             raise MisuseError(
-                "--loader ffcv needs the package ffcv, which is not installed: install it, or use --loader torch"
+                f"--loader {self.path} needs the package ffcv, which is not installed: install it, or use --loader torch"
             )
+        if self.on_gpu and find_spec("triton") is None:
+            raise MisuseError("--loader gpu needs the package triton, which is not installed: use --loader auto")
         if self.batch_size < 1 or self.workers < 0:
             raise MisuseError(
                 f"--batch-size must be at least 1 and --workers at least 0, got {self.batch_size} and {self.workers}"
@@ -62,9 +62,14 @@ class LoaderConfig:
     @property
     def on_gpu(self) -> bool:
         """Whether batches carry planes, for ``Batch.augment`` to make views of on the GPU."""
-        return (
-            self.device == "cuda" and self.path != "torch" and ffcv_path is not None and find_spec("triton") is not None
-        )
+        return self.path == "gpu"
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises MisuseError where views are to be made on a GPU and ``device`` is none."""
+        if self.on_gpu and device.type != "cuda":
+            raise MisuseError(
+                f"--loader gpu makes the views on a CUDA device, and this runs on {device}: use --loader auto"
+            )
 
     @property
     def threads(self) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.augment import augment
 from ..common.beton import Beton
 from ..common.loader import Batch, ViewSet
 from ..common.prefetch import TargetPrefetcher, window_blocks
@@ -262,11 +261,10 @@ class OnlineTeacher(TargetBranch):
     @torch.inference_mode()
     def embed(self, batch: Batch) -> Tensor:
         """(B, G, D) float32: the teacher's embeddings of the batch's last view set."""
-        views, colour = batch.views[-1], batch.colour[-1]
         blur_scale = self.view_size / self.recipe.global_crops[0].size
-        images = augment(views.to(self.device).flatten(0, 1), colour.flatten(0, 1), blur_scale, self._mean, self._std)
+        images = batch.augment(len(batch.colour) - 1, blur_scale, self._mean, self._std)
         with autocast(self.device, self.precision):
-            return self.teacher(images).float().unflatten(0, views.shape[:2])
+            return self.teacher(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 
 
 class _TeacherStream:

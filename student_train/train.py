@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.augment import augment
 from ..common.beton import Beton
 from ..common.errors import MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
@@ -186,6 +185,7 @@ def train_student(
     ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)
+    config.loader.check_device(device)
     data = Beton(config.data)
     if branch is None:
         if config.targets is None:
@@ -243,6 +243,7 @@ def train_student(
             with branch.targets(order, batch_size, plan) as targets:
                 for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
                     with stopwatch("prepare"):
+                        batch = batch.to(device)
                         images = prepare(batch, crops)
                     with stopwatch("target"):
                         branch.before_step(step)
@@ -311,9 +312,7 @@ class Preparation:
         for number, views in enumerate(sets):
             kind = self.recipe.global_crops[0] if number == 0 else self.recipe.local_crop
             assert kind is not None
-            pixels, colour = batch.views[number].to(self.device), batch.colour[number]
-            images = augment(pixels.flatten(0, 1), colour.flatten(0, 1), views.size / kind.size, self.mean, self.std)
-            crops.append(images.unflatten(0, pixels.shape[:2]))
+            crops.append(batch.augment(number, views.size / kind.size, self.mean, self.std))
         return crops
 
 

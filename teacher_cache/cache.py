@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common.beton import Beton
 from ..common.encodings import Encoding
 from ..common.errors import MisuseError
-from ..common.loader import LoaderConfig, ViewLoader, ViewSet
+from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.run import autocast, pick_device, versions
 from ..common.store import StoreWriter, TargetStore, add_prototypes
 from ..common.store_manifest import StoreManifest, differences
@@ -92,6 +92,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     progress = progress or CacheProgress()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
+    config.loader.check_device(device)
     data = Beton(config.data)
     teacher = load_teacher(config.teacher).to(device)
     _check(config, teacher)
@@ -210,7 +211,7 @@ def _chunks(
     embed = embedder(teacher, config.recipe, size, device, config.precision)
     parts: list[Tensor] = []
     for batch in loader.epoch(np.arange(first_row, data.num_images), [ViewSet(tuple(range(config.views)), size)]):
-        parts.append(embed(batch.views[0], batch.colour[0]))
+        parts.append(embed(batch))
         rows = sum(map(len, parts))
         if rows == chunk_rows or batch.image_ids[-1] == data.num_images - 1:
             embedding = torch.cat(parts)
@@ -253,11 +254,12 @@ def _plan(
     size = config.view_size or teacher.view_size
     embed = embedder(teacher, config.recipe, size, device, config.precision)
     images = min(config.loader.batch_size, max(1, 32 // config.views))
-    views = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
-    colour = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
+    noise = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
+    plain = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
+    batch = Batch(np.arange(images), (noise,), (plain,))
     for _ in range(2):
         start = time.perf_counter()
-        embed(views, colour).cpu()
+        embed(batch).cpu()
         seconds = time.perf_counter() - start
     return CachePlan(
         data.num_images,

@@ -119,6 +119,8 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     _check_chunks(store, progress)
 
     path = "torch" if manifest.geometry == "pillow" else "ffcv"
+    if manifest.geometry == "planes-gpu" and device.type == "cuda":
+        path = "gpu"
     loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(path, config.batch_size, config.workers))
     embed = embedder(teacher, recipe, manifest.view_size, device, precision)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
@@ -128,7 +130,7 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     samples: list[Sample] = []
     for column, (view_id, image_ids) in enumerate(zip(manifest.view_ids, columns, strict=True)):
         for batch in loader.epoch(image_ids, [ViewSet((view_id,), manifest.view_size)]):
-            embedding = embed(batch.views[0], batch.colour[0])[:, 0].cpu()
+            embedding = embed(batch)[:, 0].cpu()
             stored = {name: rows[:, column] for name, rows in store.rows(batch.image_ids).items()}
             for image_id, values in zip(
                 batch.image_ids, compare(store.encoding.decode(stored), embedding), strict=True

@@ -352,12 +352,32 @@ def test_images_that_are_not_decoded_at_a_smaller_scale_have_room(tmp_path, kind
         assert (fast[i][0].float() - plain[i][0].float()).abs().mean() < 2
 
 
-def test_only_a_gpu_is_given_planes():
-    assert LoaderConfig().geometry == LoaderConfig(device="mps").geometry
-    assert not LoaderConfig(device="mps").on_gpu
-    assert not LoaderConfig("torch", device="cuda").on_gpu
-    if LoaderConfig(device="cuda").on_gpu:
-        assert LoaderConfig(device="cuda").geometry == "planes-gpu"
+def test_views_are_made_on_a_gpu_only_when_asked():
+    pytest.importorskip("triton")
+    pytest.importorskip("ffcv")
+    assert LoaderConfig().geometry == LoaderConfig("ffcv").geometry == "planes"
+    on_gpu = LoaderConfig("gpu")
+    assert on_gpu.geometry == "planes-gpu"
+    on_gpu.check_device(torch.device("cuda"))
+    with pytest.raises(MisuseError, match="--loader gpu makes the views on a CUDA device, and this runs on cpu"):
+        on_gpu.check_device(torch.device("cpu"))
+    LoaderConfig().check_device(torch.device("cpu"))
+
+
+def test_planes_become_the_same_views(small_beton):
+    """Both stages make views through Batch.augment: from planes (here by the reference of the kernel) as from views."""
+    pytest.importorskip("triton")
+    pytest.importorskip("ffcv")
+    mean, std = torch.zeros(3), torch.ones(3)
+    batches = [
+        next(iter(ViewLoader(small_beton, DINO, 3, LoaderConfig(path, 8, 1)).epoch(np.arange(8), SETS)))
+        for path in ("ffcv", "gpu")
+    ]
+    assert batches[1].planes is not None
+    for number in range(len(SETS)):
+        rendered, made = (batch.to(torch.device("cpu")).augment(number, 0.2, mean, std) for batch in batches)
+        assert rendered.shape == made.shape
+        assert (rendered - made).abs().mean() < 2 / 255
 
 
 # --- options ---

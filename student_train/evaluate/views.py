@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.augment import augment
 from ...common.beton import Beton
 from ...common.loader import LoaderConfig, ViewLoader, ViewSet
 from ...common.views import Crop, Recipe, evaluation_recipe
@@ -72,5 +71,5 @@ def _normalised(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     mean_, std_ = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     for batch in views.epoch(order, [view]):
-        pixels = batch.views[0].to(device).flatten(0, 1)
-        yield torch.from_numpy(batch.image_ids.copy()), augment(pixels, batch.colour[0].flatten(0, 1), 1.0, mean_, std_)
+        images = batch.to(device).augment(0, 1.0, mean_, std_).flatten(0, 1)
+        yield torch.from_numpy(batch.image_ids.copy()), images
