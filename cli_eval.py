@@ -29,6 +29,10 @@ Test = Annotated[
 TeacherOfEval = Annotated[str | None, typer.Option("--teacher", help="Its name, when WHAT is teacher.")]
 Size = Annotated[int | None, typer.Option(min=4, help="Side in pixels; default the network's own (pixels: 32).")]
 Out = Annotated[Path | None, typer.Option(help="Its eval folder takes features and results; default the run folder.")]
+Init = Annotated[
+    str,
+    typer.Option(help="student, or random: WHAT's network untrained, the floor of what training adds."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass. Lower it when memory runs out.")]
 
 
@@ -44,6 +48,7 @@ def knn(
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.001, help="Of the votes.")] = 0.07,
+    init: Init = "student",
     teacher: TeacherOfEval = None,
     checkpoint: o.Checkpoint = None,
     size: Size = None,
@@ -56,7 +61,7 @@ def knn(
     """Weighted k-nearest-neighbour accuracy, as DINO defines it."""
     from rob.student_train.evaluate.knn import knn_sweep
 
-    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     train, held_out = subject.images(data, test)
     results = knn_sweep(train.features, held_out.features, k or [20], temperature)
     show_accuracies(
@@ -87,6 +92,7 @@ def linear(
         list[float] | None, typer.Option(help="Weight decays to choose from; give it several times.")
     ] = None,
     seed: o.Seed = 0,
+    init: Init = "student",
     teacher: TeacherOfEval = None,
     checkpoint: o.Checkpoint = None,
     size: Size = None,
@@ -106,7 +112,7 @@ def linear(
         config = replace(config, learning_rates=tuple(lr))
     if weight_decay:
         config = replace(config, weight_decays=tuple(weight_decay))
-    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     task = "linear-augment" if augment else "linear"
     train, held_out = subject.images(data, test)
     with bar("training", "epochs") as update:
@@ -150,6 +156,7 @@ def lowshot(
         float, typer.Option(help="With --finetune, of the network; its classifier's is 10 times that.")
     ] = 1e-4,
     seeds: Annotated[int, typer.Option(min=1, help="Subsets: mean and deviation are over them.")] = 5,
+    init: Init = "student",
     teacher: TeacherOfEval = None,
     checkpoint: o.Checkpoint = None,
     size: Size = None,
@@ -166,7 +173,7 @@ def lowshot(
 
     percents = percent or ([] if per_class else [1.0, 10.0])
     shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class or []]
-    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     train, held_out = subject.images(data, test)
     task = "lowshot-finetune" if finetune else "lowshot"
     settings = {"epochs": epochs, "lr": lr} if finetune else {"regularisation": REGULARISATION}
@@ -215,6 +222,7 @@ def transfer(
     max_resolution: Annotated[int, typer.Option(min=8, help="Longest side in pixels of the packed images.")] = 512,
     epochs: Annotated[int, typer.Option(min=1, help="Of the linear classifier.")] = 100,
     seed: o.Seed = 0,
+    init: Init = "student",
     teacher: TeacherOfEval = None,
     checkpoint: o.Checkpoint = None,
     size: Size = None,
@@ -240,7 +248,7 @@ def transfer(
             max_resolution=max_resolution,
             progress=update,
         )
-    subject = Subject(what, teacher, checkpoint, size, out, batch_size, device, loader, workers)
+    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     train, held_out = subject.images(*paths)
     where = subject.network.device
     features = train.features.to(where), held_out.features.to(where)
@@ -267,6 +275,7 @@ class Subject:
     def __init__(
         self,
         what: str,
+        init: str,
         teacher: str | None,
         checkpoint: Path | None,
         size: int | None,
@@ -280,7 +289,8 @@ class Subject:
 
         self.loader = LoaderConfig(loader, batch_size, workers)
         say_which_loader(self.loader)
-        self.network = frozen_network(what, teacher, checkpoint, size, device)
+        self.suffix = "" if init == "student" else f"-{init}"
+        self.network = frozen_network(what, init, teacher, checkpoint, size, device)
         self.folder = out or (Path(what) if Path(what).is_dir() else None)
 
     def images(self, data: Path, test: Path | None) -> Any:
@@ -307,7 +317,7 @@ class Subject:
             if test
             else f"a fifth of {Beton(data).manifest.fingerprint}",
         }
-        note(f"written to {write_result(self.folder, task, {**facts, **result})}")
+        note(f"written to {write_result(self.folder, task + self.suffix, {**facts, **result})}")
 
 
 def show_accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -320,13 +330,23 @@ def show_accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[
     console.print(table)
 
 
-def frozen_network(what: str, teacher: str | None, checkpoint: Path | None, size: int | None, device: str) -> Any:
-    """What ``rob eval`` measures, by the word on the command line."""
+def frozen_network(
+    what: str, init: str, teacher: str | None, checkpoint: Path | None, size: int | None, device: str
+) -> Any:
+    """What ``rob eval`` measures, by the words on the command line."""
+    from rob.common.errors import unknown_name
     from rob.common.run import pick_device
+    from rob.student_train.checkpoint import load_student
     from rob.student_train.evaluate.network import FrozenNetwork
     from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
     where = pick_device(device)
+    if init not in ("student", "random"):
+        raise unknown_name("initialisation", init, ("student", "random"))
+    if init == "random":
+        if what in ("pixels", "teacher"):
+            raise MisuseError(f"--init random is for a run or a student's weights, and WHAT is {what}: leave it out")
+        return FrozenNetwork.untrained(load_student(Path(what))[1], 0, where, size)
     if what == "pixels":
         return FrozenNetwork.pixels(size or 32, where)
     if what == "teacher":

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rob.benchmarks.demo import TEACHER, TEACHER_SIZE
-from rob.benchmarks.loader import make_photographs
+from rob.benchmarks.photographs import make_photographs
 from rob.benchmarks.report import Report
 from rob.common.augment import augment
 from rob.common.beton import Beton

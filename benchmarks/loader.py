@@ -10,7 +10,6 @@ Where there is a GPU, more rows: views made on it, against decoding alone, and t
 bytes read and written. Without one the report says so; these rows have not been run yet.
 """
 
-import io
 import multiprocessing
 import os
 import tarfile
@@ -23,18 +22,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.loader import Loader, OrderOption
-from ffcv.pipeline import PipelineSpec
-from ffcv.pipeline.compiler import Compiler
-from PIL import Image, ImageEnhance
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from PIL import Image
 
+from rob.benchmarks.loader_peers import (
+    RECIPE,
+    SEED,
+    SIZES,
+    VIEWS,
+    ffcv_side,
+    geometry_of,
+    loop_side,
+    resize_with_cv2,
+    resize_with_torchvision,
+    torchvision_side,
+)
+from rob.benchmarks.photographs import HEIGHT, WIDTH, make_photographs
 from rob.benchmarks.report import Report
 from rob.common.augment import augment
 from rob.common.beton import Beton
@@ -42,13 +46,8 @@ from rob.common.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_
 from rob.common.images import PackConfig, pack
 from rob.common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from rob.common.pillow_path import render_view
-from rob.common.views import LOCAL, RecipeOverrides, get_recipe, view_parameters
+from rob.common.views import RecipeOverrides, get_recipe
 
-HEIGHT, WIDTH = 375, 500
-VIEWS = (ViewSet((0, 1), 224), ViewSet(tuple(LOCAL + i for i in range(6)), 96))
-VIEW_IDS = np.array([i for s in VIEWS for i in s.ids])
-SIZES = [s.size for s in VIEWS for _ in s.ids]
-RECIPE, SEED = get_recipe("dino"), 0
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
 CIFAR10 = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
 """60,000 JPEGs of 32 x 32, for the rows that show a flat cost; left out where it is missing."""
@@ -98,36 +97,6 @@ def run(config: LoaderBenchConfig) -> Report:
     return Report.of("loader", torch.device("cpu"), work, rows, ratios)
 
 
-def make_photographs(folder: Path, count: int) -> None:
-    """Cut and varied from the sample photographs of scikit-learn and, where it is installed, of scikit-image."""
-    from sklearn.datasets import load_sample_images
-
-    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    try:
-        from skimage import data  # pyright: ignore[reportMissingImports]  # only this benchmark needs it
-
-        originals += [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
-    except ImportError:
-        pass
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for i in range(count):
-        original = originals[i % len(originals)]
-        width = int(original.width * random.uniform(0.6, 1))
-        height = min(original.height, width * HEIGHT // WIDTH)
-        left = int(random.integers(0, original.width - width + 1))
-        top = int(random.integers(0, original.height - height + 1))
-        cut = original.crop((left, top, left + width, top + height)).resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        cut = ImageEnhance.Brightness(cut).enhance(random.uniform(0.7, 1.2))
-        cut.save(folder / f"{i:05}.jpg", quality=90)
-
-
-def geometry_of(data: Beton) -> np.ndarray:
-    """(images, 8, 5): the crops that every side makes."""
-    ids = np.arange(data.num_images)[:, None]
-    return view_parameters(RECIPE, SEED, ids, VIEW_IDS, data.heights[:, None], data.widths[:, None]).geometry
-
-
 def worst_psnr(data: Beton, config: LoaderBenchConfig) -> float:
     geometry, worst = geometry_of(data), np.inf
     loader = ViewLoader(data, RECIPE, SEED, LoaderConfig("ffcv", config.batch_size))
@@ -145,8 +114,8 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
     sides: dict[str, Callable[[], int]] = {
         "rob": rob_side(data, config),
         "rob, with DINO's colours": rob_side(data, config, colours=True),
-        "ffcv, one pipeline a view": ffcv_side(data, config, threads),
-        "torchvision v2, PIL, DataLoader": torchvision_side(data, config, threads),
+        "ffcv, one pipeline a view": ffcv_side(data, config.batch_size, threads),
+        "torchvision v2, PIL, DataLoader": torchvision_side(data, config.batch_size, threads),
         "one decode, cv2 INTER_AREA": loop_side(data, threads, resize_with_cv2),
         "one decode, torchvision uint8": loop_side(data, threads, resize_with_torchvision),
         "decode only, RGB": loop_side(data, threads, None),
@@ -274,125 +243,6 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
         speeds[side] = count / (1e-3 * milliseconds)
         rows.append({"side": side, "gigabytes_per_second": speeds[side] / 1e9})
     return speeds["view kernel alone"] / speeds["copy on the GPU"]
-
-
-# --- peers: frameworks ---
-
-
-class TabledCrop(RandomResizedCropRGBImageDecoder):
-    """ffcv's RandomResizedCrop decoder, with crops from a table in place of its own, which it cannot repeat."""
-
-    def __init__(self, size: int, crops: np.ndarray) -> None:
-        super().__init__((size, size))
-        self.crops = crops
-
-    def generate_code(self):
-        crops, jpg = self.crops, IMAGE_MODES["jpg"]
-        mem_read: Any = self.memory_read
-        my_range: Any = Compiler.get_iterator()
-        imdecode_c, resize_crop_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-
-        def decode(batch_indices, my_storage, metadata, storage_state):
-            destination, temp_storage = my_storage
-            for dst_ix in my_range(len(batch_indices)):
-                source_ix = batch_indices[dst_ix]
-                field = metadata[source_ix]
-                image_data = mem_read(field["data_ptr"], storage_state)
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                if field["mode"] == jpg:
-                    temp_buffer = temp_storage[dst_ix]
-                    imdecode_c(image_data, temp_buffer, height, width, height, width, 0, 0, 1, 1, False, False)
-                    temp_buffer = temp_buffer.reshape(-1)[: 3 * height * width].reshape(height, width, 3)
-                else:
-                    temp_buffer = image_data.reshape(height, width, 3)
-                i, j, h, w = crops[source_ix]
-                resize_crop_c(temp_buffer, i, i + h, j, j + w, destination[dst_ix])
-            return destination[: len(batch_indices)]
-
-        decode.is_parallel = True
-        return decode
-
-
-def ffcv_side(data: Beton, config: LoaderBenchConfig, threads: int) -> Callable[[], int]:
-    geometry = geometry_of(data).astype(np.int64)
-    pipelines: Any = {"image": None, "label": None} | {
-        f"view{v}": PipelineSpec("image", TabledCrop(size, np.ascontiguousarray(geometry[:, v, :4])))
-        for v, size in enumerate(SIZES)
-    }
-    loader = Loader(
-        str(data.path),
-        config.batch_size,
-        num_workers=threads,
-        os_cache=True,
-        order=OrderOption.SEQUENTIAL,
-        pipelines=pipelines,
-        drop_last=False,
-    )
-    return lambda: sum(len(views[0]) for views in loader)
-
-
-@dataclass(frozen=True)
-class PillowViews(Dataset):
-    data: Beton
-    geometry: np.ndarray
-
-    def __len__(self) -> int:
-        return self.data.num_images
-
-    def __getitem__(self, i: int) -> list[torch.Tensor]:
-        image: Any = Image.open(io.BytesIO(self.data.encoded(i).tobytes())).convert("RGB")
-        views = []
-        for (top, left, height, width, _), size in zip(self.geometry[i].tolist(), SIZES, strict=True):
-            view = v2.functional.resized_crop(image, top, left, height, width, [size, size])
-            views.append(v2.functional.pil_to_tensor(view))
-        return views
-
-
-def torchvision_side(data: Beton, config: LoaderBenchConfig, threads: int) -> Callable[[], int]:
-    dataset = PillowViews(data, geometry_of(data))
-    loader = DataLoader(dataset, config.batch_size, num_workers=threads, persistent_workers=True)
-    return lambda: sum(len(views[0]) for views in loader)
-
-
-# --- peers: bare loops on threads ---
-
-Resize = Callable[[np.ndarray, list[list[int]]], None]
-
-
-def loop_side(data: Beton, threads: int, resize: Resize | None) -> Callable[[], int]:
-    """Decode each image once with ffcv's own decoder, then make its views."""
-    crops, pool = geometry_of(data).tolist(), ThreadPoolExecutor(threads)
-
-    def one(i: int) -> int:
-        height, width = int(data.heights[i]), int(data.widths[i])
-        pixels = np.empty((height, width, 3), np.uint8)
-        imdecode(data.encoded(i), pixels, height, width, height, width, 0, 0, 1, 1, False, False)
-        if resize is not None:
-            resize(pixels, crops[i])
-        return 1
-
-    def all_images() -> int:
-        before = torch.get_num_threads(), cv2.getNumThreads()
-        torch.set_num_threads(1)  # the images are spread over the threads, not the pixels
-        cv2.setNumThreads(1)
-        try:
-            return sum(pool.map(one, range(data.num_images)))
-        finally:
-            torch.set_num_threads(before[0])
-            cv2.setNumThreads(before[1])
-
-    return all_images
-
-
-def resize_with_cv2(pixels: np.ndarray, crops: list[list[int]]) -> None:
-    for (top, left, height, width, _), size in zip(crops, SIZES, strict=True):
-        cv2.resize(pixels[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_AREA)
-
-
-def resize_with_torchvision(pixels: np.ndarray, crops: list[list[int]]) -> None:
-    image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels-last, as its fast path wants it
-    for (top, left, height, width, _), size in zip(crops, SIZES, strict=True):
-        v2.functional.resized_crop(image, top, left, height, width, [size, size], antialias=True)
 
 
 # --- cost against the number of images ---

@@ -199,3 +199,19 @@ def test_the_same_in_python(data, run_folder):
     result = rob.linear(train.features, held_out.features, rob.LinearConfig(epochs=20))
     assert result.top1 > 80
     assert rob.lowshot(train.features, held_out.features, rob.Share(per_class=5)).mean > 60
+
+
+def test_the_same_network_untrained(rob, data, run_folder):
+    """Its floor: other weights, a result of its own."""
+    config = StudentConfig("test_resnet", 32)
+    torch.manual_seed(7)
+    export_weights(build_student(config), describe_student(config), run_folder / "student.safetensors")
+    for init in ("student", "random", "random"):
+        outcome = rob("eval", "knn", run_folder, data.train, "--test", data.test, "--k", 5, "--init", init, *FAST)
+        assert outcome.code == 0, outcome.err
+    trained, untrained = result(run_folder, "knn"), result(run_folder, "knn-random")
+    assert untrained["features"] == "random test_resnet"
+    assert untrained["weights"] != trained["weights"]
+    assert len(list((run_folder / "eval" / "features").iterdir())) == 4  # the second random one was the first
+    assert "leave it out" in rob("eval", "knn", "pixels", data.train, "--init", "random", *FAST).err
+    assert "did you mean random" in rob("eval", "knn", run_folder, data.train, "--init", "randm", *FAST).err

@@ -13,7 +13,7 @@ from ...common.errors import MisuseError
 from ...common.loader import LoaderConfig
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
-from ..students import StudentConfig, build_student, check_input_size, describe_student
+from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
 from .features import (
     FeatureKey,
     Features,
@@ -61,12 +61,17 @@ class FrozenNetwork:
     @classmethod
     def random_student(cls, config: StudentConfig, seed: int, device: torch.device) -> "FrozenNetwork":
         """The same network before training: the floor of what training adds."""
+        return cls.untrained(describe_student(config), seed, device)
+
+    @classmethod
+    def untrained(cls, info: StudentInfo, seed: int, device: torch.device, size: int | None = None) -> "FrozenNetwork":
+        """The network that ``info`` describes with random weights."""
         torch.manual_seed(seed)
-        backbone, info = build_student(config).to(device).eval(), describe_student(config)
+        backbone = create_student(info).to(device).eval()
         return cls(
             f"random {info.name}",
             backbone,
-            info.image_size,
+            size or info.image_size,
             info.mean,
             info.std,
             hash_weights(backbone.state_dict()),
