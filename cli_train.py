@@ -1,18 +1,19 @@
 """The command of stage 2."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rob import cli_branches as b
 from rob import cli_options as o
 from rob.cli import app, bar, note, say_which_loader
-from rob.common.errors import MisuseError
+from rob.cli_preset import explicit, given, show_preset, use_preset
 
 
 @app.command("train-student")
 def train_student(
+    context: typer.Context,
     data: o.Data,
     targets: Annotated[
         str,
@@ -22,6 +23,16 @@ def train_student(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The run folder. A run that was killed goes on from its checkpoint there.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=use_preset,
+            help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
+            "moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made for ImageNet on 8 "
+            "GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
+        ),
+    ] = None,
     student: Annotated[
         str, typer.Option(help="Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv2_100 ...")
     ] = "vit_tiny_patch16_224",
@@ -62,7 +73,12 @@ def train_student(
     ] = None,
     global_weight: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Weight of pairs with a global crop (SSLight 0.4); default: all pairs alike."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="SSLight's alpha, 0.4 there: weight of the pairs of a target with a global crop, those with a local one have "
+            "the rest. Default: all pairs alike.",
+        ),
     ] = None,
     student_temp: Annotated[
         float | None,
@@ -129,6 +145,23 @@ def train_student(
             "else 0. A loss that stays at log K: one more.",
         ),
     ] = None,
+    copy_momentum: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays). Default 0.996 "
+            "(moco 0.999); short runs want less, such as 0.99.",
+        ),
+    ] = None,
+    warmup_teacher_temp_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --targets momentum and dino or ibot: epochs in which the teacher's temperature rises from 0.04. Default a "
+            "quarter of the epochs, at most 50 (ibot 30).",
+        ),
+    ] = None,
     only_consistency: Annotated[bool | None, typer.Option("--only-consistency", help="disco without InfoNCE.")] = None,
     consistency_weight: Annotated[
         float | None,
@@ -149,6 +182,12 @@ def train_student(
         typer.Option(min=0, help="Peak rate for a batch of 256, scaled linearly. NaN or a rising loss: halve it."),
     ] = 5e-4,
     weight_decay: Annotated[float, typer.Option(min=0, help="0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.")] = 0.04,
+    min_lr: Annotated[
+        float, typer.Option(min=0, help="Where the rate's cosine ends; not scaled with the batch.")
+    ] = 1e-6,
+    weight_decay_end: Annotated[
+        float | None, typer.Option(min=0, help="Where a cosine takes the weight decay to, 0.4 for DINO's ViTs.")
+    ] = None,
     warmup_epochs: Annotated[
         float | None, typer.Option(min=0, help="Default a tenth of the epochs, at most 10.")
     ] = None,
@@ -189,25 +228,41 @@ def train_student(
         typer.Option(help="With --targets online or momentum: the views' recipe (default dino). A store has its own."),
     ] = None,
     global_scale: o.GlobalScale = None,
+    local_scale: o.LocalScale = None,
+    centre: o.Centre = None,
+    colour: o.Colour = None,
+    flip: o.Flip = None,
+    grey: o.Grey = None,
+    blur: o.Blur = None,
+    solarise: o.Solarise = None,
 ) -> None:
-    """Stage 2: train a student from cached targets."""
+    """Stage 2: train a student from cached targets, from the live teacher, or without one."""
     from rob.common.beton import Beton
     from rob.common.loader import LoaderConfig
     from rob.common.run import pick_device
-    from rob.common.views import RecipeOverrides, get_recipe
+    from rob.common.views import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares
-    from rob.student_train.branches import CachedTargets
-    from rob.student_train.momentum import MomentumBranch, published
     from rob.student_train.objectives import ObjectiveConfig
     from rob.student_train.optimiser import OptimiserConfig
     from rob.student_train.pairing import choose_pairing
+    from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_THE_COPY, get_preset
     from rob.student_train.students import StudentConfig
     from rob.student_train.train import TrainConfig, TrainProgress
     from rob.student_train.train import train_student as run
 
+    # ==== what the preset says, and what of it these targets have no use for ====
+    if preset is not None:
+        show_preset(context)
+    preferred = None
+    if targets != "momentum":
+        prototypes, copy_momentum, warmup_teacher_temp_epochs, step_targets = given(context, OF_THE_COPY)
+    if targets not in ("momentum", "online"):
+        recipe, global_scale = given(context, OF_ITS_OWN_VIEWS)
+        preferred = None if preset is None else b.preset_recipe(get_preset(preset))
+
+    # ==== the targets ====
     packed, where = Beton(data), pick_device(device)
-    without_teacher = targets == "momentum"
-    if without_teacher and objective in ("dino", "ibot") and sinkhorn in (None, "none"):
+    if targets == "momentum" and objective in ("dino", "ibot") and sinkhorn in (None, "none"):
         centre_targets = centre_targets or "running"  # without either all images end at one prototype
     matched = ObjectiveConfig(
         objective,
@@ -223,41 +278,34 @@ def train_student(
         only_consistency=only_consistency,
         consistency_weight=consistency_weight,
     )
-    teacher_only = {"--teacher": teacher, "--checkpoint": checkpoint, "--view-size": view_size, "--views": views}
-    if prototypes is not None and not without_teacher:
-        raise MisuseError(
-            "--prototypes is for --targets momentum; a store has its own (rob cache-teacher --prototypes)"
-        )
-    if without_teacher:
-        given = [name for name, value in teacher_only.items() if value is not None]
-        if given:
-            raise MisuseError(
-                f"{given[0]} is for --targets online; with momentum there is no teacher: leave {given[0]} out"
-            )
-        momentum = published(objective)
-        if prototypes is not None and not momentum.num_prototypes:
-            raise MisuseError(f"--prototypes: --objective {objective} has none, leave it out")
-        momentum = replace(
-            momentum,
-            num_prototypes=prototypes or momentum.num_prototypes,
-            # DINO's 50 of its 200 epochs, in a shorter run a quarter too.
-            warmup_teacher_temp_epochs=min(momentum.warmup_teacher_temp_epochs, epochs // 4),
-        )
-        drawn = get_recipe(recipe or "dino", RecipeOverrides(global_scale=global_scale))
-        branch = MomentumBranch(matched, drawn, seed, where, momentum, precision)
+    overrides = RecipeOverrides(None, None, global_scale, local_scale, centre, colour, flip, grey, blur, solarise)
+    of_a_teacher = {"--teacher": teacher, "--checkpoint": checkpoint, "--view-size": view_size, "--views": views}
+    of_the_copy = {
+        "--prototypes": prototypes,
+        "--copy-momentum": copy_momentum,
+        "--warmup-teacher-temp-epochs": warmup_teacher_temp_epochs,
+    }
+    if targets == "momentum":
+        b.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
+        warmup_is_given = "warmup_teacher_temp_epochs" in explicit(context)
+        warmup_cap = epochs if warmup_is_given else epochs // 4  # DINO's 50 of its 200 epochs, in a shorter run too
+        momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs, warmup_cap)
+        branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
         if freeze_prototypes is None:
             freeze_prototypes = 1 if momentum.num_prototypes else 0
-    elif targets == "online":
-        branch = online_branch(teacher, checkpoint, view_size, views or 4, recipe, global_scale, precision, where, seed)
     else:
-        online_only = teacher_only | {"--recipe": recipe, "--global-scale": global_scale}
-        given = [name for name, value in online_only.items() if value is not None]
-        if given:
-            raise MisuseError(
-                f"{given[0]} is for --targets online; the store {targets} has its own: leave {given[0]} out"
+        b.refuse(of_the_copy, "is for --targets momentum; a teacher has its own")
+        if targets == "online":
+            branch = b.online_branch(
+                teacher, checkpoint, view_size, views or 4, recipe or "dino", overrides, precision, where, seed
             )
-        branch = CachedTargets(Path(targets), packed, where, window_mib, cache_in_memory)
+        else:
+            store_has = f"is for --targets online; the store {targets} has its own"
+            b.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
+            branch = b.cached_branch(Path(targets), packed, where, window_mib, cache_in_memory, overrides, preferred)
+
+    # ==== the run ====
     small = image_size <= 64 if small_images is None else small_images
     warmup = min(10.0, epochs / 10) if warmup_epochs is None else warmup_epochs
     config = TrainConfig(
@@ -269,7 +317,7 @@ def train_student(
         pairing=choose_pairing(
             objective, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
         ),
-        optimiser=OptimiserConfig(optimiser, lr, warmup_epochs=warmup, weight_decay=weight_decay),
+        optimiser=OptimiserConfig(optimiser, lr, min_lr, warmup, weight_decay, weight_decay_end),
         epochs=epochs,
         local_size=local_size,
         clip_grad=clip_grad,
@@ -296,26 +344,3 @@ def train_student(
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:
         note(f"{describe_shares(result.shares)}. {result.advice}")
-
-
-def online_branch(
-    teacher: str | None,
-    checkpoint: Path | None,
-    view_size: int | None,
-    views: int,
-    recipe: str | None,
-    global_scale: tuple[float, float] | None,
-    precision: str,
-    device: Any,
-    seed: int,
-) -> Any:
-    """The frozen teacher as a branch: what puts the two stages together, for the baseline without a cache."""
-    from rob.common.views import RecipeOverrides, get_recipe
-    from rob.student_train.branches import OnlineTeacher
-    from rob.teacher_cache.teachers import TeacherConfig, load_teacher
-
-    if teacher is None:
-        raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
-    model = load_teacher(TeacherConfig(teacher, checkpoint)).to(device)
-    drawn = get_recipe(recipe or "dino", RecipeOverrides(global_scale=global_scale))
-    return OnlineTeacher(model, drawn, seed, views, view_size or model.view_size, device, precision)

@@ -1,0 +1,136 @@
+"""``--preset``: its values are options, an option that is given beats it, and a store keeps its own views."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import typer
+from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+from typer.testing import CliRunner
+
+from rob.cli import app
+from rob.common.errors import MisuseError
+from rob.common.views import get_recipe
+from rob.student_train.presets import PRESETS, get_preset
+
+SMALL = ("--student", "test_resnet", "--image-size", 32, "--hidden-dim", 16, "--batch-size", 8, "--epochs", 4)
+SMALL = (*SMALL, "--warmup-epochs", 0, "--loader", "torch", "--workers", 1, "--device", "cpu")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_holds_options_and_values_that_train_student_takes(name, tmp_path):
+    known = {parameter.name for parameter in typer.main.get_command(app).commands["train-student"].params}
+    assert PRESETS[name].options.keys() - known == set()
+    assert "recipe" in PRESETS[name].options
+    arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", name]
+    outcome = CliRunner().invoke(app, arguments + (["--targets", "t.zarr"] if name == "disco" else []))
+    assert isinstance(outcome.exception, MisuseError), outcome.output  # and so all values could be read
+    assert "nowhere.beton" in str(outcome.exception)
+    for option in PRESETS[name].options:
+        assert f"--{option.replace('_', '-')} " in outcome.output
+
+
+def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
+    for size in ("cnn", "vit"):
+        ours, usual = PRESETS[f"sslight-{size}"].options, PRESETS[f"dino-{size}"].options
+        changed = {name for name in ours.keys() | usual.keys() if ours.get(name) != usual.get(name)}
+        assert changed <= {"recipe", "global_scale", "local_scale", "global_weight"}
+
+
+def test_an_unknown_preset_offers_the_nearest():
+    with pytest.raises(MisuseError, match="unknown preset 'sslite-cnn': did you mean sslight-cnn"):
+        get_preset("sslite-cnn")
+
+
+# ==== runs ====
+
+
+@pytest.fixture
+def train(tmp_path) -> Callable[..., tuple[dict[str, Any], str]]:
+    """``train(*options)``: the configuration of a tiny run, and what it printed."""
+    data = tiny_beton(tmp_path, 16).path
+
+    def run(*options: object) -> tuple[dict[str, Any], str]:
+        out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        outcome = CliRunner().invoke(app, [*map(str, ("train-student", data, "--out", out, *SMALL, *options))])
+        if outcome.exception and not isinstance(outcome.exception, SystemExit):
+            raise outcome.exception
+        assert outcome.exit_code == 0, outcome.output
+        return json.loads((out / "config.json").read_text()), " ".join(outcome.output.split())
+
+    return run
+
+
+def test_what_is_given_beats_the_preset_which_beats_the_defaults(train):
+    config, text = train("--preset", "sslight-cnn", "--prototypes", 12, "--copy-momentum", 0.9, "--lr", 0.1)
+    assert config["objective"]["name"] == "dino"
+    assert config["branch"]["kind"] == "momentum"
+    assert (config["branch"]["num_prototypes"], config["branch"]["momentum"]) == (12, 0.9)
+    assert config["branch"]["warmup_teacher_temp_epochs"] == 1  # 50 of 200, in 4
+    optimiser = config["optimiser"]
+    assert (optimiser["name"], optimiser["lr"], optimiser["weight_decay"]) == ("lars", 0.1, 1e-6)
+    assert (optimiser["min_lr"], config["clip_grad"], config["freeze_prototypes"]) == (0.0048, 0.0, 1)
+    assert (config["pairing"]["global_weight"], config["pairing"]["num_local"]) == (0.4, 6)
+    assert config["recipe"]["name"] == "sslight"
+    assert "--lr │ 0.48 │ given: 0.1 x 8/256 = 0.003125" in text
+    assert "--prototypes │ 4096 │ given: 12" in text
+    assert "--global-weight │ 0.4 │ │" in text
+
+
+def test_an_option_beats_the_preset_on_either_side_of_it(train):
+    for options in (("--num-local", 1, "--preset", "moco-v2"), ("--preset", "moco-v2", "--num-local", 1)):
+        # moco-v2's crops are global alone: dino's are asked for with them
+        config, _ = train(*options, "--recipe", "dino")
+        assert config["pairing"]["num_local"] == 1
+        assert config["optimiser"]["name"] == "sgd"
+
+
+def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_path):
+    data = tiny_beton(tmp_path, 16)
+    teacher = tiny_teacher_checkpoint(tmp_path, prototypes=12)
+    store = tiny_store(tmp_path / "targets.zarr", data, teacher, recipe=get_recipe("dino"))
+    config, text = train("--preset", "sslight-cnn", "--targets", store.path)
+    assert config["branch"]["kind"] == "cached"
+    dino, sslight = (json.loads(json.dumps(get_recipe(name).to_dict())) for name in ("dino", "sslight"))
+    assert config["recipe"]["global_crops"] == dino["global_crops"]
+    assert config["recipe"]["local_crop"] == sslight["local_crop"]
+    assert (config["pairing"]["num_local"], config["pairing"]["global_weight"]) == (6, 0.4)
+    assert (
+        "was cached with recipe dino (global crops of 0.25 to 1 of the image) and the preset has recipe sslight" in text
+    )
+
+    config, text = train("--preset", "dino-vit", "--targets", store.path, "--local-scale", 0.1, 0.2)
+    assert config["recipe"]["local_crop"] == dino["local_crop"] | {"scale": [0.1, 0.2]}
+    assert "was cached with" not in text
+
+    for option, value in (("--global-scale", (0.5, 1)), ("--colour", (0.5,)), ("--solarise", (0,))):
+        message = f"{option} is for --targets online or momentum; the store .*targets.zarr has targets of its own views"
+        with pytest.raises(MisuseError, match=message):
+            train("--targets", store.path, option, *value)
+
+
+def test_a_view_is_changed_by_its_options(train):
+    momentum = ("--targets", "momentum", "--objective", "moco")
+    config, _ = train(*momentum, "--recipe", "sslight", "--local-scale", 0.1, 0.2, "--num-local", 1, "--flip", 0)
+    assert config["recipe"]["local_crop"]["scale"] == [0.1, 0.2]
+    assert config["recipe"]["local_crop"]["flip"] == 0
+    assert [crop["scale"] for crop in config["recipe"]["global_crops"]] == [[0.3, 1.0]] * 2
+    with pytest.raises(MisuseError, match="--local-scale: recipe moco-v2 has no local crops"):
+        train(*momentum, "--recipe", "moco-v2", "--local-scale", 0.1, 0.2)
+    with pytest.raises(MisuseError, match="--copy-momentum: --objective swav makes its targets without a copy"):
+        train("--targets", "momentum", "--objective", "swav", "--copy-momentum", 0.9)
+    with pytest.raises(MisuseError, match="--warmup-teacher-temp-epochs: --objective moco has no warm-up"):
+        train(*momentum, "--warmup-teacher-temp-epochs", 2)
+
+
+def test_the_help_names_every_preset():
+    text = re.sub(r"\s", "", CliRunner().invoke(app, ["train-student", "--help"]).output)
+    for name in PRESETS:
+        assert re.search(rf"[:,]{name}[,.]", text), name
+
+
+def test_every_source_is_named():
+    for preset in PRESETS.values():
+        assert re.match(r".+, [\w-]+/[\w-]+", preset.source)
