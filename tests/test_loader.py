@@ -134,7 +134,7 @@ def test_both_paths_give_the_same_views_of_photographs_at_every_decode_scale(tmp
     for sets in (
         [ViewSet((0, 1), 224), ViewSet((LOCAL, LOCAL + 1), 96)],
         [ViewSet((0, 1, 2), 40)],
-        [ViewSet((0,), 24)],
+        [ViewSet((0,), 12)],
     ):
         fast, plain = (
             views_by_image(ViewLoader(data, DINO, 0, LoaderConfig(path, 4, 1)), np.arange(4), sets)

@@ -176,8 +176,8 @@ def test_scaled_decoding_is_within_38_db_of_pillow(photographs, subsampling, sca
         stored = jpeg(pixels, subsampling=SUBSAMPLING[subsampling])
         image = Image.fromarray(decoded(stored))
         height, width = pixels.shape[:2]
-        for box in ([0, 0, height, width, 0], [11, 101, 401, 333, 1]):
-            size = min(box[2:4]) // (2 * scale)
+        for box in ([0, 0, height, width, 0], [11, 101, 401, 333, 1], [107, 101, 301, 311, 0]):
+            size = min(box[2:4]) // (decode.MARGIN * scale)
             scales = decode.decode_scales(np.array([[box]]), np.array([size]))
             assert scales.tolist() == [scale]
             (view,) = views_of(stored, JPEG, pixels.shape, [box], [size], scale)
@@ -189,10 +189,10 @@ def test_the_decode_scale_suits_the_most_demanding_view():
         crops, sizes = zip(*crops_and_sizes, strict=True)
         return int(decode.decode_scales(np.array([[[0, 0, h, w, 0] for h, w in crops]]), np.array(sizes))[0])
 
-    assert scale(((400, 500), 100)) == 2
-    assert scale(((399, 500), 100)) == 1
+    assert scale(((600, 700), 100)) == 2
+    assert scale(((599, 700), 100)) == 1
     assert scale(((4000, 5000), 100)) == 8
-    assert scale(((4000, 5000), 100), ((800, 900), 100)) == 4
+    assert scale(((4000, 5000), 100), ((1200, 1300), 100)) == 4
     assert scale(((4000, 5000), 100), ((100, 100), 100)) == 1
 
 
