@@ -68,6 +68,11 @@ class TargetBranch(Protocol):
         """What a checkpoint has to hold of the branch, by name."""
         return {}
 
+    @property
+    def average(self) -> nn.Module | None:
+        """A slow copy of the student's backbone, exported beside it at the end."""
+        return None
+
     def follow(self, model: nn.Module, steps_per_epoch: int, epochs: int) -> None:
         """Called once with the student and its objective (``train.StudentWithHead``) before the first step."""
 

@@ -27,7 +27,7 @@ from .students import StudentInfo, create_student
 FORMAT_VERSION = 1
 """Raised whenever an older checkpoint can no longer be resumed."""
 
-WEIGHTS_NAME = "student.safetensors"
+WEIGHTS_NAME, AVERAGE_NAME = "student.safetensors", "student_average.safetensors"
 """The student's weights in a run folder."""
 
 

@@ -10,7 +10,7 @@ moco        a copy, momentum .999                                               
 ==========  ==========================================  ==========================  =================================
 
 The objectives are those of distillation and do not notice. Both branches see the same views of a step, new in every epoch, and
-a view never meets itself.
+a view never meets itself. The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
 """
 
 import math
@@ -136,6 +136,11 @@ class MomentumBranch(TargetBranch):
     @property
     def state(self) -> dict[str, nn.Module]:
         return {} if self.copy is None else {"momentum": self.copy}
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The copy's backbone: what DINO evaluates."""
+        return None if self.copy is None else self.copy.backbone
 
     def before_step(self, step: int) -> None:
         """Set the temperature of step number ``step`` (from 0)."""

@@ -14,7 +14,16 @@ from ..common.errors import FailureError, MisuseError
 from ..common.run import ALONE, Ranks
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
-from .checkpoint import WEIGHTS_NAME, load_checkpoint, random_state, replacing, restore_random_state, save_checkpoint
+from .checkpoint import (
+    AVERAGE_NAME,
+    WEIGHTS_NAME,
+    load_checkpoint,
+    random_state,
+    replacing,
+    restore_random_state,
+    save_checkpoint,
+)
+from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
     *("out", "device", "log_every", "checkpoint_every", "loader", "cache_in_memory"),
@@ -25,7 +34,8 @@ elsewhere, if what is in them is the same."""
 
 
 class RunFolder:
-    """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors`` comes last.
+    """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors``, and its average's, come
+    last.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
     has both. Raises MisuseError when ``out`` is no folder.
@@ -44,7 +54,7 @@ class RunFolder:
             raise MisuseError(f"--out {out} is a file: give the folder to train in")
         self.out, self.total_steps, self.on_log, self.ranks = out, total_steps, on_log, ranks
         self.log_every: int = config["log_every"]
-        self.weights, self.checkpoint = out / WEIGHTS_NAME, out / "checkpoint.pt"
+        self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
         settings = {**config, **facts}
         self._fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
         self._fixed["batch_size"] = config["loader"]["batch_size"]
@@ -81,14 +91,28 @@ class RunFolder:
         run = {"random": random_state(), "step": step, "health": health}
         save_checkpoint(self.checkpoint, parts | run, self._fixed)
 
-    def log(self, step: int, epoch: int, health: Tensor, rate: float, images: int, stopwatch: Stopwatch) -> None:
+    def is_logged(self, step: int) -> bool:
+        """Whether a line is written after step number ``step`` (from 1)."""
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def log(
+        self,
+        step: int,
+        epoch: int,
+        health: Tensor,
+        rate: float,
+        images: int,
+        stopwatch: Stopwatch,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Take note of step number ``step`` (from 1); every ``log_every`` steps write a line.
 
         health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for.
+        targets: what ``collapse`` says of this step's targets.
         """
         self._health.append(health)
         self._images += images
-        if step % self.log_every and step != self.total_steps:
+        if not self.is_logged(step):
             return
         values = self.check_losses(step)
         self._health.clear()
@@ -105,6 +129,7 @@ class RunFolder:
             "images_per_second": round(self._images * self.ranks.world_size / passed, 1),
             "data_wait": shares["data"],
             "shares": shares,
+            **{name: round(float(value), 4) for name, value in (targets or {}).items()},
         }
         self._images = 0
         with open(self.out / "metrics.jsonl", "a") as metrics:
@@ -158,7 +183,8 @@ class RunFolder:
 
     def _sentence(self, line: Mapping[str, Any]) -> str:
         """A line of ``train.log``."""
+        targets = "".join(f", {name.replace('_', ' ')} {line[name]:.3g}" for name in FIELDS if name in line)
         return (
             f"epoch {line['epoch']} step {line['step']}/{self.total_steps} loss {line['loss']:.4f} lr {line['lr']:.2e} "
-            f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data\n"
+            f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data{targets}\n"
         )

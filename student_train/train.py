@@ -24,6 +24,7 @@ from ..common.views import Recipe
 from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
+from .collapse import CollapseWatch
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
@@ -127,6 +128,7 @@ class Trainer:
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
+        self.objective: Any = objective
         self.model = StudentWithHead(backbone, objective).to(device).train()
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
@@ -227,8 +229,17 @@ def train_student(
         "branch": branch.description,
         "versions": versions("rob", "torch", "timm"),
     }
-    run = RunFolder(config.out, asdict(config), facts, total_steps, progress.log, ranks)
+    collapse = CollapseWatch(branch.space.num_prototypes, total_steps)
+
+    def on_log(line: dict[str, Any], total: int) -> None:
+        progress.log(line, total)
+        if warning := collapse.look(line):
+            progress.note(warning)
+
+    run = RunFolder(config.out, asdict(config), facts, total_steps, on_log, ranks)
     branch.follow(trainer.model, steps_per_epoch, config.epochs)
+    if trainer.average and branch.average is not None:
+        raise MisuseError("--average: the momentum copy is one, and exported as such; leave --average out")
     state = trainer.state | branch.state
     step = run.resume(state, device)
 
@@ -250,10 +261,14 @@ def train_student(
                         target = targets.next(batch, images)
                     with uninterrupted():  # a checkpoint of half a step would be of no step at all
                         with stopwatch("student"):
+                            trainer.objective.watching = run.is_logged(step + 1)
                             health, rate = trainer.step(step, images, target, pair_weights)
                             branch.after_step(step)
                         step += 1
-                        run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch)
+                        run.log(
+                            *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
+                            trainer.objective.targets_found,
+                        )
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
     except KeyboardInterrupt:
@@ -265,8 +280,9 @@ def train_student(
     run.save(state, step)
     if ranks.is_main:
         export_weights(trainer.model.backbone, info, run.weights)
-    if ranks.is_main and trainer.average:
-        export_weights(trainer.average.module, info, run.out / "student_average.safetensors")
+    average = trainer.average.module if trainer.average else branch.average
+    if ranks.is_main and average is not None:
+        export_weights(average, info, run.average)
     loss, images_per_second, shares = run.medians()
     advice = advise(shares, branch.description["kind"]) if shares else ""
     return TrainResult(run.weights, total_steps, loss, images_per_second, shares, advice)

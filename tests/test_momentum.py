@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rob.common.errors import MisuseError
 from rob.common.loader import LoaderConfig
 from rob.common.views import get_recipe
+from rob.student_train.checkpoint import load_student
 from rob.student_train.momentum import PUBLISHED, MomentumBranch, MomentumConfig
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
@@ -305,6 +306,25 @@ def test_what_needs_a_teacher_or_other_views_is_refused(config):
     with pytest.raises(MisuseError, match="both branches see the same views: use --replay"):
         train_student(config, branch_for(config))
     assert not config.out.exists()
+
+
+def test_the_copy_is_exported_as_the_students_average(config):
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre="running"))
+    branch = branch_for(config)
+    train_student(config, branch)
+    average, info = load_student(config.out / "student_average.safetensors")
+    torch.testing.assert_close(average.state_dict(), branch.copy.backbone.state_dict(), rtol=0, atol=0)
+    assert info.name == "test_resnet"
+    student, _ = load_student(config.out)
+    assert not torch.equal(next(average.parameters()), next(student.parameters()))
+
+    twice = replace(config, out=config.out.with_name("twice"), average=0.99)
+    with pytest.raises(MisuseError, match="leave --average out"):
+        train_student(twice, branch_for(twice))
+    assert not twice.out.exists()
+    without_copy = replace(config, out=config.out.with_name("swav"), objective=ObjectiveConfig("swav", hidden_dim=16))
+    train_student(without_copy, branch_for(without_copy))
+    assert not (without_copy.out / "student_average.safetensors").exists()
 
 
 def test_the_copy_drops_no_path():

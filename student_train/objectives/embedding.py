@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...common.errors import MisuseError
 from ...common.heads import ProjectionHead
+from ..collapse import spread
 from ..kernels.target import EmbeddingTarget, Target, widened
 from .prototypes import given
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class EmbeddingObjective(nn.Module):
-    """The student's projected embedding regresses the teacher's, view by view."""
+    """The student's projected embedding regresses the teacher's, view by view. ``watching`` as ``PrototypeObjective``."""
 
     options: ClassVar[frozenset[str]] = frozenset(("centre",))
     """As ``PrototypeObjective`` has it."""
@@ -41,6 +42,7 @@ class EmbeddingObjective(nn.Module):
     ) -> None:
         """As ``build_objective``."""
         super().__init__()
+        self.watching, self.targets_found = False, {}
         if not space.has_embedding:
             raise MisuseError(
                 f"--objective {config.name} needs the teacher's embedding, but the store holds logits: "
@@ -68,7 +70,11 @@ class EmbeddingObjective(nn.Module):
         """(B, G, D) unit rows in float32 or wider: the teacher's embedding, centred if asked."""
         assert isinstance(target, EmbeddingTarget)
         embedding = target.embedding.to(widened(target.embedding.dtype))
-        return embedding if self.mean_embedding is None else F.normalize(embedding - self.mean_embedding, dim=-1)
+        if self.mean_embedding is not None:
+            embedding = F.normalize(embedding - self.mean_embedding, dim=-1)
+        if self.watching:
+            self.targets_found = spread(embedding)
+        return embedding
 
     def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError
 from ...common.heads import Activation, ProjectionHead, Prototypes
+from ..collapse import entropies
 from ..collective import mean_over_ranks
 from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
@@ -33,7 +34,8 @@ HEADS = ("fresh", "teacher", "frozen")
 class PrototypeObjective(nn.Module):
     """The student's distribution over prototypes matches the teacher's.
 
-    ``teacher_temp`` may be set between steps, as a warm-up does. ``head`` "teacher" starts the student's prototypes at the
+    ``teacher_temp`` may be set between steps, as a warm-up does. While ``watching``, a step leaves in ``targets_found`` what
+    ``collapse`` says of its targets. ``head`` "teacher" starts the student's prototypes at the
     teacher's, "frozen" keeps them there too: the student's embedding then lives in the teacher's space.
     """
 
@@ -65,6 +67,7 @@ class PrototypeObjective(nn.Module):
     ) -> None:
         """As ``build_objective``."""
         super().__init__()
+        self.watching, self.targets_found = False, {}
         if not space.num_prototypes:
             raise MisuseError(
                 f"--objective {config.name} needs prototype logits, but the teacher has no head: "
@@ -130,6 +133,9 @@ class PrototypeObjective(nn.Module):
         parts = [(target, pair_weights)]
         if len(self.centres) > 1:
             parts = [(target.views(g, g + 1), pair_weights[:, g : g + 1]) for g in range(target.num_views)]
+        centres = [centre(part, self.teacher_temp) for centre, (part, _) in zip(self.centres, parts, strict=True)]
+        if self.watching:  # the first view tells for all
+            self.targets_found = entropies(parts[0][0], self.teacher_temp, centres[0])
         loss = torch.stack(
             [
                 prototype_cross_entropy(
@@ -138,12 +144,12 @@ class PrototypeObjective(nn.Module):
                     part,
                     student_temp=self.student_temp,
                     teacher_temp=self.teacher_temp,
-                    centre=centre(part, self.teacher_temp),
+                    centre=centre,
                     pair_weights=weights,
                     impl=self.loss_impl,
                     check_finite=False,  # the run does, for every objective
                 )
-                for centre, (part, weights) in zip(self.centres, parts, strict=True)
+                for centre, (part, weights) in zip(centres, parts, strict=True)
             ]
         ).sum()
         if self.mean_entropy:
