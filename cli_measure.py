@@ -182,7 +182,7 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="pipeline, loader, store, cache or loss.")],
+    name: Annotated[str, typer.Argument(help="pipeline, branches, loader, store, cache or loss.")],
     out: Annotated[
         Path | None, typer.Option(help="JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")
     ] = None,
@@ -204,6 +204,7 @@ def bench(
 
 BENCHMARKS = {
     "pipeline": "PipelineConfig",
+    "branches": "BranchesConfig",
     "loader": "LoaderBenchConfig",
     "store": "StoreBenchConfig",
     "cache": "CacheBenchConfig",

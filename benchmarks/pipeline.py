@@ -148,7 +148,9 @@ class Side:
         steps: int,
         in_memory: bool = False,
     ):
-        self.trainer = Trainer(config, branch.space, data.num_images // config.loader.batch_size, device)
+        steps_per_epoch = data.num_images // config.loader.batch_size
+        self.trainer = Trainer(config, branch.space, steps_per_epoch, device)
+        branch.follow(self.trainer.model, steps_per_epoch, config.epochs)
         info = describe_student(config.student)
         self.config, self.data, self.branch, self.steps, self.in_memory = config, data, branch, steps, in_memory
         self.prepare = Preparation(branch.recipe, info.mean, info.std, device)
@@ -179,19 +181,21 @@ class Side:
             with self.branch.targets(order, size, plan) as targets:
                 batches = self.loader.epoch(order, crops + self.branch.view_sets(plan))
                 first = next(batches)
-                targets.next(first)
+                targets.next(first, self.prepare(first, crops))
                 self.stopwatch.take()
                 for batch in timed(batches, self.stopwatch):
                     with self.stopwatch("prepare"):
                         images = self.prepare(batch, crops)
                     with self.stopwatch("target"):
-                        target = targets.next(batch)
+                        self.branch.before_step(self.step)
+                        target = targets.next(batch, images)
                     self._train(images, target, pair_weights)
         self.rounds.append(self.stopwatch.take())
 
     def _train(self, images, target, pair_weights) -> None:
         with self.stopwatch("student"):
             health, _ = self.trainer.step(self.step, images, target, pair_weights)
+            self.branch.after_step(self.step)
         self.losses.append(float(health[0]))
         self.step += 1
 
