@@ -29,7 +29,7 @@ console = Console(stderr=False)
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
     try:
-        app()
+        app(prog_name="rob")
     except (MisuseError, FailureError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
