@@ -1,0 +1,245 @@
+"""Training without a teacher on small real images: does it collapse, and which views suit a small network?
+
+    python benchmarks/momentum.py TRAIN.beton TEST.beton runs/momentum [--students resnet18 mobilenetv2_100] [--seeds 1]
+        [--epochs 20] [--num-local 2] [--precision bf16] [--only collapse|views]
+
+Two tables. ``collapse``: DINO, SwAV and MoCo-v2 with ``--targets momentum``; k-NN of the student and of its momentum copy
+beside the random network and the pixels, and the targets' entropies at the end. ``views``: DINO against a momentum copy and
+against cached targets of a teacher, each with the views of recipe ``dino`` and of ``sslight``, in as many steps.
+
+Images of 32 px have crops of 32 px; local ones are smaller in the paper's proportion (96/224 and 128/224), rounded to what a
+ViT's patches of 4 px fill: 12 and 20 px. A run that is done is not done again: killed, or called with more, it goes on.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any
+
+from rob.benchmarks.demo import TEACHER
+from rob.benchmarks.report import Report
+from rob.common.beton import Beton
+from rob.common.encodings import Encoding
+from rob.common.errors import MisuseError
+from rob.common.loader import LoaderConfig
+from rob.common.run import pick_device
+from rob.common.store import TargetStore
+from rob.common.views import get_recipe
+from rob.student_train.branches import CachedTargets, TargetBranch
+from rob.student_train.evaluate.knn import knn
+from rob.student_train.evaluate.network import FrozenNetwork
+from rob.student_train.momentum import MomentumBranch, published
+from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.optimiser import OptimiserConfig
+from rob.student_train.pairing import PairingConfig
+from rob.student_train.students import StudentConfig
+from rob.student_train.train import TrainConfig, TrainProgress, train_student
+from rob.teacher_cache.cache import CacheConfig, cache_teacher
+from rob.teacher_cache.teachers import load_teacher
+
+PROTOTYPES = 512
+"""Of all objectives: the papers' 3000 to 4096 are for 1.3 million images."""
+COPY_MOMENTUM = {"dino": 0.99, "swav": None, "moco": 0.99}
+"""Short runs want a faster copy than the papers' .996 and .999."""
+SSLIGHT_ALPHA = 0.4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table. ``targets`` is momentum or cached; ``alpha`` None weighs all pairs alike."""
+
+    objective: str
+    recipe: str
+    targets: str = "momentum"
+    num_local: int = 6
+    alpha: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.objective} {self.targets} {self.recipe}"
+
+
+COLLAPSE = (
+    Setting("dino", "sslight", alpha=SSLIGHT_ALPHA),
+    Setting("swav", "swav"),
+    Setting("moco", "moco-v2", num_local=0),
+)
+VIEWS = tuple(
+    Setting("dino", recipe, targets, alpha=alpha)
+    for targets in ("momentum", "cached")
+    for recipe, alpha in (("dino", None), ("sslight", SSLIGHT_ALPHA))
+)
+TABLES = {"collapse": COLLAPSE, "views": VIEWS}
+
+
+@dataclass(frozen=True)
+class MomentumBenchConfig:
+    """``num_local`` None: each setting's own, six as in SSLight's CNNs."""
+
+    train: Path
+    test: Path
+    out: Path
+    students: tuple[str, ...] = ("resnet18", "mobilenetv2_100")
+    seeds: tuple[int, ...] = (0,)
+    epochs: int = 20
+    batch_size: int = 128
+    num_local: int | None = None
+    tables: tuple[str, ...] = ("collapse", "views")
+    views: int = 4
+    teacher_size: int = 64
+    precision: str = "fp32"
+    device: str = "auto"
+
+
+def run(config: MomentumBenchConfig) -> Report:
+    device = pick_device(config.device)
+    rows = [{"table": "-", "student": "(pixels)", "knn_top1": top1(config, FrozenNetwork.pixels(32, device))}]
+    for table in config.tables:
+        for student in config.students:
+            network = FrozenNetwork.random_student(student_config(student), 0, device)
+            rows.append(
+                {"table": table, "student": student, "setting": "(random weights)", "knn_top1": top1(config, network)}
+            )
+            for setting in TABLES[table]:
+                results = [one_run(config, student, setting, seed) for seed in config.seeds]
+                rows.append({"table": table, "student": student, "setting": setting.label, **summary(results)})
+    if "views" in config.tables:
+        rows.append(
+            {"table": "views", "student": "(teacher)", "setting": TEACHER.name, "knn_top1": teacher_top1(config)}
+        )
+    work = {
+        "images": Beton(config.train).num_images,
+        "test_images": Beton(config.test).num_images,
+        "prototypes": PROTOTYPES,
+        "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.views} views cached",
+        **{name: asdict(config)[name] for name in ("epochs", "batch_size", "seeds", "num_local", "precision")},
+    }
+    return Report.of("momentum", device, work, rows, {})
+
+
+def summary(results: list[dict[str, float]]) -> dict[str, Any]:
+    """Means over the seeds of what all runs have, and the deviation of the accuracies."""
+    row: dict[str, Any] = {name: mean(result[name] for result in results) for name in results[0]}
+    if len(results) > 1:
+        row["knn_top1_deviation"] = stdev(result["knn_top1"] for result in results)
+    return row
+
+
+def student_config(name: str) -> StudentConfig:
+    return StudentConfig(name, image_size=32, small_images=True)
+
+
+def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: int) -> dict[str, float]:
+    """Train and measure, or read what was measured before."""
+    folder = config.out / student / setting.label.replace(" ", "_") / str(seed)
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    objective = ObjectiveConfig(setting.objective)
+    if setting.objective == "dino":
+        objective = replace(objective, centre="running" if setting.targets == "momentum" else "calibration")
+    num_local = min(setting.num_local, setting.num_local if config.num_local is None else config.num_local)
+    training = TrainConfig(
+        data=config.train,
+        out=folder,
+        student=student_config(student),
+        objective=objective,
+        pairing=PairingConfig(
+            "cross", 2, num_local, fresh=setting.targets == "cached", global_weight=setting.alpha if num_local else None
+        ),
+        optimiser=OptimiserConfig(lr=2e-3, weight_decay=0.04, warmup_epochs=max(1, config.epochs / 10)),
+        epochs=config.epochs,
+        freeze_prototypes=0 if setting.objective == "moco" else 1,
+        seed=seed,
+        precision=config.precision,
+        device=config.device,
+        loader=LoaderConfig(batch_size=config.batch_size),
+    )
+    warnings: list[str] = []
+    start = perf_counter()
+    trained = train_student(training, branch_of(config, setting, objective, seed), TrainProgress(note=warnings.append))
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    device = pick_device(config.device)
+    result = {"knn_top1": top1(config, FrozenNetwork.student(trained.weights, device))}
+    average = trained.weights.with_name("student_average.safetensors")
+    if average.exists():
+        result["copy_knn_top1"] = top1(config, FrozenNetwork.student(average, device))
+    names = ("loss", "target_entropy", "mean_target_entropy", "target_std")
+    result |= {name: line[name] for name in names if name in line}
+    result |= {"warnings": sum("collapse" in text for text in warnings), "train_seconds": perf_counter() - start}
+    done.write_text(json.dumps(result))
+    print(student, setting.label, seed, {name: round(value, 2) for name, value in result.items()}, flush=True)
+    return result
+
+
+def branch_of(config: MomentumBenchConfig, setting: Setting, objective: ObjectiveConfig, seed: int) -> TargetBranch:
+    device, recipe = pick_device(config.device), get_recipe(setting.recipe)
+    if setting.targets == "cached":
+        return CachedTargets(cached_store(config, setting.recipe), Beton(config.train), device)
+    usual, momentum = published(setting.objective), COPY_MOMENTUM[setting.objective]
+    changed = replace(
+        usual,
+        num_prototypes=PROTOTYPES if usual.num_prototypes else 0,
+        momentum=momentum,
+        momentum_end=momentum if usual.momentum == usual.momentum_end and momentum else usual.momentum_end,
+        warmup_teacher_temp_epochs=min(usual.warmup_teacher_temp_epochs, config.epochs // 4),
+    )
+    return MomentumBranch(objective, recipe, seed, device, changed, config.precision)
+
+
+def cached_store(config: MomentumBenchConfig, recipe: str) -> Path:
+    """The teacher's targets for a recipe's views, cached once."""
+    store = config.out / f"targets-{recipe}.zarr"
+    try:
+        TargetStore.open(store)
+    except MisuseError:  # not there, or half-written
+        cache_teacher(
+            CacheConfig(
+                config.train, store, TEACHER, get_recipe(recipe), config.views, encoding=Encoding("embedding"),
+                view_size=config.teacher_size, prototypes=PROTOTYPES, device=config.device,
+                loader=LoaderConfig(batch_size=32),
+            )
+        )  # fmt: skip
+    return store
+
+
+def top1(config: MomentumBenchConfig, network: FrozenNetwork) -> float:
+    """k-NN on the test images, in percent."""
+    loader = LoaderConfig(batch_size=100)
+    train, test = (network.features(path, loader) for path in (config.train, config.test))
+    return knn(train, test).top1
+
+
+def teacher_top1(config: MomentumBenchConfig) -> float:
+
+    device = pick_device(config.device)
+    loaded = load_teacher(TEACHER).to(device)
+    size, mean_, std = config.teacher_size, loaded.mean, loaded.std
+    return top1(config, FrozenNetwork(TEACHER.name, loaded, size, mean_, std, loaded.weights_hash, device))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--students", nargs="+", default=["resnet18", "mobilenetv2_100"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--num-local", type=int)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--only", choices=tuple(TABLES))
+    given = parser.parse_args()
+    report = run(
+        MomentumBenchConfig(
+            given.train, given.test, given.out, tuple(given.students), tuple(range(given.seeds)), given.epochs,
+            given.batch_size, given.num_local, (given.only,) if given.only else tuple(TABLES),
+            precision=given.precision,
+        )
+    )  # fmt: skip
+    report.show()
+    print(report.write())
