@@ -34,8 +34,8 @@ elsewhere, if what is in them is the same."""
 
 
 class RunFolder:
-    """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors``, and its average's, come
-    last.
+    """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors`` comes last, with
+    ``student_average.safetensors`` where there is one.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
     has both. Raises MisuseError when ``out`` is no folder.
