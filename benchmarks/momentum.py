@@ -85,7 +85,7 @@ class MomentumBenchConfig:
     students: tuple[str, ...] = ("resnet18", "mobilenetv2_100")
     seeds: tuple[int, ...] = (0,)
     epochs: int = 20
-    batch_size: int = 128
+    batch_size: int = 64
     num_local: int | None = None
     tables: tuple[str, ...] = ("collapse", "views")
     views: int = 4
@@ -229,7 +229,7 @@ if __name__ == "__main__":
     parser.add_argument("--students", nargs="+", default=["resnet18", "mobilenetv2_100"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-local", type=int)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--only", choices=tuple(TABLES))
