@@ -194,13 +194,13 @@ def bar(what: str, unit: str) -> Iterator[Any]:
     """A progress bar; yields ``update(done, total)``."""
     columns = (
         TextColumn(what),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task(what, total=None, rate="")
         first: list[tuple[int, float]] = []
 

@@ -241,7 +241,7 @@ def train_student(
     from rob.common.loader import LoaderConfig
     from rob.common.run import pick_device
     from rob.common.views import RecipeOverrides
-    from rob.student_train.bottleneck import describe_shares
+    from rob.student_train.bottleneck import describe_shares, worst_share
     from rob.student_train.objectives import ObjectiveConfig
     from rob.student_train.optimiser import OptimiserConfig
     from rob.student_train.pairing import choose_pairing
@@ -335,10 +335,8 @@ def train_student(
     with bar("training", "steps") as update:
 
         def log(line: dict[str, Any], total: int) -> None:
-            text = (
-                f"loss {line['loss']:.4f}  {line['images_per_second']:,.0f} images/s  {describe_shares(line['shares'])}"
-            )
-            update(line["step"], total, text)
+            speed = f"{line['images_per_second']:,.0f} images/s"
+            update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
 
         result = run(config, branch, TrainProgress(log=log, note=note))
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")

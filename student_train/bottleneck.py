@@ -23,10 +23,18 @@ def shares_of_step(seconds: Mapping[str, float], passed: float) -> dict[str, flo
     return {name: round(share, 4) for name, share in shares.items()}
 
 
+NAMES = {"data": "waiting for views", "prepare": "copy and colour", "target": "targets", "student": "student"}
+
+
 def describe_shares(shares: Mapping[str, float]) -> str:
-    """For the progress bar: ``waiting 0.5%, copy and colour 4.1%, student 95.4%``; waiting is for views and targets."""
-    waiting = shares["data"] + shares["target"]
-    return f"waiting {waiting:.1%}, copy and colour {shares['prepare']:.1%}, student {shares['student']:.1%}"
+    """``waiting for views 0.3%, copy and colour 4.1%, targets 0.2%, student 95.4%``."""
+    return ", ".join(f"{text} {shares[name]:.1%}" for name, text in NAMES.items())
+
+
+def worst_share(shares: Mapping[str, float]) -> str:
+    """The largest part beside the student's own, for where there is room for one: ``copy and colour 4%``."""
+    name = max(WORTH_TELLING, key=lambda name: shares[name])
+    return f"{NAMES[name]} {shares[name]:.0%}"
 
 
 def advise(shares: Mapping[str, float], targets: str) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rob.student_train.bottleneck import advise, describe_shares, shares_of_step
+from rob.student_train.bottleneck import advise, describe_shares, shares_of_step, worst_share
 
 STUDENT_BOUND = {"data": 0.01, "prepare": 0.04, "target": 0.0, "student": 0.95}
 
@@ -19,7 +19,8 @@ def test_shares_add_up_to_the_step():
 
 def test_every_share_is_told():
     shares = {"data": 0.01, "target": 0.02, "prepare": 0.04, "student": 0.93}
-    assert describe_shares(shares) == "waiting 3.0%, copy and colour 4.0%, student 93.0%"
+    assert describe_shares(shares) == "waiting for views 1.0%, copy and colour 4.0%, targets 2.0%, student 93.0%"
+    assert worst_share(shares) == "copy and colour 4%"
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,9 @@ def test_pack_cache_train_evaluate_inspect_verify(rob, made, tmp_path):
     outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--log-every", 1)
     assert outcome.code == 0, outcome.err
     assert re.search(r"run/student\.safetensors: loss \d\.\d{4}, .* images/s", outcome.out)
-    assert re.search(r"waiting .*%, copy and colour .*%, student .*%\. .*\.", outcome.out)  # and what to do about it
+    assert re.search(
+        r"waiting for views .*%, copy and colour .*%, targets .*%, student .*%\. .*\.", outcome.out
+    )  # and what to do about it
     assert json.loads((run / "config.json").read_text())["targets"] == str(store)
     load_student(run)
 
