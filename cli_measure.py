@@ -182,7 +182,7 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="pipeline, branches, loader, store, cache or loss.")],
+    name: Annotated[str, typer.Argument(help="pipeline, branches, loader, store, cache, precision or loss.")],
     out: Annotated[
         Path | None, typer.Option(help="JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")
     ] = None,
@@ -208,6 +208,7 @@ BENCHMARKS = {
     "loader": "LoaderBenchConfig",
     "store": "StoreBenchConfig",
     "cache": "CacheBenchConfig",
+    "precision": "PrecisionConfig",
     "loss": "LossConfig",
 }
 """Modules of ``rob.benchmarks`` and the names of their configurations."""
