@@ -23,7 +23,7 @@ from ..common.store import StoreWriter, TargetStore, add_prototypes
 from ..common.store_manifest import StoreManifest, differences
 from ..common.views import Recipe, get_recipe
 from .embed import embedder
-from .prototypes import PrototypeConfig, fit_prototypes
+from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
 from .teachers import Teacher, TeacherConfig, load_teacher
 
 
@@ -95,7 +95,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     config.loader.check_device(device)
     data = Beton(config.data)
     teacher = load_teacher(config.teacher).to(device)
-    _check(config, teacher)
+    _check(config, data, teacher)
 
     fit = config.prototypes > 0
     if not (fit and config.encoding.needs_logits):
@@ -114,7 +114,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     return TargetStore.open(config.out).manifest
 
 
-def _check(config: CacheConfig, teacher: Teacher) -> None:
+def _check(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
     if config.prototypes and teacher.num_prototypes:
         raise MisuseError(
             f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out --prototypes"
@@ -124,6 +124,8 @@ def _check(config: CacheConfig, teacher: Teacher) -> None:
             f"--encoding {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
             "add --prototypes K to fit some, or use --encoding embedding"
         )
+    if config.prototypes:
+        refuse_unsuitable(config.prototypes, data.num_images * config.views)
 
 
 def _manifest(

@@ -90,12 +90,7 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
     embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
-    num_embeddings = num_rows * views
-    if not 2 <= config.num <= num_embeddings // EMBEDDINGS_EACH:
-        raise MisuseError(
-            f"--prototypes {config.num} does not suit {num_embeddings} embeddings: give from 2 to "
-            f"{num_embeddings // EMBEDDINGS_EACH}, one for every {EMBEDDINGS_EACH} at most"
-        )
+    refuse_unsuitable(config.num, num_rows * views)
     generator = np.random.Generator(np.random.Philox(config.seed))
     blocks = np.arange(0, num_rows, BLOCK_ROWS)
     blocks_a_pass = min(len(blocks), -(-PASS_EMBEDDINGS_EACH * config.num // (BLOCK_ROWS * views)))
@@ -119,6 +114,17 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
             sums.mul_(1 - 1 / window).index_add_(0, shares.argmax(dim=1), embeddings)
             prototypes = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), prototypes)
     return _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
+
+
+def refuse_unsuitable(num: int, num_embeddings: int) -> None:
+    """``MisuseError`` unless ``num`` prototypes can be fitted to so many embeddings, images times views."""
+    most = num_embeddings // EMBEDDINGS_EACH
+    if 2 <= num <= most:
+        return
+    remedy = (
+        f"give from 2 to {most}, one for every {EMBEDDINGS_EACH} at most" if most >= 2 else "they are too few for any"
+    )
+    raise MisuseError(f"--prototypes {num} does not suit {num_embeddings} embeddings: {remedy}")
 
 
 def balanced_assignment(similarity: Tensor, epsilon: float, iterations: int = 3) -> Tensor:

@@ -301,6 +301,15 @@ def test_prototypes_are_not_fitted_beside_published_ones(data, with_head, tmp_pa
         tiny.tiny_store(tmp_path / "a.zarr", data, with_head, prototypes=6)
 
 
+@pytest.mark.parametrize("kind", ["embedding", "dense"])
+def test_more_prototypes_than_the_data_bear_are_refused_before_anything_is_cached(
+    data, headless, tmp_path, kind
+) -> None:
+    with pytest.raises(MisuseError, match="--prototypes 21 does not suit 80 embeddings: give from 2 to 20"):
+        tiny.tiny_store(tmp_path / "a.zarr", data, headless, prototypes=21, encoding=Encoding(kind))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", [{"views": 0}, {"prototypes": -1}])
 def test_options_out_of_range(data, headless, tmp_path, option) -> None:
     with pytest.raises(MisuseError, match=f"--{next(iter(option))} is"):
