@@ -1,7 +1,8 @@
 """A grid of training runs over any options: one process a run, one run after another or one a GPU.
 
 Each cell of the grid is a run folder of its own, made by the same commands that a user would type. What is finished is not
-done again, and what was killed goes on where it stopped, because the commands do.
+done again, and what was killed goes on where it stopped, because the commands do. A finished run's ``sweep.json`` says what it
+was made with: another sweep does not take its result for its own.
 """
 
 import json
@@ -14,15 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..common.beton import Beton
 from ..common.errors import FailureError, MisuseError
-from .checkpoint import WEIGHTS_NAME, replacing
+from .checkpoint import replacing
 from .evaluate.results import read_results
 
 MOST_RUNS = 400
 """Of one sweep: more is a slip of the keyboard."""
+
+RECORD_NAME = "sweep.json"
+"""In a finished run's folder: its result and what it was made with. In the sweep's own: all results."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,19 @@ class SweepConfig:
         for option in options:
             if options.count(option) > 1:
                 raise MisuseError(f"--vary {option} is given twice: list all its values in one")
-            if f"--{option}" in self.arguments:
+            if self.fixes(option):
                 raise MisuseError(f"--{option} is both varied and fixed: leave one of them out")
-        if "--out" in self.arguments:
+        if self.fixes("out"):
             raise MisuseError("--out belongs to the sweep: leave it out of the options of train-student")
         if not self.arguments or self.arguments[0].startswith("-"):
             raise MisuseError("after -- come the arguments of rob train-student, first of all DATA.beton")
         runs = len(self.cells())
         if runs > MOST_RUNS:
             raise MisuseError(f"this grid has {runs} runs, expected at most {MOST_RUNS}: vary fewer options or values")
+
+    def fixes(self, option: str) -> bool:
+        """Whether every run gets ``--option VALUE`` or ``--option=VALUE``."""
+        return any(word.split("=")[0] == f"--{option}" for word in self.arguments)
 
     def cells(self) -> list[tuple[str, ...]]:
         """Every combination of values, one value a variation; the last one changes fastest."""
@@ -83,16 +93,28 @@ class SweepConfig:
         named = zip(self.variations, cell, strict=True)
         return self.out / ",".join(f"{v.option}={value.replace(' ', '_').replace('/', '_')}" for v, value in named)
 
+    def varied(self, cell: Sequence[str]) -> list[str]:
+        """The cell's options as words: ``--local-size 16 --local-scale 0.05 0.14``."""
+        options = zip(self.variations, cell, strict=True)
+        return [word for v, value in options for word in (f"--{v.option}", *value.split())]
+
+    def made_with(self, cell: Sequence[str]) -> dict[str, Any]:
+        """What the cell's result depends on: words and images, not the device or the place. MisuseError: no such file."""
+        return {
+            "train_student": [*self.arguments, *self.varied(cell)],
+            "test": None if self.test is None else str(self.test),
+            "fingerprints": [
+                Beton(path).manifest.fingerprint for path in (Path(self.arguments[0]), self.test) if path is not None
+            ],
+        }
+
     def commands(self, cell: Sequence[str]) -> list[list[str]]:
         """Train, then measure."""
         rob, folder = [sys.executable, "-m", "rob"], str(self.folder(cell))
-        varied = [
-            word for v, value in zip(self.variations, cell, strict=True) for word in (f"--{v.option}", *value.split())
-        ]
-        device = [] if "--device" in self.arguments else ["--device", self.device]
+        device = [] if self.fixes("device") else ["--device", self.device]
         test = [] if self.test is None else ["--test", str(self.test)]
         return [
-            [*rob, "train-student", *self.arguments, *varied, "--out", folder, *device],
+            [*rob, "train-student", *self.arguments, *self.varied(cell), "--out", folder, *device],
             [*rob, "eval", "knn", folder, self.arguments[0], *test, "--device", self.device],
         ]
 
@@ -111,13 +133,17 @@ def sweep(
 ) -> list[SweepRow]:
     """Run what is not finished yet, and read every result. ``progress`` gets (runs done, all, the latest one).
 
-    Writes ``sweep.json`` into ``config.out``. FailureError: runs failed, after all others were made; it names their logs.
+    Writes ``sweep.json`` into ``config.out``. MisuseError, before any run: an image file is missing, or a run's folder has the
+    result of another sweep. FailureError: runs failed, after all others were made; it names their logs.
     """
     cells = config.cells()
+    for path in filter(None, (Path(config.arguments[0]), config.test)):
+        Beton(path)  # refused now if it is not there
+    finished = {cell: is_finished(config, cell) for cell in cells}
     config.out.mkdir(parents=True, exist_ok=True)
     places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    gpus = torch.cuda.device_count() if config.device == "auto" else 0
-    for gpu in [str(number) for number in range(gpus)] or [None]:
+    gpus = visible_gpus() if config.device == "auto" else []
+    for gpu in gpus or [None]:
         places.put(gpu)
     done = 0
 
@@ -125,14 +151,14 @@ def sweep(
         nonlocal done
         gpu = places.get()
         try:
-            succeeded = is_finished(config.folder(cell)) or _run(config, cell, gpu)
+            succeeded = finished[cell] or _run(config, cell, gpu)
         finally:
             places.put(gpu)
         done += 1
         progress(done, len(cells), config.folder(cell).name)
         return succeeded
 
-    with ThreadPoolExecutor(max(1, gpus)) as pool:
+    with ThreadPoolExecutor(max(1, len(gpus))) as pool:
         succeeded = list(pool.map(one, cells))
     rows = [read_row(config, cell) for cell, ok in zip(cells, succeeded, strict=True) if ok]
     named = [dict(zip((v.option for v in config.variations), row.values, strict=True)) for row in rows]
@@ -145,9 +171,32 @@ def sweep(
     return rows
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether both commands have run to their end."""
-    return (folder / WEIGHTS_NAME).exists() and (folder / "eval" / "knn.json").exists()
+def is_finished(config: SweepConfig, cell: Sequence[str]) -> bool:
+    """Whether the cell has its result. MisuseError: its folder has one that was made with something else."""
+    folder = config.folder(cell)
+    if not (folder / RECORD_NAME).exists():
+        return False  # train-student goes on with what is there, or refuses it
+    made = json.loads((folder / RECORD_NAME).read_text())["made_with"]
+    wanted = config.made_with(cell)
+    different = [name for name in wanted if made.get(name) != wanted[name]]
+    if different:
+        name = different[0]
+        raise MisuseError(
+            f"{folder} has the result of another sweep, with {name} = {_words(made.get(name))}, and this one has "
+            f"{_words(wanted[name])}: give another OUT, or delete that folder"
+        )
+    return True
+
+
+def visible_gpus() -> list[str]:
+    """What to set ``CUDA_VISIBLE_DEVICES`` to for one GPU each: of those that are visible here, by their own names."""
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [name.strip() for name in names[: len(numbers)]] if names != [""] else numbers
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None) -> bool:
@@ -160,14 +209,17 @@ def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None) -> bool:
             log.flush()
             if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
                 return False
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    result = {"loss": last["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}
+    with replacing(folder / RECORD_NAME) as file:
+        file.write((json.dumps({"made_with": config.made_with(cell), **result}, indent=2) + "\n").encode())
     return True
 
 
 def read_row(config: SweepConfig, cell: tuple[str, ...]) -> SweepRow:
     """What a finished run came to."""
-    folder = config.folder(cell)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return SweepRow(cell, last["loss"], read_results(folder)["knn"]["top1"])
+    result = json.loads((config.folder(cell) / RECORD_NAME).read_text())
+    return SweepRow(cell, result["loss"], result["knn_top1"])
 
 
 def draw_heat_map(config: SweepConfig, rows: Sequence[SweepRow], out: Path) -> None:

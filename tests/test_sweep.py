@@ -1,15 +1,31 @@
 """Grids of runs."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_beton
 
 from rob.common.errors import FailureError, MisuseError
 from rob.student_train import sweep as sweep_module
-from rob.student_train.sweep import SweepConfig, SweepRow, Variation, draw_heat_map, is_finished, sweep
+from rob.student_train.sweep import (
+    SweepConfig,
+    SweepRow,
+    Variation,
+    draw_heat_map,
+    is_finished,
+    sweep,
+    visible_gpus,
+)
 
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return str(tiny_beton(tmp_path_factory.mktemp("images"), 4).path)
 
 
 @pytest.fixture
@@ -42,33 +58,69 @@ def commands(monkeypatch):
     return seen
 
 
-def test_every_combination_is_trained_and_measured(tmp_path, commands):
-    config = SweepConfig(tmp_path, ("data.beton", "--epochs", "2"), (SIZES, SCALES), tmp_path / "t.beton", "cpu")
+def test_every_combination_is_trained_and_measured(tmp_path, data, commands):
+    config = SweepConfig(tmp_path, (data, "--epochs", "2"), (SIZES, SCALES), Path(data), "cpu")
     rows = sweep(config)
     assert [row.values for row in rows] == [(s, c) for s in ("16", "24") for c in ("0.05 0.14", "0.05 0.3")]
     assert [row.loss for row in rows] == [1.0, 1.0, 16 / 24, 16 / 24]
     train, knn = commands[:2]
-    assert train[:4] == ["train-student", "data.beton", "--epochs", "2"]
+    assert train[:4] == ["train-student", data, "--epochs", "2"]
     assert train[4:9] == ["--local-size", "16", "--local-scale", "0.05", "0.14"]
-    assert knn[:4] == ["eval", "knn", train[train.index("--out") + 1], "data.beton"]
-    assert knn[knn.index("--test") + 1] == str(tmp_path / "t.beton")
+    assert knn[:4] == ["eval", "knn", train[train.index("--out") + 1], data]
+    assert knn[knn.index("--test") + 1] == data
     table = json.loads((tmp_path / "sweep.json").read_text())
     assert table[3] == {"local-size": "24", "local-scale": "0.05 0.3", "loss": 16 / 24, "knn_top1": rows[3].knn_top1}
 
 
-def test_finished_runs_are_not_made_again(tmp_path, commands):
-    sweep(SweepConfig(tmp_path, ("data.beton",), (Variation("local-size", ("16",)),), device="cpu"))
+def test_finished_runs_are_not_made_again(tmp_path, data, commands):
+    sweep(SweepConfig(tmp_path, (data,), (Variation("local-size", ("16",)),), device="cpu"))
     before = len(commands)
-    rows = sweep(SweepConfig(tmp_path, ("data.beton",), (SIZES,), device="cpu"))
+    rows = sweep(SweepConfig(tmp_path, (data,), (SIZES,), device="cpu"))
     assert len(commands) == before + 2  # one value more: its training and its k-NN
     assert len(rows) == 2
 
 
-def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, commands):
-    config = SweepConfig(tmp_path, ("data.beton", "--fail-24"), (SIZES,), device="cpu")
+def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
+    config = SweepConfig(tmp_path / "out", (data, "--epochs", "2"), (SIZES,), device="cpu")
+    rows = sweep(config)
+    (config.folder(("16",)) / "eval" / "knn.json").write_text('{"top1": 0.0}')  # measured on something else since
+    assert sweep(replace(config, device="auto")) == rows
+    other = tiny_beton(tmp_path, 4, seed=1).path
+    before = len(commands)
+    for changed, what in (
+        (replace(config, arguments=(data, "--epochs", "3")), "--epochs 2 --local-size 16, and .* --epochs 3"),
+        (replace(config, test=other), f"test = None, and this one has {other}"),
+    ):
+        with pytest.raises(MisuseError, match=f"local-size=16 has the result of another sweep, .*{what}.*another OUT"):
+            sweep(changed)
+    assert len(commands) == before
+    config = replace(config, test=other)
+    sweep(replace(config, out=tmp_path / "second"))
+    tiny_beton(tmp_path / "again", 5, seed=1).path.replace(other)
+    (tmp_path / "again" / "images-1.beton.json").replace(f"{other}.json")
+    with pytest.raises(MisuseError, match="fingerprints"):
+        sweep(replace(config, out=tmp_path / "second"))
+
+
+def test_images_that_are_missing_are_misuse_before_any_training(tmp_path, data, commands):
+    with pytest.raises(MisuseError, match="no-such"):
+        sweep(SweepConfig(tmp_path / "out", (data,), (SIZES,), tmp_path / "no-such.beton", device="cpu"))
+    assert not commands
+
+
+def test_gpus_are_handed_out_by_the_names_they_have_here(monkeypatch):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert visible_gpus() == ["2", "3"]
+
+
+def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands):
+    config = SweepConfig(tmp_path, (data, "--fail-24"), (SIZES,), device="cpu")
     with pytest.raises(FailureError, match=r"1 of 2 runs failed, see .*local-size=24/sweep.log"):
         sweep(config)
-    assert is_finished(config.folder(("16",)))
+    assert is_finished(config, ("16",))
     assert "local-size 24" in (config.folder(("24",)) / "sweep.log").read_text()
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
 
@@ -78,7 +130,9 @@ def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, commands):
     [
         (("data.beton",), (), "nothing to sweep"),
         (("data.beton", "--local-size", "16"), (SIZES,), "both varied and fixed"),
+        (("data.beton", "--local-size=16"), (SIZES,), "both varied and fixed"),
         (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
+        (("data.beton", "--out=x"), (SIZES,), "--out belongs to the sweep"),
         (("--epochs", "2"), (SIZES,), "DATA.beton"),
         (("data.beton",), (SIZES, SIZES), "given twice"),
         (
