@@ -162,7 +162,8 @@ def cache_teacher(
     def show(plan: CachePlan) -> None:
         table = Table(title="plan", title_justify="left", show_header=False)
         table.add_row("images x views", f"{plan.num_images:,} x {plan.views}")
-        table.add_row("bytes a view", f"{plan.bytes_per_view:,}")
+        meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""
+        table.add_row("bytes a view", f"{plan.bytes_per_view:,}{meanwhile}")
         table.add_row("total", f"{plan.total_bytes / 1e6:,.1f} MB before compression")
         table.add_row("free disk", f"{plan.free_bytes / 1e9:,.1f} GB")
         if plan.rows_done:

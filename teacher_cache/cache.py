@@ -26,6 +26,9 @@ from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
 from .teachers import Teacher, TeacherConfig, load_teacher
 
+TEMPORARY = Encoding("embedding", dtype="float16")
+"""Of the embeddings that lie beside a store of logits until prototypes are fitted to them."""
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -56,18 +59,22 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What caching will cost: bytes before compression, and seconds at the speed of a trial batch."""
+    """What caching will cost: bytes before compression, and seconds at the speed of a trial batch.
+
+    ``temporary_bytes_per_view`` are those of the embeddings that lie beside the store until prototypes are fitted to them.
+    """
 
     num_images: int
     views: int
     bytes_per_view: int
+    temporary_bytes_per_view: int
     free_bytes: int
     rows_done: int
     views_per_second: float
 
     @property
     def total_bytes(self) -> int:
-        return self.num_images * self.views * self.bytes_per_view
+        return self.num_images * self.views * (self.bytes_per_view + self.temporary_bytes_per_view)
 
     @property
     def seconds(self) -> float:
@@ -97,21 +104,26 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     teacher = load_teacher(config.teacher).to(device)
     _check(config, data, teacher)
 
-    fit = config.prototypes > 0
-    if not (fit and config.encoding.needs_logits):
+    embeddings = _temporary_store(config)
+    if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
-        if fit:
+        if config.prototypes:
             _fit(config.out, config, progress)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
-    embeddings = config.out.with_name(f".{config.out.name}.embeddings")
     manifest = _manifest(config, config.encoding, data, teacher, config.prototypes)
     if not _is_complete(config.out, manifest, "teacher_temp"):
-        _write_store(embeddings, Encoding("embedding", dtype="float16"), config, data, teacher, device, progress)
+        _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
         _reencode(_fit(embeddings, config, progress), config, data, teacher, progress)
     shutil.rmtree(embeddings, ignore_errors=True)
     return TargetStore.open(config.out).manifest
+
+
+def _temporary_store(config: CacheConfig) -> Path | None:
+    """Where the embeddings lie that prototypes are fitted to, when the store itself is to hold only logits."""
+    beside = config.out.with_name(f".{config.out.name}.embeddings")
+    return beside if config.prototypes and config.encoding.needs_logits else None
 
 
 def _check(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
@@ -174,9 +186,9 @@ def _write_store(
     if _is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         progress.note(f"{path} is complete already: nothing to do")
         return
-    _refuse_what_will_not_fit(path, encoding, config, data, teacher)
+    _refuse_what_will_not_fit(config, data, teacher)
     writer = StoreWriter.open_or_resume(path, manifest)
-    progress.plan(_plan(path, encoding, config, data, teacher, device, writer.rows_done))
+    progress.plan(_plan(config, data, teacher, device, writer.rows_done))
     progress.rows(writer.rows_done, data.num_images)
 
     def write(embedding: Tensor, logits: Tensor | None) -> int:
@@ -222,19 +234,25 @@ def _chunks(
             yield embedding.cpu(), None if logits is None else logits.cpu()
 
 
-def _bytes_per_view(encoding: Encoding, config: CacheConfig, teacher: Teacher) -> int:
-    return encoding.bytes_per_view(teacher.dim, teacher.num_prototypes or config.prototypes)
+def _bytes_per_view(config: CacheConfig, teacher: Teacher) -> dict[Path, int]:
+    """Before compression, of the store and of the temporary one beside it, if there is one."""
+    stores = {config.out: config.encoding}
+    if (temporary := _temporary_store(config)) is not None:
+        stores[temporary] = TEMPORARY
+    num_prototypes = teacher.num_prototypes or config.prototypes
+    return {path: encoding.bytes_per_view(teacher.dim, num_prototypes) for path, encoding in stores.items()}
 
 
-def _refuse_what_will_not_fit(
-    path: Path, encoding: Encoding, config: CacheConfig, data: Beton, teacher: Teacher
-) -> None:
-    done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.exists() else 0
-    needed = data.num_images * config.views * _bytes_per_view(encoding, config, teacher) - done
-    free = shutil.disk_usage(_existing_parent(path)).free
+def _refuse_what_will_not_fit(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
+    needed = 0
+    for path, bytes_per_view in _bytes_per_view(config, teacher).items():
+        done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.exists() else 0
+        needed += max(0, data.num_images * config.views * bytes_per_view - done)
+    free = shutil.disk_usage(_existing_parent(config.out)).free
     if needed > free:
+        beside = "" if _temporary_store(config) is None else ", with the embeddings beside it until it is done,"
         raise MisuseError(
-            f"{path} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
+            f"{config.out}{beside} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
             "take fewer --views, a smaller encoding (--encoding topk, or embedding with --store-dtype int8), or another disk"
         )
 
@@ -243,15 +261,7 @@ def _existing_parent(path: Path) -> Path:
     return path if path.exists() else _existing_parent(path.absolute().parent)
 
 
-def _plan(
-    path: Path,
-    encoding: Encoding,
-    config: CacheConfig,
-    data: Beton,
-    teacher: Teacher,
-    device: torch.device,
-    rows_done: int,
-) -> CachePlan:
+def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device, rows_done: int) -> CachePlan:
     """Times the teacher alone on one small batch of noise, after one to warm up."""
     size = config.view_size or teacher.view_size
     embed = embedder(teacher, config.recipe, size, device, config.precision)
@@ -263,11 +273,13 @@ def _plan(
         start = time.perf_counter()
         embed(batch).cpu()
         seconds = time.perf_counter() - start
+    bytes_per_view, *temporary = _bytes_per_view(config, teacher).values()
     return CachePlan(
         data.num_images,
         config.views,
-        _bytes_per_view(encoding, config, teacher),
-        shutil.disk_usage(path).free,
+        bytes_per_view,
+        sum(temporary),
+        shutil.disk_usage(_existing_parent(config.out)).free,
         rows_done,
         images * config.views / seconds,
     )

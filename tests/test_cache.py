@@ -213,6 +213,21 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(data, headless, 
     cache_teacher(config)
 
 
+def test_plan_and_disk_hold_the_logits_and_the_embeddings_beside_them(data, headless, tmp_path, monkeypatch) -> None:
+    logits, embeddings = 2 * 20, 2 * 256
+    needed, plans = IMAGES * VIEWS * (logits + embeddings), []
+    usage = namedtuple("usage", "total used free")
+    config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, headless, encoding=Encoding("dense"), prototypes=20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed, 1, needed - 1))
+    with pytest.raises(MisuseError, match=r"a\.zarr, with the embeddings beside it until it is done, needs 0\.00 GB"):
+        cache_teacher(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed, 0, needed))
+    cache_teacher(config, CacheProgress(plan=plans.append))
+    (plan,) = plans
+    assert (plan.bytes_per_view, plan.temporary_bytes_per_view, plan.total_bytes) == (logits, embeddings, needed)
+
+
 def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_lost(more_data, headless, tmp_path, monkeypatch) -> None:
     config = tiny.tiny_cache_config(tmp_path / "a.zarr", more_data, headless, loader=PILLOW)
     whole = tiny.tiny_store(tmp_path / "b.zarr", more_data, headless, loader=PILLOW)
