@@ -91,6 +91,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """``seed_everything`` before step ``step`` of rank ``rank``: what it draws depends on these three alone, so that ranks drop
+    different paths and a resumed run draws what an uninterrupted one does."""
+    seed_everything(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]))
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back until the end of the block, so that what is inside happens wholly or not at all."""

@@ -18,9 +18,7 @@ from .checkpoint import (
     AVERAGE_NAME,
     WEIGHTS_NAME,
     load_checkpoint,
-    random_state,
     replacing,
-    restore_random_state,
     save_checkpoint,
 )
 from .collapse import FIELDS
@@ -72,7 +70,6 @@ class RunFolder:
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
             for name, part in state.items():
                 part.load_state_dict(saved[name])
-            restore_random_state(saved["random"])
             step = saved["step"]
             self._health = list(saved["health"])
         if not self.ranks.is_main:
@@ -88,8 +85,7 @@ class RunFolder:
         if not self.ranks.is_main:
             return
         parts = {name: part.state_dict() for name, part in state.items()}
-        run = {"random": random_state(), "step": step, "health": health}
-        save_checkpoint(self.checkpoint, parts | run, self._fixed)
+        save_checkpoint(self.checkpoint, parts | {"step": step, "health": health}, self._fixed)
 
     def is_logged(self, step: int) -> bool:
         """Whether a line is written after step number ``step`` (from 1)."""

@@ -17,7 +17,17 @@ from ..common.beton import Beton
 from ..common.errors import MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.order import block_shuffled_order
-from ..common.run import ALONE, Ranks, autocast, join_ranks, pick_device, seed_everything, uninterrupted, versions
+from ..common.run import (
+    ALONE,
+    Ranks,
+    autocast,
+    join_ranks,
+    pick_device,
+    seed_everything,
+    seed_step,
+    uninterrupted,
+    versions,
+)
 from ..common.store_manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views import Recipe
@@ -133,7 +143,6 @@ class Trainer:
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)
-        seed_everything(config.seed + ranks.rank)  # ranks start alike and drop different paths
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -253,6 +262,7 @@ def train_student(
             crops = crop_sets(config, branch, plan)
             with branch.targets(order, batch_size, plan) as targets:
                 for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
+                    seed_step(config.seed, ranks.rank, step)
                     with stopwatch("prepare"):
                         batch = batch.to(device)
                         images = prepare(batch, crops)

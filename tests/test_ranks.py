@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 SCRIPT = """
@@ -53,19 +54,50 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> None:
-    data = tiny_beton(tmp_path, 32)
-    whole = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
-    script = tmp_path / "two_ranks.py"
-    script.write_text(SCRIPT)
+RESUMED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import rob
+import torch
+from rob.student_train import train
+
+data, store, out = map(Path, sys.argv[1:4])
+whole = rob.TrainConfig(
+    data, out, rob.StudentConfig("test_resnet", 32, True, drop_path=0.5), store,
+    pairing=rob.PairingConfig("same", 1), optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
+    loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu", log_every=1,
+)
+train.train_student(whole)
+
+original = train.Trainer.step
+def step(self, number, *arguments):
+    if number == 6:
+        raise KeyboardInterrupt
+    return original(self, number, *arguments)
+train.Trainer.step = step
+halves = replace(whole, out=out.with_name("halves"))
+try:
+    train.train_student(halves)
+except KeyboardInterrupt:
+    torch.distributed.barrier()
+train.Trainer.step = original
+train.train_student(halves)
+torch.distributed.destroy_process_group()
+"""
+
+
+def on_two_ranks(folder: Path, text: str, data: Path, store: Path) -> None:
+    """Runs the script ``text`` with ``data``, ``store`` and ``folder / "run"`` as torchrun would, twice at once."""
+    script = folder / "two_ranks.py"
+    script.write_text(text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, data.path, whole.path, tmp_path / "run"],
+            [sys.executable, script, data, store, folder / "run"],
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -74,6 +106,13 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
     ]
     errors = [process.communicate(timeout=240)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> None:
+    data = tiny_beton(tmp_path, 32)
+    whole = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
+    on_two_ranks(tmp_path, SCRIPT, data.path, whole.path)
 
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for epoch in range(2):
@@ -89,3 +128,15 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
             column = (number // 4) % 2  # one target view an epoch, in turn
             assert torch.equal(step["embedding"][:, 0], rows[step["ids"], column])
     assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_resumed_are_two_ranks_uninterrupted(tmp_path: Path) -> None:
+    """In the middle of an epoch, and with drop path, which every rank draws for itself."""
+    data = tiny_beton(tmp_path, 32)
+    store = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
+    on_two_ranks(tmp_path, RESUMED, data.path, store.path)
+    whole, halves = (load_file(tmp_path / name / "student.safetensors") for name in ("run", "halves"))
+    assert len((tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()) == 8
+    for name, value in whole.items():
+        assert torch.equal(value, halves[name]), name
