@@ -6,10 +6,12 @@ goes on from the last whole chunk, and the finished store is byte for byte what 
 """
 
 import errno
+import fcntl
 import io
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,38 +92,45 @@ def half_written(path: Path) -> StoreManifest | None:
 class StoreWriter:
     """Appends whole chunks to a store until `finish`. One process at a time; get one from `open_or_resume`."""
 
-    def __init__(self, path: Path, manifest: StoreManifest) -> None:
+    def __init__(self, path: Path, manifest: StoreManifest, lock: int) -> None:
+        """``lock`` is what `_lock` gave: closed with the writer."""
         self.path, self.manifest = path, manifest
         self._arrays = manifest.arrays()
         self._sums, self._flushed, self._pending = _progress(path)
         self._flush()  # a shard whose chunks were all journalled when the last run was killed
+        self._unlock = weakref.finalize(self, os.close, lock)
 
     @classmethod
     def open_or_resume(cls, path: Path | str, manifest: StoreManifest) -> Self:
         """Start a store at ``path``, or go on with the one that a killed run left there (see `rows_done`).
 
-        MisuseError when something else is there: other files, a complete store, or one begun with other settings
-        (library versions may differ).
+        MisuseError when something else is there: other files, a complete store, one begun with other settings (library
+        versions may differ), or one that another process is writing.
         """
         path = Path(path)
+        _refuse_complete(path)
         begun = half_written(path)
-        if (path / "zarr.json").exists():
-            if begun is not None:
-                shutil.rmtree(path / "pending")  # killed in the very last step
-            raise MisuseError(f"{path} is already there and complete: give another path, or delete it first")
-        if begun is not None:
-            asked = {name: value for name, value in manifest.to_json().items() if name != "versions"}
-            different = "; ".join(differences(begun.to_json(), asked))
-            if different:
-                raise MisuseError(
-                    f"{path} was begun with other settings ({different}): give another path, or delete it first"
-                )
-            return cls(path, begun)
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - {"pending"} - {".part"}):
+        foreign = path.exists() and (not path.is_dir() or {e.name for e in path.iterdir()} - {"pending", ".part"})
+        if begun is None and foreign:
             raise MisuseError(f"{path} is already there and is not a target store: give another path")
-        with disk_full_is_a_failure(path.parent, 0):
-            _replace(path, "pending/manifest.json", json.dumps(manifest.to_json(), indent=2).encode())
-        return cls(path, manifest)
+        lock = _lock(path)
+        try:
+            _refuse_complete(path)  # by the process that held the lock until now
+            begun = half_written(path)
+            if begun is not None:
+                asked = {name: value for name, value in manifest.to_json().items() if name != "versions"}
+                different = "; ".join(differences(begun.to_json(), asked))
+                if different:
+                    raise MisuseError(
+                        f"{path} was begun with other settings ({different}): give another path, or delete it first"
+                    )
+            else:
+                with disk_full_is_a_failure(path.parent, 0):
+                    _replace(path, "pending/manifest.json", json.dumps(manifest.to_json(), indent=2).encode())
+            return cls(path, begun or manifest, lock)
+        except BaseException:
+            os.close(lock)
+            raise
 
     @property
     def rows_done(self) -> int:
@@ -165,7 +174,8 @@ class StoreWriter:
                 _write_array(self.path, name, array.metadata())
             write_extras(self.path, prototypes, self.statistics if statistics is None else statistics)
             write_group(self.path, "", self.manifest.to_json())
-        shutil.rmtree(self.path / "pending")
+        shutil.rmtree(self.path / "pending", ignore_errors=True)  # whoever comes next removes what is left of it
+        self._unlock()
 
     def _flush(self) -> None:
         """Turn each shard's worth of journalled chunks (or the last ones of all) into shard files."""
@@ -196,6 +206,30 @@ class StoreWriter:
         rows = manifest.num_images - self.rows_done + manifest.chunk_rows * manifest.shard_chunks
         per_view = Encoding.from_dict(manifest.encoding).bytes_per_view(manifest.dim, manifest.num_prototypes)
         return rows * len(manifest.view_ids) * per_view
+
+
+def _refuse_complete(path: Path) -> None:
+    if (path / "zarr.json").exists():
+        shutil.rmtree(path / "pending", ignore_errors=True)  # left by a writer killed in the very last step
+        raise MisuseError(f"{path} is already there and complete: give another path, or delete it first")
+
+
+def _lock(path: Path) -> int:
+    """The descriptor whose closing, or the death of this process, lets others write the store at ``path``.
+
+    A record lock, because forked data-loading workers, which outlive a killed parent for seconds, do not inherit it.
+    MisuseError when another process holds it.
+    """
+    (path / "pending").mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path / "pending" / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks: as good as it gets
+            os.close(descriptor)
+            message = f"{path}: another rob cache-teacher is writing this store; wait for it to finish"
+            raise MisuseError(message) from None
+    return descriptor
 
 
 def rows_done(path: Path, manifest: StoreManifest) -> int:

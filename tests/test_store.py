@@ -212,6 +212,31 @@ def test_a_writer_refuses_what_it_would_overwrite(tmp_path):
         StoreWriter.open_or_resume(tmp_path / "thesis", manifest)
 
 
+HOLD = """
+import sys
+from pathlib import Path
+import test_store
+writer = test_store.write(Path(sys.argv[1]), test_store.manifest_of(test_store.ENCODINGS[0]), stop=16)
+print("written", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_writes_a_store_at_a_time(tmp_path):
+    path, manifest = tmp_path / "t.zarr", manifest_of(ENCODINGS[0])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=Path(__file__).parent, **pipes) as other:
+        assert other.stdout.readline()
+        before = files(path)
+        with pytest.raises(MisuseError, match="another rob cache-teacher is writing this store; wait for it"):
+            write(path, manifest)
+        assert files(path) == before
+        other.kill()
+    write(path, manifest)  # the dead let go
+    assert TargetStore.open(path).verify() == []
+    assert not (path / "pending").exists()
+
+
 # ---- damage ----
 
 
