@@ -23,7 +23,7 @@ import zarr
 from .encodings import Encoding
 from .errors import FailureError, MisuseError
 from .shards import ChunkError
-from .store_manifest import AGAIN, StoreManifest, differences
+from .store_manifest import AGAIN, StoreManifest, differences, read_json
 from .store_writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
 
 __all__ = ["StoreManifest", "StoreWriter", "TargetStore", "add_prototypes"]
@@ -40,13 +40,15 @@ class TargetStore:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Reads the manifest only. MisuseError: nothing there, not a store, half-written, another format version."""
+        """Reads the manifest only. MisuseError: nothing there, not a store, half-written, another format version.
+        FailureError: a damaged manifest.
+        """
         path = Path(path)
         if not path.exists():
             raise MisuseError(f"there is no target store at {path}: make one with rob cache-teacher")
         if (path / "zarr.json").exists():
-            group = json.loads((path / "zarr.json").read_text())
-            return cls(path, StoreManifest.from_json(path, group.get("attributes", {})))
+            attributes = read_json(path, "zarr.json").get("attributes", {})
+            return cls(path, StoreManifest.from_json(path, attributes))
         begun = half_written(path)
         if begun is None:
             raise MisuseError(f"{path} is not a target store: it is no Zarr v3 group")
@@ -134,8 +136,14 @@ class TargetStore:
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
-        """The sums gathered while caching, by name."""
+        """The sums gathered while caching, by name; ``embedding_sum`` (D,) float64 is always among them. FailureError when
+        it is not, or one is damaged.
+        """
         names = sorted(entry.parent.name for entry in (self.path / "statistics").glob("*/zarr.json"))
+        if "embedding_sum" not in names:
+            raise FailureError(
+                f"{self.path}: array 'statistics/embedding_sum' is missing: delete the store and {AGAIN}"
+            )
         return {name: self._small_array(f"statistics/{name}") for name in names}
 
     def _small_array(self, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .encodings import Encoding
-from .errors import MisuseError
+from .errors import FailureError, MisuseError
 from .shards import ShardedArray
 
 FORMAT_VERSION = 1
@@ -64,7 +64,9 @@ class StoreManifest:
 
     @classmethod
     def from_json(cls, path: Path, attributes: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`. MisuseError when ``path`` is no store or of another format version."""
+        """The inverse of `to_json`. MisuseError when ``path`` is no store or of another format version, FailureError when
+        a field is missing.
+        """
         if "format_version" not in attributes or "data_fingerprint" not in attributes:
             raise MisuseError(f"{path} is not a target store: it is a Zarr group without rob's manifest")
         if attributes["format_version"] != FORMAT_VERSION:
@@ -72,9 +74,23 @@ class StoreManifest:
                 f"{path} has format version {attributes['format_version']}, this rob reads version {FORMAT_VERSION}: "
                 "cache the targets again, or use the rob that wrote it"
             )
+        missing = ", ".join(field.name for field in fields(cls) if field.name not in attributes)
+        if missing:
+            raise FailureError(f"{path} is damaged, its manifest lacks {missing}: delete the store and {AGAIN}")
         known: dict[str, Any] = {field.name: attributes[field.name] for field in fields(cls)}
         known["view_ids"] = tuple(known["view_ids"])
         return cls(**known)
+
+
+def read_json(store: Path, name: str) -> dict[str, Any]:
+    """The object in the file ``name`` of a store. FailureError when it is cut or otherwise damaged."""
+    try:
+        content = json.loads((store / name).read_text())
+    except ValueError:  # no JSON, or not even text
+        content = None
+    if not isinstance(content, dict):
+        raise FailureError(f"{store} is damaged, its {name} is cut or no JSON: delete the store and {AGAIN}")
+    return content
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

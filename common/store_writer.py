@@ -23,7 +23,7 @@ import zarr
 from .encodings import Encoding
 from .errors import FailureError, MisuseError
 from .shards import small_array_files, zarr_files
-from .store_manifest import AGAIN, StoreManifest, differences
+from .store_manifest import AGAIN, StoreManifest, differences, read_json
 
 
 @contextmanager
@@ -84,9 +84,9 @@ def write_extras(root: Path, prototypes: np.ndarray | None, statistics: Mapping[
 
 
 def half_written(path: Path) -> StoreManifest | None:
-    """The manifest of the store that was begun at ``path``, or None."""
-    manifest = path / "pending" / "manifest.json"
-    return StoreManifest.from_json(path, json.loads(manifest.read_text())) if manifest.exists() else None
+    """The manifest of the store that was begun at ``path``, or None. FailureError when it is damaged."""
+    name = "pending/manifest.json"
+    return StoreManifest.from_json(path, read_json(path, name)) if (path / name).exists() else None
 
 
 class StoreWriter:

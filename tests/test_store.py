@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,33 @@ def test_a_damaged_chunk_is_named(tmp_path, damage):
     with pytest.raises(FailureError, match=r"chunk 3 of array 'embedding' \(images 24 to 31\) is damaged"):
         store.read(24, 25)
     assert len(store.verify()) == (1 if damage == "flip" else 3)
+
+
+@pytest.mark.parametrize(
+    "left", ["", '{"attributes": {"data_f', "[1]", "\udcff"], ids=["empty", "cut", "other", "binary"]
+)
+def test_a_cut_manifest_is_one_sentence(tmp_path, left):
+    write(tmp_path / "t.zarr", manifest_of(ENCODINGS[0]))
+    (tmp_path / "t.zarr" / "zarr.json").write_bytes(left.encode(errors="surrogateescape"))
+    with pytest.raises(FailureError, match=r"t\.zarr is damaged, its zarr\.json is cut or no JSON: delete the store"):
+        TargetStore.open(tmp_path / "t.zarr")
+    write(tmp_path / "half.zarr", manifest_of(ENCODINGS[0]), stop=16)
+    (tmp_path / "half.zarr" / "pending" / "manifest.json").write_bytes(left.encode(errors="surrogateescape"))
+    with pytest.raises(FailureError, match=r"its pending/manifest\.json is cut or no JSON"):
+        TargetStore.open(tmp_path / "half.zarr")
+
+
+def test_what_a_store_lacks_is_named(tmp_path):
+    path = tmp_path / "t.zarr"
+    write(path, manifest_of(ENCODINGS[0]))
+    shutil.rmtree(path / "statistics")
+    with pytest.raises(FailureError, match=r"array 'statistics/embedding_sum' is missing: delete the store and run"):
+        _ = TargetStore.open(path).statistics
+    group = json.loads((path / "zarr.json").read_text())
+    del group["attributes"]["view_size"]
+    (path / "zarr.json").write_text(json.dumps(group))
+    with pytest.raises(FailureError, match="its manifest lacks view_size: delete the store"):
+        TargetStore.open(path)
 
 
 # ---- interruption ----
