@@ -135,7 +135,7 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
         _forward_one(backbone, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise MisuseError(f"the student cannot take images of {size} x {size} px: {reason}") from error
+        raise MisuseError(f"the network cannot take images of {size} x {size} px: {reason}") from error
 
 
 def model_family(name: str) -> str:

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_teacher_checkpoint
 
 from rob import cli
 from rob.common.images import PackConfig, pack
+from rob.common.loader import LoaderConfig
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate import augmented, finetune, network
+from rob.student_train.evaluate.knn import knn
+from rob.student_train.evaluate.labelled import labelled_images
+from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.students import StudentConfig, build_student, describe_student
+from rob.teacher_cache.teachers import load_teacher
 
 FAST = ("--loader", "torch", "--workers", "1", "--device", "cpu", "--batch-size", "16")
 
@@ -215,3 +222,36 @@ def test_the_same_network_untrained(rob, data, run_folder):
     assert len(list((run_folder / "eval" / "features").iterdir())) == 4  # the second random one was the first
     assert "leave it out" in rob("eval", "knn", "pixels", data.train, "--init", "random", *FAST).err
     assert "did you mean random" in rob("eval", "knn", run_folder, data.train, "--init", "randm", *FAST).err
+
+
+@pytest.mark.parametrize("prototypes", [0, 12], ids=["without a head", "with a head"])
+def test_a_teacher_is_measured_by_its_backbone(rob, data, tmp_path, prototypes):
+    """Not by what its head makes of it: DINO's protocol, and what students are measured by."""
+    teacher = tiny_teacher_checkpoint(tmp_path, prototypes=prototypes)
+    named = ("--teacher", teacher.name, "--checkpoint", teacher.checkpoint, "--size", 32, "--out", tmp_path)
+    assert rob("eval", "knn", "teacher", data.train, "--test", data.test, "--k", 5, *named, *FAST).code == 0
+    model = load_teacher(teacher)
+    network = FrozenNetwork("", model.backbone, 32, model.mean, model.std, "", torch.device("cpu"))
+    train, test = labelled_images(network, data.train, data.test, LoaderConfig("torch", 16, 1))
+    expected = knn(train.features, test.features, 5)
+    assert result(tmp_path, "knn")["top1"] == expected.top1
+    kept = [load_file(path)["features"] for path in (tmp_path / "eval" / "features").glob("*/*.safetensors")]
+    assert any(torch.equal(features, train.features.features) for features in kept)
+
+
+def test_results_are_added_or_replaced_with_a_note(rob, data, run_folder):
+    lowshot = ("eval", "lowshot", run_folder, data.train, "--test", data.test, "--seeds", 1, *FAST)
+    assert rob(*lowshot, "--percent", 10, "--per-class", 2).code == 0
+    outcome = rob(*lowshot, "--per-class", 5, "--per-class", 2)
+    assert [entry["labels"] for entry in result(run_folder, "lowshot")["results"]] == ["10 %", "2 a class", "5 a class"]
+    assert "replaced" not in outcome.out
+    tune = ("--finetune", "--epochs", 1)
+    assert rob(*lowshot, "--per-class", 2, *tune).code == 0
+    outcome = rob(*lowshot, "--per-class", 5, *tune, "--lr", 1e-3)
+    assert [entry["labels"] for entry in result(run_folder, "lowshot-finetune")["results"]] == ["5 a class"]
+    assert "an earlier result with another lr is replaced" in outcome.out
+
+    knn = ("eval", "knn", run_folder, data.train, *FAST)
+    assert "replaced" not in rob(*knn, "--test", data.test).out
+    assert "replaced" not in rob(*knn, "--test", data.test).out
+    assert "knn.json: an earlier result with another test set is replaced" in rob(*knn).out

@@ -1,17 +1,41 @@
 """The outcomes of evaluations in a run folder: one ``eval/TASK.json`` a task."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import MisuseError
 from ..checkpoint import replacing
 
+IDENTITY = {
+    "weights": "other weights",
+    "image_size": "another image size",
+    "train_fingerprint": "other training images",
+    "test_fingerprint": "another test set",
+}
+"""Facts of a result that tell whether it is another one, and their names in a note."""
 
-def write_result(run_folder: Path, task: str, result: Mapping[str, Any]) -> Path:
-    """Writes, or replaces, ``eval/TASK.json``, and returns its path. FailureError: it cannot be written."""
+
+def write_result(
+    run_folder: Path, task: str, result: Mapping[str, Any], note: Callable[[str], None] = lambda text: None
+) -> Path:
+    """Writes, or replaces, ``eval/TASK.json``, and returns its path. FailureError: it cannot be written.
+
+    A list of ``results`` with ``labels`` (few labels) is added to what is there, where all else is the same. ``note`` is told
+    of an earlier result of something else, whose place this one takes.
+    """
     path = run_folder / "eval" / f"{task}.json"
+    earlier = _read(path)
+    different = [text for name, text in IDENTITY.items() if earlier and earlier.get(name) != result.get(name)]
+    if earlier and "results" in result and not different:
+        settings = (result.keys() | earlier.keys()) - {"results", "train", "test"}  # images may lie elsewhere
+        different = [f"another {name}" for name in sorted(settings) if earlier.get(name) != result.get(name)]
+        if not different:
+            by_labels = {entry["labels"]: entry for entry in [*earlier.get("results", []), *result["results"]]}
+            result = {**result, "results": list(by_labels.values())}
+    if different:
+        note(f"{path}: an earlier result with {different[0]} is replaced; --out keeps results apart")
     with replacing(path) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     return path
@@ -26,3 +50,11 @@ def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
         except ValueError:
             raise MisuseError(f"{path} is not JSON: delete it and evaluate again") from None
     return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
