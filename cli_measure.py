@@ -151,7 +151,7 @@ def verify_(
         result = verify(config, VerifyProgress(chunks, views))
     note(
         f"{store}: every chunk is whole; {len(result.samples)} views agree, "
-        f"mean cosine {result.mean_cosine:.6f}, worst {result.worst.cosine:.6f}"
+        f"mean cosine {result.mean_cosine:.6f}, lowest {result.lowest_cosine:.6f}"
     )
 
 

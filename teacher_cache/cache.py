@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.beton import Beton
 from ..common.encodings import Encoding
-from ..common.errors import MisuseError
+from ..common.errors import FailureError, MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.run import autocast, pick_device, versions
 from ..common.store import StoreWriter, TargetStore, add_prototypes
@@ -191,7 +191,12 @@ def _write_store(
     progress.plan(_plan(config, data, teacher, device, writer.rows_done))
     progress.rows(writer.rows_done, data.num_images)
 
+    dead = 0
+
     def write(embedding: Tensor, logits: Tensor | None) -> int:
+        nonlocal dead
+        _refuse_not_finite(embedding, writer.rows_done)
+        dead += int((~embedding.any(-1)).sum())
         statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy()}
         if logits is not None:
             statistics["usage"] = torch.bincount(logits.argmax(-1).flatten(), minlength=teacher.num_prototypes).numpy()
@@ -206,10 +211,26 @@ def _write_store(
             writing = pool.submit(write, embedding, logits)
         if writing is not None:
             progress.rows(writing.result(), data.num_images)
+    if dead:
+        progress.note(
+            f"{dead:,} views have an all-zero embedding, of which a student learns nothing: "
+            f"a --view-size above {manifest.view_size} leaves the teacher more to see"
+        )
     statistics = writer.statistics
     if teacher.centre is not None:
         statistics["centre"] = teacher.centre.cpu().numpy()
     writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
+
+
+def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:
+    """FailureError naming the images, ``first_row`` onwards, whose embeddings (rows, V, D) are NaN or infinite."""
+    image_ids = (first_row + (~embedding.isfinite()).flatten(1).any(1).nonzero().flatten()).tolist()
+    if image_ids:
+        named = ", ".join(map(str, image_ids[:5])) + (" ..." if len(image_ids) > 5 else "")
+        raise FailureError(
+            f"the teacher's output for {len(image_ids)} of {len(embedding)} images is NaN or infinite (image ids {named}): "
+            "check its weights, its --precision and these images"
+        )
 
 
 def _chunks(

@@ -305,6 +305,40 @@ def test_other_data_and_another_teacher_are_refused(more_data, headless, tmp_pat
         )
 
 
+def answering(monkeypatch, value: float, *image_ids: int) -> None:
+    """The teacher's embeddings of the images become all ``value``."""
+
+    def embedder(*args):
+        embed = real(*args)
+
+        def changed(batch):
+            embedding = embed(batch)
+            embedding[np.isin(batch.image_ids, image_ids)] = value
+            return embedding
+
+        return torch.inference_mode()(changed)
+
+    real = cache.embedder
+    monkeypatch.setattr(cache, "embedder", embedder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_no_numbers_are_refused_by_image(data, headless, tmp_path, monkeypatch, value) -> None:
+    answering(monkeypatch, value, 17, 22)
+    with pytest.raises(FailureError, match=r"for 2 of 8 images is NaN or infinite \(image ids 17, 22\)"):
+        tiny.tiny_store(tmp_path / "a.zarr", data, headless)
+
+
+def test_all_zero_embeddings_are_told_of(data, headless, tmp_path, monkeypatch) -> None:
+    notes = []
+    config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, headless)
+    answering(monkeypatch, 0, 5, 17, 22)
+    cache_teacher(config, CacheProgress(note=notes.append))
+    (note,) = [note for note in notes if "all-zero" in note]
+    assert note.startswith("6 views have an all-zero embedding")
+    assert "--view-size above 32" in note
+
+
 @pytest.mark.parametrize("kind", ["topk", "dense"])
 def test_logits_need_prototypes(data, headless, tmp_path, kind) -> None:
     with pytest.raises(MisuseError, match=f"--encoding {kind} needs prototype logits, .* add --prototypes K"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -15,7 +16,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.loader import LoaderConfig
 from rob.common.store import StoreWriter, TargetStore
 from rob.teacher_cache.teachers import TeacherConfig
-from rob.teacher_cache.verify import VerifyConfig, VerifyProgress, VerifyResult, verify
+from rob.teacher_cache.verify import Comparison, VerifyConfig, VerifyProgress, VerifyResult, verify
 
 SAME_MACHINE = 1e-4
 EVERY_VIEW = 24 * 2
@@ -134,6 +135,21 @@ def test_one_wrong_view_is_named_among_all(store, data, headless, tmp_path) -> N
     path = re.escape(data.manifest.paths[17])
     with pytest.raises(FailureError, match=rf"1 of 48 views .* view 1 of image 17 \({path}\): cosine 0\.\d+"):
         check(rewritten(store, tmp_path / "a.zarr", change), data, headless)
+
+
+def test_what_is_zero_on_both_sides_agrees() -> None:
+    ones = torch.nn.functional.normalize(torch.ones(3, 4), dim=1)
+    live, stored = ones * torch.tensor([[0.0], [0], [1]]), ones * torch.tensor([[0.0], [1], [1]])
+    compare = Comparison(Encoding("embedding", "float32"), None, SAME_MACHINE)
+    (zero, zero_error), (one, one_error), (same, _) = [(c, e) for c, _, e in compare({"embedding": stored}, live)]
+    assert (zero, zero_error) == (1, 0)
+    assert one == 0 < 1 < one_error
+    assert same == pytest.approx(1)
+
+
+def test_no_cosine_is_below_the_lowest(store, data, headless) -> None:
+    result = check(store, data, headless)
+    assert result.lowest_cosine == min(sample.cosine for sample in result.samples) <= result.mean_cosine
 
 
 def test_a_small_error_is_within_the_default_tolerance_only(store, data, headless, tmp_path) -> None:
