@@ -14,7 +14,7 @@ class FailureError(Exception):
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> MisuseError:
     """The error for a name that is not among ``choices``: offers the nearest ones, and lists all when they are few."""
-    known = sorted(choices)
+    known = sorted(set(choices))
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     offer = f"did you mean {' or '.join(near)}?" if near else ""
     listing = f"known: {', '.join(known)}" if len(known) <= 20 else f"{len(known)} are known"

@@ -164,12 +164,17 @@ def _manifest(
 
 
 def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
-    """Whether ``path`` is a finished store of exactly this; a finished store of something else is refused by the writer."""
+    """Whether ``path`` is a finished store of exactly this. MisuseError when it is a finished store of something else."""
     if not (path / "zarr.json").exists():
         return False
     stored = TargetStore.open(path).manifest.to_json()
     asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
-    return not list(differences(stored, asked))
+    different = "; ".join(differences(stored, asked))
+    if different:
+        raise MisuseError(
+            f"{path} is already there and complete, with other settings ({different}): give another path, or delete it first"
+        )
+    return True
 
 
 def _write_store(

@@ -176,8 +176,11 @@ def test_a_file_that_is_none_or_missing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:
-    with pytest.raises(MisuseError, match="unknown teacher 'efficientnet_lit0': did you mean efficientnet_lite0"):
+    with pytest.raises(
+        MisuseError, match="unknown teacher 'efficientnet_lit0': did you mean efficientnet_lite0"
+    ) as caught:
         load_teacher(TeacherConfig("efficientnet_lit0"))
+    assert str(caught.value).count("efficientnet_lite0") == 1
 
 
 def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
