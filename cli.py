@@ -71,14 +71,10 @@ def pack(
     ] = None,
 ) -> None:
     """Pack images into one .beton file."""
-    import os
-
     from rob.common.images import PackConfig
     from rob.common.images import pack as run
 
-    config = PackConfig(
-        source, out, max_resolution, jpeg_quality, raw, workers or os.cpu_count() or 1, skip_bad, split, limit
-    )
+    config = PackConfig(source, out, max_resolution, jpeg_quality, raw, workers, skip_bad, split, limit)
     with bar("packing", "images") as update:
         manifest = run(config, update)
     for path in manifest.skipped:

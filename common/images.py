@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -40,8 +40,8 @@ class PackConfig:
     """1 to 100, with 4:2:0 chroma as photographs have it. JPEG files that need no change are kept byte for byte."""
     raw: bool = False
     """Keep pixels, not JPEGs: lossless and fastest to read, 3 bytes a pixel. Best up to about 64 px."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Decoding threads (Pillow decodes outside the GIL). The result does not depend on them."""
+    workers: int = 0
+    """Decoding threads (Pillow decodes outside the GIL), 0 = all cores. The result does not depend on them."""
     skip_bad: bool = False
     """Leave broken images out and list them in the manifest, instead of stopping."""
     split: str = "train"
@@ -70,6 +70,7 @@ def pack(
     _check(config)
     source = (source or open_source(config.source, config.split)).take(config.limit)
     total = len(source.paths)
+    workers = config.workers or os.cpu_count() or 1
 
     def encode(path: str) -> tuple[StoredImage | _BadImage, int]:
         try:
@@ -82,8 +83,8 @@ def pack(
 
     paths, labels, skipped = [], [], []
     try:
-        with BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(config.workers) as pool:
-            results = _map_in_order(pool, encode, source.paths, window=4 * config.workers)
+        with BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(workers) as pool:
+            results = _map_in_order(pool, encode, source.paths, window=4 * workers)
             for path, (image, label) in zip(source.paths, results, strict=True):
                 if isinstance(image, StoredImage):
                     writer.append(image, label)
@@ -114,9 +115,15 @@ def pack(
 def _check(config: PackConfig) -> None:
     if config.out.is_dir():
         raise MisuseError(f"{config.out}: a folder; name the file to write, such as {config.out / 'data.beton'}")
+    if config.out.suffix != ".beton":
+        raise MisuseError(
+            f"{config.out}: expected a name that ends with .beton, such as {config.out.with_suffix('.beton')}"
+        )
+    if config.workers < 0:
+        raise MisuseError(f"--workers {config.workers}: expected 0 (every core) or more")
     if not 1 <= config.jpeg_quality <= 100:
         raise MisuseError(f"--jpeg-quality {config.jpeg_quality}: expected 1 to 100")
-    for option in ("max_resolution", "workers", "limit"):
+    for option in ("max_resolution", "limit"):
         value = getattr(config, option)
         if value is not None and value < 1:
             raise MisuseError(f"--{option.replace('_', '-')} {value}: expected 1 or more")

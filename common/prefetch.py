@@ -204,13 +204,15 @@ class _Epoch:
             return
         for chunk, batch in zip(self.chunks.tolist(), last.tolist(), strict=True):
             self.done_after[batch].append(chunk)
-        in_use = self.chunks_needed - np.searchsorted(np.sort(last), number, side="left")
-        if in_use.max(initial=0) > len(owner.free):
-            size = owner.store.chunk_bytes / 2**20
+        in_use = int((self.chunks_needed - np.searchsorted(np.sort(last), number, side="left")).max(initial=0))
+        if in_use > len(owner.free):
+            # A wider window also shuffles wider (`window_blocks`): with so many slots, two windows always fit.
+            slots = min(2 * in_use + 3, owner.store.manifest.num_chunks)
+            mib = owner.store.chunk_bytes / 2**20
             raise MisuseError(
-                f"the order of training needs {in_use.max()} chunks of {owner.store.path} at once "
-                f"({in_use.max() * size:.0f} MiB), more than the window's {len(owner.free) * size:.0f} MiB: raise the "
-                "window, shuffle within fewer blocks, or keep the store in memory (--cache-in-memory)"
+                f"--window-mib holds {len(owner.free)} chunks of {owner.store.path} ({mib:,.1f} MiB each), and the order of "
+                f"training needs {in_use} at once: give --window-mib {int(np.ceil(slots * mib))}, smaller batches, or "
+                "--cache-in-memory"
             )
 
     def _guarded(self, work: Callable[[], None]) -> None:

@@ -330,13 +330,25 @@ def test_wrong_source(tmp_path, source, message):
         packed(source, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "option", [{"jpeg_quality": 0}, {"jpeg_quality": 101}, {"max_resolution": 0}, {"limit": 0}, {"workers": 0}]
-)
+@pytest.mark.parametrize("option", [{"jpeg_quality": 0}, {"jpeg_quality": 101}, {"max_resolution": 0}, {"limit": 0}])
 def test_wrong_options(image_folder, tmp_path, option):
     name, value = next(iter(option.items()))
     with pytest.raises(MisuseError, match=f"--{name.replace('_', '-')} {value}: expected 1 "):
         packed(image_folder, tmp_path, **option)
+
+
+def test_workers_are_0_for_every_core_or_more(image_folder, tmp_path):
+    assert packed(image_folder, tmp_path, workers=0).num_images == 24
+    with pytest.raises(MisuseError, match=r"--workers -1: expected 0 \(every core\) or more"):
+        packed(image_folder, tmp_path, workers=-1)
+
+
+@pytest.mark.parametrize("name", ["out.txt", "photo.jpg", "beton"])
+def test_out_must_be_named_beton(image_folder, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(MisuseError, match=rf"{name}: expected a name that ends with \.beton"):
+        pack(PackConfig(str(image_folder), tmp_path / name))
+    assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_out_must_not_be_a_folder(image_folder, tmp_path):

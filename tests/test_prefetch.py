@@ -1,5 +1,6 @@
 """The prefetcher: row i's target is image i's, view k's, for any order, and nothing outlives its epoch."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -79,8 +80,24 @@ def test_memory_is_the_window(store):
         order = block_shuffled_order(IMAGES, CHUNK, window_blocks(store, 9 * MIB_A_CHUNK), seed=0, epoch=0)
         assert sum(len(batch.image_ids) for batch in prefetcher.epoch(order)) == IMAGES
         assert sum(values.nbytes for values in prefetcher.buffer.values()) == 9 * MIB_A_CHUNK * 2**20
-        with pytest.raises(MisuseError, match=r"needs 26 chunks of .* at once .* more than the window's 0 MiB"):
+        with pytest.raises(MisuseError, match=r"--window-mib holds 9 chunks .* needs 26 at once: give --window-mib 1,"):
             prefetcher.epoch(np.random.default_rng(0).permutation(IMAGES))
+
+
+@pytest.mark.parametrize("batch_size", [8, 64, 100])
+def test_the_window_that_is_asked_for_suffices(store, monkeypatch, batch_size):
+    """Chunks count as 1 MiB each here, since they are smaller than the option's unit."""
+    monkeypatch.setattr(TargetStore, "chunk_bytes", property(lambda self: 2**20))
+
+    def epoch(window_mib: float) -> int:
+        order = block_shuffled_order(IMAGES, CHUNK, window_blocks(store, window_mib), seed=0, epoch=0)
+        with TargetPrefetcher(store, batch_size, window_mib=window_mib) as prefetcher:
+            return sum(len(batch.image_ids) for batch in prefetcher.epoch(order))
+
+    with pytest.raises(MisuseError, match=r"\(1\.0 MiB each\)") as caught:
+        epoch(1)
+    asked = re.search(r"give --window-mib (\d+)", str(caught.value))
+    assert epoch(float(asked[1])) == IMAGES
 
 
 def test_cached_chunks_are_read_once_and_others_every_epoch(store, monkeypatch):
