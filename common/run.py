@@ -47,12 +47,11 @@ def join_ranks() -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one, this rank's; else the CPU), or a torch device name. Raises MisuseError when it
-    is not there.
+    """``auto`` (CUDA where there is one, else the CPU), or a torch device name. CUDA without a number is this rank's GPU. The
+    GPU becomes the current one, which Triton launches on. Raises MisuseError when it is not there.
     """
     if name == "auto":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -63,10 +62,14 @@ def pick_device(name: str) -> torch.device:
         raise MisuseError(
             f"--device {name}: torch finds no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MisuseError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
-        )
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise MisuseError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
+            )
+        torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise MisuseError("--device mps: torch finds no Apple GPU here; use --device cpu")
     return device

@@ -25,9 +25,13 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """What is made the current device is noted."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return current
 
 
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
@@ -47,6 +51,18 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(MisuseError, match="this machine has 2 CUDA devices, numbered from 0"):
         pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 1), ("cuda", 1), ("cuda:0", 0)])
+def test_the_gpu_of_a_rank_becomes_the_current_one(monkeypatch, name, index):
+    """Triton launches on the current device, wherever the tensors are."""
+    current = with_two_gpus(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(name) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(MisuseError, match="this machine has 2 CUDA devices"):
+        pick_device("cuda")
 
 
 def test_an_apple_gpu_that_is_not_there(monkeypatch):
