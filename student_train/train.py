@@ -38,7 +38,7 @@ from .collapse import CollapseWatch
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
-from .pairing import PairingConfig, ViewPlan, plan_views
+from .pairing import PairingConfig, ViewPlan, choose_pairing, plan_views
 from .run_folder import RunFolder
 from .students import VIT_PATCH_SMALL, StudentConfig, build_student, check_input_size, describe_student
 
@@ -50,10 +50,11 @@ VIT_PATCH = 16
 class TrainConfig:
     """What to train, on what, and how. ``targets`` is the store; None when a branch is handed to ``train_student``.
 
-    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential
-    moving average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it
-    alone. ``freeze_prototypes`` keeps the student's prototypes still for so many epochs, as DINO does its last layer.
-    ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead.
+    ``pairing`` None is what the objective's paper has (``choose_pairing``). ``local_size`` None scales the recipe's local size
+    with the student's image size. ``average`` keeps an exponential moving average of the student with that decay beside it.
+    ``clip_grad`` bounds the gradient's norm, 0 leaves it alone. ``freeze_prototypes`` keeps the student's prototypes still for
+    so many epochs, as DINO does its last layer. ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory``
+    keeps all of them instead. ``checkpoint_every`` is in epochs.
     """
 
     data: Path
@@ -61,7 +62,7 @@ class TrainConfig:
     student: StudentConfig
     targets: Path | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    pairing: PairingConfig = field(default_factory=PairingConfig)
+    pairing: PairingConfig | None = None
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     epochs: int = 100
     local_size: int | None = None
@@ -71,7 +72,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"
     device: str = "auto"
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=256))
     window_mib: float = 256
     cache_in_memory: bool = False
     log_every: int = 10
@@ -135,6 +136,7 @@ class Trainer:
         num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
+        assert config.pairing is not None, "train_student chooses one"
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
@@ -204,7 +206,12 @@ def train_student(
                 "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
             )
         branch = CachedTargets(config.targets, data, device, config.window_mib, config.cache_in_memory)
-    if config.pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
+    fresh = (
+        False if branch.description["kind"] == "momentum" else None
+    )  # a copy of the student sees what the student sees
+    pairing = config.pairing or choose_pairing(config.objective.name, branch.recipe, branch.views, fresh=fresh)
+    config = replace(config, pairing=pairing)
+    if pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
             "the student's pixels differ slightly from the teacher's; use the same --loader for exact pairs"
@@ -223,7 +230,7 @@ def train_student(
     steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
     total_steps = steps_per_epoch * config.epochs
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images)
-    first = plan_views(config.pairing, branch.views, epoch=0)
+    first = plan_views(pairing, branch.views, epoch=0)
     branch.view_sets(first)  # refuses what it cannot serve, before anything is written
     for crops in crop_sets(config, branch, first):
         check_input_size(trainer.model.backbone, crops.size)
@@ -256,7 +263,7 @@ def train_student(
     try:
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
-            plan = plan_views(config.pairing, branch.views, epoch)
+            plan = plan_views(pairing, branch.views, epoch)
             pair_weights = plan.pair_weights.to(device)
             order = epoch_order(config, data.num_images, branch.window_blocks, epoch, ranks)[done * batch_size :]
             crops = crop_sets(config, branch, plan)

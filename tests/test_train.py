@@ -2,8 +2,9 @@
 
 import json
 import signal
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -578,3 +579,29 @@ def test_a_teacher_without_a_head_does_not_serve_dino(config, data, tmp_path):
     centred = replace(dino, centre="calibration")
     train_student(replace(config, targets=fitted.path, objective=centred, pairing=PairingConfig(), epochs=1))
     assert CachedTargets(fitted.path, data, CPU).space.teacher_temp is not None
+
+
+def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch):
+    """The README's snippet, and the same in words: one configuration, down to the pairing that the objective asks for."""
+    from rob import cli
+    from rob.student_train import train
+
+    given: list[TrainConfig] = []
+
+    def note_down(config, branch, progress):
+        given.append(config)
+        raise SystemExit
+
+    monkeypatch.setattr(train, "train_student", note_down)
+    for objective in ("embedding", "disco"):
+        out = tmp_path / objective
+        words = [config.data, "--targets", store.path, "--out", out, "--student", "resnet18", "--objective", objective]
+        monkeypatch.setattr(sys, "argv", ["rob", "train-student", *map(str, words)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = TrainConfig(config.data, out, StudentConfig("resnet18"), store.path, ObjectiveConfig(objective))
+        pairing = given[-1].pairing
+        assert replace(given[-1], pairing=None) == said
+        tiny = replace(config, out=out, objective=replace(config.objective, name=objective), epochs=1)
+        train_student(replace(tiny, pairing=None))
+        assert json.loads((out / "config.json").read_text())["pairing"] == asdict(pairing)
