@@ -52,7 +52,7 @@ def inspect_(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="With --sheet for a store: the .beton it was cached from.")] = None,
     recipe: o.RecipeName = "dino",
-    images: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="Images on the sheet, at most 64.")] = 6,
 ) -> None:
     """Show what a .beton or a target store holds."""
     from rob.common.contact_sheet import SheetConfig, contact_sheet
@@ -94,7 +94,7 @@ def views(
     grey: o.Grey = None,
     blur: o.Blur = None,
     solarise: o.Solarise = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to draw, spread over the data set.")] = 5,
+    images: Annotated[int, typer.Option(min=1, help="Images to draw, spread over the data set; at most 64.")] = 5,
     seed: o.Seed = 0,
 ) -> None:
     """Draw what a recipe does: crop boxes, crops, and how much paired views differ in scale.

@@ -29,6 +29,8 @@ DPI = 150
 MARGIN, GAP, LINE = 0.18, 0.07, 0.15
 """Inches: around the sheet, between tiles, and a line of small text."""
 CHART_HEIGHT = 2.2
+MOST_IMAGES = 64
+"""Images on a sheet: a picture of more is too tall to be drawn or looked at."""
 RATIO_IMAGES = 2000
 """Images whose pairs are in the histograms."""
 TILE, IMAGE = 1.0, 1.6
@@ -74,6 +76,12 @@ class SheetConfig:
         for name in ("images", "views", "neighbours", "search"):
             if getattr(self, name) < 1:
                 raise MisuseError(f"--{name} is {getattr(self, name)}, expected at least 1")
+        if self.images > MOST_IMAGES:
+            raise MisuseError(f"--images is {self.images}, expected at most {MOST_IMAGES}: a sheet is looked at by eye")
+        if self.out.suffix.lower() != ".png":
+            raise MisuseError(
+                f"{self.out}: expected a name that ends with .png, such as {self.out.with_suffix('.png')}"
+            )
 
 
 def contact_sheet(config: SheetConfig) -> Path:

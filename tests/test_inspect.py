@@ -288,6 +288,16 @@ def test_images_may_be_spread_over_the_data(data, store, tmp_path, drawn) -> Non
     assert all(np.array_equal(pixels, data.image(row)) for pixels, row in zip(shown, (0, 8, 16), strict=True))
 
 
+def test_a_sheet_is_a_png_of_some_images(tmp_path) -> None:
+    data = Path("a.beton")
+    assert SheetConfig(data, tmp_path / "a.PNG", images=64).images == 64
+    with pytest.raises(MisuseError, match="--images is 65, expected at most 64"):
+        SheetConfig(data, tmp_path / "a.png", images=65)
+    for name in ("x.txt", "x", "data.beton"):
+        with pytest.raises(MisuseError, match=rf"{name}: expected a name that ends with \.png, such as .*\.png"):
+            SheetConfig(data, tmp_path / name)
+
+
 def test_the_same_sheet_has_the_same_bytes(data, tmp_path) -> None:
     for name in ("a.png", "b.png"):
         contact_sheet(SheetConfig(data.path, tmp_path / name, images=1))
