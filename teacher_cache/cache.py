@@ -193,6 +193,12 @@ def _write_store(
         return
     _refuse_what_will_not_fit(config, data, teacher)
     writer = StoreWriter.open_or_resume(path, manifest)
+    batch_size = _batch_size(config, manifest.chunk_rows)
+    if batch_size != config.loader.batch_size:
+        progress.note(
+            f"batches of {batch_size} images, not {config.loader.batch_size}: "
+            f"a batch size must divide the {manifest.chunk_rows} images of a chunk"
+        )
     progress.plan(_plan(config, data, teacher, device, writer.rows_done))
     progress.rows(writer.rows_done, data.num_images)
 
@@ -245,8 +251,8 @@ def _chunks(
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
-    batch_size = max(b for b in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % b == 0)
-    loader = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=batch_size))
+    loader_config = replace(config.loader, batch_size=_batch_size(config, chunk_rows))
+    loader = ViewLoader(data, config.recipe, config.seed, loader_config)
     size = config.view_size or teacher.view_size
     embed = embedder(teacher, config.recipe, size, device, config.precision)
     parts: list[Tensor] = []
@@ -258,6 +264,11 @@ def _chunks(
             parts = []
             logits = None if teacher.prototypes is None else teacher.logits(embedding)
             yield embedding.cpu(), None if logits is None else logits.cpu()
+
+
+def _batch_size(config: CacheConfig, chunk_rows: int) -> int:
+    """The largest that is asked for and divides a chunk."""
+    return max(size for size in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % size == 0)
 
 
 def _bytes_per_view(config: CacheConfig, teacher: Teacher) -> dict[Path, int]:

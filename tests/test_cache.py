@@ -170,6 +170,17 @@ def test_the_batch_size_changes_nothing_but_rounding(data, headless, tmp_path) -
         np.testing.assert_allclose(first, other, atol=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(4, 4), (7, 4), (64, 8)])
+def test_another_batch_size_than_asked_for_is_told(data, headless, tmp_path, asked, taken) -> None:
+    notes = []
+    loader = LoaderConfig(batch_size=asked, workers=1)
+    cache_teacher(
+        tiny.tiny_cache_config(tmp_path / "a.zarr", data, headless, loader=loader), CacheProgress(note=notes.append)
+    )
+    told = [f"batches of {taken} images, not {asked}: a batch size must divide the 8 images of a chunk"]
+    assert notes == ([] if taken == asked else told)
+
+
 # ==== what happens on the way ====
 
 
