@@ -35,9 +35,11 @@ def detect(
     channels: Annotated[
         int, typer.Option(min=8, help="Of the pyramid and its heads: 256 as published, 64 on a CPU.")
     ] = 256,
-    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 12,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak; lower it when the loss stops being a number.")] = 2e-4,
+    lr: Annotated[
+        float, typer.Option(min=1e-8, max=10, help="Peak; lower it when the loss stops being a number.")
+    ] = 2e-4,
     seed: o.Seed = 0,
     out: Out = None,
     device: o.Device = "auto",

@@ -84,12 +84,13 @@ def linear(
             "--augment", help="Random crops and flips, as DINO does: a forward pass of every image in every epoch."
         ),
     ] = False,
-    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over TRAIN; 100 as DINO.")] = 100,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Learning rates to choose from; give it several times.")
+        list[float] | None,
+        typer.Option(min=1e-8, max=100, help="Learning rates to choose from, 0.001 to 0.1; give it several times."),
     ] = None,
     weight_decay: Annotated[
-        list[float] | None, typer.Option(help="Weight decays to choose from; give it several times.")
+        list[float] | None, typer.Option(min=0, max=1, help="Weight decays to choose from; give it several times.")
     ] = None,
     seed: o.Seed = 0,
     init: Init = "student",
@@ -143,7 +144,11 @@ def lowshot(
     test: Test = None,
     percent: Annotated[
         list[float] | None,
-        typer.Option(help="Of each class of TRAIN; give it several times. Default 1 and 10, if no --per-class."),
+        typer.Option(
+            min=0.001,
+            max=100,
+            help="Of each class of TRAIN; give it several times. Default 1 and 10, if no --per-class.",
+        ),
     ] = None,
     per_class: Annotated[
         list[int] | None, typer.Option(min=1, help="Images of each class; give it several times.")
@@ -153,7 +158,8 @@ def lowshot(
     ] = False,
     epochs: Annotated[int, typer.Option(min=1, help="With --finetune.")] = 30,
     lr: Annotated[
-        float, typer.Option(help="With --finetune, of the network; its classifier's is 10 times that.")
+        float,
+        typer.Option(min=1e-8, max=10, help="With --finetune, of the network; its classifier's is 10 times that."),
     ] = 1e-4,
     seeds: Annotated[int, typer.Option(min=1, help="Subsets: mean and deviation are over them.")] = 5,
     init: Init = "student",

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 Data = Annotated[Path, typer.Argument(metavar="DATA.beton", help="Images packed by rob pack.")]
-Workers = Annotated[int, typer.Option(help="Decoding threads (processes with --loader torch); 0 takes every core.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Decoding threads (processes with --loader torch); 0 takes every core.")
+]
 LoaderPath = Annotated[
     str,
     typer.Option(

@@ -45,7 +45,10 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) 
         raise unknown_name("optimiser", config.name, TIMM_NAMES)
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=_no_weight_decay(model))
+    weight_decay = (
+        config.weight_decay or config.weight_decay_end or 0.0
+    )  # 0 at the start marks no group as one that decays
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
     lr = config.lr * batch_size / LR_BATCH_SIZE
     return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum)
 
@@ -64,6 +67,7 @@ class Schedule:
         warmup_steps = round(steps_per_epoch * config.warmup_epochs)
         if warmup_steps >= self.total_steps:
             raise MisuseError(f"a warm-up of {config.warmup_epochs:g} epochs leaves nothing of a run of {epochs}")
+        self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
         self._cosine = CosineLRScheduler(
             optimiser,
             t_initial=self.total_steps - warmup_steps,
@@ -78,9 +82,8 @@ class Schedule:
         self._cosine.step_update(step)
         if self.config.weight_decay_end is not None:
             weight_decay = self.weight_decay(step)
-            for group in self.optimiser.param_groups:
-                if group["weight_decay"] > 0:
-                    group["weight_decay"] = weight_decay
+            for number in self._decayed:
+                self.optimiser.param_groups[number]["weight_decay"] = weight_decay
         return self.optimiser.param_groups[0]["lr"]
 
     def weight_decay(self, step: int) -> float:

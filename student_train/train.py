@@ -82,6 +82,8 @@ class TrainConfig:
         for name in ("epochs", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise MisuseError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if self.average is not None and not 0 < self.average < 1:
+            raise MisuseError(f"--average is {self.average:g}, expected a value between 0 and 1, such as 0.999")
 
 
 @dataclass(frozen=True)

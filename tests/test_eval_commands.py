@@ -255,3 +255,40 @@ def test_results_are_added_or_replaced_with_a_note(rob, data, run_folder):
     assert "replaced" not in rob(*knn, "--test", data.test).out
     assert "replaced" not in rob(*knn, "--test", data.test).out
     assert "knn.json: an earlier result with another test set is replaced" in rob(*knn).out
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [
+        *(("linear", "--lr", -1), ("linear", "--lr", 1e30), ("linear", "--weight-decay", -1)),
+        *(("lowshot", "--percent", 0), ("lowshot", "--percent", 101), ("lowshot", "--lr", -1), ("detect", "--lr", 0)),
+        ("knn", "--workers", -1),
+    ],
+)
+def test_values_out_of_range(rob, data, run_folder, task, option, value):
+    outcome = rob("eval", task, run_folder, data.train, option, value)
+    assert outcome.code == 2
+    assert f"Invalid value for '{option}'" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 70.3 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_sentence(rob, data, run_folder, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(network, "extract_features", fail)
+    outcome = rob("eval", "knn", run_folder, data.train, "--size", 48, *FAST)
+    assert outcome.code == 2
+    expected = "error: not enough memory for 16 images of 48 x 48 px at a time: lower --batch-size or --size\n"
+    assert outcome.err == expected
+    monkeypatch.setattr(network, "extract_features", lambda *_, **__: [][1])
+    with pytest.raises(IndexError):  # any other error stays what it is
+        rob("eval", "knn", run_folder, data.train, "--size", 48, *FAST)

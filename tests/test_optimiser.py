@@ -111,3 +111,14 @@ def test_average_forgets_its_random_start_and_then_lags():
         layer.weight.fill_(2.0)
     average.update(layer, 10_000)
     torch.testing.assert_close(average.module.weight, torch.full((2, 2), 1.01))
+
+
+def test_weight_decay_may_rise_from_0():
+    model = nn.Linear(3, 2)
+    config = OptimiserConfig(weight_decay=0.0, weight_decay_end=0.4, warmup_epochs=0)
+    optimiser = build_optimiser(model, config, batch_size=256)
+    schedule = Schedule(optimiser, config, steps_per_epoch=10, epochs=1)
+    for step, expected in ((0, 0.0), (5, 0.2), (9, 0.4 * 0.5 * (1 - math.cos(math.pi * 0.9)))):
+        schedule.step(step)
+        decay = {p.ndim: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+        assert decay == {1: 0.0, 2: pytest.approx(expected)}

@@ -605,3 +605,9 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
         tiny = replace(config, out=out, objective=replace(config.objective, name=objective), epochs=1)
         train_student(replace(tiny, pairing=None))
         assert json.loads((out / "config.json").read_text())["pairing"] == asdict(pairing)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_an_average_that_is_none(config, decay):
+    with pytest.raises(MisuseError, match=f"--average is {decay:g}, expected a value between 0 and 1"):
+        replace(config, average=decay)

@@ -112,7 +112,22 @@ class FrozenNetwork:
             return extract_features(self.embed, batches, start, stop, device=self.device, progress=count)
 
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
-        features = cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
+        try:
+            features = (
+                cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MisuseError(
+                f"not enough memory for {loader.batch_size} images of {self.size} x {self.size} px at a time: "
+                "lower --batch-size or --size"
+            ) from error
         if progress:
             progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
         return label_features(features, data.labels, data.manifest.classes)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
