@@ -206,6 +206,10 @@ def train_student(
     workers: o.Workers = 0,
     seed: o.Seed = 0,
     log_every: Annotated[int, typer.Option(min=1, help="Steps a log line.")] = 10,
+    checkpoint_every: Annotated[
+        int,
+        typer.Option(min=1, help="Epochs a checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not."),
+    ] = 1,
     window_mib: Annotated[
         float, typer.Option(min=1, help="Memory for targets read ahead. More shuffles better where a row is large.")
     ] = 256,
@@ -239,7 +243,7 @@ def train_student(
     """Stage 2: train a student from cached targets, from the live teacher, or without one."""
     from rob.common.beton import Beton
     from rob.common.loader import LoaderConfig
-    from rob.common.run import pick_device
+    from rob.common.run import pick_device, stopped_by_sigterm
     from rob.common.views import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares, worst_share
     from rob.student_train.objectives import ObjectiveConfig
@@ -330,6 +334,7 @@ def train_student(
         window_mib=window_mib,
         cache_in_memory=cache_in_memory,
         log_every=log_every,
+        checkpoint_every=checkpoint_every,
     )
     say_which_loader(config.loader)
     with bar("training", "steps") as update:
@@ -338,7 +343,8 @@ def train_student(
             speed = f"{line['images_per_second']:,.0f} images/s"
             update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
 
-        result = run(config, branch, TrainProgress(log=log, note=note))
+        with stopped_by_sigterm():
+            result = run(config, branch, TrainProgress(log=log, note=note))
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:
         note(f"{describe_shares(result.shares)}. {result.advice}")

@@ -4,6 +4,7 @@ import os
 import platform
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -101,19 +102,48 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 @contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM, a cluster's or a container's way to end a job, is a Ctrl-C; the process then exits with 143."""
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+    process, received = os.getpid(), []
+
+    def interrupt(*_: object) -> None:
+        if os.getpid() != process:  # a forked worker has nothing to save
+            os._exit(143)
+        received.append(True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if received:
+            sys.exit(143)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, so that what is inside happens wholly or not at all."""
+    """Holds Ctrl-C and SIGTERM back until the end of the block, so that what is inside happens wholly or not at all."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield
         return
     held_back = []
-    before = signal.signal(signal.SIGINT, lambda *_: held_back.append(True))
+    before = {
+        number: signal.signal(number, lambda number, _: held_back.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if held_back:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(held_back[0])
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from rob.common.run import (
     join_ranks,
     pick_device,
     seed_everything,
+    stopped_by_sigterm,
     uninterrupted,
     versions,
 )
@@ -126,6 +127,24 @@ def test_ctrl_c_waits_for_the_end_of_the_block():
     assert done == ["the rest of the block"]
     with pytest.raises(KeyboardInterrupt):  # and then it is as ever
         signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_is_a_ctrl_c_that_ends_with_143():
+    before = signal.getsignal(signal.SIGTERM)
+    done = []
+    with pytest.raises(SystemExit) as ended, stopped_by_sigterm():
+        try:
+            with uninterrupted():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("the rest of the block")
+        except KeyboardInterrupt:
+            done.append("saved")
+            raise
+    assert ended.value.code == 143
+    assert done == ["the rest of the block", "saved"]
+    with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_in_the_block_is_not_swallowed():

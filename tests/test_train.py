@@ -29,6 +29,7 @@ from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.objectives.embedding import EmbeddingObjective
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.pairing import PairingConfig, plan_views
+from rob.student_train.run_folder import RunFolder
 from rob.student_train.students import StudentConfig
 from rob.student_train.train import TrainConfig, Trainer, TrainProgress, TrainResult, crop_sets, train_student
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
@@ -611,3 +612,41 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
 def test_an_average_that_is_none(config, decay):
     with pytest.raises(MisuseError, match=f"--average is {decay:g}, expected a value between 0 and 1"):
         replace(config, average=decay)
+
+
+def test_sigterm_saves_and_the_command_goes_on(config, data, store, tmp_path, monkeypatch):
+    """In the middle of an epoch, and with checkpoints that are further apart."""
+    from rob import cli
+
+    step, stop_at = Trainer.step, 4
+
+    def terminated(self, number, *rest):
+        if number == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number, *rest)
+
+    def outcome(out: Path) -> int:
+        words = [data.path, "--targets", store.path, "--out", out, "--student", "test_resnet", "--image-size", 32]
+        fast = ["--epochs", 3, "--batch-size", 8, "--hidden-dim", 16, "--workers", 1, "--log-every", 1]
+        options = [*fast, "--loader", "torch", "--device", "cpu", "--checkpoint-every", 3, "--drop-path", 0.2]
+        monkeypatch.setattr(sys, "argv", ["rob", "train-student", *map(str, words + options)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert outcome(whole) == 0
+    monkeypatch.setattr(Trainer, "step", terminated)
+    assert outcome(stopped) == 143
+    stop_at = -1
+    assert len(log_of(stopped)) == 5  # the step that the signal came in is whole
+    assert not (stopped / "student.safetensors").exists()
+    assert outcome(stopped) == 0
+    assert curve(stopped) == curve(whole)
+    checkpoints: list[int] = []
+    save = RunFolder.save
+    monkeypatch.setattr(
+        RunFolder, "save", lambda self, state, step: (checkpoints.append(step), save(self, state, step))
+    )
+    assert outcome(tmp_path / "again") == 0
+    assert checkpoints == [9, 9]  # after three epochs, and at the end
