@@ -208,7 +208,11 @@ def bar(what: str, unit: str) -> Iterator[Any]:
             rate = f"{(done - first[0][0]) / passed:,.0f} {unit}/s" if passed > 0.5 else ""
             progress.update(task, completed=done, total=total, rate=text or rate)
 
-        yield update
+        try:
+            yield update
+        finally:
+            if not first:  # what failed at once, or was done already, has no progress to show
+                progress.update(task, visible=False)
 
 
 from rob import cli_compare, cli_detect, cli_eval, cli_measure, cli_sweep, cli_train  # noqa: E402, F401  (they add commands)

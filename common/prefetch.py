@@ -7,7 +7,6 @@ the order of first use and given back after the last batch that uses its chunk.
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class TargetPrefetcher:
     - ``window_mib``: the most memory that decompressed chunks take. Ignored with ``cache_in_memory``, which keeps every
       chunk from one epoch to the next; MisuseError when the machine's memory cannot hold the store.
 
-    `wait_seconds` is the time that the consumer has waited for targets so far. Use as a context manager, or `close`.
+    Use as a context manager, or `close`.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class TargetPrefetcher:
         self.store, self.batch_size, self.threads = store, batch_size, threads
         self.columns = columns
         self.device, self.cache_in_memory = torch.device(device), cache_in_memory
-        self.wait_seconds = 0.0
         slots = min(_slots(store, window_mib), store.manifest.num_chunks)
         if cache_in_memory:
             slots = store.manifest.num_chunks
@@ -96,10 +94,7 @@ class TargetPrefetcher:
     def _batches(self, epoch: "_Epoch") -> Iterator[TargetBatch]:
         try:
             for _ in range(epoch.num_batches):
-                started = time.perf_counter()
-                batch = epoch.take()
-                self.wait_seconds += time.perf_counter() - started
-                yield batch
+                yield epoch.take()
         finally:
             epoch.stop()
 

@@ -107,15 +107,6 @@ class Teacher(nn.Module):
             )
         return embedding @ self.prototypes.T
 
-    def attach_prototypes(self, prototypes: Tensor, teacher_temp: float) -> None:
-        """Give a teacher fitted prototypes (K, dim); ``weights_hash`` stays that of the network."""
-        if prototypes.ndim != 2 or prototypes.shape[1] != self.dim:
-            raise MisuseError(
-                f"prototypes of shape {tuple(prototypes.shape)} do not fit teacher {self.name}, whose dim is {self.dim}"
-            )
-        self.prototypes = prototypes.float().to(next(self.parameters()).device)
-        self.teacher_temp = teacher_temp
-
 
 def load_teacher(config: TeacherConfig) -> Teacher:
     """The teacher of ``config``, on the CPU.

@@ -150,12 +150,6 @@ def test_a_damaged_chunk_reaches_the_consumer(tmp_path):
     assert threading.active_count() == threads
 
 
-def test_waiting_is_measured(store):
-    with TargetPrefetcher(store, 8) as prefetcher:
-        list(prefetcher.epoch(np.arange(IMAGES)))
-        assert prefetcher.wait_seconds > 0
-
-
 def test_a_store_larger_than_memory_is_not_cached(store, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 100)
     with pytest.raises(MisuseError, match="leave out --cache-in-memory"):

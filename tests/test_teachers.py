@@ -226,15 +226,7 @@ def test_the_stand_ins_file_is_timms_network_in_the_same_order() -> None:
     assert [(name.split(".")[-1], tensor.shape) for name, tensor in published.items()] == kinds
 
 
-def test_prototypes_can_be_attached(checkpoint: Path) -> None:
+def test_a_teacher_without_prototypes_has_no_logits(checkpoint: Path) -> None:
     teacher: Teacher = load_teacher(TeacherConfig("resnet10t", checkpoint))
-    weights_hash = teacher.weights_hash
     with pytest.raises(MisuseError, match="has no prototypes"):
         teacher.logits(torch.randn(2, 512))
-    with pytest.raises(MisuseError, match=r"\(7, 64\) do not fit"):
-        teacher.attach_prototypes(torch.randn(7, 64), 0.05)
-    rows = torch.randn(7, 512)
-    teacher.attach_prototypes(rows, 0.05)
-    embedding = teacher(torch.randn(2, 3, 32, 32))
-    torch.testing.assert_close(teacher.logits(embedding), embedding @ rows.T)
-    assert (teacher.num_prototypes, teacher.teacher_temp, teacher.weights_hash) == (7, 0.05, weights_hash)
