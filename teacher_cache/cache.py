@@ -224,7 +224,7 @@ def _write_store(
             progress.rows(writing.result(), data.num_images)
     if dead:
         progress.note(
-            f"{dead:,} views have an all-zero embedding, of which a student learns nothing: "
+            f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
             f"a --view-size above {manifest.view_size} leaves the teacher more to see"
         )
     statistics = writer.statistics
