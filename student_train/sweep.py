@@ -241,8 +241,8 @@ def draw_heat_map(config: SweepConfig, rows: Sequence[SweepRow], out: Path) -> N
     axes.imshow(grid, cmap="Blues", vmin=low - 0.5 * (high - low) - 0.1, vmax=high + 0.1, aspect="auto")
     for i, j in product(range(len(down.values)), range(len(across.values))):
         if (down.values[i], across.values[j]) in best:
-            bright = grid[i][j] > low + 0.6 * (high - low)
-            axes.text(j, i, f"{grid[i][j]:.1f}", ha="center", va="center", color="white" if bright else "black")
+            dark = grid[i][j] > low + 0.4 * (high - low)
+            axes.text(j, i, f"{grid[i][j]:.1f}", ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(across.values)), across.values)
     axes.set_yticks(range(len(down.values)), down.values)
     axes.set(xlabel=across.option, ylabel=down.option, title="k-NN top-1, %")
