@@ -342,7 +342,6 @@ def frozen_network(
     """What ``rob eval`` measures, by the words on the command line."""
     from rob.common.errors import unknown_name
     from rob.common.run import pick_device
-    from rob.common.weights import hash_weights
     from rob.student_train.checkpoint import load_student
     from rob.student_train.evaluate.network import FrozenNetwork
     from rob.teacher_cache.teachers import TeacherConfig, load_teacher
@@ -360,7 +359,5 @@ def frozen_network(
         if teacher is None:
             raise MisuseError("rob eval ... teacher needs --teacher NAME (rob teachers lists them)")
         model = load_teacher(TeacherConfig(teacher, checkpoint)).to(where)
-        backbone = model.backbone  # without its head, as DINO evaluates, and as students are measured
-        source = hash_weights(backbone.state_dict())
-        return FrozenNetwork(model.name, backbone, size or model.view_size, model.mean, model.std, source, where)
+        return FrozenNetwork.teacher(model, size or model.view_size, where)
     return FrozenNetwork.student(Path(what), where, size)

@@ -170,8 +170,7 @@ def random_student(config: AblationConfig, student: str) -> dict[str, float]:
 def teacher(config: AblationConfig) -> dict[str, float]:
     device = pick_device(config.device)
     loaded = load_teacher(TEACHER).to(device)
-    size, mean_, std = config.teacher_size, loaded.mean, loaded.std
-    return measured(config, FrozenNetwork(TEACHER.name, loaded, size, mean_, std, loaded.weights_hash, device))
+    return measured(config, FrozenNetwork.teacher(loaded, config.teacher_size, device))
 
 
 if __name__ == "__main__":

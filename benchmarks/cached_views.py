@@ -9,7 +9,7 @@ The online teacher sees a new view of every image in every epoch: what a cache g
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -104,9 +104,7 @@ def run(config: CachedViewsConfig) -> Report:
                 }
             )
             print(rows[-1], flush=True)
-    network = FrozenNetwork(
-        "teacher", teacher, config.teacher_size, teacher.mean, teacher.std, teacher.weights_hash, device
-    )
+    network = replace(FrozenNetwork.teacher(teacher, config.teacher_size, device), name="teacher")
     pixels = FrozenNetwork.pixels(config.student.image_size, device)
     for reference in (network, pixels):
         train, test = (reference.features(path, loader) for path in (config.train, config.test))

@@ -130,9 +130,7 @@ def run(config: DemoConfig, screen: DemoScreen) -> dict[str, Any]:
         "pixels": FrozenNetwork.pixels(STUDENT.image_size, device),
         "random_student": random_student,
         "student": FrozenNetwork.student(trained.weights, device),
-        "teacher": FrozenNetwork(
-            teacher.name, teacher, TEACHER_SIZE, teacher.mean, teacher.std, teacher.weights_hash, device
-        ),
+        "teacher": FrozenNetwork.teacher(teacher, TEACHER_SIZE, device),
     }
     accuracy: dict[str, float] = {}
     with stage("evaluate", "4. k-NN on the frozen features (k = 20)"):

@@ -217,8 +217,7 @@ def teacher_top1(config: MomentumBenchConfig) -> float:
 
     device = pick_device(config.device)
     loaded = load_teacher(TEACHER).to(device)
-    size, mean_, std = config.teacher_size, loaded.mean, loaded.std
-    return top1(config, FrozenNetwork(TEACHER.name, loaded, size, mean_, std, loaded.weights_hash, device))
+    return top1(config, FrozenNetwork.teacher(loaded, config.teacher_size, device))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from .augment import augment
 from .beton import Beton
 from .errors import MisuseError
 from .loader import LoaderConfig, ViewLoader, ViewSet
@@ -226,11 +225,11 @@ def render_views(
     loader = ViewLoader(data, recipe, seed, LoaderConfig(path, batch_size=16, workers=2))
     pixels = {}
     for batch in loader.epoch(image_ids, [ViewSet(ids, size) for size, ids in sets]):
-        for (size, ids), views, colour in zip(sets, batch.views, batch.colour, strict=True):
+        for number, (size, ids) in enumerate(sets):
             crop = recipe.local_crop if ids[0] >= LOCAL else recipe.global_crops[0]
             assert crop is not None
-            seen = augment(views.flatten(0, 1), colour.flatten(0, 1), size / crop.size, torch.zeros(3), torch.ones(3))
-            seen = seen.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, views.shape[:2]).numpy()
+            seen = batch.augment(number, size / crop.size, torch.zeros(3), torch.ones(3))
+            seen = seen.mul_(255).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
             pixels |= {(int(i), v): seen[row, n] for row, i in enumerate(batch.image_ids) for n, v in enumerate(ids)}
     return pixels
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,15 @@ from .features import (
     label_features,
 )
 from .views import evaluation_batches
+
+
+class TeacherWithBackbone(Protocol):
+    """What is measured of a teacher: ``teacher_cache.teachers.Teacher`` has it, and the two stages stay apart."""
+
+    name: str
+    backbone: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -48,15 +58,7 @@ class FrozenNetwork:
     def student(cls, run_or_weights: Path, device: torch.device, size: int | None = None) -> "FrozenNetwork":
         """The trained student of a run folder or a weights file. MisuseError as ``load_student``."""
         backbone, info = load_student(run_or_weights, device)
-        return cls(
-            info.name,
-            backbone,
-            size or info.image_size,
-            info.mean,
-            info.std,
-            hash_weights(backbone.state_dict()),
-            device,
-        )
+        return cls._of(info.name, backbone, size or info.image_size, info.mean, info.std, device)
 
     @classmethod
     def random_student(cls, config: StudentConfig, seed: int, device: torch.device) -> "FrozenNetwork":
@@ -68,15 +70,24 @@ class FrozenNetwork:
         """The network that ``info`` describes with random weights."""
         torch.manual_seed(seed)
         backbone = create_student(info).to(device).eval()
-        return cls(
-            f"random {info.name}",
-            backbone,
-            size or info.image_size,
-            info.mean,
-            info.std,
-            hash_weights(backbone.state_dict()),
-            device,
-        )
+        return cls._of(f"random {info.name}", backbone, size or info.image_size, info.mean, info.std, device)
+
+    @classmethod
+    def teacher(cls, teacher: TeacherWithBackbone, size: int, device: torch.device) -> "FrozenNetwork":
+        """A teacher, which is on ``device``, without its head: as DINO evaluates, and as students are measured."""
+        return cls._of(teacher.name, teacher.backbone, size, teacher.mean, teacher.std, device)
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        backbone: nn.Module,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+    ) -> "FrozenNetwork":
+        return cls(name, backbone, size, mean, std, hash_weights(backbone.state_dict()), device)
 
     def features(
         self,
