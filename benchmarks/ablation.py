@@ -1,9 +1,11 @@
 """Which objective, pairing, centre, and student or its average: k-NN and linear accuracy on real images, over seeds.
 
-    python benchmarks/ablation.py TRAIN.beton TEST.beton runs/ablation [--seeds 3] [--students test_resnet ...]
+    python benchmarks/ablation.py TRAIN.beton TEST.beton runs/ablation [--seeds 3] [--epochs 6]
+        [--students test_resnet:bf16 test_vit]
 
 One teacher is cached once, and every run reads that store. A run that is done is not done again: killed, or called with more
-seeds, it goes on. The EMA of the student comes from the same run.
+seeds or students, it goes on. The EMA of the student comes from the same run. A student's name may be followed by the precision
+that it trains fastest in on this machine.
 """
 
 import argparse
@@ -76,6 +78,7 @@ class AblationConfig:
     test: Path
     out: Path
     students: tuple[str, ...] = ("test_resnet", "test_vit")
+    """Names, each with ``:bf16`` or nothing behind it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 6
     views: int = 4
@@ -91,8 +94,8 @@ def run(config: AblationConfig) -> Report:
     rows = []
     for student in config.students:
         rows.append({"student": student, "setting": "(random weights)", **random_student(config, student)})
-        for setting in SETTINGS:
-            results = [one_run(config, store, student, setting, seed) for seed in config.seeds]
+        done = [[one_run(config, store, student, setting, seed) for setting in SETTINGS] for seed in config.seeds]
+        for setting, results in zip(SETTINGS, zip(*done, strict=True), strict=True):
             row: dict[str, Any] = {"student": student, "setting": setting.label}
             for measure in ("knn_top1", "linear_top1", "average_knn_top1", "average_linear_top1"):
                 values = [result[measure] for result in results]
@@ -126,18 +129,20 @@ def cached_store(config: AblationConfig) -> Path:
 
 
 def one_run(config: AblationConfig, store: Path, student: str, setting: Setting, seed: int) -> dict[str, float]:
-    folder = config.out / student / setting.label.replace(" ", "_") / str(seed)
+    folder = config.out / student.replace(":", "_") / setting.label.replace(" ", "_") / str(seed)
     done = folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
+    name, _, precision = student.partition(":")
     training = TrainConfig(
         data=config.train,
         out=folder,
         targets=store,
-        student=StudentConfig(student, image_size=32, small_images=True),
+        student=StudentConfig(name, image_size=32, small_images=True),
+        precision=precision or "fp32",
         objective=ObjectiveConfig(setting.name, **setting.options),
         pairing=PairingConfig(setting.pairing, targets=1 if setting.pairing == "same" else 2),
-        optimiser=OptimiserConfig(lr=3e-3 if "resnet" in student else 1e-3, warmup_epochs=1),
+        optimiser=OptimiserConfig(lr=3e-3 if "resnet" in name else 1e-3, warmup_epochs=1),
         epochs=config.epochs,
         average=AVERAGE,
         seed=seed,
@@ -163,7 +168,7 @@ def measured(config: AblationConfig, network: FrozenNetwork) -> dict[str, float]
 
 
 def random_student(config: AblationConfig, student: str) -> dict[str, float]:
-    student_config = StudentConfig(student, image_size=32, small_images=True)
+    student_config = StudentConfig(student.partition(":")[0], image_size=32, small_images=True)
     return measured(config, FrozenNetwork.random_student(student_config, 0, pick_device(config.device)))
 
 
@@ -179,7 +184,7 @@ if __name__ == "__main__":
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--students", nargs="+", default=["test_resnet", "test_vit"])
+    parser.add_argument("--students", nargs="+", default=["test_resnet:bf16", "test_vit"])
     parser.add_argument("--epochs", type=int, default=6)
     given = parser.parse_args()
     report = run(
