@@ -39,6 +39,18 @@ AVERAGE = 0.99
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How a kind of student learns most in few steps."""
+
+    lr: float
+    batch_size: int
+    warmup_epochs: float
+
+
+CNN, VIT = Schedule(3e-3, 128, 1), Schedule(4e-3, 64, 0.5)
+
+
+@dataclass(frozen=True)
 class Setting:
     """What one row of the table varies."""
 
@@ -84,7 +96,6 @@ class AblationConfig:
     views: int = 4
     teacher_size: int = 64
     prototypes: int = 1024
-    batch_size: int = 128
     device: str = "auto"
 
 
@@ -108,7 +119,8 @@ def run(config: AblationConfig) -> Report:
         "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.prototypes} fitted prototypes",
         "images": Beton(config.train).num_images,
         "test_images": Beton(config.test).num_images,
-        **{name: value for name, value in asdict(config).items() if name in ("epochs", "views", "batch_size", "seeds")},
+        **{name: value for name, value in asdict(config).items() if name in ("epochs", "views", "seeds")},
+        "schedules": {"CNN": asdict(CNN), "ViT": asdict(VIT)},
         "average": AVERAGE,
     }
     return Report.of("ablation", device, work, rows, {})
@@ -134,6 +146,7 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
     if done.exists():
         return json.loads(done.read_text())
     name, _, precision = student.partition(":")
+    schedule = VIT if "vit" in name else CNN
     training = TrainConfig(
         data=config.train,
         out=folder,
@@ -142,12 +155,12 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
         precision=precision or "fp32",
         objective=ObjectiveConfig(setting.name, **setting.options),
         pairing=PairingConfig(setting.pairing, targets=1 if setting.pairing == "same" else 2),
-        optimiser=OptimiserConfig(lr=3e-3 if "resnet" in name else 1e-3, warmup_epochs=1),
+        optimiser=OptimiserConfig(lr=schedule.lr, warmup_epochs=schedule.warmup_epochs),
         epochs=config.epochs,
         average=AVERAGE,
         seed=seed,
         device=config.device,
-        loader=LoaderConfig(batch_size=config.batch_size),
+        loader=LoaderConfig(batch_size=schedule.batch_size),
         checkpoint_every=config.epochs,
     )
     start = perf_counter()
