@@ -1,14 +1,16 @@
 """Training without a teacher on small real images: does it collapse, and which views suit a small network?
 
-    python benchmarks/momentum.py TRAIN.beton TEST.beton runs/momentum [--students resnet18 mobilenetv2_100] [--seeds 1]
-        [--epochs 20] [--num-local 2] [--precision bf16] [--only collapse|views]
+    python benchmarks/momentum.py TRAIN.beton TEST.beton runs/momentum [--students resnet18:bf16 mobilenetv2_100] [--seeds 1]
+        [--epochs 20] [--image-size 32] [--num-local 2] [--only collapse|views]
 
 Two tables. ``collapse``: DINO, SwAV and MoCo-v2 with ``--targets momentum``; k-NN of the student and of its momentum copy
 beside the random network and the pixels, and the targets' entropies at the end. ``views``: DINO against a momentum copy and
 against cached targets of a teacher, each with the views of recipe ``dino`` and of ``sslight``, in as many steps.
 
-Images of 32 px have crops of 32 px; local ones are smaller in the paper's proportion (96/224 and 128/224), rounded to what a
-ViT's patches of 4 px fill: 12 and 20 px. A run that is done is not done again: killed, or called with more, it goes on.
+Local crops are smaller than global ones in the paper's proportion (96/224 and 128/224), rounded to what a ViT's patches of
+4 px fill: 12 and 20 px beside 32. Crops, test images and pixels have ``--image-size``: 16 is a quarter of the work, or less. A student's
+name may be followed by the precision that it trains fastest in on this machine. A run that is done is not done again: killed,
+or called with more, it goes on.
 """
 
 import argparse
@@ -83,23 +85,26 @@ class MomentumBenchConfig:
     test: Path
     out: Path
     students: tuple[str, ...] = ("resnet18", "mobilenetv2_100")
+    """Names, each with ``:bf16`` or nothing behind it."""
     seeds: tuple[int, ...] = (0,)
     epochs: int = 20
+    image_size: int = 32
     batch_size: int = 64
     num_local: int | None = None
     tables: tuple[str, ...] = ("collapse", "views")
     views: int = 4
     teacher_size: int = 64
-    precision: str = "fp32"
     device: str = "auto"
 
 
 def run(config: MomentumBenchConfig) -> Report:
     device = pick_device(config.device)
-    rows = [{"table": "-", "student": "(pixels)", "knn_top1": top1(config, FrozenNetwork.pixels(32, device))}]
+    rows = [
+        {"table": "-", "student": "(pixels)", "knn_top1": top1(config, FrozenNetwork.pixels(config.image_size, device))}
+    ]
     for table in config.tables:
         for student in config.students:
-            network = FrozenNetwork.random_student(student_config(student), 0, device)
+            network = FrozenNetwork.random_student(student_config(config, student), 0, device)
             rows.append(
                 {"table": table, "student": student, "setting": "(random weights)", "knn_top1": top1(config, network)}
             )
@@ -115,7 +120,7 @@ def run(config: MomentumBenchConfig) -> Report:
         "test_images": Beton(config.test).num_images,
         "prototypes": PROTOTYPES,
         "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.views} views cached",
-        **{name: asdict(config)[name] for name in ("epochs", "batch_size", "seeds", "num_local", "precision")},
+        **{name: asdict(config)[name] for name in ("epochs", "image_size", "batch_size", "seeds", "num_local")},
     }
     return Report.of("momentum", device, work, rows, {})
 
@@ -128,16 +133,17 @@ def summary(results: list[dict[str, float]]) -> dict[str, Any]:
     return row
 
 
-def student_config(name: str) -> StudentConfig:
-    return StudentConfig(name, image_size=32, small_images=True)
+def student_config(config: MomentumBenchConfig, student: str) -> StudentConfig:
+    return StudentConfig(student.partition(":")[0], image_size=config.image_size, small_images=True)
 
 
 def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: int) -> dict[str, float]:
     """Train and measure, or read what was measured before."""
-    folder = config.out / student / setting.label.replace(" ", "_") / str(seed)
+    folder = config.out / student.replace(":", "_") / setting.label.replace(" ", "_") / str(seed)
     done = folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
+    precision = student.partition(":")[2] or "fp32"
     objective = ObjectiveConfig(setting.objective)
     if setting.objective == "dino":
         objective = replace(objective, centre="running" if setting.targets == "momentum" else "calibration")
@@ -145,7 +151,7 @@ def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: i
     training = TrainConfig(
         data=config.train,
         out=folder,
-        student=student_config(student),
+        student=student_config(config, student),
         objective=objective,
         pairing=PairingConfig(
             "cross", 2, num_local, fresh=setting.targets == "cached", global_weight=setting.alpha if num_local else None
@@ -154,13 +160,15 @@ def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: i
         epochs=config.epochs,
         freeze_prototypes=0 if setting.objective == "moco" else 1,
         seed=seed,
-        precision=config.precision,
+        precision=precision,
         device=config.device,
         loader=LoaderConfig(batch_size=config.batch_size),
     )
     warnings: list[str] = []
     start = perf_counter()
-    trained = train_student(training, branch_of(config, setting, objective, seed), TrainProgress(note=warnings.append))
+    trained = train_student(
+        training, branch_of(config, setting, objective, seed, precision), TrainProgress(note=warnings.append)
+    )
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     device = pick_device(config.device)
     result = {"knn_top1": top1(config, FrozenNetwork.student(trained.weights, device))}
@@ -175,7 +183,9 @@ def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: i
     return result
 
 
-def branch_of(config: MomentumBenchConfig, setting: Setting, objective: ObjectiveConfig, seed: int) -> TargetBranch:
+def branch_of(
+    config: MomentumBenchConfig, setting: Setting, objective: ObjectiveConfig, seed: int, precision: str
+) -> TargetBranch:
     device, recipe = pick_device(config.device), get_recipe(setting.recipe)
     if setting.targets == "cached":
         return CachedTargets(cached_store(config, setting.recipe), Beton(config.train), device)
@@ -187,7 +197,7 @@ def branch_of(config: MomentumBenchConfig, setting: Setting, objective: Objectiv
         momentum_end=momentum if usual.momentum == usual.momentum_end and momentum else usual.momentum_end,
         warmup_teacher_temp_epochs=min(usual.warmup_teacher_temp_epochs, config.epochs // 4),
     )
-    return MomentumBranch(objective, recipe, seed, device, changed, config.precision)
+    return MomentumBranch(objective, recipe, seed, device, changed, precision)
 
 
 def cached_store(config: MomentumBenchConfig, recipe: str) -> Path:
@@ -214,7 +224,6 @@ def top1(config: MomentumBenchConfig, network: FrozenNetwork) -> float:
 
 
 def teacher_top1(config: MomentumBenchConfig) -> float:
-
     device = pick_device(config.device)
     loaded = load_teacher(TEACHER).to(device)
     return top1(config, FrozenNetwork.teacher(loaded, config.teacher_size, device))
@@ -230,14 +239,13 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-local", type=int)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--only", choices=tuple(TABLES))
     given = parser.parse_args()
     report = run(
         MomentumBenchConfig(
             given.train, given.test, given.out, tuple(given.students), tuple(range(given.seeds)), given.epochs,
-            given.batch_size, given.num_local, (given.only,) if given.only else tuple(TABLES),
-            precision=given.precision,
+            given.image_size, given.batch_size, given.num_local, (given.only,) if given.only else tuple(TABLES),
         )
     )  # fmt: skip
     report.show()
