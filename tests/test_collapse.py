@@ -71,6 +71,14 @@ def test_the_watch_is_patient_and_tells_once():
     assert told == [first + 1 + PATIENCE]
 
 
+@pytest.mark.parametrize(("share", "warns"), [(0.98, True), (0.9, False)])
+def test_a_teacher_too_warm_settles_just_below_uniform(share, warns):
+    """As seen with temperature .07 after 800 steps on CIFAR-10."""
+    watch = CollapseWatch(K, 100)
+    line = {"target_entropy": share * math.log(K), "mean_target_entropy": math.log(K)}
+    assert any(watch.look(line | {"step": step}) for step in range(1, 101)) == warns
+
+
 # ==== forced, in a run ====
 
 
