@@ -8,9 +8,9 @@ beside the random network and the pixels, and the targets' entropies at the end.
 against cached targets of a teacher, each with the views of recipe ``dino`` and of ``sslight``, in as many steps.
 
 Local crops are smaller than global ones in the paper's proportion (96/224 and 128/224), rounded to what a ViT's patches of
-4 px fill: 12 and 20 px beside 32. Crops, test images and pixels have ``--image-size``: 16 is a quarter of the work, or less. A student's
-name may be followed by the precision that it trains fastest in on this machine. A run that is done is not done again: killed,
-or called with more, it goes on.
+4 px fill: 12 and 20 px beside 32. Crops, test images and pixels have ``--image-size``: 16 is a quarter of the work, or less. A
+student's name may be followed by the precision that it trains fastest in on this machine. A run that is done is not done
+again: killed, or called with more, it goes on.
 """
 
 import argparse
