@@ -97,9 +97,9 @@ def _target(teacher: EmbeddingTarget, kind: str) -> Target:
     if kind == "dense":
         return DenseTarget(logits.half())
     largest, ids = logits.topk(64, dim=2)
-    temps = torch.tensor([0.04, 0.07], device=logits.device)
+    temps = (0.04, 0.07)
     rest = logits.scatter(2, ids, -torch.inf)
-    tail = torch.stack([torch.logsumexp(rest / temp, dim=2) for temp in temps.tolist()], dim=2)
+    tail = torch.stack([torch.logsumexp(rest / temp, dim=2) for temp in temps], dim=2)
     return TopKTarget(ids, largest.half(), tail, temps, logits.shape[2])
 
 

@@ -25,8 +25,9 @@ from numcodecs import Blosc, Zstd
 from torch import Tensor
 
 from rob.benchmarks.report import Report, median_of
-from rob.common.encodings import Encoding, fidelity, tail_at
+from rob.common.encodings import Encoding, fidelity
 from rob.common.images import PackConfig, pack
+from rob.common.ladder import tail_at
 from rob.common.order import block_shuffled_order
 from rob.common.prefetch import TargetPrefetcher, window_blocks
 from rob.common.run import pick_device

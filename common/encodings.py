@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from .errors import FailureError, MisuseError
+from .ladder import LADDER, tail_at
 
 KINDS = ("embedding", "topk", "dense")
 EMBEDDING_DTYPES = ("float32", "float16", "int8")
-
-LADDER = (0.025, 0.04, 0.055, 0.07, 0.1)
-"""Teacher temperatures at which a `topk` tail is stored: MSN's effective .025, DINO's .04 to .07, and SwAV's .1."""
 
 
 @dataclass(frozen=True)
@@ -140,28 +138,6 @@ class Encoding:
 def _widen(values: Tensor) -> Tensor:
     """float32 for stored floats and int8 steps, int64 for ids."""
     return values.to(torch.int64 if values.dtype in (torch.uint16, torch.uint32) else torch.float32)
-
-
-def tail_at(tail: Tensor, temps: tuple[float, ...], temp: float) -> Tensor:
-    """The tail's log-sum-exp (...) at ``temp``, from its values (..., T) at the ladder ``temps``.
-
-    As a function of beta = 1 / temp it is smooth and convex (a log-partition function), so the polynomial in beta
-    through all T points is exact on the ladder and close between: off by at most .004 from .04 to .1 and .07 below on a
-    real teacher (worst tail error in benchmarks/store.py). Outside of the ladder it would be extrapolation: MisuseError.
-    A tail of -inf (K <= k) stays -inf.
-    """
-    if not min(temps) * 0.999 <= temp <= max(temps) * 1.001:
-        raise MisuseError(
-            f"teacher temperature {temp:g} is outside of the store's ladder {min(temps):g} to {max(temps):g}: "
-            "cache the targets again with a ladder that spans it"
-        )
-    beta, ladder = 1 / temp, [1 / other for other in temps]
-    weights = [
-        float(np.prod([(beta - other) / (own - other) for j, other in enumerate(ladder) if j != i]))
-        for i, own in enumerate(ladder)
-    ]
-    mixed = (tail.double() * tail.new_tensor(weights, dtype=torch.float64)).sum(-1).to(tail.dtype)
-    return torch.where(torch.isneginf(tail).any(-1), -torch.inf, mixed)
 
 
 def stored_log_probabilities(

@@ -32,8 +32,9 @@ class TargetSpace:
     """What a branch's targets are made of, for the objective to fit its head to.
 
     ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits,
-    ``has_all_logits`` for one of the top k alone. Where known: ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the
-    data set, the ``centre`` (K,) of the teacher's own file, its ``prototypes`` (K, D).
+    ``has_all_logits`` for one of the top k alone, which serves temperatures within its ``ladder``. Where known:
+    ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
+    ``prototypes`` (K, D).
     """
 
     dim: int
@@ -45,6 +46,7 @@ class TargetSpace:
     centre: Tensor | None = None
     prototypes: Tensor | None = None
     has_all_logits: bool = True
+    ladder: tuple[float, ...] | None = None
 
 
 class TargetBranch(Protocol):
@@ -120,6 +122,7 @@ class CachedTargets(TargetBranch):
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, window_mib))
         self._prefetcher: TargetPrefetcher | None = None
         kind, prototypes, centre = self.store.encoding.kind, self.store.prototypes, self.store.statistics.get("centre")
+        has_tail = kind == "topk" and self.store.encoding.k < manifest.num_prototypes
         self.prototypes = None if prototypes is None else torch.from_numpy(prototypes).to(device)
         mean = (
             torch.from_numpy(self.store.statistics["embedding_sum"] / (manifest.num_images * self.views))
@@ -137,6 +140,7 @@ class CachedTargets(TargetBranch):
             centre=None if centre is None else torch.from_numpy(centre).to(device),
             prototypes=self.prototypes,
             has_all_logits=kind != "topk",
+            ladder=self.store.encoding.temps if has_tail else None,
         )
         told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
         self.description = {
@@ -167,8 +171,8 @@ class CachedTargets(TargetBranch):
                 )
                 return EmbeddingTarget(arrays["embedding"], prototypes)
             case "topk":
-                temps = torch.tensor(self.store.encoding.temps, device=self.device)
-                return TopKTarget(arrays["ids"], arrays["logits"], arrays["tail"], temps, self.space.num_prototypes)
+                ladder, num_prototypes = self.store.encoding.temps, self.space.num_prototypes
+                return TopKTarget(arrays["ids"], arrays["logits"], arrays["tail"], ladder, num_prototypes)
             case _:
                 return DenseTarget(arrays["logits"])
 

@@ -53,7 +53,7 @@ def make_case(
     target = {
         "embedding": lambda: teacher,
         "dense": lambda: DenseTarget(logits.to(dtype)),
-        "topk": lambda: topk_target(logits, min(k, num_prototypes), [0.04, 0.07], dtype),
+        "topk": lambda: topk_target(logits, min(k, num_prototypes), [0.8 * teacher_temp, 1.4 * teacher_temp], dtype),
     }[kind]()
     return Case(embedding, prototypes, target, student_temp, teacher_temp, centre, weights / weights.sum())
 
@@ -63,8 +63,7 @@ def topk_target(logits: Tensor, k: int, temps: list[float], dtype: torch.dtype =
     largest, ids = logits.topk(k, dim=2)
     rest = logits.scatter(2, ids, -torch.inf)
     tail = torch.stack([torch.logsumexp(rest / temp, dim=2) for temp in temps], dim=2)
-    temps_ = torch.tensor(temps, dtype=logits.dtype)
-    return TopKTarget(ids, largest.to(dtype), tail, temps_, logits.shape[2])
+    return TopKTarget(ids, largest.to(dtype), tail, tuple(temps), logits.shape[2])
 
 
 def wide(case: Case) -> Case:

@@ -186,6 +186,11 @@ def test_dino_on_fitted_prototypes_with_local_crops(rob, made, tmp_path):
     assert outcome.code == 0, outcome.err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["pairing"]["pairing"] == "cross"
+    warm = ("--objective", "dino", "--teacher-temp", 0.2, "--out", tmp_path / "warm")
+    outcome = rob("train-student", *made.train, "--targets", store, *warm)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: teacher temperature 0.2 is outside of the store's ladder 0.025 to 0.1: ")
+    assert not (tmp_path / "warm").exists()
     assert (tmp_path / "run" / "student_average.safetensors").exists()
 
 

@@ -48,7 +48,7 @@ def test_entropies_at_their_bounds():
 
 def test_the_top_k_logits_of_a_store_tell_nothing():
     target = TopKTarget(
-        torch.zeros(2, 1, 1, dtype=torch.long), torch.zeros(2, 1, 1), torch.zeros(2, 1, 2), torch.tensor([0.04, 0.1]), K
+        torch.zeros(2, 1, 1, dtype=torch.long), torch.zeros(2, 1, 1), torch.zeros(2, 1, 2), (0.04, 0.1), K
     )
     assert entropies(target, 0.1, None) == {}
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rob.common.encodings import LADDER, Encoding, fidelity, stored_log_probabilities, tail_at
+from rob.common.encodings import Encoding, fidelity, stored_log_probabilities
 from rob.common.errors import FailureError, MisuseError
+from rob.common.ladder import LADDER, tail_at
 
 ENCODINGS = [
     Encoding("embedding", "float32"),

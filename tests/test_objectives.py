@@ -93,9 +93,7 @@ def test_dino_is_the_cross_entropy_of_the_two_softmaxes(kind, centre):
     target = {
         "embedding": EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES),
         "dense": DenseTarget(teacher.float()),
-        "topk of all": TopKTarget(
-            ids, logits, torch.full((IMAGES, TARGETS, 1), -torch.inf), torch.tensor([0.05]), PROTOTYPES
-        ),
+        "topk of all": TopKTarget(ids, logits, torch.full((IMAGES, TARGETS, 1), -torch.inf), (0.05,), PROTOTYPES),
     }[kind]
     loss = objective(FEATURE_ROWS, target, WEIGHTS)
     embedding = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS))

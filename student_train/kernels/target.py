@@ -75,14 +75,14 @@ class TopKTarget(_Target):
     ids: (B, G, k) integer, distinct prototype ids in [0, K).
     logits: (B, G, k) float, the teacher's logits at ``ids``.
     tail: (B, G, T) float, log-sum-exp of the K - k other logits divided by each of ``temps``; not read when k == K.
-    temps: (T,) float, the ladder of temperatures, ascending and positive.
+    temps: T floats, the ladder of temperatures, positive and distinct.
     num_prototypes: K.
     """
 
     ids: Tensor
     logits: Tensor
     tail: Tensor
-    temps: Tensor
+    temps: tuple[float, ...]
     num_prototypes: int
     _per_image: ClassVar[tuple[str, ...]] = ("ids", "logits", "tail")
 
@@ -90,13 +90,13 @@ class TopKTarget(_Target):
         if (
             self.ids.ndim != 3
             or self.logits.shape != self.ids.shape
-            or self.tail.shape != (*self.ids.shape[:2], *self.temps.shape)
+            or self.tail.shape != (*self.ids.shape[:2], len(self.temps))
             or not 0 < self.ids.shape[2] <= self.num_prototypes
         ):
             raise ValueError(
-                "TopKTarget needs ids and logits (B, G, k), tail (B, G, T) and temps (T,) with k <= num_prototypes, got "
+                "TopKTarget needs ids and logits (B, G, k), tail (B, G, T) and T temps with k <= num_prototypes, got "
                 f"{tuple(self.ids.shape)}, {tuple(self.logits.shape)}, {tuple(self.tail.shape)}, "
-                f"{tuple(self.temps.shape)} and {self.num_prototypes} prototypes"
+                f"{len(self.temps)} and {self.num_prototypes} prototypes"
             )
 
 

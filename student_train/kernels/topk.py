@@ -9,28 +9,16 @@ import math
 import torch
 from torch import Tensor
 
+from ...common.ladder import tail_at
 from .target import TopKTarget, widened
 
 
 def log_tail(target: TopKTarget, temp: float) -> Tensor:
-    """(B, G) log-sum-exp of the dropped logits divided by ``temp``, read off the stored ladder.
-
-    Log-sum-exp is convex in 1 / temp, and at 1 / temp = 0 it is log(K - k) whatever the logits. So that point joins the
-    ladder and we interpolate linearly in 1 / temp, an upper bound between two points. Colder than the coldest point we
-    go on along the last segment, a lower bound.
-    """
-    dropped = target.num_prototypes - target.ids.shape[2]
+    """(B, G) log-sum-exp of the dropped logits divided by ``temp``, read off the stored ladder; -inf where none were."""
     tail = target.tail.to(widened(target.tail.dtype))
-    if dropped == 0:
+    if target.num_prototypes == target.ids.shape[2]:
         return tail.new_full(tail.shape[:2], -math.inf)
-    coldness = target.temps.to(tail.dtype).reciprocal()
-    knots, order = torch.cat([coldness.new_zeros(1), coldness]).sort()
-    values = torch.cat([tail.new_full((*tail.shape[:2], 1), math.log(dropped)), tail], dim=2)[..., order]
-    right = torch.searchsorted(knots, knots.new_full((1,), 1 / temp)).clamp(1, knots.numel() - 1)
-    left = right - 1
-    share = (1 / temp - knots[left]) / (knots[right] - knots[left])
-    low, high = values.index_select(2, left), values.index_select(2, right)
-    return torch.lerp(low, high, share).squeeze(2)
+    return tail_at(tail, target.temps, temp)
 
 
 def topk_probabilities(target: TopKTarget, temp: float, centre: Tensor | None) -> tuple[Tensor, Tensor]:

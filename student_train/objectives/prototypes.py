@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError
 from ...common.heads import Activation, ProjectionHead, Prototypes
+from ...common.ladder import check_temperature
 from ..collapse import entropies
 from ..collective import mean_over_ranks
 from ..kernels import mean_entropy, prototype_cross_entropy
@@ -76,6 +77,8 @@ class PrototypeObjective(nn.Module):
         teacher_temp = config.teacher_temp or space.teacher_temp
         if teacher_temp is None:
             raise MisuseError("the teacher has no temperature of its own: pass --teacher-temp (0.04 to 0.1)")
+        if space.ladder:
+            check_temperature(space.ladder, teacher_temp)
         self.teacher_temp, self.loss_impl = teacher_temp, config.loss_impl
         self.student_temp = given(config.student_temp, self.student_temp)
         self.mean_entropy = given(config.mean_entropy, self.mean_entropy)
