@@ -15,6 +15,7 @@ again: killed, or called with more, it goes on.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -110,8 +111,8 @@ def run(config: MomentumBenchConfig) -> Report:
             rows.append(
                 {"table": table, "student": student, "setting": "(random weights)", "knn_top1": top1(config, network)}
             )
-            for setting in TABLES[table]:
-                results = [one_run(config, student, setting, seed) for seed in config.seeds]
+            done = [[one_run(config, student, setting, seed) for setting in TABLES[table]] for seed in config.seeds]
+            for setting, results in zip(TABLES[table], zip(*done, strict=True), strict=True):
                 rows.append({"table": table, "student": student, "setting": setting.label, **summary(results)})
     if "views" in config.tables:
         rows.append(
@@ -127,7 +128,7 @@ def run(config: MomentumBenchConfig) -> Report:
     return Report.of("momentum", device, work, rows, {})
 
 
-def summary(results: list[dict[str, float]]) -> dict[str, Any]:
+def summary(results: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Means over the seeds of what all runs have, and the deviation of the accuracies."""
     row: dict[str, Any] = {name: mean(result[name] for result in results) for name in results[0]}
     if len(results) > 1:
