@@ -52,7 +52,6 @@ def momentum_config(
     prototypes: int | None,
     copy_momentum: float | None,
     warmup_teacher_temp_epochs: int | None,
-    warmup_cap: int,
 ) -> "MomentumConfig":
     """The objective's published values with those that are given. MisuseError: it has no use for one of them."""
     from rob.student_train.momentum import published
@@ -74,7 +73,7 @@ def momentum_config(
         num_prototypes=prototypes or usual.num_prototypes,
         momentum=momentum,
         momentum_end=momentum if stays and momentum is not None else usual.momentum_end,
-        warmup_teacher_temp_epochs=min(warmup, warmup_cap),
+        warmup_teacher_temp_epochs=warmup,
     )
 
 

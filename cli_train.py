@@ -8,7 +8,7 @@ import typer
 from rob import cli_branches as b
 from rob import cli_options as o
 from rob.cli import app, bar, note, say_which_loader
-from rob.cli_preset import explicit, given, show_preset, use_preset
+from rob.cli_preset import given, show_preset, use_preset
 
 
 @app.command("train-student")
@@ -158,8 +158,9 @@ def train_student(
         int | None,
         typer.Option(
             min=0,
-            help="With --targets momentum and dino or ibot: epochs in which the teacher's temperature rises from 0.04. Default a "
-            "quarter of the epochs, at most 50 (ibot 30).",
+            help="With --targets momentum and dino or ibot: epochs in which the teacher's temperature rises from 0.04 to "
+            "--teacher-temp. Default 50 (ibot 30): a shorter run ends below, since at 0.07 a head that is still fresh tends to "
+            "nearly uniform targets.",
         ),
     ] = None,
     only_consistency: Annotated[bool | None, typer.Option("--only-consistency", help="disco without InfoNCE.")] = None,
@@ -291,9 +292,7 @@ def train_student(
     }
     if targets == "momentum":
         b.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
-        warmup_is_given = "warmup_teacher_temp_epochs" in explicit(context)
-        warmup_cap = epochs if warmup_is_given else epochs // 4  # DINO's 50 of its 200 epochs, in a shorter run too
-        momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs, warmup_cap)
+        momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs)
         branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
         if freeze_prototypes is None:

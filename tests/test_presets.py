@@ -68,7 +68,7 @@ def test_what_is_given_beats_the_preset_which_beats_the_defaults(train):
     assert config["objective"]["name"] == "dino"
     assert config["branch"]["kind"] == "momentum"
     assert (config["branch"]["num_prototypes"], config["branch"]["momentum"]) == (12, 0.9)
-    assert config["branch"]["warmup_teacher_temp_epochs"] == 1  # 50 of 200, in 4
+    assert config["branch"]["warmup_teacher_temp_epochs"] == 50
     optimiser = config["optimiser"]
     assert (optimiser["name"], optimiser["lr"], optimiser["weight_decay"]) == ("lars", 0.1, 1e-6)
     assert (optimiser["min_lr"], config["clip_grad"], config["freeze_prototypes"]) == (0.0048, 0.0, 1)
