@@ -44,13 +44,13 @@ def train_student(
         float, typer.Option(min=0, max=0.9, help="Stochastic depth; 0.1 for ViTs trained long.")
     ] = 0.0,
     objective: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="embedding: regress the teacher's embedding. disco: that and InfoNCE. moco: InfoNCE alone. Over prototypes: "
-            "dino, ibot (class token), swav (Sinkhorn codes), msn (uses all prototypes). No prototypes in the store: cache "
-            "with --prototypes K, or take one of the first three."
+            "dino, ibot (class token), swav (Sinkhorn codes), msn (uses all prototypes). Default dino where the targets have "
+            "prototypes, else embedding; rob cache-teacher --prototypes K fits some to embeddings that are cached already."
         ),
-    ] = "embedding",
+    ] = None,
     pairing: Annotated[
         str | None,
         typer.Option(
@@ -127,7 +127,7 @@ def train_student(
     head: Annotated[
         str | None,
         typer.Option(
-            help="The student's prototypes: fresh (default), teacher (start from the teacher's), frozen (and keep them)."
+            help="The student's prototypes: fresh, teacher (start from the teacher's; dino and ibot do), frozen (and keep them)."
         ),
     ] = None,
     prototypes: Annotated[
@@ -247,7 +247,7 @@ def train_student(
     from rob.common.run import pick_device, stopped_by_sigterm
     from rob.common.views import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares, worst_share
-    from rob.student_train.objectives import ObjectiveConfig
+    from rob.student_train.objectives import ObjectiveConfig, usual_objective
     from rob.student_train.optimiser import OptimiserConfig
     from rob.student_train.pairing import choose_pairing
     from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_THE_COPY, get_preset
@@ -267,22 +267,23 @@ def train_student(
 
     # ==== the targets ====
     packed, where = Beton(data), pick_device(device)
-    if targets == "momentum" and objective in ("dino", "ibot") and sinkhorn in (None, "none"):
-        centre_targets = centre_targets or "running"  # without either all images end at one prototype
-    matched = ObjectiveConfig(
-        objective,
-        student_temp,
-        teacher_temp,
-        centre_targets,
-        sinkhorn,
-        queue,
-        mean_entropy,
-        head,
-        hidden_dim,
-        head_norm,
-        only_consistency=only_consistency,
-        consistency_weight=consistency_weight,
-    )
+
+    def configured(name: str, centre: str | None = None) -> ObjectiveConfig:
+        return ObjectiveConfig(
+            name,
+            student_temp,
+            teacher_temp,
+            centre_targets or centre,
+            sinkhorn,
+            queue,
+            mean_entropy,
+            head,
+            hidden_dim,
+            head_norm,
+            only_consistency=only_consistency,
+            consistency_weight=consistency_weight,
+        )
+
     overrides = RecipeOverrides(None, None, global_scale, local_scale, centre, colour, flip, grey, blur, solarise)
     of_a_teacher = {"--teacher": teacher, "--checkpoint": checkpoint, "--view-size": view_size, "--views": views}
     of_the_copy = {
@@ -292,6 +293,10 @@ def train_student(
     }
     if targets == "momentum":
         b.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
+        name = objective or "dino"
+        # Without a centre or Sinkhorn all images end at one prototype.
+        centred = name in ("dino", "ibot") and sinkhorn in (None, "none")
+        matched = configured(name, "running" if centred else None)
         momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs)
         branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
@@ -307,6 +312,10 @@ def train_student(
             store_has = f"is for --targets online; the store {targets} has its own"
             b.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
             branch = b.cached_branch(Path(targets), packed, where, window_mib, cache_in_memory, overrides, preferred)
+        matched = configured(objective or usual_objective(branch.space))
+        if objective is None:
+            found = "" if branch.space.num_prototypes else "no "
+            note(f"--objective {matched.name}, since the targets have {found}prototypes")
 
     # ==== the run ====
     small = image_size <= 64 if small_images is None else small_images
@@ -318,7 +327,7 @@ def train_student(
         targets=None if targets in ("online", "momentum") else Path(targets),
         objective=matched,
         pairing=choose_pairing(
-            objective, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
+            matched.name, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
         ),
         optimiser=OptimiserConfig(optimiser, lr, min_lr, warmup, weight_decay, weight_decay_end),
         epochs=epochs,

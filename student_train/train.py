@@ -36,7 +36,7 @@ from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
 from .collapse import CollapseWatch
 from .kernels.target import Target
-from .objectives import ObjectiveConfig, build_objective
+from .objectives import ObjectiveConfig, build_objective, usual_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
 from .pairing import PairingConfig, ViewPlan, choose_pairing, plan_views
 from .run_folder import RunFolder
@@ -50,18 +50,19 @@ VIT_PATCH = 16
 class TrainConfig:
     """What to train, on what, and how. ``targets`` is the store; None when a branch is handed to ``train_student``.
 
-    ``pairing`` None is what the objective's paper has (``choose_pairing``). ``local_size`` None scales the recipe's local size
-    with the student's image size. ``average`` keeps an exponential moving average of the student with that decay beside it.
-    ``clip_grad`` bounds the gradient's norm, 0 leaves it alone. ``freeze_prototypes`` keeps the student's prototypes still for
-    so many epochs, as DINO does its last layer. ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory``
-    keeps all of them instead. ``checkpoint_every`` is in epochs.
+    ``objective`` None is ``usual_objective``, ``pairing`` None what the objective's paper has (``choose_pairing``).
+    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential moving
+    average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it alone.
+    ``freeze_prototypes`` keeps the student's prototypes still for so many epochs, as DINO does its last layer. ``window_mib``
+    bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead. ``checkpoint_every`` is in
+    epochs.
     """
 
     data: Path
     out: Path
     student: StudentConfig
     targets: Path | None = None
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig | None = None
     pairing: PairingConfig | None = None
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     epochs: int = 100
@@ -138,7 +139,7 @@ class Trainer:
         num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
-        assert config.pairing is not None, "train_student chooses one"
+        assert config.objective is not None and config.pairing is not None, "train_student chooses them"
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
@@ -211,8 +212,9 @@ def train_student(
     fresh = (
         False if branch.description["kind"] == "momentum" else None
     )  # a copy of the student sees what the student sees
-    pairing = config.pairing or choose_pairing(config.objective.name, branch.recipe, branch.views, fresh=fresh)
-    config = replace(config, pairing=pairing)
+    objective = config.objective or ObjectiveConfig(usual_objective(branch.space))
+    pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
+    config = replace(config, objective=objective, pairing=pairing)
     if pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +225,18 @@ def test_a_head_from_the_teacher_starts_at_its_prototypes(name, head):
     assert all(gradient is None for gradient in gradients) == (head == "frozen")
     assert objective.head.out_dim == DIM
     assert objective.head.mlp[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "swav", "msn"])
+def test_the_usual_head_starts_at_the_teacher_where_that_is_measured(name):
+    with_prototypes = replace(SPACE, prototypes=TARGET_PROTOTYPES)
+    starts = [
+        build_objective(ObjectiveConfig(name, **SMALL), FEATURES, space).prototypes.matrix().detach().numpy()
+        for space in (with_prototypes, SPACE)
+    ]
+    teacher = TARGET_PROTOTYPES.numpy()
+    matches = [start.shape == teacher.shape and np.allclose(start, teacher, atol=1e-6) for start in starts]
+    assert matches == [name in ("dino", "ibot"), False]
 
 
 def test_a_student_that_says_what_the_teacher_says_has_the_least_loss_with_its_head():

@@ -41,7 +41,8 @@ class ObjectiveConfig:
     student_temp, teacher_temp: of the softmaxes; the teacher's is by default its own. MoCo and DisCo have the first alone.
     centre: "none", "checkpoint", "calibration" or "running", see ``centre``; with embeddings "calibration" takes off the
         teacher's mean embedding. sinkhorn: "none", "batch" or "queue", in the centre's place. queue: rows of a queue.
-    mean_entropy: weight of MSN's term. head: "fresh" prototypes, the "teacher"'s to start from, or those kept "frozen".
+    mean_entropy: weight of MSN's term. head: "fresh" prototypes, the "teacher"'s to start from (for dino and ibot the default
+        where they are known), or those kept "frozen".
     hidden_dim, bottleneck: widths of the student's head; head_norm: its BatchNorm.
     only_consistency, consistency_weight: DisCo's.
     loss_impl: how the prototype loss is computed (``kernels.prototype_ce``), which changes speed and memory only.
@@ -79,6 +80,11 @@ class ObjectiveConfig:
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise MisuseError(f"--{field.replace('_', '-')} is {value}, expected more than 0")
+
+
+def usual_objective(space: TargetSpace) -> str:
+    """What did best in benchmarks/ablation.py with such targets, by name."""
+    return "dino" if space.num_prototypes else "embedding"
 
 
 def build_objective(

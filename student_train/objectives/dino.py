@@ -4,6 +4,7 @@
 
 Head: D-2048-2048-256 with GELU, unit rows, K weight-normed prototypes; tau_s .1. DINO's centre c is ``--centre-targets
 checkpoint`` or ``running``; DINOv2 and DINOv3 put ``--sinkhorn batch`` in its place, over all views of the batch together.
+The student's prototypes start at the teacher's: best of all objectives for both students of benchmarks/ablation.py.
 """
 
 from .prototypes import PrototypeObjective
@@ -11,3 +12,5 @@ from .prototypes import PrototypeObjective
 
 class DinoObjective(PrototypeObjective):
     """DINO's head on the student, and the prototype cross-entropy against the teacher."""
+
+    usual_head = "teacher"

@@ -3,7 +3,7 @@
     L = sum_{v,g} w[v,g] mean_b H( softmax((t[b,g] - c) / tau_t), softmax(s[b,v] / tau_s) )
 
 iBOT's other half, the loss of masked patches, is left out: it needs a target a patch, which no store keeps, and a student
-that is a ViT. Temperatures, head (no BatchNorm in iBOT's ViTs: ``--no-head-norm``) and centre are DINO's.
+that is a ViT. Temperatures, head (no BatchNorm in iBOT's ViTs: ``--no-head-norm``), its start and centre are DINO's.
 """
 
 from .prototypes import PrototypeObjective
@@ -11,3 +11,5 @@ from .prototypes import PrototypeObjective
 
 class IbotObjective(PrototypeObjective):
     """iBOT's class-token loss."""
+
+    usual_head = "teacher"

@@ -36,8 +36,8 @@ class PrototypeObjective(nn.Module):
     """The student's distribution over prototypes matches the teacher's.
 
     ``teacher_temp`` may be set between steps, as a warm-up does. While ``watching``, a step leaves in ``targets_found`` what
-    ``collapse`` says of its targets. ``head`` "teacher" starts the student's prototypes at the
-    teacher's, "frozen" keeps them there too: the student's embedding then lives in the teacher's space.
+    ``collapse`` says of its targets. ``head`` "teacher" starts the student's prototypes at the teacher's, "frozen" keeps them
+    there too: the student's embedding then lives in the teacher's space, and has its width.
     """
 
     options: ClassVar[frozenset[str]] = frozenset(
@@ -54,6 +54,8 @@ class PrototypeObjective(nn.Module):
     sinkhorn_by_view: ClassVar[bool] = False
     """Whether each target view's rows are balanced apart, or all rows of a batch together."""
     queue_length: ClassVar[int] = 3840
+    usual_head: ClassVar[str] = "fresh"
+    """Of targets whose prototypes are known."""
     student_temp: float = 0.1
     sinkhorn: str = "none"
     mean_entropy: float = 0.0
@@ -104,11 +106,10 @@ class PrototypeObjective(nn.Module):
         return [build_sinkhorn(space, self.sinkhorn_start, rows) for _ in range(number)]
 
     def _build_head(self, config: "ObjectiveConfig", num_features: int, space: "TargetSpace") -> None:
-        rows = space.prototypes if config.head in ("teacher", "frozen") else None
-        if rows is None and config.head in ("teacher", "frozen"):
-            raise MisuseError(
-                f"--head {config.head} needs a teacher with prototypes, and these targets have none: fresh"
-            )
+        head = config.head or ("fresh" if space.prototypes is None else self.usual_head)
+        rows = None if head == "fresh" else space.prototypes
+        if rows is None and head != "fresh":
+            raise MisuseError(f"--head {head} needs a teacher with prototypes, and these targets have none: fresh")
         bottleneck = config.bottleneck or self.bottleneck if rows is None else space.dim
         self.head = ProjectionHead(
             num_features, config.hidden_dim, bottleneck, self.num_layers, self.activation, given(config.head_norm, True)
@@ -118,7 +119,7 @@ class PrototypeObjective(nn.Module):
             rows = F.normalize(rows, dim=1) if self.unit_prototypes else rows
             gained = {"weight_v": rows, "weight_g": rows.norm(dim=1, keepdim=True)}
             self.prototypes.load_state_dict(gained if self.weight_norm else {"weight": rows})
-        if config.head == "frozen":
+        if head == "frozen":
             self.prototypes.requires_grad_(False)
 
     def embed(self, features: Tensor) -> Tensor:
