@@ -146,13 +146,14 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
         return json.loads(done.read_text())
     name, _, precision = student.partition(":")
     schedule = VIT if "vit" in name else CNN
+    fresh = {"head": "fresh"} if setting.name == "dino" else {}  # which a setting names where it differs
     training = TrainConfig(
         data=config.train,
         out=folder,
         targets=store,
         student=StudentConfig(name, image_size=32, small_images=True),
         precision=precision or "fp32",
-        objective=ObjectiveConfig(setting.name, **setting.options),
+        objective=ObjectiveConfig(setting.name, **(fresh | setting.options)),
         pairing=PairingConfig(setting.pairing, targets=1 if setting.pairing == "same" else 2),
         optimiser=OptimiserConfig(lr=schedule.lr, warmup_epochs=schedule.warmup_epochs),
         epochs=config.epochs,
