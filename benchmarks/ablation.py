@@ -146,7 +146,9 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
         return json.loads(done.read_text())
     name, _, precision = student.partition(":")
     schedule = VIT if "vit" in name else CNN
-    fresh = {"head": "fresh"} if setting.name == "dino" else {}  # which a setting names where it differs
+    fresh: dict[str, Any] = (
+        {"head": "fresh"} if setting.name == "dino" else {}
+    )  # which a setting names where it differs
     training = TrainConfig(
         data=config.train,
         out=folder,
