@@ -18,6 +18,9 @@ from rob.common.run import versions
 
 PACKAGES = ("rob", "torch", "torchvision", "timm", "triton", "ffcv", "zarr", "numcodecs", "numba", "numpy")
 
+DEVIATION = "_deviation"
+"""Ending of the column with another one's standard deviation, which is shown behind it."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -60,12 +63,12 @@ class Report:
             else:
                 tables.append([row])
         for number, rows in enumerate(tables):
-            columns = list(dict.fromkeys(key for row in rows for key in row))
+            columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith(DEVIATION)))
             table = Table(title=None if number else f"{self.name} on {self.device}", title_justify="left")
             for column in columns:
                 table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
             for row in rows:
-                table.add_row(*(_text(row.get(column)) for column in columns))
+                table.add_row(*(_cell(row, column) for column in columns))
             console.print(table)
         for name, value in self.ratios.items():
             console.print(f"{name} = {_text(value)}", highlight=False)
@@ -93,6 +96,11 @@ def median_of(work: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return median(seconds)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    deviation = row.get(column + DEVIATION)
+    return _text(row.get(column)) + ("" if deviation is None else f" ±{deviation:.2g}")
 
 
 def _text(value: Any) -> str:
