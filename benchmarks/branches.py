@@ -75,7 +75,7 @@ def _run(config: BranchesConfig, device: torch.device, folder: Path) -> Report:
     )  # fmt: skip
     cache_teacher(cache)
 
-    objective = ObjectiveConfig("dino", teacher_temp=TEMPERATURE, centre="running")
+    objective = ObjectiveConfig("dino", teacher_temp=TEMPERATURE, centre="running", head="fresh")
     training = TrainConfig(
         data=path,
         out=folder,

@@ -149,7 +149,10 @@ def one_run(config: MomentumBenchConfig, student: str, setting: Setting, seed: i
     precision = student.partition(":")[2] or "fp32"
     objective = ObjectiveConfig(setting.objective)
     if setting.objective == "dino":
-        objective = replace(objective, centre="running" if setting.targets == "momentum" else "calibration")
+        centre = "running" if setting.targets == "momentum" else "calibration"
+        objective = replace(
+            objective, centre=centre, head="fresh"
+        )  # as a copy of the student has it: the views differ alone
     num_local = min(setting.num_local, setting.num_local if config.num_local is None else config.num_local)
     training = TrainConfig(
         data=config.train,
