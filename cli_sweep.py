@@ -1,13 +1,16 @@
 """The command for grids of runs: rob sweep."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from rob import cli_options as o
 from rob.cli import app, bar, console, note
+
+if TYPE_CHECKING:
+    from rob.student_train.sweep import Flag
 
 
 @app.command()
@@ -21,7 +24,7 @@ def sweep(
         list[str],
         typer.Option(
             help="OPTION=VALUE,VALUE of train-student, once for every option: 'local-size=16,24', "
-            "'local-scale=0.05 0.14,0.05 0.3'. Every combination is a run."
+            "'local-scale=0.05 0.14,0.05 0.3', 'head-norm=yes,no'. Every combination is a run."
         ),
     ],
     test: Annotated[Path | None, typer.Option(help="Labelled images for k-NN; default a fifth of DATA.")] = None,
@@ -35,7 +38,8 @@ def sweep(
     from rob.student_train.sweep import SweepConfig, Variation, draw_heat_map
     from rob.student_train.sweep import sweep as run
 
-    config = SweepConfig(out, tuple(arguments), tuple(Variation.parse(text) for text in vary), test, device)
+    flags = training_flags()
+    config = SweepConfig(out, tuple(arguments), tuple(Variation.parse(text, flags) for text in vary), test, device)
     with bar("sweeping", "runs") as update:
         rows = run(config, update)
     table = Table(title=f"{out}", title_justify="left")
@@ -50,3 +54,17 @@ def sweep(
     console.print(table)
     draw_heat_map(config, rows, out / "sweep.png")
     note(f"written to {out}: sweep.json, sweep.png, and a folder a run")
+
+
+def training_flags() -> "dict[str, Flag]":
+    """The flags of rob train-student, by either name: ``--head-norm/--no-head-norm`` are two, one the other's opposite."""
+    from rob.student_train.sweep import Flag
+
+    flags: dict[str, Flag] = {}
+    for parameter in typer.main.get_group(app).commands["train-student"].params:
+        if getattr(parameter, "is_flag", False):
+            yes, no = parameter.opts[0], next(iter(parameter.secondary_opts), None)
+            flags[yes.removeprefix("--")] = Flag(yes, no)
+            if no is not None:
+                flags[no.removeprefix("--")] = Flag(no, yes)
+    return flags

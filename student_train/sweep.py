@@ -10,12 +10,12 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,25 +31,58 @@ RECORD_NAME = "sweep.json"
 """In a finished run's folder: its result and what it was made with. In the sweep's own: all results."""
 
 
+class Flag(NamedTuple):
+    """An option that takes no value: what is typed for yes, and what for no (None: it is left out)."""
+
+    yes: str
+    no: str | None
+
+
+YES_OR_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+
+
 @dataclass(frozen=True)
 class Variation:
-    """An option of ``rob train-student`` and the values to try; a value may be several words (``0.05 0.3``)."""
+    """An option of ``rob train-student`` and the values to try; a value may be several words (``0.05 0.3``), that of a
+    ``flag`` is yes or no."""
 
     option: str
     values: tuple[str, ...]
+    flag: Flag | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Variation":
-        """``local-size=16,24`` or ``local-scale=0.05 0.14,0.05 0.3``. MisuseError: it is not of that form."""
+    def parse(cls, text: str, flags: Mapping[str, Flag] | None = None) -> "Variation":
+        """``local-size=16,24`` or ``local-scale=0.05 0.14,0.05 0.3``, and for an option among ``flags`` ``head-norm=yes,no``.
+
+        MisuseError: it is not of that form.
+        """
         option, _, listed = text.partition("=")
         option, values = option.strip().removeprefix("--"), tuple(value.strip() for value in listed.split(","))
         if not option or not all(values):
             raise MisuseError(f"--vary {text!r} is not OPTION=VALUE,VALUE: for example --vary local-size=16,24")
+        flag = (flags or {}).get(option)
+        if flag:
+            unknown = [value for value in values if value.lower() not in YES_OR_NO]
+            if unknown:
+                raise MisuseError(f"--vary {text!r}: --{option} is a flag, {unknown[0]!r} is neither yes nor no")
+            values = tuple(YES_OR_NO[value.lower()] for value in values)
         if len(set(values)) < len(values):
             raise MisuseError(f"--vary {text!r} names a value twice: leave one out")
         if option in ("out", "targets-out"):
             raise MisuseError(f"--vary {text!r}: every run of a sweep has a folder of its own already")
-        return cls(option, values)
+        return cls(option, values, flag)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What sets the option: its name, and for a flag the one for no too."""
+        return (self.option,) if self.flag is None else tuple(word.removeprefix("--") for word in self.flag if word)
+
+    def words(self, value: str) -> list[str]:
+        """What is typed for ``value``: ``--local-scale 0.05 0.3``, ``--no-head-norm``, or nothing."""
+        if self.flag is None:
+            return [f"--{self.option}", *value.split()]
+        word = self.flag.yes if value == "yes" else self.flag.no
+        return [] if word is None else [word]
 
 
 @dataclass(frozen=True)
@@ -66,12 +99,12 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.variations:
             raise MisuseError("nothing to sweep over: give at least one --vary OPTION=VALUE,VALUE")
-        options = [variation.option for variation in self.variations]
-        for option in options:
-            if options.count(option) > 1:
-                raise MisuseError(f"--vary {option} is given twice: list all its values in one")
-            if self.fixes(option):
-                raise MisuseError(f"--{option} is both varied and fixed: leave one of them out")
+        names = [name for variation in self.variations for name in variation.names]
+        for name in names:
+            if names.count(name) > 1:
+                raise MisuseError(f"--vary {name} is given twice: list all its values in one")
+            if self.fixes(name):
+                raise MisuseError(f"--{name} is both varied and fixed: leave one of them out")
         if self.fixes("out"):
             raise MisuseError("--out belongs to the sweep: leave it out of the options of train-student")
         if not self.arguments or self.arguments[0].startswith("-"):
@@ -81,7 +114,7 @@ class SweepConfig:
             raise MisuseError(f"this grid has {runs} runs, expected at most {MOST_RUNS}: vary fewer options or values")
 
     def fixes(self, option: str) -> bool:
-        """Whether every run gets ``--option VALUE`` or ``--option=VALUE``."""
+        """Whether every run gets ``--option``, ``--option VALUE`` or ``--option=VALUE``."""
         return any(word.split("=")[0] == f"--{option}" for word in self.arguments)
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -96,7 +129,7 @@ class SweepConfig:
     def varied(self, cell: Sequence[str]) -> list[str]:
         """The cell's options as words: ``--local-size 16 --local-scale 0.05 0.14``."""
         options = zip(self.variations, cell, strict=True)
-        return [word for v, value in options for word in (f"--{v.option}", *value.split())]
+        return [word for variation, value in options for word in variation.words(value)]
 
     def made_with(self, cell: Sequence[str]) -> dict[str, Any]:
         """What the cell's result depends on: words and images, not the device or the place. MisuseError: no such file."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_beton
 
+from rob.cli_sweep import training_flags
 from rob.common.errors import FailureError, MisuseError
 from rob.student_train import sweep as sweep_module
 from rob.student_train.sweep import (
@@ -151,6 +152,63 @@ def test_grids_that_cannot_be(tmp_path, arguments, variations, sentence):
 def test_variations_that_cannot_be(text):
     with pytest.raises(MisuseError, match="--vary"):
         Variation.parse(text)
+
+
+# ==== flags ====
+
+
+def test_the_flags_of_training_are_found():
+    flags = training_flags()
+    assert flags["head-norm"] == ("--head-norm", "--no-head-norm")
+    assert flags["no-head-norm"] == ("--no-head-norm", "--head-norm")
+    assert flags["replay"] == ("--replay", "--fresh")
+    assert flags["only-consistency"] == ("--only-consistency", None)
+    assert not {"local-size", "local-scale", "targets", "epochs"} & flags.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("head-norm=yes,no", ["--head-norm", "--no-head-norm"]),
+        ("no-head-norm=True,false", ["--no-head-norm", "--head-norm"]),
+        ("--only-consistency=no,yes", ["", "--only-consistency"]),
+    ],
+)
+def test_a_flag_takes_no_value(tmp_path, text, words):
+    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, Variation.parse(text, training_flags())))
+    assert [" ".join(config.varied(cell)) for cell in config.cells()] == [
+        f"--local-size {size} {word}".strip() for size in (16, 24) for word in words
+    ]
+    assert [config.folder(cell).name.partition(",")[2] for cell in config.cells()[:2]] == [
+        f"{text.partition('=')[0].removeprefix('--')}={value}" for value in config.variations[1].values
+    ]
+    assert set(config.variations[1].values) == {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("head-norm=yes,maybe", "--head-norm is a flag, 'maybe' is neither yes nor no"),
+        ("head-norm=1,0", "--head-norm is a flag, '1' is neither"),
+        ("head-norm=yes,true", "names a value twice"),
+    ],
+)
+def test_values_that_a_flag_cannot_have(text, sentence):
+    with pytest.raises(MisuseError, match=sentence):
+        Variation.parse(text, training_flags())
+
+
+def test_a_flag_is_one_option_under_both_its_names(tmp_path):
+    head_norm, replay, fresh = (
+        Variation.parse(f"{name}=yes,no", training_flags()) for name in ("head-norm", "replay", "fresh")
+    )
+    with pytest.raises(MisuseError, match="--no-head-norm is both varied and fixed"):
+        SweepConfig(tmp_path, ("data.beton", "--no-head-norm"), (head_norm,))
+    with pytest.raises(MisuseError, match="--vary replay is given twice"):
+        SweepConfig(tmp_path, ("data.beton",), (replay, fresh))
+
+
+# ==== the picture ====
 
 
 def test_heat_map(tmp_path):
