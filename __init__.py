@@ -1,6 +1,6 @@
 """Tiny vision backbones without labels: run a teacher once, train many students from its cached targets.
 
-Whatever a command does, a function here does, taking one frozen configuration::
+The stages and the measurements are functions that take one frozen configuration::
 
     import rob
     data, store = Path("data.beton"), Path("targets.zarr")
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .common.loader import LoaderConfig
     from .common.store import TargetStore
     from .common.views import Recipe, RecipeOverrides, get_recipe
+    from .student_train.branches import CachedTargets, OnlineTeacher
     from .student_train.checkpoint import load_student
     from .student_train.evaluate.detect import DetectConfig, detect
     from .student_train.evaluate.knn import knn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .student_train.evaluate.linear import LinearConfig, linear
     from .student_train.evaluate.lowshot import Share, lowshot
     from .student_train.evaluate.network import FrozenNetwork
+    from .student_train.momentum import MomentumBranch, MomentumConfig
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
     from .student_train.pairing import PairingConfig
@@ -42,6 +44,7 @@ _HOME = {
     "common.loader": ("LoaderConfig",),
     "common.store": ("TargetStore",),
     "common.views": ("Recipe", "RecipeOverrides", "get_recipe"),
+    "student_train.branches": ("CachedTargets", "OnlineTeacher"),
     "student_train.checkpoint": ("load_student",),
     "student_train.evaluate.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
@@ -49,6 +52,7 @@ _HOME = {
     "student_train.evaluate.linear": ("LinearConfig", "linear"),
     "student_train.evaluate.lowshot": ("Share", "lowshot"),
     "student_train.evaluate.network": ("FrozenNetwork",),
+    "student_train.momentum": ("MomentumBranch", "MomentumConfig"),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
     "student_train.pairing": ("PairingConfig",),
@@ -62,6 +66,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "CacheConfig",
+    "CachedTargets",
     "DetectConfig",
     "Encoding",
     "FailureError",
@@ -69,7 +74,10 @@ __all__ = [
     "LinearConfig",
     "LoaderConfig",
     "MisuseError",
+    "MomentumBranch",
+    "MomentumConfig",
     "ObjectiveConfig",
+    "OnlineTeacher",
     "OptimiserConfig",
     "PackConfig",
     "PairingConfig",

@@ -8,12 +8,11 @@ import typer
 from rob import cli_branches as b
 from rob import cli_options as o
 from rob.cli import app, bar, note, say_which_loader
-from rob.cli_preset import given, show_preset, use_preset
+from rob.cli_preset import PresetCommand, use_preset
 
 
-@app.command("train-student")
+@app.command("train-student", cls=PresetCommand)
 def train_student(
-    context: typer.Context,
     data: o.Data,
     targets: Annotated[
         str,
@@ -77,7 +76,7 @@ def train_student(
             min=0,
             max=1,
             help="SSLight's alpha, 0.4 there: weight of the pairs of a target with a global crop, those with a local one have "
-            "the rest. Default: all pairs alike.",
+            "the rest. Default the recipe's: 0.4 for sslight, all pairs alike for the others.",
         ),
     ] = None,
     student_temp: Annotated[
@@ -141,8 +140,8 @@ def train_student(
         int | None,
         typer.Option(
             min=0,
-            help="Epochs at the start in which the student's prototypes stay. Default 1 with --targets momentum and prototypes, "
-            "else 0. A loss that stays at log K: one more.",
+            help="Epochs at the start in which the student's prototypes stay. Default 1 with --targets momentum and "
+            "dino, ibot or swav, else 0. A loss that stays at log K: one more.",
         ),
     ] = None,
     copy_momentum: Annotated[
@@ -150,8 +149,8 @@ def train_student(
         typer.Option(
             min=0,
             max=1,
-            help="With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays). Default 0.996 "
-            "(moco 0.999); short runs want less, such as 0.99.",
+            help="With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
+            "of the way, in a line). Default 0.996 (moco 0.999); short runs want less, such as 0.99.",
         ),
     ] = None,
     warmup_teacher_temp_epochs: Annotated[
@@ -176,6 +175,14 @@ def train_student(
     head_norm: Annotated[
         bool | None,
         typer.Option(help="BatchNorm in the head; default yes, and no for moco and disco. DINO's and iBOT's ViTs: no."),
+    ] = None,
+    norm_last_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--norm-last-layer/--no-norm-last-layer",
+            help="dino and ibot: the prototypes keep their length (default), or it is learned, as in DINO's smaller ViTs: said "
+            "to be better and less stable.",
+        ),
     ] = None,
     optimiser: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
     lr: Annotated[
@@ -250,36 +257,27 @@ def train_student(
     from rob.student_train.objectives import ObjectiveConfig, usual_objective
     from rob.student_train.optimiser import OptimiserConfig
     from rob.student_train.pairing import choose_pairing
-    from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_THE_COPY, get_preset
+    from rob.student_train.presets import get_preset
     from rob.student_train.students import StudentConfig
     from rob.student_train.train import TrainConfig, TrainProgress
     from rob.student_train.train import train_student as run
 
-    # ==== what the preset says, and what of it these targets have no use for ====
-    if preset is not None:
-        show_preset(context)
-    preferred = None
-    if targets != "momentum":
-        prototypes, copy_momentum, warmup_teacher_temp_epochs, step_targets = given(context, OF_THE_COPY)
-    if targets not in ("momentum", "online"):
-        recipe, global_scale = given(context, OF_ITS_OWN_VIEWS)
-        preferred = None if preset is None else b.preset_recipe(get_preset(preset))
-
     # ==== the targets ====
     packed, where = Beton(data), pick_device(device)
 
-    def configured(name: str, centre: str | None = None) -> ObjectiveConfig:
+    def configured(name: str) -> ObjectiveConfig:
         return ObjectiveConfig(
             name,
             student_temp,
             teacher_temp,
-            centre_targets or centre,
+            centre_targets,
             sinkhorn,
             queue,
             mean_entropy,
             head,
             hidden_dim,
             head_norm,
+            norm_last_layer=norm_last_layer,
             only_consistency=only_consistency,
             consistency_weight=consistency_weight,
         )
@@ -293,15 +291,10 @@ def train_student(
     }
     if targets == "momentum":
         b.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
-        name = objective or "dino"
-        # Without a centre or Sinkhorn all images end at one prototype.
-        centred = name in ("dino", "ibot") and sinkhorn in (None, "none")
-        matched = configured(name, "running" if centred else None)
+        matched = configured(objective or "dino")
         momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs)
         branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
-        if freeze_prototypes is None:
-            freeze_prototypes = 1 if momentum.num_prototypes else 0
     else:
         b.refuse(of_the_copy, "is for --targets momentum; a teacher has its own")
         if targets == "online":
@@ -311,6 +304,7 @@ def train_student(
         else:
             store_has = f"is for --targets online; the store {targets} has its own"
             b.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
+            preferred = b.preset_recipe(get_preset(preset)) if preset else None
             branch = b.cached_branch(Path(targets), packed, where, window_mib, cache_in_memory, overrides, preferred)
         matched = configured(objective or usual_objective(branch.space))
         if objective is None:
@@ -333,7 +327,7 @@ def train_student(
         epochs=epochs,
         local_size=local_size,
         clip_grad=clip_grad,
-        freeze_prototypes=freeze_prototypes or 0,
+        freeze_prototypes=freeze_prototypes,
         average=average,
         seed=seed,
         precision=precision,

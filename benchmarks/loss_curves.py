@@ -59,7 +59,8 @@ def run(config: LossCurvesConfig) -> Report:
             train_student(
                 TrainConfig(
                     data=data, out=out, targets=store, student=STUDENT,
-                    objective=ObjectiveConfig("dino", head="fresh", loss_impl=impl), optimiser=OptimiserConfig(lr=1e-3, warmup_epochs=1),
+                    objective=ObjectiveConfig("dino", head="fresh", loss_impl=impl),
+                    optimiser=OptimiserConfig(lr=1e-3, warmup_epochs=1),
                     epochs=config.epochs, device=config.device, loader=loader, log_every=1,
                     checkpoint_every=config.epochs,
                 )

@@ -72,7 +72,7 @@ class Recipe:
     """A named way of drawing views: global crops (cycled through by view id: DINO's two differ) and local ones.
 
     ``num_global`` and ``num_local`` are the crops of an image that one training step uses when there is no teacher cache to say
-    otherwise.
+    otherwise; ``global_weight`` is what the pairs of two global crops then weigh of all (None: all pairs alike).
     """
 
     name: str
@@ -80,6 +80,7 @@ class Recipe:
     local_crop: Crop | None = None
     num_global: int = 2
     num_local: int = 0
+    global_weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_global < 1 or self.num_local < 0:
@@ -113,6 +114,7 @@ class Recipe:
             crop(local) if local else None,
             values["num_global"],
             values["num_local"],
+            values.get("global_weight"),
         )
 
 
@@ -121,7 +123,7 @@ def _jitter(b: float, c: float, s: float, h: float) -> dict[str, Any]:
 
 
 def _dino(
-    global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: int
+    global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: float
 ) -> dict[str, Any]:
     """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop."""
     colour = _jitter(0.4, 0.4, 0.2, 0.1)
@@ -152,8 +154,8 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         # The multi-crop baseline of SSLight (2210.02808) for ViTs; its CNNs use scales .14-1 and .05-.14 and six local crops.
         Recipe("dino", **_dino((0.25, 1.0), (0.05, 0.25), 96, num_local=10)),
-        # SSLight: less extreme ratios between the paired views, larger local crops.
-        Recipe("sslight", **_dino((0.3, 1.0), (0.05, 0.3), 128, num_local=10)),
+        # SSLight: less extreme ratios between the paired views, larger local crops, which weigh .6 instead of .91.
+        Recipe("sslight", **_dino((0.3, 1.0), (0.05, 0.3), 128, num_local=10, global_weight=0.4)),
         Recipe("swav", **_swav((0.14, 1.0), (0.05, 0.14), 1.0, num_local=6)),
         Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 0.5, num_local=10)),
         # MoCo-v2 and DisCo: two crops of one kind.

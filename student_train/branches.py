@@ -34,7 +34,7 @@ class TargetSpace:
     ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits,
     ``has_all_logits`` for one of the top k alone, which serves temperatures within its ``ladder``. Where known:
     ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
-    ``prototypes`` (K, D).
+    ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off.
     """
 
     dim: int
@@ -47,6 +47,7 @@ class TargetSpace:
     prototypes: Tensor | None = None
     has_all_logits: bool = True
     ladder: tuple[float, ...] | None = None
+    usual_centre: str = "none"
 
 
 class TargetBranch(Protocol):
@@ -64,6 +65,8 @@ class TargetBranch(Protocol):
     space: TargetSpace
     description: dict[str, Any]
     """What the targets depend on, as plain values: a run is not resumed against others."""
+    freeze_prototypes: int = 0
+    """Epochs in which the student's prototypes usually stay as they are."""
 
     @property
     def state(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 objective   who makes the target                        temperature                 source
 ==========  ==========================================  ==========================  =================================
 dino, ibot  a copy, momentum .996 to 1 (cosine)         .04 to .07 over 50 epochs   2104.14294, section 3.1
-msn         the same; prototypes are the student's own  .025                        2204.07141, section 3
+msn         a copy, momentum .996 to .9992 (linear);    .025                        2204.07141, section 3;
+            prototypes are the student's own                                        msn ``msn_train.py``
 swav        the student itself, without gradient        .05                         2006.09882, section 3
 moco        a copy, momentum .999                                                   2003.04297, DisCo's .999
 ==========  ==========================================  ==========================  =================================
@@ -42,8 +43,9 @@ MOCO_DIM = 128
 
 @dataclass(frozen=True)
 class MomentumConfig:
-    """``num_prototypes`` is K (0: none). The copy's momentum follows a cosine from ``momentum`` to ``momentum_end`` over the
-    run; None: the student makes its own targets. ``teacher_temp`` is reached from ``warmup_teacher_temp`` in
+    """``num_prototypes`` is K (0: none). The copy's momentum goes from ``momentum`` to ``momentum_end`` along a cosine or, with
+    ``linear_momentum``, in equal steps, over ``momentum_runs`` times the run: above 1, a run ends before the end of it. A
+    ``momentum`` of None: the student makes its own targets. ``teacher_temp`` is reached from ``warmup_teacher_temp`` in
     ``warmup_teacher_temp_epochs`` equal steps, one an epoch.
     """
 
@@ -53,12 +55,14 @@ class MomentumConfig:
     teacher_temp: float = 0.07
     warmup_teacher_temp: float = 0.04
     warmup_teacher_temp_epochs: int = 0
+    linear_momentum: bool = False
+    momentum_runs: float = 1.0
 
 
 PUBLISHED: dict[str, MomentumConfig] = {
     "dino": MomentumConfig(warmup_teacher_temp_epochs=50),
     "ibot": MomentumConfig(num_prototypes=8192, warmup_teacher_temp_epochs=30),
-    "msn": MomentumConfig(num_prototypes=1024, teacher_temp=0.025),
+    "msn": MomentumConfig(num_prototypes=1024, teacher_temp=0.025, linear_momentum=True, momentum_runs=1.25),
     "swav": MomentumConfig(num_prototypes=3000, momentum=None, teacher_temp=0.05),
     "moco": MomentumConfig(num_prototypes=0, momentum=0.999, momentum_end=0.999),
 }
@@ -100,7 +104,10 @@ class MomentumBranch(TargetBranch):
         if issubclass(kind, PrototypeObjective):
             dim = objective.bottleneck or kind.bottleneck
         self.own_prototypes = objective.name == "msn"
-        self.space = TargetSpace(dim, self.config.num_prototypes, True, self.config.teacher_temp)
+        # Without a centre or Sinkhorn all images of a fresh DINO end at one prototype.
+        centre = "running" if objective.name in ("dino", "ibot") else "none"
+        self.space = TargetSpace(dim, self.config.num_prototypes, True, self.config.teacher_temp, usual_centre=centre)
+        self.freeze_prototypes = int(objective.name in ("dino", "ibot", "swav"))
         self.description = {"kind": "momentum", "seed": seed, **asdict(self.config)}
         self.model: Any = None
         self.copy: Any = None
@@ -164,10 +171,12 @@ class MomentumBranch(TargetBranch):
         return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
 
     def momentum(self, step: int) -> float:
-        """DINO's schedule: a cosine from the first value at step 0 towards the last at the run's end."""
+        """From the first value at step 0 towards the last: DINO's cosine, or MSN's line."""
         start, end = self.config.momentum, self.config.momentum_end
         assert start is not None
-        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / self.total_steps))
+        done = step / (self.total_steps * self.config.momentum_runs)
+        left = 1 - done if self.config.linear_momentum else 0.5 * (1 + math.cos(math.pi * done))
+        return end + (start - end) * left
 
     @torch.no_grad()
     def embed(self, crops: Tensor) -> Target | None:

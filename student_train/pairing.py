@@ -81,7 +81,7 @@ def choose_pairing(
     others cross.
 
     ``views`` is what the branch has of an image; two of them are used in a step where there are two, and MSN uses one.
-    Local crops are the recipe's. MisuseError: options that contradict each other.
+    Local crops, and the weight of the pairs without one, are the recipe's. MisuseError: options that contradict each other.
     """
     pairing = pairing or ("same" if objective in SAME_VIEW else "cross")
     if objective == "disco" and pairing != "same":
@@ -92,6 +92,8 @@ def choose_pairing(
     targets = targets or min(1 if objective in ONE_TARGET else 2, views)
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
+    if global_weight is None and num_local:
+        global_weight = recipe.global_weight
     return PairingConfig(pairing, targets, num_local, True if fresh is None else fresh, global_weight)
 
 

@@ -53,9 +53,9 @@ class TrainConfig:
     ``objective`` None is ``usual_objective``, ``pairing`` None what the objective's paper has (``choose_pairing``).
     ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential moving
     average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it alone.
-    ``freeze_prototypes`` keeps the student's prototypes still for so many epochs, as DINO does its last layer. ``window_mib``
-    bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead. ``checkpoint_every`` is in
-    epochs.
+    ``freeze_prototypes`` keeps the student's prototypes still for so many epochs; None: one where DINO and SwAV do it.
+    ``window_mib`` bounds the memory of decompressed targets; ``cache_in_memory`` keeps all of them instead.
+    ``checkpoint_every`` is in epochs.
     """
 
     data: Path
@@ -68,7 +68,7 @@ class TrainConfig:
     epochs: int = 100
     local_size: int | None = None
     clip_grad: float = 3.0
-    freeze_prototypes: int = 0
+    freeze_prototypes: int | None = None
     average: float | None = None
     seed: int = 0
     precision: str = "fp32"
@@ -154,7 +154,7 @@ class Trainer:
         self.average = build_average(self.model.backbone, config.average) if config.average else None
         if config.freeze_prototypes and not hasattr(objective, "prototypes"):
             raise MisuseError(f"--freeze-prototypes: --objective {config.objective.name} has none, leave it out")
-        self.steps_with_still_prototypes = config.freeze_prototypes * steps_per_epoch
+        self.steps_with_still_prototypes = (config.freeze_prototypes or 0) * steps_per_epoch
         self.clip_grad, self.precision, self.device = config.clip_grad or float("inf"), config.precision, device
 
     @property
@@ -214,7 +214,8 @@ def train_student(
     )  # a copy of the student sees what the student sees
     objective = config.objective or ObjectiveConfig(usual_objective(branch.space))
     pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
-    config = replace(config, objective=objective, pairing=pairing)
+    freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
+    config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
     if pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
@@ -277,10 +278,10 @@ def train_student(
                     with stopwatch("prepare"):
                         batch = batch.to(device)
                         images = prepare(batch, crops)
-                    with stopwatch("target"):
-                        branch.before_step(step)
-                        target = targets.next(batch, images)
                     with uninterrupted():  # a checkpoint of half a step would be of no step at all
+                        with stopwatch("target"):
+                            branch.before_step(step)
+                            target = targets.next(batch, images)
                         with stopwatch("student"):
                             trainer.objective.watching = run.is_logged(step + 1)
                             health, rate = trainer.step(step, images, target, pair_weights)

@@ -1,6 +1,7 @@
 """Training without a teacher: three steps of each published algorithm written plainly in float64, and the runs around them."""
 
 import math
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rob.common.views import get_recipe
 from rob.student_train.checkpoint import load_student
 from rob.student_train.momentum import PUBLISHED, MomentumBranch, MomentumConfig
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig
+from rob.student_train.objectives.centre import RunningCentre
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.pairing import PairingConfig, plan_views
 from rob.student_train.students import StudentConfig
@@ -238,6 +240,15 @@ def test_the_schedules_are_dinos():
     assert branch.momentum(1000) == pytest.approx(1.0)
 
 
+def test_msns_copy_slows_down_in_a_line_that_the_run_does_not_finish():
+    """msn_train.py: equal steps from .996 that would reach 1 after 1.25 runs."""
+    branch = MomentumBranch(ObjectiveConfig("msn"), get_recipe("msn"), 0, CPU, PUBLISHED["msn"])
+    branch.total_steps = 1000
+    increment = (1.0 - 0.996) / (1000 * 1.25)
+    found = [branch.momentum(step) for step in (0, 1, 500, 1000)]
+    assert found == pytest.approx([0.996, 0.996 + increment, 0.9976, 0.9992], abs=1e-12)
+
+
 def test_prototypes_stay_still_for_the_epochs_asked():
     trainer, branch = training(ObjectiveConfig("dino", bottleneck=10), MOMENTUM, freeze_prototypes=1)
     start = trainer.model.objective.prototypes.weight_v.detach().clone()
@@ -296,6 +307,57 @@ def test_two_epochs_and_two_are_four(config, name, tmp_path):
     assert ("momentum" in one) == (name != "swav")
     for part in {"model", "momentum"} & one.keys():
         torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+
+
+def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypatch):
+    """The EMA of the weights that a run went through, replayed from outside, is what it exports."""
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
+    branch, temps, weights = branch_for(config), [], []
+    take_step = Trainer.step
+
+    def watched(trainer: Trainer, number: int, *rest):
+        if not weights:
+            weights.append(deepcopy(dict(trainer.model.backbone.named_parameters())))
+        temps.append(trainer.objective.teacher_temp)
+        found = take_step(trainer, number, *rest)
+        weights.append(deepcopy(dict(trainer.model.backbone.named_parameters())))
+        return found
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    train_student(config, branch)
+    steps_per_epoch = 24 // 8
+    assert temps == [branch.teacher_temp(step // steps_per_epoch) for step in range(4 * steps_per_epoch)]
+    assert len(set(temps)) == 4
+    copy = weights[0]
+    for step, after in enumerate(weights[1:]):
+        momentum = branch.momentum(step)
+        copy = {name: momentum * slow + (1 - momentum) * after[name] for name, slow in copy.items()}
+    average = dict(load_student(config.out / "student_average.safetensors")[0].named_parameters())
+    torch.testing.assert_close(average, {name: value.detach() for name, value in copy.items()}, rtol=0, atol=1e-6)
+    assert (branch.freeze_prototypes, type(branch.model.objective.centres[0])) == (1, RunningCentre)
+
+
+def test_ctrl_c_while_the_copy_makes_its_targets_waits_for_the_step(config, monkeypatch, tmp_path):
+    """Or the copy's BatchNorm would have seen the batch, and would see it again in the run that goes on."""
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
+    train_student(config, branch_for(config))
+    halves, embed, calls = replace(config, out=tmp_path / "halves"), MomentumBranch.embed, []
+
+    def interrupted(branch: MomentumBranch, crops: Tensor):
+        target = embed(branch, crops)
+        calls.append(True)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return target
+
+    monkeypatch.setattr(MomentumBranch, "embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(halves, branch_for(halves))
+    assert len(calls) == 5
+    train_student(halves, branch_for(halves))
+    for name in ("student.safetensors", "student_average.safetensors"):
+        one, other = (load_file(run.out / name) for run in (config, halves))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_what_needs_a_teacher_or_other_views_is_refused(config):

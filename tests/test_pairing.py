@@ -135,6 +135,10 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
     assert choose_pairing("dino", moco, views=1) == PairingConfig("cross", 1, 0)
+    sslight = get_recipe("sslight")
+    assert choose_pairing("dino", sslight, views=4) == PairingConfig("cross", 2, 10, global_weight=0.4)
+    assert choose_pairing("dino", sslight, views=4, global_weight=0.7).global_weight == 0.7
+    assert choose_pairing("dino", sslight, views=4, num_local=0).global_weight is None
     chosen = choose_pairing("dino", dino, 4, "cross", targets=3, num_local=0, fresh=False)
     assert chosen == PairingConfig("cross", 3, 0, fresh=False)
 

@@ -95,7 +95,7 @@ class PrototypeObjective(nn.Module):
         if config.queue is not None and self.sinkhorn != "queue":
             raise MisuseError(f"--queue is for --sinkhorn queue, and it is {self.sinkhorn}: leave one of them out")
         if self.sinkhorn == "none":
-            return [build_centre(config.centre or "none", space)]
+            return [build_centre(config.centre or space.usual_centre, space)]
         if config.centre not in (None, "none"):
             raise MisuseError(
                 f"--sinkhorn {self.sinkhorn} evens out the prototypes whatever the centre: "
@@ -114,7 +114,8 @@ class PrototypeObjective(nn.Module):
         self.head = ProjectionHead(
             num_features, config.hidden_dim, bottleneck, self.num_layers, self.activation, given(config.head_norm, True)
         )
-        self.prototypes = Prototypes(space.num_prototypes, bottleneck, self.weight_norm)
+        learn_gain = config.norm_last_layer is False
+        self.prototypes = Prototypes(space.num_prototypes, bottleneck, self.weight_norm, learn_gain)
         if rows is not None:
             rows = F.normalize(rows, dim=1) if self.unit_prototypes else rows
             gained = {"weight_v": rows, "weight_g": rows.norm(dim=1, keepdim=True)}
