@@ -65,7 +65,7 @@ def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device 
         raise MisuseError(
             f"{path} has checkpoint format {payload['format_version']}, this version of rob reads {FORMAT_VERSION}"
         )
-    difference = _first_difference(payload["config"], _as_json(config))
+    difference = first_difference(payload["config"], _as_json(config))
     if difference:
         name, was, now = difference
         raise MisuseError(
@@ -180,13 +180,15 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str] | None:
-    """Dotted name and both values of the first field that differs, or None."""
+def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first field that differs, or None; of an object in a list, too."""
+    if isinstance(old, list) and isinstance(new, list) and any(isinstance(value, dict) for value in old):
+        old, new = ({str(n): value for n, value in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             inner = f"{name}.{key}" if name else key
-            difference = _first_difference(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
+            difference = first_difference(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
             if difference:
                 return difference
         return None
-    return None if old == new else (name, str(old), str(new))
+    return None if old == new else (name, old, new)

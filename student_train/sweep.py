@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ import torch
 
 from ..common.beton import Beton
 from ..common.errors import FailureError, MisuseError
-from .checkpoint import replacing
+from ..common.store import TargetStore
+from .checkpoint import first_difference, replacing
 from .evaluate.results import read_results
 
 MOST_RUNS = 400
@@ -131,10 +132,21 @@ class SweepConfig:
         options = zip(self.variations, cell, strict=True)
         return [word for variation, value in options for word in variation.words(value)]
 
+    def store(self, cell: Sequence[str]) -> Path | None:
+        """The target store that a cell trains from; None without one (``online``, ``momentum``)."""
+        words = [*self.arguments, *self.varied(cell)]
+        given = [word.removeprefix("--targets=") for word in words if word.startswith("--targets=")]
+        given += [value for word, value in pairwise(words) if word == "--targets"]
+        return Path(given[-1]) if given and given[-1] not in ("online", "momentum") else None
+
     def made_with(self, cell: Sequence[str]) -> dict[str, Any]:
-        """What the cell's result depends on: words and images, not the device or the place. MisuseError: no such file."""
+        """What the cell's result depends on: words, images and targets, not the device or the place. MisuseError: a file or
+        store is not there."""
+        store = self.store(cell)
+        manifest = {} if store is None else TargetStore.open(store).manifest.to_json()
         return {
             "train_student": [*self.arguments, *self.varied(cell)],
+            "targets": {name: value for name, value in manifest.items() if name != "versions"},
             "test": None if self.test is None else str(self.test),
             "fingerprints": [
                 Beton(path).manifest.fingerprint for path in (Path(self.arguments[0]), self.test) if path is not None
@@ -166,12 +178,12 @@ def sweep(
 ) -> list[SweepRow]:
     """Run what is not finished yet, and read every result. ``progress`` gets (runs done, all, the latest one).
 
-    Writes ``sweep.json`` into ``config.out``. MisuseError, before any run: an image file is missing, or a run's folder has the
-    result of another sweep. FailureError: runs failed, after all others were made; it names their logs.
+    Writes ``sweep.json`` into ``config.out``. MisuseError, before any run: an image file or a target store is missing, or a
+    run's folder has the result of another sweep. FailureError: runs failed, after all others were made; it names their logs.
     """
     cells = config.cells()
-    for path in filter(None, (Path(config.arguments[0]), config.test)):
-        Beton(path)  # refused now if it is not there
+    for cell in cells:
+        config.made_with(cell)  # refused now if images or targets are not there
     finished = {cell: is_finished(config, cell) for cell in cells}
     config.out.mkdir(parents=True, exist_ok=True)
     places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -211,12 +223,12 @@ def is_finished(config: SweepConfig, cell: Sequence[str]) -> bool:
         return False  # train-student goes on with what is there, or refuses it
     made = json.loads((folder / RECORD_NAME).read_text())["made_with"]
     wanted = config.made_with(cell)
-    different = [name for name in wanted if made.get(name) != wanted[name]]
+    different = first_difference(made, wanted)
     if different:
-        name = different[0]
+        name, was, now = different
         raise MisuseError(
-            f"{folder} has the result of another sweep, with {name} = {_words(made.get(name))}, and this one has "
-            f"{_words(wanted[name])}: give another OUT, or delete that folder"
+            f"{folder} has the result of another sweep, with {name} = {_words(was)}, and this one has {_words(now)}: give "
+            "another OUT, or delete that folder"
         )
     return True
 
@@ -233,7 +245,7 @@ def _words(value: Any) -> str:
 
 
 def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None) -> bool:
-    folder = config.folder(cell)
+    folder, made_with = config.folder(cell), config.made_with(cell)
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with open(folder / "sweep.log", "w") as log:
@@ -245,7 +257,7 @@ def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None) -> bool:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = {"loss": last["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}
     with replacing(folder / RECORD_NAME) as file:
-        file.write((json.dumps({"made_with": config.made_with(cell), **result}, indent=2) + "\n").encode())
+        file.write((json.dumps({"made_with": made_with, **result}, indent=2) + "\n").encode())
     return True
 
 

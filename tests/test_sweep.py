@@ -1,15 +1,19 @@
 """Grids of runs."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import tiny_beton
+from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 from rob.cli_sweep import training_flags
+from rob.common.beton import Beton
+from rob.common.encodings import Encoding
 from rob.common.errors import FailureError, MisuseError
+from rob.common.views import get_recipe
 from rob.student_train import sweep as sweep_module
 from rob.student_train.sweep import (
     SweepConfig,
@@ -101,6 +105,54 @@ def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
     (tmp_path / "again" / "images-1.beton.json").replace(f"{other}.json")
     with pytest.raises(MisuseError, match="fingerprints"):
         sweep(replace(config, out=tmp_path / "second"))
+
+
+def test_other_targets_at_the_same_place_are_refused(tmp_path, data, commands):
+    """The words are the same, the manifest tells."""
+    place, images = tmp_path / "targets.zarr", Beton(data)
+    teachers = [tiny_teacher_checkpoint(tmp_path, seed) for seed in (0, 1)]
+    tiny_store(place, images, teachers[0])
+    config = SweepConfig(tmp_path / "out", (data, "--targets", str(place)), (SIZES,), device="cpu")
+    rows, before = sweep(config), len(commands)
+    assert sweep(config) == rows
+    for teacher, changes, what in (
+        (teachers[1], {}, "targets.weights_hash = "),
+        (teachers[0], {"seed": 1}, "targets.seed = 0, and this one has 1"),
+        (
+            teachers[0],
+            {"recipe": get_recipe("moco-v2")},
+            "targets.recipe.global_crops.0.blur = 1.0, and this one has 0.5:",
+        ),
+        (teachers[0], {"encoding": Encoding("embedding", "int8")}, "targets.encoding.dtype = float16, .* int8"),
+        (teachers[0], {"prototypes": 2}, "targets.head = .* fitted"),
+    ):
+        shutil.rmtree(place)
+        tiny_store(place, images, teacher, **changes)
+        with pytest.raises(MisuseError, match=f"local-size=16 has the result of another sweep, with {what}"):
+            sweep(config)
+    shutil.rmtree(place)
+    with pytest.raises(MisuseError, match="no target store"):
+        sweep(config)
+    assert len(commands) == before
+    tiny_store(place, images, teachers[0])
+    assert sweep(config) == rows  # cached again, to the same targets
+
+
+@pytest.mark.parametrize(
+    ("words", "store"),
+    [
+        (("--targets", "a.zarr"), "a.zarr"),
+        (("--targets=a.zarr",), "a.zarr"),
+        (("--targets", "momentum"), None),
+        (("--targets=online",), None),
+        ((), None),
+    ],
+)
+def test_the_store_of_a_run(tmp_path, words, store):
+    config = SweepConfig(tmp_path, ("data.beton", *words), (SIZES,))
+    assert config.store(("16",)) == (store and Path(store))
+    varied = SweepConfig(tmp_path, ("data.beton",), (Variation.parse("targets=a.zarr,online"),))
+    assert [varied.store(cell) for cell in varied.cells()] == [Path("a.zarr"), None]
 
 
 def test_images_that_are_missing_are_misuse_before_any_training(tmp_path, data, commands):
