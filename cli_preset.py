@@ -1,13 +1,15 @@
-"""How ``--preset`` meets the other options of a command: as their defaults, so that any option that is given beats it."""
+"""How ``--preset`` meets the other options of a command: as their defaults, so that any option that is given beats it, and
+without what the run has no use for.
+"""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand
 
 from rob.cli import console
-from rob.student_train.presets import get_preset
+from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_THE_COPY, get_preset
 
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
@@ -17,31 +19,80 @@ def use_preset(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-def explicit(context: typer.Context) -> set[str]:
+class PresetCommand(TyperCommand):
+    """A command with ``--preset``: it prints the preset in force, and gets None for what of it the run does not read."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params["preset"] is not None:
+            unused = unused_options(ctx)
+            show_preset(ctx, unused)
+            ctx.params.update(dict.fromkeys(unused))
+        return super().invoke(ctx)
+
+
+def typed(context: typer.Context) -> set[str]:
     """Names of the parameters that the command line gives."""
     names = context.params
     return {name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
 
 
-def given(context: typer.Context, names: Sequence[str]) -> Iterable[Any]:
-    """The values of these parameters from the command line, None for one that is not there: what a preset says is left out."""
-    typed = explicit(context)
-    return [context.params[name] if name in typed else None for name in names]
+def unused_options(context: typer.Context) -> dict[str, str]:
+    """The preset's options that neither these targets nor this objective nor these crops read, and why.
+
+    What is typed is never among them: that is refused where it means nothing.
+    """
+    from rob.common.views import RECIPES
+    from rob.student_train.objectives import OBJECTIVES
+    from rob.student_train.pairing import SAME_VIEW
+
+    values, given = context.params, typed(context)
+    objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
+    reasons: dict[str, str] = {}
+    if objective in OBJECTIVES:
+        reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
+    if targets != "momentum":
+        reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
+    if targets not in ("momentum", "online"):
+        reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
+        recipe = None
+    same = (values["pairing"] or ("same" if objective in SAME_VIEW else "cross")) == "same"
+    if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
+        reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
+        reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
+    return {name: reasons[name] for name in get_preset(values["preset"]).options if name in reasons.keys() - given}
 
 
-def show_preset(context: typer.Context) -> None:
-    """Print the preset in force, with what the command line changed in it."""
+def _unread_by(objective: str) -> set[str]:
+    from rob.student_train.momentum import PUBLISHED
+    from rob.student_train.objectives import OBJECTIVES, OPTIONS
+    from rob.student_train.objectives.prototypes import PrototypeObjective
+
+    unread = OPTIONS - OBJECTIVES[objective].options
+    if not issubclass(OBJECTIVES[objective], PrototypeObjective):
+        unread |= {"prototypes", "freeze_prototypes"}
+    usual = PUBLISHED.get(objective)
+    if usual and usual.momentum is None:
+        unread |= {"copy_momentum"}
+    if usual and not usual.warmup_teacher_temp_epochs:
+        unread |= {"warmup_teacher_temp_epochs"}
+    return set(unread)
+
+
+def show_preset(context: typer.Context, unused: dict[str, str]) -> None:
+    """Print the preset in force, with what the command line changed in it and what of it is ``unused``."""
     from rob.student_train.optimiser import LR_BATCH_SIZE
 
-    name, typed = context.params["preset"], explicit(context)
+    name, given = context.params["preset"], typed(context)
     preset = get_preset(name)
     table = Table(title=f"preset {name}: {preset.source}", title_justify="left", show_header=False)
     for option, value in preset.options.items():
-        changed = "" if option not in typed else f"given: {_text(context.params[option])}"
+        remark = f"not used: {unused[option]}" if option in unused else ""
+        if option in given:
+            remark = f"given: {_text(context.params[option])}"
         if option == "lr":
             lr, batch_size = context.params["lr"], context.params["batch_size"]
-            changed = f"{changed} x {batch_size}/{LR_BATCH_SIZE} = {lr * batch_size / LR_BATCH_SIZE:g}".strip()
-        table.add_row("--" + option.replace("_", "-"), _text(value), changed)
+            remark = f"{remark} x {batch_size}/{LR_BATCH_SIZE} = {lr * batch_size / LR_BATCH_SIZE:g}".strip()
+        table.add_row("--" + option.replace("_", "-"), _text(value), remark)
     console.print(table)
 
 

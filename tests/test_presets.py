@@ -100,6 +100,10 @@ def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_pat
     assert (
         "was cached with recipe dino (global crops of 0.25 to 1 of the image) and the preset has recipe sslight" in text
     )
+    for row in ("--prototypes │ 4096", "--copy-momentum │ 0.996", "--warmup-teacher-temp-epochs │ 50"):
+        assert f"{row} │ not used: there is no copy" in text
+    assert "--recipe │ sslight │ not used: the store has its own" in text
+    assert text.count("not used") == 4
 
     config, text = train("--preset", "dino-vit", "--targets", store.path, "--local-scale", 0.1, 0.2)
     assert config["recipe"]["local_crop"] == dino["local_crop"] | {"scale": [0.1, 0.2]}
@@ -109,6 +113,34 @@ def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_pat
         message = f"{option} is for --targets online or momentum; the store .*targets.zarr has targets of its own views"
         with pytest.raises(MisuseError, match=message):
             train("--targets", store.path, option, *value)
+
+
+def test_another_objective_leaves_out_what_it_does_not_read_of_the_preset(train, tmp_path):
+    swav, text = train("--preset", "dino-cnn", "--objective", "swav", "--prototypes", 12)
+    assert (swav["objective"]["name"], swav["branch"]["momentum"]) == ("swav", None)
+    assert swav["branch"]["warmup_teacher_temp_epochs"] == 0
+    assert "--copy-momentum │ 0.996 │ not used: swav does not read it" in text
+    assert "--warmup-teacher-temp-epochs │ 50 │ not used: swav does not read it" in text
+    assert text.count("not used") == 2
+
+    moco, text = train("--preset", "dino-cnn", "--objective", "moco")
+    assert (moco["objective"]["name"], moco["branch"]["num_prototypes"], moco["freeze_prototypes"]) == ("moco", 0, 0)
+    assert moco["branch"]["momentum"] == 0.996  # what it can read is the preset's
+    assert "--prototypes │ 4096 │ not used: moco does not read it" in text
+
+    teacher = tiny_teacher_checkpoint(tmp_path, prototypes=12)
+    store = tiny_store(tmp_path / "targets.zarr", tiny_beton(tmp_path, 16), teacher)
+    same, text = train("--preset", "sslight-cnn", "--targets", store.path, "--objective", "embedding")
+    assert (same["pairing"]["num_local"], same["pairing"]["global_weight"]) == (0, None)
+    assert "--num-local │ 6 │ not used: there are no local crops" in text
+    assert "--global-weight │ 0.4 │ not used: there are no local crops" in text
+    train("--preset", "dino-cnn", "--recipe", "moco-v2", "--prototypes", 12)
+
+    # what is typed is refused as ever
+    with pytest.raises(MisuseError, match="--copy-momentum: --objective swav makes its targets without a copy"):
+        train("--preset", "dino-cnn", "--objective", "swav", "--copy-momentum", 0.996)
+    with pytest.raises(MisuseError, match="--prototypes is for --targets momentum; a teacher has its own"):
+        train("--preset", "dino-cnn", "--targets", store.path, "--prototypes", 4096)
 
 
 def test_a_view_is_changed_by_its_options(train):
