@@ -2,12 +2,19 @@
 
 Each preset is a set of options of ``rob train-student``; an option that the user gives beats it. Learning rates are for a
 batch of 256 and are scaled to the batch at hand, as the papers do. What a preset leaves out is the same in the paper as by
-default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, temperatures, queues.
+default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, temperatures, the lengths of queues.
 
-What cannot be had here, and so differs: the ViT heads of DINO and SSLight let the length of a prototype grow
-(``norm_last_layer=False``), here it stays 1; SSLight's MoCo takes its keys from the first global crop alone, here both are
-keys; MSN masks patches, warms up for 15 epochs, and has one target view where a step here has two. (SSLight's own files
-name no student for DINO but those of its table: ResNet-18 and -34, MobileNetV2, ViT-Tiny.)
+What is not as in the papers' code:
+
+- SwAV: the queue serves once it is full, there from epoch 15 on (``EPOCH_QUEUE_STARTS``) and in whole batches, 3072 of 3840 rows;
+  the rate rises from 0, there from .075 (``START_WARMUP``).
+- MoCo: the keys' BatchNorm sees the batch as it is, there shuffled over the GPUs (ShuffleBN); both global crops are keys, there
+  one of them. MoCo-v2 lowers its rate once an epoch, here every step, and decays biases and norms too.
+- MSN: no patches are masked; a step has two target views, there one. The rate warms up in 10 epochs from 0, there in 15 from
+  2e-4; it and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
+  and the limit of the gradient hold for the prototypes too.
+- DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's.
+- SSLight's CNNs: depthwise convolutions are decayed, there they are not.
 
 With ``--targets CACHE.zarr`` a preset sets the same, but for what concerns the copy of the student; the global crops are
 those that the targets were cached with.
@@ -42,8 +49,9 @@ LENGTH = {"epochs": 200, "batch_size": 1024, "clip_grad": 0.0}
 
 DINO_CNN = {"student": "resnet18", "objective": "dino", "prototypes": 4096, "head_norm": True}
 DINO_CNN = DINO_CNN | COPY | {"warmup_teacher_temp_epochs": 50} | LARS | LENGTH
-DINO_VIT = {"student": "vit_tiny_patch16_224", "drop_path": 0.1, "objective": "dino", "prototypes": 65536}
-DINO_VIT = DINO_VIT | {"head_norm": False} | COPY | {"warmup_teacher_temp_epochs": 30} | ADAMW | LENGTH
+DINO_VIT = {"student": "vit_tiny_patch16_224", "drop_path": 0.1, "objective": "dino"}
+DINO_VIT = DINO_VIT | {"prototypes": 65536, "head_norm": False, "norm_last_layer": False}
+DINO_VIT = DINO_VIT | COPY | {"warmup_teacher_temp_epochs": 30} | ADAMW | LENGTH
 SWAV_CNN = {
     "student": "mobilenetv2_100",
     "objective": "swav",
@@ -95,7 +103,7 @@ PRESETS: dict[str, Preset] = {
         DISCO | {"recipe": "moco-v2"},
     ),
 }
-"""The student is the smallest that the paper has; any other may be given."""
+"""The student is one of the paper's own; any other may be given."""
 
 
 def get_preset(name: str) -> Preset:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import typer
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 from typer.testing import CliRunner
@@ -141,6 +142,18 @@ def test_another_objective_leaves_out_what_it_does_not_read_of_the_preset(train,
         train("--preset", "dino-cnn", "--objective", "swav", "--copy-momentum", 0.996)
     with pytest.raises(MisuseError, match="--prototypes is for --targets momentum; a teacher has its own"):
         train("--preset", "dino-cnn", "--targets", store.path, "--prototypes", 4096)
+
+
+@pytest.mark.parametrize(("name", "learned"), [("sslight-cnn", False), ("dino-vit", True), ("sslight-vit", True)])
+def test_dinos_vits_learn_the_length_of_a_prototype(train, tmp_path, name, learned):
+    train("--preset", name, "--prototypes", 12, "--num-local", 1, "--epochs", 2, "--lr", 0.1, "--copy-momentum", 0.5)
+    state = torch.load(tmp_path / "run0" / "checkpoint.pt", weights_only=True)["state"]
+    for branch in ("model", "momentum"):  # the copy follows the student
+        lengths = state[branch]["objective.prototypes.weight_g"]
+        assert torch.equal(lengths, torch.ones(12, 1)) != learned
+    for objective in ("msn", "swav", "moco"):
+        with pytest.raises(MisuseError, match=f"--norm-last-layer means nothing to --objective {objective}: it is for"):
+            train("--targets", "momentum", "--objective", objective, "--no-norm-last-layer")
 
 
 def test_a_view_is_changed_by_its_options(train):

@@ -13,4 +13,5 @@ from .prototypes import PrototypeObjective
 class DinoObjective(PrototypeObjective):
     """DINO's head on the student, and the prototype cross-entropy against the teacher."""
 
+    options = PrototypeObjective.options | {"norm_last_layer"}
     usual_head = "teacher"

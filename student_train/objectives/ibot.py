@@ -12,4 +12,5 @@ from .prototypes import PrototypeObjective
 class IbotObjective(PrototypeObjective):
     """iBOT's class-token loss."""
 
+    options = PrototypeObjective.options | {"norm_last_layer"}
     usual_head = "teacher"
