@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,9 @@ from ..common.errors import FailureError, MisuseError
 from ..common.store import TargetStore
 from .checkpoint import first_difference, replacing
 from .evaluate.results import read_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_RUNS = 400
 """Of one sweep: more is a slip of the keyboard."""
@@ -268,8 +271,14 @@ def read_row(config: SweepConfig, cell: tuple[str, ...]) -> SweepRow:
 
 
 def draw_heat_map(config: SweepConfig, rows: Sequence[SweepRow], out: Path) -> None:
-    """k-NN top-1 as a PNG: the first variation down, the second across (one row of cells if there is none), and of further
-    ones the best."""
+    """``heat_map`` as a PNG."""
+    with replacing(out) as file:
+        heat_map(config, rows).savefig(file, format="png")
+
+
+def heat_map(config: SweepConfig, rows: Sequence[SweepRow]) -> "Figure":
+    """k-NN top-1: the first variation down, the second across (one column of cells if there is none), and of further ones the
+    best."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -279,7 +288,7 @@ def draw_heat_map(config: SweepConfig, rows: Sequence[SweepRow], out: Path) -> N
         place = row.values[0], row.values[1] if len(config.variations) > 1 else ""
         best[place] = max(row.knn_top1, best.get(place, row.knn_top1))
     grid = [[best.get((i, j), float("nan")) for j in across.values] for i in down.values]
-    figure = Figure((1.6 + 1.1 * len(across.values), 1.3 + 0.6 * len(down.values)), layout="constrained")
+    figure = Figure((1.6 + 1.1 * len(across.values), 1.3 + 0.6 * len(down.values)), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     low, high = min(best.values()), max(best.values())
@@ -291,5 +300,4 @@ def draw_heat_map(config: SweepConfig, rows: Sequence[SweepRow], out: Path) -> N
     axes.set_xticks(range(len(across.values)), across.values)
     axes.set_yticks(range(len(down.values)), down.values)
     axes.set(xlabel=across.option, ylabel=down.option, title="k-NN top-1, %")
-    with replacing(out) as file:
-        figure.savefig(file, format="png", dpi=140)
+    return figure

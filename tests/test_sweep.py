@@ -2,13 +2,20 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Lock
+from time import sleep
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
+from rob.cli import main
 from rob.cli_sweep import training_flags
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -20,6 +27,7 @@ from rob.student_train.sweep import (
     SweepRow,
     Variation,
     draw_heat_map,
+    heat_map,
     is_finished,
     sweep,
     visible_gpus,
@@ -33,17 +41,29 @@ def data(tmp_path_factory) -> str:
     return str(tiny_beton(tmp_path_factory.mktemp("images"), 4).path)
 
 
+class Commands(list[list[str]]):
+    """What the processes are told; ``gpus`` has the CUDA_VISIBLE_DEVICES of each."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.gpus: list[str | None] = []
+        self.meanwhile: Callable[[], Any] = lambda: None  # called while a process runs
+
+
 @pytest.fixture
-def commands(monkeypatch):
-    """Instead of processes: notes each command, and leaves behind what the real one leaves."""
-    seen = []
+def commands(monkeypatch) -> Commands:
+    """Instead of processes: notes each command and its environment, and leaves behind what the real one leaves."""
+    seen = Commands()
 
     class Done:
         returncode = 0
 
     def run(command, stdout, stderr, env):
-        seen.append(command[3:])
         arguments = command[3:]
+        with seen.lock:  # runs may be threads
+            seen.append(arguments)
+            seen.gpus.append(env.get("CUDA_VISIBLE_DEVICES"))
+        seen.meanwhile()
         if "--fail" in arguments or ("24" in arguments and "--fail-24" in arguments):
             return type("Failed", (), {"returncode": 1})
         if arguments[0] == "train-student":
@@ -169,6 +189,42 @@ def test_gpus_are_handed_out_by_the_names_they_have_here(monkeypatch):
     assert visible_gpus() == ["2", "3"]
 
 
+def test_every_gpu_has_one_run_at_a_time(tmp_path, data, commands, monkeypatch):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    # Broken, which is an error, unless two processes are there at once; a third would be left over and wait in vain.
+    commands.meanwhile = Barrier(2, timeout=20).wait
+    sizes = Variation("local-size", ("16", "24", "32", "48"))
+    config = SweepConfig(tmp_path / "out", (data,), (sizes,), device="auto")
+    sweep(config)
+    assert len(commands) == 8
+    seen = dict(zip(map(tuple, commands), commands.gpus, strict=True))
+    runs = [[seen[tuple(command[3:])] for command in config.commands(cell)] for cell in config.cells()]
+    assert all(train == measure for train, measure in runs)  # a run stays where it is
+    assert sorted(commands.gpus) == ["2"] * 4 + ["GPU-5f"] * 4
+    # Two by two they meet at the barrier: never both on one GPU.
+    assert all(set(commands.gpus[n : n + 2]) == {"2", "GPU-5f"} for n in range(0, 8, 2))
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 2), ("cuda:1", 2), ("auto", 0)])
+def test_one_run_at_a_time_where_the_device_is_told_or_there_is_no_gpu(
+    tmp_path, data, commands, monkeypatch, device, gpus
+):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    alone = Lock()
+
+    def meanwhile() -> None:
+        assert alone.acquire(blocking=False)
+        sleep(0.01)
+        alone.release()
+
+    commands.meanwhile = meanwhile
+    sweep(SweepConfig(tmp_path, (data,), (SIZES,), device=device))
+    assert commands.gpus == [None] * 4
+    assert all(command[command.index("--device") + 1] == device for command in commands)
+
+
 def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands):
     config = SweepConfig(tmp_path, (data, "--fail-24"), (SIZES,), device="cpu")
     with pytest.raises(FailureError, match=r"1 of 2 runs failed, see .*local-size=24/sweep.log"):
@@ -263,14 +319,84 @@ def test_a_flag_is_one_option_under_both_its_names(tmp_path):
 # ==== the picture ====
 
 
+def shown(config: SweepConfig, rows: list[SweepRow], png: Path) -> tuple[list, list[str], list[str], np.ndarray]:
+    """Of the drawn heat map: (row, column, text) of every label in a cell, the tick labels down and across, and the colour
+    that each cell has in the PNG, (down, across, 3) uint8."""
+    figure = heat_map(config, rows)
+    draw_heat_map(config, rows, png)
+    with Image.open(png) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    texts = [(text.get_position()[1], text.get_position()[0], text.get_text()) for text in axes.texts]
+    down, across = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    # Near a corner, beside the text.
+    places = [[axes.transData.transform((j + 0.45, i + 0.4)) for j in range(len(across))] for i in range(len(down))]
+    colours = [[pixels[len(pixels) - 1 - int(y), int(x)] for x, y in row] for row in places]
+    assert (axes.get_ylabel(), axes.get_title()) == (config.variations[0].option, "k-NN top-1, %")
+    assert axes.get_xlabel() == (config.variations[1].option if len(config.variations) > 1 else "")
+    return texts, down, across, np.array(colours)
+
+
 def test_heat_map(tmp_path):
     config = SweepConfig(tmp_path, ("data.beton",), (SIZES, SCALES))
     rows = [SweepRow(cell, 1.0, 50.0 + n) for n, cell in enumerate(config.cells())]
-    draw_heat_map(config, rows[:3], tmp_path / "map.png")  # one run is missing
-    with Image.open(tmp_path / "map.png") as picture:
-        assert min(picture.size) > 200
-    draw_heat_map(
-        SweepConfig(tmp_path, ("data.beton",), (SIZES,)), [SweepRow(("16",), 1.0, 50.0)], tmp_path / "one.png"
-    )
-    with Image.open(tmp_path / "one.png") as picture:
-        assert min(picture.size) > 200
+    texts, down, across, colours = shown(config, rows[:3], tmp_path / "map.png")  # one run is missing
+    assert texts == [(0, 0, "50.0"), (0, 1, "51.0"), (1, 0, "52.0")]
+    assert (down, across) == (["16", "24"], ["0.05 0.14", "0.05 0.3"])
+    brightness = colours.astype(int).sum(2)
+    assert brightness[0, 0] > brightness[0, 1] > brightness[1, 0]  # better is darker
+    assert (colours[1, 1] == 255).all()
+    assert brightness[0, 0] < 3 * 255  # the worst is not blank
+
+
+def test_heat_map_of_one_option_and_of_three(tmp_path):
+    one = SweepConfig(tmp_path, ("data.beton",), (SIZES,))
+    texts, down, across, colours = shown(one, [SweepRow(("16",), 1.0, 50.0)], tmp_path / "one.png")
+    assert (texts, down, across) == ([(0, 0, "50.0")], ["16", "24"], [""])
+    assert (colours[0, 0] < 255).any()
+    three = SweepConfig(tmp_path, ("data.beton",), (SIZES, SCALES, Variation("lr", ("1", "2"))))
+    rows = [SweepRow(cell, 1.0, 50.0 + (3 * n) % 8) for n, cell in enumerate(three.cells())]  # 50 53 56 51 54 57 52 55
+    texts, *_ = shown(three, rows, tmp_path / "three.png")
+    assert texts == [(0, 0, "53.0"), (0, 1, "56.0"), (1, 0, "57.0"), (1, 1, "55.0")]
+
+
+# ==== the command ====
+
+
+@pytest.mark.slow
+def test_the_command_with_real_processes(tmp_path, monkeypatch, capsys):
+    images = tiny_beton(tmp_path, 32)
+    store = tiny_store(tmp_path / "targets.zarr", images, tiny_teacher_checkpoint(tmp_path))
+    student = ("--student", "test_resnet", "--no-small-images", "--image-size", "32", "--hidden-dim", "16")
+    training = (images.path, "--targets", store.path, *student, "--epochs", "1", "--batch-size", "8", "--workers", "1")
+    out = tmp_path / "out"
+
+    def rob_sweep(*vary: str) -> tuple[int, str, str]:
+        options = [word for text in vary for word in ("--vary", text)]
+        monkeypatch.setattr(
+            sys, "argv", ["rob", "sweep", *map(str, (out, *options, "--device", "cpu", "--", *training))]
+        )
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    code, printed, _ = rob_sweep("head-norm=yes,no")
+    assert code == 0, (out / "head-norm=yes" / "sweep.log").read_text()
+    results = json.loads((out / "sweep.json").read_text())
+    assert [row["head-norm"] for row in results] == ["yes", "no"]
+    assert results[0]["loss"] != results[1]["loss"]
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    for row in results:
+        folder = out / f"head-norm={row['head-norm']}"
+        assert json.loads((folder / "config.json").read_text())["objective"]["head_norm"] == (row["head-norm"] == "yes")
+        assert json.loads((folder / "eval" / "knn.json").read_text())["top1"] == row["knn_top1"]
+        cells = [row["head-norm"], f"{row['loss']:.4f}", f"{row['knn_top1']:.2f}"]
+        assert cells in table
+    with Image.open(out / "sweep.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20  # text and cells
+
+    code, _, error = rob_sweep("head-norm=yes,2")
+    assert code == 2
+    assert error == "error: --vary 'head-norm=yes,2': --head-norm is a flag, '2' is neither yes nor no\n"
