@@ -24,16 +24,18 @@ import zarr
 from numcodecs import Blosc, Zstd
 from torch import Tensor
 
+from rob.benchmarks.fidelity import fidelity, restored
 from rob.benchmarks.report import Report, median_of
-from rob.common.encodings import Encoding, fidelity
+from rob.common.encodings import Encoding
 from rob.common.images import PackConfig, pack
-from rob.common.ladder import tail_at
 from rob.common.order import block_shuffled_order
 from rob.common.prefetch import TargetPrefetcher, window_blocks
 from rob.common.run import pick_device
 from rob.common.store import StoreManifest, StoreWriter, TargetStore
 from rob.common.store_manifest import SHARD_CHUNKS
 from rob.common.views import get_recipe
+from rob.student_train.kernels.target import TopKTarget
+from rob.student_train.kernels.topk import log_tail
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.prototypes import PrototypeConfig, fit_prototypes
 from rob.teacher_cache.teachers import TeacherConfig
@@ -218,17 +220,16 @@ def _encoding_row(embedding: Tensor, prototypes: Tensor, encoding: Encoding, con
         **fidelity(encoding, sample, prototypes),
     }
     if encoding.kind == "topk":
-        row["worst_tail_error"] = _tail_error(sample @ prototypes.T, encoding)
+        row["worst_tail_error"] = _tail_error(sample, prototypes, encoding)
     return row
 
 
-def _tail_error(logits: Tensor, encoding: Encoding) -> float:
+def _tail_error(embedding: Tensor, prototypes: Tensor, encoding: Encoding) -> float:
     """The largest error of the tail's log-sum-exp at temperatures between those stored."""
-    tail = encoding.decode(encoding.encode(None, logits))["tail"]
+    logits, target = embedding @ prototypes.T, restored(encoding, embedding, prototypes)
+    assert isinstance(target, TopKTarget)
     rest = logits.scatter(-1, logits.topk(encoding.k).indices, -torch.inf)
-    return max(
-        (tail_at(tail, encoding.temps, temp) - (rest / temp).logsumexp(-1)).abs().max().item() for temp in OFF_LADDER
-    )
+    return max((log_tail(target, temp) - (rest / temp).logsumexp(-1)).abs().max().item() for temp in OFF_LADDER)
 
 
 # ---- codecs ----

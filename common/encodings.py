@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .errors import FailureError, MisuseError
-from .ladder import LADDER, tail_at
 
 KINDS = ("embedding", "topk", "dense")
 EMBEDDING_DTYPES = ("float32", "float16", "int8")
+
+LADDER = (0.025, 0.04, 0.055, 0.07, 0.1)
+"""Teacher temperatures at which a `topk` tail is stored: MSN's effective .025, DINO's .04 to .07, and SwAV's .1."""
 
 
 @dataclass(frozen=True)
@@ -140,40 +142,10 @@ def _widen(values: Tensor) -> Tensor:
     return values.to(torch.int64 if values.dtype in (torch.uint16, torch.uint32) else torch.float32)
 
 
-def stored_log_probabilities(
-    encoding: Encoding, decoded: Mapping[str, Tensor], prototypes: Tensor, temp: float
-) -> Tensor:
-    """log q (..., K) of the target that decoded arrays stand for at ``temp``, without a centre.
-
-    A `topk` tail's mass is spread evenly over the prototypes that were not kept. Materialises K columns: for measuring
-    and for tests, the loss never does.
-    """
-    if encoding.kind == "embedding":
-        return torch.log_softmax(decoded["embedding"] @ prototypes.T / temp, dim=-1)
-    if encoding.kind == "dense":
-        return torch.log_softmax(decoded["logits"] / temp, dim=-1)
-    kept, ids, num_prototypes = decoded["logits"] / temp, decoded["ids"], prototypes.shape[0]
-    tail = tail_at(decoded["tail"], encoding.temps, temp)
-    total = torch.logaddexp(torch.logsumexp(kept, dim=-1), tail)
-    even = tail - total - np.log(max(num_prototypes - kept.shape[-1], 1))
-    log_q = even[..., None].expand(*even.shape, num_prototypes)
-    return log_q.scatter(-1, ids, kept - total[..., None])
-
-
-def fidelity(
-    encoding: Encoding, embedding: Tensor, prototypes: Tensor, temps: tuple[float, ...] = (0.04, 0.07)
-) -> dict[str, float]:
-    """How much of the full target survives storing: mean KL(full || stored) in nats a view at each of ``temps``
-    (keys ``kl_0.04`` ...) and ``top1_agreement``, the share of views whose most likely prototype stays the same.
-
-    ``embedding`` (R, V, D) and ``prototypes`` (K, D) float32; full is softmax(embedding @ prototypes.T / temp).
-    """
-    logits = embedding @ prototypes.T
-    decoded = encoding.decode(encoding.encode(embedding, logits))
-    measured = {}
-    for temp in temps:
-        log_p = torch.log_softmax(logits / temp, dim=-1)
-        log_q = stored_log_probabilities(encoding, decoded, prototypes, temp)
-        measured[f"kl_{temp:g}"] = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        measured["top1_agreement"] = (log_q.argmax(-1) == logits.argmax(-1)).float().mean().item()  # at any temperature
-    return measured
+def check_temperature(ladder: tuple[float, ...], temp: float) -> None:
+    """MisuseError where ``temp`` is outside of a `topk` store's ladder, and the tail's mass would be a guess."""
+    if not min(ladder) * 0.999 <= temp <= max(ladder) * 1.001:
+        raise MisuseError(
+            f"teacher temperature {temp:g} is outside of the store's ladder {min(ladder):g} to {max(ladder):g}: "
+            "take one within, or cache the targets again with --encoding embedding, which serves any"
+        )

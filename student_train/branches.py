@@ -5,7 +5,7 @@ and to prove that the cache changes nothing; ``momentum.MomentumBranch`` has no 
 targets belong to, and answers, batch by batch, with a Target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.beton import Beton
+from ..common.encodings import Encoding
 from ..common.loader import Batch, ViewSet
 from ..common.prefetch import TargetPrefetcher, window_blocks
 from ..common.run import autocast
@@ -167,17 +168,23 @@ class CachedTargets(TargetBranch):
 
     def make_target(self, arrays: dict[str, Tensor]) -> Target:
         """Decoded arrays (B, G, ...) of the store as the loss takes them."""
-        match self.store.encoding.kind:
-            case "embedding":
-                prototypes = (
-                    arrays["embedding"].new_empty(0, self.space.dim) if self.prototypes is None else self.prototypes
-                )
-                return EmbeddingTarget(arrays["embedding"], prototypes)
-            case "topk":
-                ladder, num_prototypes = self.store.encoding.temps, self.space.num_prototypes
-                return TopKTarget(arrays["ids"], arrays["logits"], arrays["tail"], ladder, num_prototypes)
-            case _:
-                return DenseTarget(arrays["logits"])
+        return stored_target(self.store.encoding, arrays, self.prototypes, self.space.num_prototypes)
+
+
+def stored_target(
+    encoding: Encoding, arrays: Mapping[str, Tensor], prototypes: Tensor | None, num_prototypes: int
+) -> Target:
+    """What decoded arrays (B, G, ...) of a store say, with the store's K ``prototypes`` where it has some."""
+    match encoding.kind:
+        case "embedding":
+            embedding = arrays["embedding"]
+            return EmbeddingTarget(
+                embedding, embedding.new_empty(0, embedding.shape[2]) if prototypes is None else prototypes
+            )
+        case "topk":
+            return TopKTarget(arrays["ids"], arrays["logits"], arrays["tail"], encoding.temps, num_prototypes)
+        case _:
+            return DenseTarget(arrays["logits"])
 
 
 class _StoreStream:

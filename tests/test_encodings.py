@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rob.common.encodings import Encoding, fidelity, stored_log_probabilities
+from rob.benchmarks.fidelity import fidelity, restored
+from rob.common.encodings import LADDER, Encoding, check_temperature
 from rob.common.errors import FailureError, MisuseError
-from rob.common.ladder import LADDER, tail_at
+from rob.student_train.kernels.reference import target_probabilities
+from rob.student_train.kernels.topk import log_tail
 
 ENCODINGS = [
     Encoding("embedding", "float32"),
@@ -71,7 +73,7 @@ def test_topk_keeps_the_largest_and_the_rest_as_a_tail(num_prototypes, k, temp):
     torch.testing.assert_close(
         decoded["logits"], logits.sort(-1, descending=True).values[..., :kept], atol=5e-4, rtol=0
     )
-    tail = tail_at(decoded["tail"], encoding.temps, temp)
+    tail = decoded["tail"][..., LADDER.index(temp)]
     rest = logits.double().sort(-1).values[..., : num_prototypes - kept]
     torch.testing.assert_close(tail.double(), torch.logsumexp(rest / temp, -1), atol=1e-4, rtol=1e-5)
 
@@ -87,28 +89,29 @@ def test_topk_ids_survive_at_the_limits_of_their_type(num_prototypes):
 
 
 @given(st.floats(min(LADDER), max(LADDER)), st.integers(0, 50))
-def test_tail_between_the_ladder_is_close(temp, seed):
-    logits = unit_rows(4, 64, seed=seed) @ unit_rows(500, 64, seed=seed + 1).T
-    encoding = Encoding("topk", k=32)
-    arrays = encoding.encode(None, logits[None])
-    rest = logits.scatter(-1, torch.as_tensor(arrays["ids"].astype(np.int64))[0], -torch.inf)
-    exact = torch.logsumexp(rest / temp, -1)
-    torch.testing.assert_close(tail_at(torch.as_tensor(arrays["tail"])[0], LADDER, temp), exact, atol=2e-2, rtol=0)
+def test_the_tail_between_the_ladder_is_close(temp, seed):
+    embedding, prototypes = unit_rows(4, 1, 64, seed=seed), unit_rows(500, 64, seed=seed + 1)
+    target = restored(Encoding("topk", k=32), embedding, prototypes)
+    rest = (embedding @ prototypes.T).scatter(-1, target.ids, -torch.inf)
+    torch.testing.assert_close(log_tail(target, temp), torch.logsumexp(rest / temp, -1), atol=2e-2, rtol=0)
 
 
 def test_a_temperature_off_the_ladder_is_refused():
+    for temp in LADDER:
+        check_temperature(LADDER, temp)
     for temp in (0.01, 0.2):
         with pytest.raises(MisuseError, match=r"outside of the store's ladder 0\.025 to 0\.1"):
-            tail_at(torch.zeros(3, len(LADDER)), LADDER, temp)
+            check_temperature(LADDER, temp)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: f"{encoding.kind}-{encoding.dtype}")
 def test_stored_targets_are_distributions(encoding):
     embedding, prototypes = unit_rows(5, 2, 32), unit_rows(200, 32, seed=1)
-    decoded = encoding.decode(encoding.encode(embedding, embedding @ prototypes.T))
     for temp in (0.04, 0.06):
-        log_q = stored_log_probabilities(encoding, decoded, prototypes, temp)
-        torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(5, 2), atol=2e-3, rtol=0)
+        q = target_probabilities(restored(encoding, embedding, prototypes), temp)
+        full = torch.softmax(embedding @ prototypes.T / temp, dim=-1)
+        torch.testing.assert_close(q.sum(-1), torch.ones(5, 2), atol=2e-3, rtol=0)
+        assert (q - full).abs().sum(-1).max() < 0.5  # the top k of 200 at least
 
 
 def test_fidelity_orders_the_encodings():

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from prototype_ce_cases import KINDS, assert_as_exact_as_torch, make_case, outcome, topk_target, wide
 from torch.nn.functional import cross_entropy, normalize
 
-from rob.common.errors import MisuseError
 from rob.student_train.kernels import (
     DenseTarget,
     EmbeddingTarget,
@@ -253,7 +252,7 @@ def test_topk_mass_between_two_temperatures(temp):
 @pytest.mark.parametrize("temp", [0.4, 1.1])
 def test_a_temperature_outside_of_the_ladder_is_refused(temp):
     target = topk_target(torch.randn(4, 2, 30), 5, [0.5, 1.0])
-    with pytest.raises(MisuseError, match=r"outside of the store's ladder 0\.5 to 1"):
+    with pytest.raises(ValueError, match=r"outside of the target's 0\.5 to 1"):
         topk.log_tail(target, temp)
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...common.encodings import check_temperature
 from ...common.errors import MisuseError
 from ...common.heads import Activation, ProjectionHead, Prototypes
-from ...common.ladder import check_temperature
 from ..collapse import entropies
 from ..collective import mean_over_ranks
 from ..kernels import mean_entropy, prototype_cross_entropy
