@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from rob.benchmarks.demo import TEACHER
+from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -100,6 +101,7 @@ class AblationConfig:
 
 def run(config: AblationConfig) -> Report:
     device = pick_device(config.device)
+    keep_settings(config.out, settings(config))
     store = cached_store(config)
     rows = []
     for student in config.students:
@@ -123,6 +125,19 @@ def run(config: AblationConfig) -> Report:
         "average": AVERAGE,
     }
     return Report.of("ablation", device, work, rows, {})
+
+
+def settings(config: AblationConfig) -> dict[str, Any]:
+    """What all results in ``config.out`` depend on."""
+    return {
+        "train": Beton(config.train).manifest.fingerprint,
+        "test": Beton(config.test).manifest.fingerprint,
+        "device": pick_device(config.device).type,
+        **{name: getattr(config, name) for name in ("epochs", "views", "teacher_size", "prototypes")},
+        "teacher": TEACHER.name,
+        "schedules": {"CNN": asdict(CNN), "ViT": asdict(VIT)},
+        "average": AVERAGE,
+    }
 
 
 def cached_store(config: AblationConfig) -> Path:

@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 from rob.benchmarks.demo import TEACHER
+from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
@@ -102,6 +103,7 @@ class MomentumBenchConfig:
 
 def run(config: MomentumBenchConfig) -> Report:
     device = pick_device(config.device)
+    keep_settings(config.out, settings(config))
     rows = [
         {"table": "-", "student": "(pixels)", "knn_top1": top1(config, FrozenNetwork.pixels(config.image_size, device))}
     ]
@@ -126,6 +128,22 @@ def run(config: MomentumBenchConfig) -> Report:
         **{name: asdict(config)[name] for name in ("epochs", "image_size", "batch_size", "seeds", "num_local")},
     }
     return Report.of("momentum", device, work, rows, {})
+
+
+def settings(config: MomentumBenchConfig) -> dict[str, Any]:
+    """What all results in ``config.out`` depend on."""
+    numbers = ("epochs", "image_size", "batch_size", "num_local", "views", "teacher_size")
+    return {
+        "train": Beton(config.train).manifest.fingerprint,
+        "test": Beton(config.test).manifest.fingerprint,
+        "device": pick_device(config.device).type,
+        **{name: getattr(config, name) for name in numbers},
+        "teacher": TEACHER.name,
+        "prototypes": PROTOTYPES,
+        "copy_momentum": COPY_MOMENTUM,
+        "teacher_temp": TEACHER_TEMP,
+        "alpha": SSLIGHT_ALPHA,
+    }
 
 
 def summary(results: Sequence[dict[str, float]]) -> dict[str, Any]:
