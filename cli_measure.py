@@ -8,6 +8,7 @@ from rich.table import Table
 
 from rob import cli_options as o
 from rob.cli import app, bar, console, note
+from rob.cli_branches import drawn
 from rob.common.errors import MisuseError
 
 
@@ -103,14 +104,12 @@ def views(
     medians far above recipe dino's, which small networks learn badly from.
     """
     from rob.common.contact_sheet import SheetConfig, contact_sheet
-    from rob.common.views import RecipeOverrides, get_recipe
+    from rob.common.views import RecipeOverrides
 
     overrides = RecipeOverrides(
         num_global, num_local, global_scale, local_scale, centre, colour, flip, grey, blur, solarise
     )
-    config = SheetConfig(
-        data, out, images=images, spread=True, recipe=get_recipe(recipe, overrides), seed=seed, ratios=True
-    )
+    config = SheetConfig(data, out, images=images, spread=True, recipe=drawn(recipe, overrides), seed=seed, ratios=True)
     note(f"written to {contact_sheet(config)}")
 
 

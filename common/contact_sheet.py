@@ -27,7 +27,8 @@ from .views import LOCAL, Recipe, get_recipe, view_parameters
 DPI = 150
 MARGIN, GAP, LINE = 0.18, 0.07, 0.15
 """Inches: around the sheet, between tiles, and a line of small text."""
-CHART_HEIGHT = 2.2
+CHART_WIDTH, CHART_HEIGHT, CHARTS_WIDTH = 2.6, 2.2, 7.0
+"""Inches: a chart, with the lines above and below it, and both with the longer line above the second."""
 MOST_IMAGES = 64
 """Images on a sheet: a picture of more is too tall to be drawn or looked at."""
 RATIO_IMAGES = 2000
@@ -119,6 +120,7 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
     per_row = -(-len(local_ids) // 2)
     locals_at = (1 + len(global_ids)) * (IMAGE + GAP) + GAP
     width = locals_at + per_row * (small + GAP) - GAP if local_ids else locals_at - 2 * GAP
+    width = max(width, CHARTS_WIDTH) if config.ratios else width
     row_height = IMAGE + LINE + 2 * GAP
     names = f"{config.data.name}: views of recipe {recipe.name}"
     what = f"seed {config.seed}, rows {_listed(image_ids)} of {data.num_images:,}; a frame has the colour of its crop's box"
@@ -149,10 +151,10 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         name: pair_ratios(recipe, config.seed, data.heights[some], data.widths[some])
         for name, recipe in recipes.items()
     }
-    side = min(2.6, sheet.width / 2 - 2 * MARGIN)
     titles = ("larger crop's area over the smaller one's", "how much larger things appear in one of the views")
     for n, (field_name, title) in enumerate(zip(("area", "magnification"), titles, strict=True)):
-        axes = sheet.chart(n * (side + 3 * MARGIN) + MARGIN, top + LINE + GAP, side, CHART_HEIGHT - 0.75)
+        left = n * (CHART_WIDTH + 3 * MARGIN) + MARGIN
+        axes = sheet.chart(left, top + LINE + GAP, CHART_WIDTH, CHART_HEIGHT - 0.75)
         shown = {name: np.log2(getattr(ratios, field_name)) for name, ratios in found.items()}
         bins = np.linspace(0, max([1.0, *(values.max() for values in shown.values() if values.size)]), 40).tolist()
         for name, values in shown.items():
@@ -170,7 +172,7 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.legend(fontsize=6, frameon=False)
-        sheet.text(n * (side + 3 * MARGIN) + MARGIN, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
+        sheet.text(left, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
 
 
 def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> "Sheet":

@@ -1,6 +1,7 @@
 """``inspect``'s tables, the neighbours behind a contact sheet, and the sheets themselves."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
 from torch.nn import functional as F
 
+from rob.cli import main
 from rob.common import contact_sheet as sheets
 from rob.common.augment import augment
 from rob.common.beton import Beton
@@ -22,6 +25,7 @@ from rob.common.images import PackConfig, pack
 from rob.common.inspect import inspect
 from rob.common.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.neighbours import nearest
+from rob.common.pair_ratios import pair_ratios
 from rob.common.store import StoreWriter, TargetStore
 from rob.common.views import LOCAL, Recipe, get_recipe
 
@@ -313,3 +317,91 @@ def test_a_store_of_other_data_is_refused(store, tmp_path) -> None:
 def test_options_out_of_range(data, tmp_path) -> None:
     with pytest.raises(MisuseError, match="--images is 0"):
         SheetConfig(data.path, tmp_path / "sheet.png", images=0)
+
+
+# ==== rob views ====
+
+
+@pytest.fixture
+def rob_views(data, tmp_path, monkeypatch, drawn):
+    """Runs ``rob views``: the recorded Sheet and the PNG's pixels."""
+
+    def run(*arguments: str) -> tuple[Recorder, np.ndarray]:
+        png = tmp_path / "views.png"
+        words = ["rob", "views", str(png), "--data", str(data.path), "--images", "2", *arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        with Image.open(png) as image:
+            return Recorder.made[-1], np.asarray(image.convert("RGB"))
+
+    return run
+
+
+def charts_of(sheet: Sheet, png: np.ndarray) -> list[tuple[Axes, np.ndarray]]:
+    """The axes without a picture, each with its (H, W, 3) pixels."""
+    height, width = png.shape[:2]
+    charts = []
+    for axes in sheet.figure.axes:
+        if not axes.images:
+            box = axes.get_position()
+            rows, columns = (1 - np.array([box.y1, box.y0])) * height, np.array([box.x0, box.x1]) * width
+            charts.append((axes, png[slice(*rows.astype(int)), slice(*columns.astype(int))]))
+    return charts
+
+
+def test_views_are_drawn_with_how_much_pairs_differ(data, rob_views) -> None:
+    areas = {}
+    for name in ("dino", "sslight"):
+        recipe = get_recipe(name)
+        sheet, png = rob_views("--recipe", name, "--seed", "3")
+        assert_nothing_is_cut(sheet)
+        assert len([tile for tile in sheet.tiles if tile[2] == IMAGE]) == 2 * (1 + 2)
+        charts = charts_of(sheet, png)
+        assert len(charts) == 2
+        found = pair_ratios(recipe, 3, data.heights, data.widths)
+        usual = pair_ratios(get_recipe("dino"), 3, data.heights, data.widths)
+        for (axes, pixels), field in zip(charts, ("area", "magnification"), strict=True):
+            medians = [np.median(getattr(ratios, field)) for ratios in (found, usual)]
+            legend = axes.get_legend()
+            assert legend is not None
+            # Between the two middle values of an even number, a median is their mean or that of their logarithms.
+            told = [text.get_text().rpartition(": median ") for text in legend.get_texts()]
+            assert [name for name, *_ in told] == [name, "dino (as in its table)"]
+            np.testing.assert_allclose([float(median) for *_, median in told], medians, atol=0.06)
+            filled = (np.abs(pixels.astype(int) - (0x89, 0xC2, 0xD9)).max(2) < 8).mean()
+            line = (pixels.max(2) < 0x40).mean()
+            assert 0.05 < filled < 0.7
+            assert 0.005 < line < 0.2
+            areas[name, field] = pixels
+    for field in ("area", "magnification"):
+        one, other = areas["dino", field], areas["sslight", field]
+        rows, columns = np.minimum(one.shape[:2], other.shape[:2])
+        assert (one[:rows, :columns] != other[:rows, :columns]).any(2).mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--recipe", "moco-v2"), ("--recipe", "weak"), ("--recipe", "swav", "--num-local", "1")],
+    ids=lambda options: options[1],
+)
+def test_the_charts_fit_below_few_views(rob_views, options) -> None:
+    sheet, png = rob_views(*options)
+    assert len(charts_of(sheet, png)) == 2
+    assert_nothing_is_cut(sheet)
+
+
+def test_an_area_for_local_crops_needs_local_crops(data, tmp_path, monkeypatch, capsys) -> None:
+    words = ["views", str(tmp_path / "a.png"), "--data", str(data.path), "--local-scale", "0.1", "0.3", "--recipe"]
+    for recipe, refused in (("moco-v2", True), ("weak", True), ("swav", False)):
+        monkeypatch.setattr(sys, "argv", ["rob", *words, recipe, "--images", "1"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        error = capsys.readouterr().err
+        if refused:
+            assert ended.value.code == 2
+            assert error == (
+                f"error: --local-scale: recipe {recipe} has no local crops, take dino, sslight, swav or msn\n"
+            )
+        assert (tmp_path / "a.png").exists() == (not refused)
