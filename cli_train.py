@@ -311,6 +311,16 @@ def train_student(
             found = "" if branch.space.num_prototypes else "no "
             note(f"--objective {matched.name}, since the targets have {found}prototypes")
 
+    paired = choose_pairing(
+        matched.name, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
+    )
+    if not paired.num_local:
+        of_local_crops = {"--local-size": local_size, "--local-scale": local_scale}
+        b.refuse(of_local_crops, "is for local crops, and this run has none (--num-local)")
+    if targets in ("momentum", "online"):
+        in_memory = {"--cache-in-memory": cache_in_memory or None}
+        b.refuse(in_memory, f"is for a store of targets, and these are made on the spot (--targets {targets})")
+
     # ==== the run ====
     small = image_size <= 64 if small_images is None else small_images
     warmup = min(10.0, epochs / 10) if warmup_epochs is None else warmup_epochs
@@ -320,9 +330,7 @@ def train_student(
         student=StudentConfig(student, image_size, small, drop_path),
         targets=None if targets in ("online", "momentum") else Path(targets),
         objective=matched,
-        pairing=choose_pairing(
-            matched.name, branch.recipe, branch.views, pairing, step_targets, num_local, fresh, global_weight
-        ),
+        pairing=paired,
         optimiser=OptimiserConfig(optimiser, lr, min_lr, warmup, weight_decay, weight_decay_end),
         epochs=epochs,
         local_size=local_size,

@@ -67,9 +67,12 @@ def spread(embedding: Tensor) -> dict[str, Tensor]:
 
 
 class CollapseWatch:
-    """Looks at a run's log lines and says once that the targets near collapse. ``num_prototypes`` is K, 0 without any."""
+    """Looks at a run's log lines and says once that the targets near collapse. ``num_prototypes`` is K, 0 without any;
+    ``frozen`` targets are a teacher's, which the student's training cannot change.
+    """
 
-    def __init__(self, num_prototypes: int, total_steps: int) -> None:
+    def __init__(self, num_prototypes: int, total_steps: int, frozen: bool = False) -> None:
+        self.remedies = OF_A_TEACHER if frozen else REMEDIES
         self.log_k = math.log(num_prototypes) if num_prototypes else math.nan
         self.first_step = GRACE * total_steps
         self.suspicion, self.times, self.told = "", 0, False
@@ -83,7 +86,7 @@ class CollapseWatch:
             return None
         self.told = True
         found = ", ".join(f"{name} {line[name]:.3g}" for name in FIELDS if name in line)
-        return f"step {line['step']}: {suspicion} ({found}). {REMEDIES[suspicion]}"
+        return f"step {line['step']}: {suspicion} ({found}). {self.remedies[suspicion]}"
 
     def _suspicion(self, line: Mapping[str, float]) -> str:
         if "target_std" in line:
@@ -106,4 +109,9 @@ REMEDIES = {
     UNIFORM: "Sharpen them: a lower --teacher-temp, a longer --warmup-teacher-temp-epochs; or a lower --lr, "
     "--freeze-prototypes 2, fewer --prototypes.",
     ALIKE: "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, a longer --queue, or --head-norm.",
+}
+OF_A_TEACHER = {
+    ONE_PROTOTYPE: "Even them out: --centre-targets calibration, --sinkhorn batch, or a higher --teacher-temp.",
+    UNIFORM: "Sharpen them: a lower --teacher-temp.",
+    ALIKE: "Look at them with rob inspect --sheet: is this the teacher's --checkpoint, and are these its images?",
 }

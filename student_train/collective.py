@@ -4,7 +4,8 @@ Alone (no process group) every function here gives back what it was given.
 """
 
 import torch
-from torch import Tensor
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -14,6 +15,13 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def normalised_together(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with BatchNorm over the joined batch, as DINO, SwAV and MSN train. On CUDA alone: torch has none for CPUs, where
+    every rank goes by its own share. Changed in place.
+    """
+    return convert_sync_batchnorm(model) if world_size() > 1 and device.type == "cuda" else model
 
 
 @torch.no_grad()

@@ -117,8 +117,10 @@ class MomentumBranch(TargetBranch):
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         if plan.globals != plan.targets:
+            raise MisuseError("with --targets momentum both branches see the same views: leave out --fresh")
+        if plan.pair_weights.diagonal().any():
             raise MisuseError(
-                "with --targets momentum both branches see the same views: use --replay, or --pairing all"
+                "with --targets momentum a view that meets itself has nothing to learn: leave out --pairing, which is cross"
             )
         return ()
 

@@ -35,6 +35,7 @@ from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
 from .collapse import CollapseWatch
+from .collective import normalised_together
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective, usual_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
@@ -144,7 +145,7 @@ class Trainer:
         features: int = backbone.num_features  # type: ignore[assignment]
         objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
         self.objective: Any = objective
-        self.model = StudentWithHead(backbone, objective).to(device).train()
+        self.model = normalised_together(StudentWithHead(backbone, objective).to(device), device).train()
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -209,9 +210,8 @@ def train_student(
                 "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
             )
         branch = CachedTargets(config.targets, data, device, config.window_mib, config.cache_in_memory)
-    fresh = (
-        False if branch.description["kind"] == "momentum" else None
-    )  # a copy of the student sees what the student sees
+    frozen = branch.description["kind"] != "momentum"
+    fresh = None if frozen else False  # a copy of the student sees what the student sees
     objective = config.objective or ObjectiveConfig(usual_objective(branch.space))
     pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
@@ -250,7 +250,7 @@ def train_student(
         "branch": branch.description,
         "versions": versions("rob", "torch", "timm"),
     }
-    collapse = CollapseWatch(branch.space.num_prototypes, total_steps)
+    collapse = CollapseWatch(branch.space.num_prototypes, total_steps, frozen)
 
     def on_log(line: dict[str, Any], total: int) -> None:
         progress.log(line, total)

@@ -71,6 +71,16 @@ def test_the_watch_is_patient_and_tells_once():
     assert told == [first + 1 + PATIENCE]
 
 
+def test_a_frozen_teachers_remedies_are_options_that_it_takes():
+    line = {"target_entropy": math.log(K), "mean_target_entropy": math.log(K)}
+    own, teachers = (
+        next(filter(None, (watch.look(line | {"step": step}) for step in range(1, 101))))
+        for watch in (CollapseWatch(K, 100), CollapseWatch(K, 100, frozen=True))
+    )
+    assert "--warmup-teacher-temp-epochs" in own
+    assert teachers.endswith("Sharpen them: a lower --teacher-temp.")
+
+
 @pytest.mark.parametrize(("share", "warns"), [(0.98, True), (0.9, False)])
 def test_a_teacher_too_warm_settles_just_below_uniform(share, warns):
     """As seen with temperature .07 after 800 steps on CIFAR-10."""

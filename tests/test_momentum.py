@@ -365,8 +365,12 @@ def test_what_needs_a_teacher_or_other_views_is_refused(config):
         with pytest.raises(MisuseError, match=f"--objective {name} needs a teacher"):
             MomentumBranch(ObjectiveConfig(name), get_recipe("dino"), 0, CPU)
     config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 2))
-    with pytest.raises(MisuseError, match="both branches see the same views: use --replay"):
+    with pytest.raises(MisuseError, match="both branches see the same views: leave out --fresh"):
         train_student(config, branch_for(config))
+    for pairing in ("same", "all"):
+        config = replace(config, pairing=PairingConfig(pairing, 2))
+        with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out --pairing"):
+            train_student(config, branch_for(config))
     assert not config.out.exists()
 
 

@@ -287,6 +287,13 @@ def test_discos_consistency_does_not_grow_with_the_batch_unless_its_weight_does(
     assert loss(1, 24.0) == pytest.approx(24 * loss(4, 1.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("option", ["queue", "student_temp"])
+def test_only_consistency_refuses_what_is_infonces(option):
+    config = ObjectiveConfig("disco", only_consistency=True, **SMALL, **{option: 4})
+    with pytest.raises(MisuseError, match=f"--{option.replace('_', '-')} is InfoNCE's"):
+        build_objective(config, FEATURES, SPACE)
+
+
 def test_only_consistency_keeps_no_queue():
     objective = build_objective(ObjectiveConfig("disco", only_consistency=True, **SMALL), FEATURES, SPACE)
     assert not [name for name in objective.state_dict() if "queue" in name]

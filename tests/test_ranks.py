@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+from torch import nn
+
+from rob.student_train.collective import normalised_together
 
 SCRIPT = """
 import sys
@@ -55,6 +59,7 @@ torch.distributed.destroy_process_group()
 
 
 RESUMED = """
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,26 +68,42 @@ import torch
 from rob.student_train import train
 
 data, store, out = map(Path, sys.argv[1:4])
+own = store.name == "momentum"
+objective = rob.ObjectiveConfig("dino" if own else "embedding", hidden_dim=16)
 whole = rob.TrainConfig(
-    data, out, rob.StudentConfig("test_resnet", 32, True, drop_path=0.5), store,
-    pairing=rob.PairingConfig("same", 1), optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
+    data, out, rob.StudentConfig("test_resnet", 32, True, drop_path=0.5), None if own else store, objective,
+    pairing=rob.PairingConfig("cross", 2, fresh=False) if own else rob.PairingConfig("same", 1),
+    optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
     loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu", log_every=1,
 )
-train.train_student(whole)
+copies = []
+def branch():
+    if not own:
+        return None
+    few = rob.MomentumConfig(num_prototypes=12, momentum=0.9)
+    copies.append(rob.MomentumBranch(objective, rob.get_recipe("dino"), 0, torch.device("cpu"), few))
+    return copies[-1]
+train.train_student(whole, branch())
 
 original = train.Trainer.step
 def step(self, number, *arguments):
-    if number == 6:
-        raise KeyboardInterrupt
+    if number == 5:
+        signal.raise_signal(signal.SIGINT)  # held back until the end of the step
     return original(self, number, *arguments)
 train.Trainer.step = step
 halves = replace(whole, out=out.with_name("halves"))
 try:
-    train.train_student(halves)
+    train.train_student(halves, branch())
 except KeyboardInterrupt:
     torch.distributed.barrier()
 train.Trainer.step = original
-train.train_student(halves)
+train.train_student(halves, branch())
+for copy in copies[:1] + copies[2:]:
+    for parameter in copy.copy.parameters():
+        lowest, highest = parameter.detach().clone(), parameter.detach().clone()
+        torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        assert torch.equal(lowest, highest)
 torch.distributed.destroy_process_group()
 """
 
@@ -108,6 +129,20 @@ def on_two_ranks(folder: Path, text: str, data: Path, store: Path) -> None:
     assert [process.returncode for process in ranks] == [0, 0], errors
 
 
+def test_batchnorm_goes_by_the_joined_batch_on_gpus(monkeypatch) -> None:
+    """By timm's conversion, which keeps the activation that its BatchNorms bring along."""
+    alone = normalised_together(timm.create_model("mobilenetv2_035"), torch.device("cuda"))
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
+    monkeypatch.setattr("rob.student_train.collective.world_size", lambda: 2)
+    for device, joined in (("cpu", False), ("cuda", True)):
+        model = normalised_together(timm.create_model("mobilenetv2_035"), torch.device(device))
+        layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        assert layers
+        assert all(isinstance(layer, nn.SyncBatchNorm) == joined for layer in layers)
+        assert model.bn1.act.__class__ is nn.ReLU6
+        model.load_state_dict(alone.state_dict())
+
+
 @pytest.mark.slow
 def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> None:
     data = tiny_beton(tmp_path, 32)
@@ -131,12 +166,17 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_ranks_resumed_are_two_ranks_uninterrupted(tmp_path: Path) -> None:
-    """In the middle of an epoch, and with drop path, which every rank draws for itself."""
+@pytest.mark.parametrize("targets", ["store", "momentum"])
+def test_two_ranks_resumed_are_two_ranks_uninterrupted(targets: str, tmp_path: Path) -> None:
+    """In the middle of an epoch, and with drop path, which every rank draws for itself; a copy is the same on both."""
     data = tiny_beton(tmp_path, 32)
-    store = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
-    on_two_ranks(tmp_path, RESUMED, data.path, store.path)
-    whole, halves = (load_file(tmp_path / name / "student.safetensors") for name in ("run", "halves"))
+    store = tmp_path / "momentum"
+    if targets == "store":
+        store = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path)).path
+    on_two_ranks(tmp_path, RESUMED, data.path, store)
     assert len((tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()) == 8
-    for name, value in whole.items():
-        assert torch.equal(value, halves[name]), name
+    for file in (tmp_path / "run").glob("student*.safetensors"):
+        whole, halves = load_file(file), load_file(tmp_path / "halves" / file.name)
+        for name, value in whole.items():
+            assert torch.equal(value, halves[name]), name
+    assert (tmp_path / "run" / "student_average.safetensors").exists() == (targets == "momentum")

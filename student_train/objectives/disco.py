@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...common.errors import MisuseError
 from ..kernels.target import Target
 from .embedding import consistency
 from .moco import MocoObjective, info_nce
@@ -46,6 +47,11 @@ class DiscoObjective(MocoObjective):
         self.only_consistency = bool(config.only_consistency)
         self.consistency_weight = given(config.consistency_weight, 1.0)
         if self.only_consistency:
+            for option, value in {"--queue": config.queue, "--student-temp": config.student_temp}.items():
+                if value is not None:
+                    raise MisuseError(
+                        f"{option} is InfoNCE's, and --only-consistency leaves that out: leave {option} out"
+                    )
             del self.queue
 
     def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
