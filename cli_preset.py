@@ -30,7 +30,7 @@ class PresetCommand(TyperCommand):
         return super().invoke(ctx)
 
 
-def typed(context: typer.Context) -> set[str]:
+def explicit(context: typer.Context) -> set[str]:
     """Names of the parameters that the command line gives."""
     names = context.params
     return {name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
@@ -45,7 +45,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     from rob.student_train.objectives import OBJECTIVES
     from rob.student_train.pairing import SAME_VIEW
 
-    values, given = context.params, typed(context)
+    values, given = context.params, explicit(context)
     objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
     reasons: dict[str, str] = {}
     if objective in OBJECTIVES:
@@ -82,7 +82,7 @@ def show_preset(context: typer.Context, unused: dict[str, str]) -> None:
     """Print the preset in force, with what the command line changed in it and what of it is ``unused``."""
     from rob.student_train.optimiser import LR_BATCH_SIZE
 
-    name, given = context.params["preset"], typed(context)
+    name, given = context.params["preset"], explicit(context)
     preset = get_preset(name)
     table = Table(title=f"preset {name}: {preset.source}", title_justify="left", show_header=False)
     for option, value in preset.options.items():

@@ -17,7 +17,7 @@ What is not as in the papers' code:
 - SSLight's CNNs: depthwise convolutions are decayed, there they are not.
 
 With ``--targets CACHE.zarr`` a preset sets the same, but for what concerns the copy of the student; the global crops are
-those that the targets were cached with.
+those that the targets were cached with. With another ``--objective`` it sets what that one reads.
 """
 
 from collections.abc import Mapping
