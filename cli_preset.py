@@ -85,6 +85,9 @@ def show_preset(context: typer.Context, unused: dict[str, str]) -> None:
     name, given = context.params["preset"], explicit(context)
     preset = get_preset(name)
     table = Table(title=f"preset {name}: {preset.source}", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_column()
     for option, value in preset.options.items():
         remark = f"not used: {unused[option]}" if option in unused else ""
         if option in given:

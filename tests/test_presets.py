@@ -52,6 +52,12 @@ def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
         assert changed == {"recipe", "global_weight"} | scales
 
 
+def test_names_are_whole_in_a_narrow_terminal(tmp_path):
+    arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", "dino-vit"]
+    outcome = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*arguments, "--objective", "swav"])
+    assert "--warmup-teacher-temp-epochs " in outcome.output
+
+
 def test_an_unknown_preset_offers_the_nearest():
     with pytest.raises(MisuseError, match="unknown preset 'sslite-cnn': did you mean sslight-cnn"):
         get_preset("sslite-cnn")
