@@ -29,7 +29,7 @@ from ..common.errors import MisuseError
 from ..common.loader import Batch, ViewSet
 from ..common.run import autocast
 from ..common.views import Recipe
-from .branches import WINDOW_BLOCKS, TargetBranch, TargetSpace
+from .branches import TargetBranch, TargetSpace
 from .kernels.target import EmbeddingTarget, Target
 from .objectives import OBJECTIVES, ObjectiveConfig
 from .objectives.prototypes import PrototypeObjective
@@ -82,7 +82,8 @@ class MomentumBranch(TargetBranch):
     """Targets from the student's global crops, by a momentum copy of it or by itself."""
 
     geometry = None
-    window_blocks = WINDOW_BLOCKS
+    window_blocks = 256
+    """65,536 images: no store has to follow, and batches of few classes would bias centres, queues and BatchNorm."""
     views = UNBOUNDED
 
     def __init__(

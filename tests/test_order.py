@@ -38,11 +38,21 @@ def test_ranks_cover_all_images_in_equal_steps(shape, world_size):
 
 @given(shapes, st.integers(1, 4))
 def test_a_window_touches_few_blocks(shape, world_size):
-    window = shape["block"] * shape["window_blocks"]
+    largest = shape["block"] * shape["window_blocks"]
     for rank in range(world_size):
         blocks = block_shuffled_order(**shape, rank=rank, world_size=world_size) // shape["block"]
-        for start in range(0, len(blocks), window):
-            assert len(np.unique(blocks[start : start + window])) <= shape["window_blocks"] + 3
+        windows = np.array_split(blocks[::-1], -(-len(blocks) // largest))  # the larger ones come last
+        assert max(map(len, windows)) <= largest
+        for window in windows:
+            assert len(np.unique(window)) <= shape["window_blocks"] + 3
+
+
+def test_no_step_at_the_end_of_an_epoch_is_of_few_classes():
+    """10 classes of 500 sorted images, 20 blocks of 256, windows of at most 16: the last ones once were of 4."""
+    for epoch in range(20):
+        order = block_shuffled_order(5000, block=256, window_blocks=16, seed=0, epoch=epoch)
+        for start in range(0, 5000 - 128, 128):
+            assert len(np.unique(order[start : start + 128] // 500)) > 4
 
 
 def test_a_rank_touches_only_its_share_of_the_blocks():
