@@ -13,8 +13,9 @@ def block_shuffled_order(
     """Image ids (S,) int64 in the order in which ``rank`` visits them in ``epoch``; S = ceil(num_images / world_size).
 
     The blocks of ``block`` consecutive ids are permuted; each rank takes a contiguous run of the permuted blocks, so
-    that it decodes only its own chunks, and shuffles it inside windows of equal size, at most ``window_blocks`` blocks' worth
-    of rows: a small window at the end, of images sorted by class, would be steps of few classes. A window touches at most ``window_blocks + 3`` blocks: cut ends, the short last block, the wrap-around. Every image is
+    that it decodes only its own chunks, and shuffles it inside windows of equal size, at most ``window_blocks`` blocks'
+    worth of rows: where the images are sorted by class, a small window at the end would be steps of few classes. A window
+    touches at most ``window_blocks + 3`` blocks: cut ends, the short last block, the wrap-around. Every image is
     visited once an epoch over all ranks; to give each rank the same number of steps, the fewer than ``world_size``
     images missing at the end are taken again from the epoch's beginning.
 

@@ -17,11 +17,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def normalised_together(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with BatchNorm over the joined batch, as DINO, SwAV and MSN train. On CUDA alone: torch has none for CPUs, where
-    every rank goes by its own share. Changed in place.
+def normalise_together(model: nn.Module, device: torch.device) -> None:
+    """Make the BatchNorms inside ``model`` go by the joined batch, as DINO, SwAV and MSN train. On CUDA alone: torch has none
+    for CPUs, where every rank goes by its own share.
     """
-    return convert_sync_batchnorm(model) if world_size() > 1 and device.type == "cuda" else model
+    if world_size() > 1 and device.type == "cuda":
+        convert_sync_batchnorm(model)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
 from .collapse import CollapseWatch
-from .collective import normalised_together
+from .collective import normalise_together
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective, usual_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
@@ -145,7 +145,8 @@ class Trainer:
         features: int = backbone.num_features  # type: ignore[assignment]
         objective = build_objective(config.objective, features, space, config.pairing.targets, num_images)
         self.objective: Any = objective
-        self.model = normalised_together(StudentWithHead(backbone, objective).to(device), device).train()
+        self.model = StudentWithHead(backbone, objective).to(device).train()
+        normalise_together(self.model, device)
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 from torch import nn
 
-from rob.student_train.collective import normalised_together
+from rob.student_train.collective import normalise_together
 
 SCRIPT = """
 import sys
@@ -131,11 +131,13 @@ def on_two_ranks(folder: Path, text: str, data: Path, store: Path) -> None:
 
 def test_batchnorm_goes_by_the_joined_batch_on_gpus(monkeypatch) -> None:
     """By timm's conversion, which keeps the activation that its BatchNorms bring along."""
-    alone = normalised_together(timm.create_model("mobilenetv2_035"), torch.device("cuda"))
+    alone = timm.create_model("mobilenetv2_035")
+    normalise_together(alone, torch.device("cuda"))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
     monkeypatch.setattr("rob.student_train.collective.world_size", lambda: 2)
     for device, joined in (("cpu", False), ("cuda", True)):
-        model = normalised_together(timm.create_model("mobilenetv2_035"), torch.device(device))
+        model = timm.create_model("mobilenetv2_035")
+        normalise_together(model, torch.device(device))
         layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert layers
         assert all(isinstance(layer, nn.SyncBatchNorm) == joined for layer in layers)
