@@ -69,12 +69,20 @@ def pack(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many images, spread evenly over the source.")
     ] = None,
+    shuffle: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle/--keep-order",
+            help="Rows in an order of their own, always the same. Keep the source's only if it is shuffled already: training "
+            "shuffles inside windows of neighbouring rows, and batches of one class or day teach less.",
+        ),
+    ] = True,
 ) -> None:
     """Pack images into one .beton file."""
     from rob.common.images import PackConfig
     from rob.common.images import pack as run
 
-    config = PackConfig(source, out, max_resolution, jpeg_quality, raw, workers, skip_bad, split, limit)
+    config = PackConfig(source, out, max_resolution, jpeg_quality, raw, workers, skip_bad, split, limit, shuffle)
     with bar("packing", "images") as update:
         manifest = run(config, update)
     for path in manifest.skipped:

@@ -48,6 +48,9 @@ class PackConfig:
     """Of a named data set."""
     limit: int | None = None
     """At most so many images, spread evenly over the source's order."""
+    shuffle: bool = True
+    """Rows in an order of their own, always the same: training shuffles inside windows of neighbouring rows, and a folder has
+    one class, day or camera behind the other."""
 
 
 class _BadImage(Exception):
@@ -69,6 +72,7 @@ def pack(
     """
     _check(config)
     source = (source or open_source(config.source, config.split)).take(config.limit)
+    source = source.shuffled() if config.shuffle else source
     total = len(source.paths)
     workers = config.workers or os.cpu_count() or 1
 

@@ -36,6 +36,11 @@ def block_shuffled_order(
     return own[np.lexsort((_random_keys(steps, seed, epoch, stream=1 + rank), window))].astype(np.int64)
 
 
+def shuffled(count: int, seed: int = 0) -> np.ndarray:
+    """(count,) int64, a permutation that is the same everywhere, for the same reasons."""
+    return np.argsort(_random_keys(count, seed, epoch=0, stream=0), kind="stable").astype(np.int64)
+
+
 def _random_keys(count: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """(count,) uint64, independent for each (seed, epoch, stream)."""
     # The stream is the counter's highest word: 2**192 blocks apart, streams never overlap.

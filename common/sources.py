@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import FailureError, MisuseError, unknown_name
+from .order import shuffled
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 """Files of a folder with one of these endings (in either case) are its images."""
@@ -36,6 +37,10 @@ class Source:
         if limit is None or limit >= total:
             return self
         return replace(self, paths=tuple(self.paths[row * total // limit] for row in range(limit)))
+
+    def shuffled(self) -> "Source":
+        """The same images in an order that has nothing to do with their names, and is always the same."""
+        return replace(self, paths=tuple(self.paths[row] for row in shuffled(len(self.paths))))
 
 
 def open_source(name: str, split: str = "train") -> Source:

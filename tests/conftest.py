@@ -43,5 +43,5 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Beton:
     """``image_folder``, packed. Not to be changed."""
     out = tmp_path_factory.mktemp("packed") / "small.beton"
-    pack(PackConfig(source=str(image_folder), out=out))
+    pack(PackConfig(source=str(image_folder), out=out, shuffle=False))
     return Beton(out)

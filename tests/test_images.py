@@ -20,7 +20,8 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def packed(folder, out, **options) -> Beton:
-    pack(PackConfig(str(folder), out / "data.beton", **options))
+    """Rows in the source's order, unless ``shuffle`` says otherwise."""
+    pack(PackConfig(str(folder), out / "data.beton", **({"shuffle": False} | options)))
     return Beton(out / "data.beton")
 
 
@@ -47,6 +48,20 @@ def test_rows_are_in_sorted_path_order_with_labels_by_folder(image_folder, small
     )
     assert small_beton.manifest.classes == ("cat", "dog", "emu")
     assert small_beton.manifest.labels == tuple(small_beton.labels)
+
+
+def test_rows_are_shuffled_with_their_paths_and_labels(image_folder, tmp_path, small_beton):
+    first = packed(image_folder, tmp_path, shuffle=True)
+    content = first.path.read_bytes()
+    paths, kept = first.manifest.paths, small_beton.manifest.paths
+    assert sorted(paths) == sorted(kept)
+    assert paths != kept
+    assert len(set(first.labels[:8])) == len(set(first.labels[-8:])) == 3
+    for row in range(24):
+        assert np.array_equal(first.image(row), small_beton.image(kept.index(paths[row])))
+        assert first.manifest.classes[first.labels[row]] == paths[row].split("/")[0]
+    packed(image_folder, tmp_path, shuffle=True, workers=1)
+    assert first.path.read_bytes() == content
 
 
 @pytest.mark.parametrize("places", [("a.jpg", "b.jpg"), ("a.jpg", "x/b.jpg"), ("x/y/a.jpg", "z/b.jpg")])
