@@ -321,7 +321,7 @@ def test_embedding(centre):
     ("name", "settings"), [("dino", {}), ("dino", {"mean_entropy": 1.0}), ("msn", {"sinkhorn": "none"})]
 )
 def test_prototypes_get_the_formulas_gradient_on_the_sphere(name, settings):
-    objective = build(name, **settings)
+    objective = build(name, head="fresh", **settings)
     loss = objective(features(0), target_of(0), CROSS)
     found = torch.autograd.grad(loss, objective.prototypes.weight_v)[0].double()
     v = objective.prototypes.weight_v.detach().double().requires_grad_()
