@@ -36,7 +36,7 @@ class RunFolder:
     ``student_average.safetensors`` where there is one.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
-    has both. Raises MisuseError when ``out`` is no folder.
+    has both. What ``watch`` has to say of a log line becomes its ``warning``. Raises MisuseError when ``out`` is no folder.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class RunFolder:
         total_steps: int,
         on_log: Callable[[dict[str, Any], int], None],
         ranks: Ranks = ALONE,
+        watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
     ) -> None:
         if out.exists() and not out.is_dir():
             raise MisuseError(f"--out {out} is a file: give the folder to train in")
-        self.out, self.total_steps, self.on_log, self.ranks = out, total_steps, on_log, ranks
+        self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self.log_every: int = config["log_every"]
         self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
         settings = {**config, **facts}
@@ -128,6 +129,8 @@ class RunFolder:
             **{name: round(float(value), 4) for name, value in (targets or {}).items()},
         }
         self._images = 0
+        if warning := self.watch(line):
+            line["warning"] = warning
         with open(self.out / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
         with open(self.out / "train.log", "a") as text:
@@ -180,7 +183,8 @@ class RunFolder:
     def _sentence(self, line: Mapping[str, Any]) -> str:
         """A line of ``train.log``."""
         targets = "".join(f", {name.replace('_', ' ')} {line[name]:.3g}" for name in FIELDS if name in line)
+        warning = f"{line['warning']}\n" if "warning" in line else ""
         return (
             f"epoch {line['epoch']} step {line['step']}/{self.total_steps} loss {line['loss']:.4f} lr {line['lr']:.2e} "
-            f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data{targets}\n"
+            f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data{targets}\n{warning}"
         )

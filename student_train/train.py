@@ -255,10 +255,10 @@ def train_student(
 
     def on_log(line: dict[str, Any], total: int) -> None:
         progress.log(line, total)
-        if warning := collapse.look(line):
-            progress.note(warning)
+        if "warning" in line:
+            progress.note(line["warning"])
 
-    run = RunFolder(config.out, asdict(config), facts, total_steps, on_log, ranks)
+    run = RunFolder(config.out, asdict(config), facts, total_steps, on_log, ranks, collapse.look)
     branch.follow(trainer.model, steps_per_epoch, config.epochs)
     if trainer.average and branch.average is not None:
         raise MisuseError("--average: the momentum copy is one, and exported as such; leave --average out")

@@ -159,6 +159,8 @@ def test_each_collapse_is_told_once_with_its_remedy(config, objective, rows, mes
     prototypes = PROTOTYPES if objective is DINO else torch.empty(0, 128)
     (note,) = trained(config, rows, prototypes, objective)
     assert re.match(rf"step \d+: the targets near collapse, with {message}", note), note
+    assert [line["warning"] for line in logged(config) if "warning" in line] == [note]
+    assert f"\n{note}\n" in (config.out / "train.log").read_text()
 
 
 def test_targets_that_differ_are_logged_without_a_warning(config):
