@@ -328,6 +328,12 @@ def test_what_the_system_refuses_is_one_sentence(refused, made, tmp_path):
 # ==== images that are not there, or not images ====
 
 
+def test_rows_keep_the_folders_order_where_asked(rob, made, tmp_path):
+    assert rob("pack", made.images, tmp_path / "kept.beton", "--keep-order").code == 0
+    kept, shuffled = Beton(tmp_path / "kept.beton").manifest.paths, Beton(made.data).manifest.paths
+    assert list(kept) == sorted(shuffled) != list(shuffled)
+
+
 def test_pack_without_images(refused, made, tmp_path):
     out = tmp_path / "out.beton"
     refused(2, "nowhere: no such folder; SOURCE is a folder", "pack", tmp_path / "nowhere", out)
