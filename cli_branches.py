@@ -54,17 +54,17 @@ def momentum_config(
     warmup_teacher_temp_epochs: int | None,
 ) -> "MomentumConfig":
     """The objective's published values with those that are given. MisuseError: it has no use for one of them."""
-    from rob.student_train.momentum import published
+    from rob.student_train.momentum import published, unread_options
 
     usual = published(objective.name)
-    if prototypes is not None and not usual.num_prototypes:
-        raise MisuseError(f"--prototypes: --objective {objective.name} has none, leave it out")
-    if copy_momentum is not None and usual.momentum is None:
-        raise MisuseError(
-            f"--copy-momentum: --objective {objective.name} makes its targets without a copy, leave it out"
-        )
-    if warmup_teacher_temp_epochs and not usual.warmup_teacher_temp_epochs:
-        raise MisuseError(f"--warmup-teacher-temp-epochs: --objective {objective.name} has no warm-up, leave it out")
+    given = {
+        "prototypes": prototypes,
+        "copy_momentum": copy_momentum,
+        "warmup_teacher_temp_epochs": warmup_teacher_temp_epochs or None,
+    }
+    for option, reason in unread_options(objective.name).items():
+        if given[option] is not None:
+            raise MisuseError(f"--{option.replace('_', '-')}: --objective {objective.name} {reason}, leave it out")
     stays = usual.momentum_end == usual.momentum
     momentum = usual.momentum if copy_momentum is None else copy_momentum
     warmup = usual.warmup_teacher_temp_epochs if warmup_teacher_temp_epochs is None else warmup_teacher_temp_epochs

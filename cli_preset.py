@@ -43,7 +43,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     """
     from rob.common.views import RECIPES
     from rob.student_train.objectives import OBJECTIVES
-    from rob.student_train.pairing import SAME_VIEW
+    from rob.student_train.pairing import usual_pairing
 
     values, given = context.params, explicit(context)
     objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
@@ -55,7 +55,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     if targets not in ("momentum", "online"):
         reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
         recipe = None
-    same = (values["pairing"] or ("same" if objective in SAME_VIEW else "cross")) == "same"
+    same = (values["pairing"] or usual_pairing(objective)) == "same"
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
         reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
         reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
@@ -63,18 +63,15 @@ def unused_options(context: typer.Context) -> dict[str, str]:
 
 
 def _unread_by(objective: str) -> set[str]:
-    from rob.student_train.momentum import PUBLISHED
+    from rob.student_train.momentum import PUBLISHED, unread_options
     from rob.student_train.objectives import OBJECTIVES, OPTIONS
     from rob.student_train.objectives.prototypes import PrototypeObjective
 
     unread = OPTIONS - OBJECTIVES[objective].options
     if not issubclass(OBJECTIVES[objective], PrototypeObjective):
         unread |= {"prototypes", "freeze_prototypes"}
-    usual = PUBLISHED.get(objective)
-    if usual and usual.momentum is None:
-        unread |= {"copy_momentum"}
-    if usual and not usual.warmup_teacher_temp_epochs:
-        unread |= {"warmup_teacher_temp_epochs"}
+    if objective in PUBLISHED:
+        unread |= unread_options(objective).keys()
     return set(unread)
 
 

@@ -49,6 +49,7 @@ class Schedule:
 
 
 CNN, VIT = Schedule(3e-3, 128, 1), Schedule(4e-3, 64, 0.5)
+SCHEDULES = {"CNN": asdict(CNN), "ViT": asdict(VIT)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def run(config: AblationConfig) -> Report:
         "images": Beton(config.train).num_images,
         "test_images": Beton(config.test).num_images,
         **{name: value for name, value in asdict(config).items() if name in ("epochs", "views", "seeds")},
-        "schedules": {"CNN": asdict(CNN), "ViT": asdict(VIT)},
+        "schedules": SCHEDULES,
         "average": AVERAGE,
     }
     return Report.of("ablation", device, work, rows, {})
@@ -135,7 +136,7 @@ def settings(config: AblationConfig) -> dict[str, Any]:
         "device": pick_device(config.device).type,
         **{name: getattr(config, name) for name in ("epochs", "views", "teacher_size", "prototypes")},
         "teacher": TEACHER.name,
-        "schedules": {"CNN": asdict(CNN), "ViT": asdict(VIT)},
+        "schedules": SCHEDULES,
         "average": AVERAGE,
     }
 
@@ -161,9 +162,8 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
         return json.loads(done.read_text())
     name, _, precision = student.partition(":")
     schedule = VIT if "vit" in name else CNN
-    fresh: dict[str, Any] = (
-        {"head": "fresh"} if setting.name == "dino" else {}
-    )  # which a setting names where it differs
+    # dino's head is the teacher's by default; here a setting says so where it is.
+    fresh: dict[str, Any] = {"head": "fresh"} if setting.name == "dino" else {}
     training = TrainConfig(
         data=config.train,
         out=folder,

@@ -78,6 +78,17 @@ def published(objective: str) -> MomentumConfig:
     return PUBLISHED[objective]
 
 
+def unread_options(objective: str) -> dict[str, str]:
+    """The options of the copy that the objective has no use for, and why. MisuseError as ``published``."""
+    usual = published(objective)
+    reasons = {
+        "prototypes": "" if usual.num_prototypes else "has none",
+        "copy_momentum": "" if usual.momentum is not None else "makes its targets without a copy",
+        "warmup_teacher_temp_epochs": "" if usual.warmup_teacher_temp_epochs else "has no warm-up",
+    }
+    return {option: reason for option, reason in reasons.items() if reason}
+
+
 class MomentumBranch(TargetBranch):
     """Targets from the student's global crops, by a momentum copy of it or by itself."""
 

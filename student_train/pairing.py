@@ -67,6 +67,11 @@ class PairingConfig:
             )
 
 
+def usual_pairing(objective: str) -> str:
+    """The pairing of the objective's paper."""
+    return "same" if objective in SAME_VIEW else "cross"
+
+
 def choose_pairing(
     objective: str,
     recipe: Recipe,
@@ -83,7 +88,7 @@ def choose_pairing(
     ``views`` is what the branch has of an image; two of them are used in a step where there are two, and MSN uses one.
     Local crops, and the weight of the pairs without one, are the recipe's. MisuseError: options that contradict each other.
     """
-    pairing = pairing or ("same" if objective in SAME_VIEW else "cross")
+    pairing = pairing or usual_pairing(objective)
     if objective == "disco" and pairing != "same":
         raise MisuseError("--objective disco compares the same views: leave out --pairing, or use embedding or moco")
     if fresh is not None and pairing in ("same", "all"):

@@ -185,8 +185,6 @@ def sweep(
     run's folder has the result of another sweep. FailureError: runs failed, after all others were made; it names their logs.
     """
     cells = config.cells()
-    for cell in cells:
-        config.made_with(cell)  # refused now if images or targets are not there
     finished = {cell: is_finished(config, cell) for cell in cells}
     config.out.mkdir(parents=True, exist_ok=True)
     places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -220,12 +218,11 @@ def sweep(
 
 
 def is_finished(config: SweepConfig, cell: Sequence[str]) -> bool:
-    """Whether the cell has its result. MisuseError: its folder has one that was made with something else."""
-    folder = config.folder(cell)
+    """Whether the cell has its result. MisuseError: as ``made_with``, and where its folder has one of something else."""
+    folder, wanted = config.folder(cell), config.made_with(cell)
     if not (folder / RECORD_NAME).exists():
         return False  # train-student goes on with what is there, or refuses it
     made = json.loads((folder / RECORD_NAME).read_text())["made_with"]
-    wanted = config.made_with(cell)
     different = first_difference(made, wanted)
     if different:
         name, was, now = different
