@@ -45,9 +45,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) 
         raise unknown_name("optimiser", config.name, TIMM_NAMES)
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
-    weight_decay = (
-        config.weight_decay or config.weight_decay_end or 0.0
-    )  # 0 at the start marks no group as one that decays
+    # A decay of 0 at the start would mark no group as one that decays.
+    weight_decay = config.weight_decay or config.weight_decay_end or 0.0
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
     lr = config.lr * batch_size / LR_BATCH_SIZE
     return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum)

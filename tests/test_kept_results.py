@@ -52,7 +52,7 @@ def images(tmp_path_factory) -> tuple[Path, Path]:
         (
             momentum,
             MomentumBenchConfig,
-            {"epochs": 1, "image_size": 16, "batch_size": 8, "num_local": 2, "views": 2, "teacher_size": 32},
+            {"epochs": 1, "image_size": 16, "num_local": 2, "views": 2, "teacher_size": 32},
         ),
     ],
     ids=["ablation", "momentum"],

@@ -72,7 +72,9 @@ def test_resnet_d_keeps_its_deep_stem():
         assert backbone.forward_features(torch.randn(1, 3, 32, 32)).shape[-2:] == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_050", "mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_050", "mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_b0"]
+)
 def test_residual_blocks_of_a_mobile_network_start_as_the_identity_and_can_leave_it(name):
     backbone = build_student(StudentConfig(name, 32, small_images=True)).train()
     blocks = [block for block in backbone.modules() if getattr(block, "has_skip", False)]
