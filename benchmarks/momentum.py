@@ -185,6 +185,9 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
         centre = "running" if setting.targets == "momentum" else "calibration"
         # With a cache, the head that a copy of the student has: the views differ alone.
         objective = replace(objective, centre=centre, head="fresh")
+    if setting.objective == "swav":
+        # A queue's rows are of an encoder that this fast a learner has left behind: a batch's codes become all alike.
+        objective = replace(objective, sinkhorn="batch")
     num_local = min(setting.num_local, setting.num_local if config.num_local is None else config.num_local)
     training = TrainConfig(
         data=config.train,
