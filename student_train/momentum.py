@@ -32,6 +32,7 @@ from ..common.views import Recipe
 from .branches import TargetBranch, TargetSpace
 from .kernels.target import EmbeddingTarget, Target
 from .objectives import OBJECTIVES, ObjectiveConfig
+from .objectives.centre import SinkhornCentre
 from .objectives.prototypes import PrototypeObjective
 from .pairing import ViewPlan
 
@@ -46,7 +47,9 @@ class MomentumConfig:
     """``num_prototypes`` is K (0: none). The copy's momentum goes from ``momentum`` to ``momentum_end`` along a cosine or, with
     ``linear_momentum``, in equal steps, over ``momentum_runs`` times the run: above 1, a run ends before the end of it. A
     ``momentum`` of None: the student makes its own targets. ``teacher_temp`` is reached from ``warmup_teacher_temp`` in
-    ``warmup_teacher_temp_epochs`` equal steps, one an epoch.
+    ``warmup_teacher_temp_epochs`` equal steps, one an epoch. Sinkhorn's queue, if any, begins to fill in
+    ``queue_from_epoch`` (from 0): the embeddings of a network that learns fast are stale in a few steps, and codes balanced
+    over them give one batch's images all the same one.
     """
 
     num_prototypes: int = 4096
@@ -57,13 +60,14 @@ class MomentumConfig:
     warmup_teacher_temp_epochs: int = 0
     linear_momentum: bool = False
     momentum_runs: float = 1.0
+    queue_from_epoch: int = 0
 
 
 PUBLISHED: dict[str, MomentumConfig] = {
     "dino": MomentumConfig(warmup_teacher_temp_epochs=50),
     "ibot": MomentumConfig(num_prototypes=8192, warmup_teacher_temp_epochs=30),
     "msn": MomentumConfig(num_prototypes=1024, teacher_temp=0.025, linear_momentum=True, momentum_runs=1.25),
-    "swav": MomentumConfig(num_prototypes=3000, momentum=None, teacher_temp=0.05),
+    "swav": MomentumConfig(num_prototypes=3000, momentum=None, teacher_temp=0.05, queue_from_epoch=15),
     "moco": MomentumConfig(num_prototypes=0, momentum=0.999, momentum_end=0.999),
 }
 """By objective; the others need a teacher."""
@@ -164,8 +168,12 @@ class MomentumBranch(TargetBranch):
         return None if self.copy is None else self.copy.backbone
 
     def before_step(self, step: int) -> None:
-        """Set the temperature of step number ``step`` (from 0)."""
-        self.model.objective.teacher_temp = self.teacher_temp(step // self.steps_per_epoch)
+        """Set the temperature of step number ``step`` (from 0), and whether Sinkhorn's queue takes part in it."""
+        epoch = step // self.steps_per_epoch
+        self.model.objective.teacher_temp = self.teacher_temp(epoch)
+        for module in self.model.objective.modules():
+            if isinstance(module, SinkhornCentre):
+                module.queueing = epoch >= self.config.queue_from_epoch
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

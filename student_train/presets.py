@@ -6,8 +6,8 @@ default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, t
 
 What is not as in the papers' code:
 
-- SwAV: the queue serves once it is full, there from epoch 15 on (``EPOCH_QUEUE_STARTS``) and in whole batches, 3072 of 3840 rows;
-  the rate rises from 0, there from .075 (``START_WARMUP``).
+- SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072; the rate rises from 0, there from .075
+  (``START_WARMUP``). As there, the queue begins to fill in epoch 15, but for a frozen teacher's targets: those serve at once.
 - MoCo: the keys' BatchNorm sees the batch as it is, there shuffled over the GPUs (ShuffleBN); both global crops are keys, there
   one of them. MoCo-v2 lowers its rate once an epoch, here every step, and decays biases and norms too.
 - MSN: no patches are masked; a step has two target views, there one. The rate warms up in 10 epochs from 0, there in 15 from

@@ -189,7 +189,8 @@ def sinkhorn(logits: Tensor, eps: float) -> Tensor:
     return (q * q.shape[1]).t()
 
 
-def test_swav():
+@pytest.mark.parametrize("queue_from", [0, 1])
+def test_swav(queue_from):
     queues: list[list[Tensor]] = [[], []]
 
     def algorithm(student: PlainNetwork, slow: PlainNetwork, crops: list[Tensor], epoch: int) -> Tensor:
@@ -201,10 +202,11 @@ def test_swav():
             earlier = queues[g][-6:] if len(queues[g]) >= 6 else []
             rows = torch.stack([*earlier, *z[:, g].detach()])
             codes.append(sinkhorn(rows @ student.rows[0].detach().T, 0.05)[-IMAGES:])
-            queues[g] += list(z[:, g].detach())
+            if epoch >= queue_from:
+                queues[g] += list(z[:, g].detach())
         return over_pairs(torch.stack(codes, dim=1), s, 0.1)
 
-    momentum = MomentumConfig(PROTOTYPES, None, teacher_temp=0.05)
+    momentum = MomentumConfig(PROTOTYPES, None, teacher_temp=0.05, queue_from_epoch=queue_from)
     follow_plainly(ObjectiveConfig("swav", queue=6, bottleneck=10), momentum, algorithm)
 
 

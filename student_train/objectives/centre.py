@@ -65,8 +65,10 @@ class RunningCentre(nn.Module):
 class SinkhornCentre(nn.Module):
     """Sinkhorn-Knopp over the batch of all ranks, and over a ``queue`` of earlier targets too once it is full.
 
-    ``start`` is that of ``sinkhorn_offsets``.
+    ``start`` is that of ``sinkhorn_offsets``. While ``queueing`` is False the queue neither serves nor fills.
     """
+
+    queueing = True
 
     def __init__(self, queue: Queue | None = None, iterations: int = 3, start: str = "exponentials") -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class SinkhornCentre(nn.Module):
         assert isinstance(target, EmbeddingTarget | DenseTarget)
         rows = target.embedding if isinstance(target, EmbeddingTarget) else target.logits
         balanced = rows.flatten(0, 1)
-        if self.queue is not None:
+        if self.queue is not None and self.queueing:
             if self.queue.full:  # each rank takes its share of the one queue
                 balanced = torch.cat([balanced, self.queue.rows[rank() :: world_size()].to(rows.dtype)])
             self.queue.push(rows)
