@@ -89,7 +89,8 @@ def train_student(
         float | None,
         typer.Option(
             min=0.001,
-            help="0.025 to 0.1; default the teacher's. Lower when targets are near uniform. swav: Sinkhorn's epsilon.",
+            help="0.025 to 0.1; default the teacher's. Lower, even 0.02, when targets are near uniform. swav: Sinkhorn's "
+            "epsilon.",
         ),
     ] = None,
     centre_targets: Annotated[
@@ -151,7 +152,8 @@ def train_student(
             min=0,
             max=1,
             help="With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
-            "of the way, in a line). Default 0.996 (moco 0.999); short runs want less, such as 0.99.",
+            "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99; with less the "
+            "targets move on faster than their centre or queue, and the loss stays high.",
         ),
     ] = None,
     warmup_teacher_temp_epochs: Annotated[
@@ -185,7 +187,9 @@ def train_student(
             "to be better and less stable.",
         ),
     ] = None,
-    optimiser: Annotated[str, typer.Option(help="adamw, sgd or lars.")] = "adamw",
+    optimiser: Annotated[
+        str, typer.Option(help="adamw, sgd or lars. lars for MobileNets without a teacher: moco learns faster.")
+    ] = "adamw",
     lr: Annotated[
         float,
         typer.Option(min=0, help="Peak rate for a batch of 256, scaled linearly. NaN or a rising loss: halve it."),
