@@ -48,7 +48,7 @@ PROTOTYPES = 512
 """Of all objectives: the papers' 3000 to 4096 are for 1.3 million images."""
 COPY_MOMENTUM = {"dino": 0.99, "swav": None, "moco": 0.99}
 """Short runs want a faster copy than the papers' .996 and .999."""
-TEACHER_TEMP = {"dino": 0.02, "swav": 0.03}
+TEACHER_TEMP = {"dino": 0.02, "swav": 0.02}
 """And sharper targets: at DINO's last temperature, .07, they were within 2 % of uniform after 800 steps, and SwAV's codes at its
 .05 were uniform after 400 steps of a ResNet-18 (collapse.py says so at step 180)."""
 SSLIGHT_ALPHA = 0.4
