@@ -113,9 +113,9 @@ def train_student(
         int | None,
         typer.Option(
             min=1,
-            help="Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840, without a teacher from "
-            "epoch 15 on; both at most an eighth of the images. More rows than images are refused: an image would be its "
-            "own negative.",
+            help="Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840, of swav without a teacher "
+            "from epoch 15 on; both at most an eighth of the images. More rows than images are refused: an image would be "
+            "its own negative.",
         ),
     ] = None,
     mean_entropy: Annotated[

@@ -38,7 +38,7 @@ from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.momentum import MomentumBranch, published
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
+from rob.student_train.pairing import choose_pairing
 from rob.student_train.students import StudentConfig
 from rob.student_train.train import TrainConfig, TrainProgress, train_student
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
@@ -46,35 +46,29 @@ from rob.teacher_cache.teachers import load_teacher
 
 PROTOTYPES = 512
 """Of all objectives: the papers' 3000 to 4096 are for 1.3 million images."""
-COPY_MOMENTUM = {"dino": 0.99, "swav": None, "moco": 0.99}
+COPY_MOMENTUM = 0.99
 """Short runs want a faster copy than the papers' .996 and .999."""
-TEACHER_TEMP = {"dino": 0.02, "swav": 0.02}
-"""And sharper targets: at DINO's last temperature, .07, they were within 2 % of uniform after 800 steps, and SwAV's codes at its
-.05 were uniform after 400 steps of a ResNet-18 (collapse.py says so at step 180)."""
-SSLIGHT_ALPHA = 0.4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a table. ``targets`` is momentum or cached; ``alpha`` None weighs all pairs alike. Rates are for 256 images;
-    batches are small for the steps: DINO of 16 px crops made 39.3 of 10 epochs of 5,000 images with 32, and 37.5 with 64.
+    """One row of a table. ``targets`` is momentum or cached. Rates are for 256 images; batches are small for the steps: DINO of
+    16 px crops brought the ResNet of 0.4 M parameters to 39.3 in 10 epochs of 5,000 images with 32, and to 37.5 with 64.
     """
 
-    objective: str
+    objective: ObjectiveConfig
     recipe: str
     optimiser: OptimiserConfig
     batch_size: int = 32
     targets: str = "momentum"
-    num_local: int = 6
-    alpha: float | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.objective} {self.targets} {self.recipe}"
+        return f"{self.objective.name} {self.targets} {self.recipe}"
 
 
 def lars(lr: float) -> OptimiserConfig:
-    """As the papers train CNNs: MoCo's loss on MobileNetV2 falls twice as fast as with AdamW. SwAV learns less with it."""
+    """As the papers train CNNs. Of MobileNetV2 MoCo made in 8 epochs more than with AdamW in 20; SwAV learns less with it."""
     return OptimiserConfig("lars", lr=lr, weight_decay=1e-5)
 
 
@@ -82,22 +76,30 @@ def adamw(lr: float) -> OptimiserConfig:
     return OptimiserConfig("adamw", lr=lr, weight_decay=0.04)
 
 
+DINO = ObjectiveConfig("dino", teacher_temp=0.02)
+"""Sharper than in the paper: at its last temperature, .07, targets were within 2 % of uniform after 800 steps."""
+SWAV = ObjectiveConfig("swav", teacher_temp=0.02, sinkhorn="batch")
+"""Sharper too: at the paper's .05 codes were uniform after 400 steps of a ResNet-18 (collapse.py says so at step 180). Without
+a queue: its rows are of an encoder that this fast a learner has left behind, and a batch's codes become all alike."""
+DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
+"""The head is as a copy of the student has it: the views differ alone."""
+
 COLLAPSE = (
-    Setting("dino", "sslight", lars(4.0), alpha=SSLIGHT_ALPHA),
-    Setting("swav", "swav", adamw(4e-3), batch_size=64),
-    Setting("moco", "moco-v2", lars(1.6), batch_size=64, num_local=0),
+    Setting(DINO, "sslight", lars(4.0)),
+    Setting(SWAV, "swav", adamw(4e-3), batch_size=64),
+    Setting(ObjectiveConfig("moco"), "moco-v2", lars(1.6), batch_size=64),
 )
 VIEWS = tuple(
-    Setting("dino", recipe, adamw(1.6e-2), targets=targets, alpha=alpha)
-    for targets in ("momentum", "cached")
-    for recipe, alpha in (("dino", None), ("sslight", SSLIGHT_ALPHA))
+    Setting(objective, recipe, adamw(1.6e-2), targets=targets)
+    for objective, targets in ((DINO, "momentum"), (DISTILLED, "cached"))
+    for recipe in ("dino", "sslight")
 )
 TABLES = {"collapse": COLLAPSE, "views": VIEWS}
 
 
 @dataclass(frozen=True)
 class MomentumBenchConfig:
-    """``num_local`` None: each setting's own, six as in SSLight's CNNs."""
+    """``num_local``: of the recipes with local crops; six as SSLight's CNNs have."""
 
     train: Path
     test: Path
@@ -107,7 +109,7 @@ class MomentumBenchConfig:
     seeds: tuple[int, ...] = (0,)
     epochs: int = 20
     image_size: int = 32
-    num_local: int | None = None
+    num_local: int = 6
     tables: tuple[str, ...] = ("collapse", "views")
     views: int = 4
     teacher_size: int = 64
@@ -156,7 +158,6 @@ def settings(config: MomentumBenchConfig) -> dict[str, Any]:
         "teacher": TEACHER.name,
         "prototypes": PROTOTYPES,
         "copy_momentum": COPY_MOMENTUM,
-        "teacher_temp": TEACHER_TEMP,
         "tables": {name: [asdict(setting) for setting in rows] for name, rows in TABLES.items()},
     }
 
@@ -180,26 +181,18 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
     if done.exists():
         return json.loads(done.read_text())
     precision = student.partition(":")[2] or "fp32"
-    objective = ObjectiveConfig(setting.objective)
-    if setting.objective == "dino":
-        centre = "running" if setting.targets == "momentum" else "calibration"
-        # With a cache, the head that a copy of the student has: the views differ alone.
-        objective = replace(objective, centre=centre, head="fresh")
-    if setting.objective == "swav":
-        # A queue's rows are of an encoder that this fast a learner has left behind: a batch's codes become all alike.
-        objective = replace(objective, sinkhorn="batch")
-    num_local = min(setting.num_local, setting.num_local if config.num_local is None else config.num_local)
+    branch = branch_of(config, setting, seed, precision)
+    num_local = min(config.num_local, branch.recipe.num_local)
+    fresh = setting.targets == "cached"
     training = TrainConfig(
         data=config.train,
         out=folder,
         student=student_config(config, student),
-        objective=objective,
-        pairing=PairingConfig(
-            "cross", 2, num_local, fresh=setting.targets == "cached", global_weight=setting.alpha if num_local else None
-        ),
+        objective=setting.objective,
+        pairing=choose_pairing(setting.objective.name, branch.recipe, branch.views, num_local=num_local, fresh=fresh),
         optimiser=replace(setting.optimiser, warmup_epochs=max(1, config.epochs / 10)),
         epochs=config.epochs,
-        freeze_prototypes=0 if setting.objective == "moco" else 1,
+        freeze_prototypes=0 if setting.objective.name == "moco" else 1,
         seed=seed,
         precision=precision,
         device=config.device,
@@ -207,9 +200,7 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
     )
     warnings: list[str] = []
     start = perf_counter()
-    trained = train_student(
-        training, branch_of(config, setting, objective, seed, precision), TrainProgress(note=warnings.append)
-    )
+    trained = train_student(training, branch, TrainProgress(note=warnings.append))
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     device = pick_device(config.device)
     result = {"knn_top1": top1(config, FrozenNetwork.student(trained.weights, device))}
@@ -224,22 +215,20 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
     return result
 
 
-def branch_of(
-    config: MomentumBenchConfig, setting: Setting, objective: ObjectiveConfig, seed: int, precision: str
-) -> TargetBranch:
+def branch_of(config: MomentumBenchConfig, setting: Setting, seed: int, precision: str) -> TargetBranch:
     device, recipe = pick_device(config.device), get_recipe(setting.recipe)
     if setting.targets == "cached":
         return CachedTargets(cached_store(config, setting.recipe), Beton(config.train), device)
-    usual, momentum = published(setting.objective), COPY_MOMENTUM[setting.objective]
+    usual = published(setting.objective.name)
+    momentum = None if usual.momentum is None else COPY_MOMENTUM
     changed = replace(
         usual,
         num_prototypes=PROTOTYPES if usual.num_prototypes else 0,
         momentum=momentum,
         momentum_end=momentum if usual.momentum == usual.momentum_end and momentum else usual.momentum_end,
-        teacher_temp=TEACHER_TEMP.get(setting.objective, usual.teacher_temp),
         warmup_teacher_temp_epochs=0,
     )
-    return MomentumBranch(objective, recipe, seed, device, changed, precision)
+    return MomentumBranch(setting.objective, recipe, seed, device, changed, precision)
 
 
 def cached_store(config: MomentumBenchConfig, recipe: str) -> Path:
@@ -279,7 +268,7 @@ if __name__ == "__main__":
     parser.add_argument("--students", nargs="+", default=["resnet18", "mobilenetv2_100"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--num-local", type=int)
+    parser.add_argument("--num-local", type=int, default=6)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--only", choices=tuple(TABLES))
     given = parser.parse_args()

@@ -171,9 +171,9 @@ class MomentumBranch(TargetBranch):
         """Set the temperature of step number ``step`` (from 0), and whether Sinkhorn's queue takes part in it."""
         epoch = step // self.steps_per_epoch
         self.model.objective.teacher_temp = self.teacher_temp(epoch)
-        for module in self.model.objective.modules():
-            if isinstance(module, SinkhornCentre):
-                module.queueing = epoch >= self.config.queue_from_epoch
+        for centre in getattr(self.model.objective, "centres", ()):
+            if isinstance(centre, SinkhornCentre):
+                centre.queueing = epoch >= self.config.queue_from_epoch
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -137,18 +137,17 @@ def adapt_stem(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def start_residuals_at_zero(backbone: nn.Module) -> nn.Module:
+def start_residuals_at_zero(backbone: nn.Module) -> None:
     """Let every residual branch of a MobileNet or EfficientNet begin as zero, in place, as timm's ResNets do already.
 
     The scale of the BatchNorm that ends a branch becomes 0 (Goyal et al. 2017, section 5.1), so that a block is at first
     the identity. Without it MobileNetV2's gradients grow over its 52 convolutions until those of the stem drown all others,
-    and MoCo's loss does not fall in 20 epochs of CIFAR-10 (``benchmarks/momentum.py``). Other networks are left as they are.
+    and MoCo's loss did not fall in 20 epochs of 5,000 images (``benchmarks/momentum.py``). Other networks are left as they are.
     """
     for block in backbone.modules():
         if isinstance(block, MOBILE_BLOCKS) and block.has_skip:
             last = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][-1]
             nn.init.zeros_(last.weight)
-    return backbone
 
 
 def check_input_size(backbone: nn.Module, size: int) -> None:
