@@ -114,8 +114,8 @@ def train_student(
         typer.Option(
             min=1,
             help="Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840, of swav without a teacher "
-            "from epoch 15 on; both at most an eighth of the images. More rows than images are refused: an image would be "
-            "its own negative.",
+            "from epoch 15 on (refused in a run that ends before); both at most an eighth of the images. More rows than "
+            "images are refused: an image would be its own negative.",
         ),
     ] = None,
     mean_entropy: Annotated[

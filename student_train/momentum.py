@@ -115,6 +115,7 @@ class MomentumBranch(TargetBranch):
         config = config or usual
         self.config = replace(config, teacher_temp=objective.teacher_temp or config.teacher_temp)
         self.recipe, self.seed, self.device, self.precision = recipe, seed, device, precision
+        self.queue = objective.queue
         kind = OBJECTIVES[objective.name]
         dim = MOCO_DIM
         if issubclass(kind, PrototypeObjective):
@@ -146,7 +147,13 @@ class MomentumBranch(TargetBranch):
     # ==== beside the training ====
 
     def follow(self, model: nn.Module, steps_per_epoch: int, epochs: int) -> None:
-        """Start as ``model``, a StudentWithHead, is now."""
+        """Start as ``model``, a StudentWithHead, is now. MisuseError: a queue is asked for that never serves."""
+        start = self.config.queue_from_epoch
+        if self.queue is not None and epochs <= start:
+            raise MisuseError(
+                f"--queue {self.queue}: without a teacher it begins to fill in epoch {start}, and the last of --epochs {epochs} "
+                f"is {epochs - 1}: leave --queue out, or train longer"
+            )
         self.model, self.steps_per_epoch, self.total_steps = model, steps_per_epoch, steps_per_epoch * epochs
         if self.config.momentum is None:
             return

@@ -395,6 +395,19 @@ def test_the_copy_is_exported_as_the_students_average(config):
     assert not (without_copy.out / "student_average.safetensors").exists()
 
 
+def test_a_queue_that_never_serves_is_refused_before_anything_is_written(config):
+    objective = ObjectiveConfig("swav", queue=6, bottleneck=10)
+    asked = replace(config, objective=objective, epochs=15, out=config.out.with_name("swav"))
+    branch = MomentumBranch(
+        objective, get_recipe("swav"), 0, CPU, replace(PUBLISHED["swav"], num_prototypes=PROTOTYPES)
+    )
+    with pytest.raises(
+        MisuseError, match="begins to fill in epoch 15, and the last of --epochs 15 is 14: leave --queue out"
+    ):
+        train_student(asked, branch)
+    assert not asked.out.exists()
+
+
 def test_the_copy_drops_no_path():
     trainer, branch = training(ObjectiveConfig("dino", bottleneck=10), MOMENTUM, drop_path=0.3)
     drops, still = (
