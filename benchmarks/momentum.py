@@ -146,7 +146,7 @@ def run(config: MomentumBenchConfig) -> Report:
         "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.views} views cached",
         **{name: asdict(config)[name] for name in ("epochs", "image_size", "test_size", "seeds", "num_local")},
     }
-    return Report.of("momentum", device, work, rows, {})
+    return Report.of("_".join(("momentum", *config.tables)), device, work, rows, {})
 
 
 def settings(config: MomentumBenchConfig) -> dict[str, Any]:
