@@ -192,7 +192,7 @@ def train_student(
         ),
     ] = None,
     optimiser: Annotated[
-        str, typer.Option(help="adamw, sgd or lars. lars for MobileNets without a teacher: moco learns faster.")
+        str, typer.Option(help="adamw, sgd or lars. lars for MobileNetV2 without a teacher: moco learns faster.")
     ] = "adamw",
     lr: Annotated[
         float,

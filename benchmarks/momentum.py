@@ -9,7 +9,8 @@ against cached targets of a teacher, each with the views of recipe ``dino`` and 
 
 Local crops are smaller than global ones in the paper's proportion (96/224 and 128/224), rounded to what a ViT's patches of
 4 px fill: 12 and 20 px beside 32. Crops have ``--image-size``: 16 is a quarter of the work, or less. Whole images have
-``--test-size``: what is on them looks smaller than in a crop of the same size, so that networks are better a size above. A
+``--test-size``: what is on them looks smaller than in a crop of the same size. Trained with MoCo on crops of 16 px, both
+students were 2 to 3 points better on whole images of 32 px than of 16; MobileNetV2 trained with DINO was not. A
 student's name may be followed by the precision that it trains fastest in on this machine. A run that is done is not done
 again: killed, or called with more, it goes on.
 """
