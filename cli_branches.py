@@ -65,14 +65,10 @@ def momentum_config(
     for option, reason in unread_options(objective.name).items():
         if given[option] is not None:
             raise MisuseError(f"--{option.replace('_', '-')}: --objective {objective.name} {reason}, leave it out")
-    stays = usual.momentum_end == usual.momentum
-    momentum = usual.momentum if copy_momentum is None else copy_momentum
     warmup = usual.warmup_teacher_temp_epochs if warmup_teacher_temp_epochs is None else warmup_teacher_temp_epochs
     return replace(
-        usual,
+        usual if copy_momentum is None else usual.with_momentum(copy_momentum),
         num_prototypes=prototypes or usual.num_prototypes,
-        momentum=momentum,
-        momentum_end=momentum if stays and momentum is not None else usual.momentum_end,
         warmup_teacher_temp_epochs=warmup,
     )
 

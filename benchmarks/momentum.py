@@ -221,12 +221,9 @@ def branch_of(config: MomentumBenchConfig, setting: Setting, seed: int, precisio
     if setting.targets == "cached":
         return CachedTargets(cached_store(config, setting.recipe), Beton(config.train), device)
     usual = published(setting.objective.name)
-    momentum = None if usual.momentum is None else COPY_MOMENTUM
     changed = replace(
-        usual,
+        usual if usual.momentum is None else usual.with_momentum(COPY_MOMENTUM),
         num_prototypes=PROTOTYPES if usual.num_prototypes else 0,
-        momentum=momentum,
-        momentum_end=momentum if usual.momentum == usual.momentum_end and momentum else usual.momentum_end,
         warmup_teacher_temp_epochs=0,
     )
     return MomentumBranch(setting.objective, recipe, seed, device, changed, precision)

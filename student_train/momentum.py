@@ -62,6 +62,11 @@ class MomentumConfig:
     momentum_runs: float = 1.0
     queue_from_epoch: int = 0
 
+    def with_momentum(self, momentum: float) -> "MomentumConfig":
+        """Another value at the start; at the end too where the copy's momentum stays, as MoCo's."""
+        stays = self.momentum == self.momentum_end
+        return replace(self, momentum=momentum, momentum_end=momentum if stays else self.momentum_end)
+
 
 PUBLISHED: dict[str, MomentumConfig] = {
     "dino": MomentumConfig(warmup_teacher_temp_epochs=50),
