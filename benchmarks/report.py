@@ -20,6 +20,8 @@ PACKAGES = ("rob", "torch", "torchvision", "timm", "triton", "ffcv", "zarr", "nu
 
 DEVIATION = "_deviation"
 """Ending of the column with another one's standard deviation, which is shown behind it."""
+WIDEST = 1000
+"""Columns that a table in a pipe or a file may take: there no window breaks its cells."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Report:
                 table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
             for row in rows:
                 table.add_row(*(_cell(row, column) for column in columns))
+            if not console.is_terminal:
+                wide = console.options.update(max_width=WIDEST)
+                console.width = max(console.width, console.measure(table, options=wide).maximum)
             console.print(table)
         for name, value in self.ratios.items():
             console.print(f"{name} = {_text(value)}", highlight=False)

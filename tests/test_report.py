@@ -1,0 +1,28 @@
+"""Benchmarks' reports: what they print where."""
+
+import io
+
+import torch
+from rich.console import Console
+
+from rob.benchmarks.report import Report
+
+COLUMNS = [f"images_per_second_with_{number}_workers" for number in range(8)]
+
+
+def printed(console: Console) -> str:
+    row = {"setting": "a", **{column: 12345.0 + number for number, column in enumerate(COLUMNS)}}
+    Report.of("loader", torch.device("cpu"), {}, [row], {"ratio": 2.0}).show(console)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_report_in_a_pipe_has_a_line_a_row():
+    lines = printed(Console(file=io.StringIO())).splitlines()
+    assert any(all(column.replace("_", " ") in line for column in COLUMNS) for line in lines)
+    assert any(all(f"{12345 + number:,}" in line for number in range(8)) for line in lines)
+    assert "ratio = 2" in lines
+
+
+def test_a_report_in_a_terminal_keeps_to_its_width():
+    lines = printed(Console(file=io.StringIO(), force_terminal=True, color_system=None, width=100)).splitlines()
+    assert max(map(len, lines)) <= 100
