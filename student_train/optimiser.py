@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -23,7 +24,9 @@ class OptimiserConfig:
     """Optimiser and schedule; the defaults are DINO's for a small ViT.
 
     ``lr`` is the peak for a batch of 256 images and is scaled linearly to the batch at hand; ``min_lr`` is not scaled.
-    ``weight_decay`` follows a cosine to ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS.
+    ``weight_decay`` follows a cosine to ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS. ``trust`` is
+    LARS's alone, 0.001 unless given: a step moves a layer's weights by ``lr`` x ``trust`` of their norm, and what has no decay
+    by ``lr`` x its gradient. So both given together set the two rates apart.
     """
 
     name: str = "adamw"
@@ -33,23 +36,30 @@ class OptimiserConfig:
     weight_decay: float = 0.04
     weight_decay_end: float | None = None
     momentum: float = 0.9
+    trust: float | None = None
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) -> Optimizer:
     """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks.
 
     Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
-    gives them no adaptive rate. MisuseError: an unknown name, or LARS with no weight decay.
+    gives them no adaptive rate. MisuseError: an unknown name, LARS with no weight decay, a ``trust`` that is not LARS's or not
+    above 0.
     """
     if config.name not in TIMM_NAMES:
         raise unknown_name("optimiser", config.name, TIMM_NAMES)
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
+    if config.trust is not None and config.name != "lars":
+        raise MisuseError(f"--trust is for --optimiser lars, and it is {config.name}: leave it out")
+    if config.trust is not None and config.trust <= 0:
+        raise MisuseError(f"--trust is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
     # A decay of 0 at the start would mark no group as one that decays.
     weight_decay = config.weight_decay or config.weight_decay_end or 0.0
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
     lr = config.lr * batch_size / LR_BATCH_SIZE
-    return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum)
+    of_lars: dict[str, Any] = {} if config.trust is None else {"trust_coeff": config.trust}
+    return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum, **of_lars)
 
 
 class Schedule:

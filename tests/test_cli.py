@@ -410,6 +410,8 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--step-targets", 3), "holds 2 views .* --step-targets 2"),
         (("--warmup-epochs", 1), "leaves nothing of a run of 1"),
         (("--optimiser", "lars", "--weight-decay", 0), "lars adapts only"),
+        (("--trust", 0.02), "--trust is for --optimiser lars, and it is adamw"),
+        (("--optimiser", "lars", "--trust", 0), "--trust is 0, expected a value above 0"),
         (("--objective", "dino"), "the teacher has no head: fit prototypes"),
         (("--objective", "swav"), "--objective swav needs prototype logits, but the teacher has no head"),
         (("--objective", "moco", "--sinkhorn", "batch"), "--sinkhorn means nothing to --objective moco"),

@@ -58,6 +58,19 @@ def test_every_optimiser_lowers_a_loss(name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("lr", "trust", "share"), [(2.0, None, 0.002), (0.1, 0.02, 0.002), (0.1, 0.001, 0.0001)])
+def test_lars_moves_weights_by_a_share_of_their_norm_and_biases_by_the_rate(lr, trust, share):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 8)
+    before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimiser = build_optimiser(layer, OptimiserConfig("lars", lr=lr, weight_decay=1e-6, trust=trust), batch_size=256)
+    layer(torch.randn(32, 64)).square().mean().backward()
+    optimiser.step()
+    moved = (layer.weight.detach() - before).norm() / before.norm()
+    assert moved.item() == pytest.approx(share, rel=0.01)
+    torch.testing.assert_close(layer.bias.detach(), bias - lr * layer.bias.grad)
+
+
 def test_learning_rate_warms_up_then_follows_a_cosine():
     optimiser, config = sgd_at(1.0, min_lr=0.1, warmup_epochs=2)
     schedule = Schedule(optimiser, config, steps_per_epoch=10, epochs=10)
@@ -94,6 +107,10 @@ def test_misuse_is_one_sentence():
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("adam"), 256)
     with pytest.raises(MisuseError, match="weight decay"):
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", weight_decay=0), 256)
+    with pytest.raises(MisuseError, match=r"--trust is for --optimiser lars, and it is adamw"):
+        build_optimiser(nn.Linear(2, 2), OptimiserConfig(trust=0.02), 256)
+    with pytest.raises(MisuseError, match=r"--trust is 0, expected a value above 0"):
+        build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", trust=0), 256)
     optimiser, config = sgd_at(1.0, warmup_epochs=10)
     with pytest.raises(MisuseError, match="warm-up of 10 epochs"):
         Schedule(optimiser, config, 5, 10)
