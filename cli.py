@@ -2,6 +2,7 @@
 instant.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=False)
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
+"""Under torchrun rank 0 speaks for all; errors are every rank's own."""
 
 
 def main() -> None:

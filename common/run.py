@@ -47,6 +47,12 @@ def join_ranks() -> Ranks:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank)
 
 
+def leave_ranks() -> None:
+    """End what ``join_ranks`` joined: NCCL warns about a process that does not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), or a torch device name. CUDA without a number is this rank's GPU. The
     GPU becomes the current one, which Triton launches on. Raises MisuseError when it is not there.

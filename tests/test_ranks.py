@@ -112,21 +112,28 @@ def on_two_ranks(folder: Path, text: str, data: Path, store: Path) -> None:
     """Runs the script ``text`` with ``data``, ``store`` and ``folder / "run"`` as torchrun would, twice at once."""
     script = folder / "two_ranks.py"
     script.write_text(text)
+    as_two_ranks(sys.executable, script, data, store, folder / "run")
+
+
+def as_two_ranks(*words: object) -> list[str]:
+    """What the command prints, run as torchrun would, twice at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, data, store, folder / "run"],
+            list(map(str, words)),
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    printed, errors = zip(*(process.communicate(timeout=240) for process in ranks), strict=True)
     assert [process.returncode for process in ranks] == [0, 0], errors
+    return list(printed)
 
 
 def test_batchnorm_goes_by_the_joined_batch_on_gpus(monkeypatch) -> None:
@@ -182,3 +189,15 @@ def test_two_ranks_resumed_are_two_ranks_uninterrupted(targets: str, tmp_path: P
         for name, value in whole.items():
             assert torch.equal(value, halves[name]), name
     assert (tmp_path / "run" / "student_average.safetensors").exists() == (targets == "momentum")
+
+
+@pytest.mark.slow
+def test_the_first_rank_of_the_command_speaks_for_all(tmp_path: Path) -> None:
+    data = tiny_beton(tmp_path, 32).path
+    views = ("--targets", "momentum", "--objective", "moco", "--queue", 8, "--recipe", "moco-v2")
+    student = ("--student", "test_resnet", "--image-size", 32, "--hidden-dim", 16, "--batch-size", 8, "--epochs", 1)
+    command = (sys.executable, "-m", "rob", "train-student", data, "--out", tmp_path / "run", *views, *student)
+    first, second = as_two_ranks(*command, "--workers", 1, "--loader", "torch")
+    assert "student.safetensors: loss " in first
+    assert "nan" not in first
+    assert second == ""
