@@ -6,7 +6,6 @@ goes on from the last whole chunk, and the finished store is byte for byte what 
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import zarr
 
 from .encodings import Encoding
 from .errors import FailureError, MisuseError
+from .lock import lock_file
 from .shards import small_array_files, zarr_files
 from .store_manifest import AGAIN, StoreManifest, differences, read_json
 
@@ -93,7 +93,7 @@ class StoreWriter:
     """Appends whole chunks to a store until `finish`. One process at a time; get one from `open_or_resume`."""
 
     def __init__(self, path: Path, manifest: StoreManifest, lock: int) -> None:
-        """``lock`` is what `_lock` gave: closed with the writer."""
+        """``lock`` is what `lock_file` gave: closed with the writer."""
         self.path, self.manifest = path, manifest
         self._arrays = manifest.arrays()
         self._sums, self._flushed, self._pending = _progress(path)
@@ -113,7 +113,9 @@ class StoreWriter:
         foreign = path.exists() and (not path.is_dir() or {e.name for e in path.iterdir()} - {"pending", ".part"})
         if begun is None and foreign:
             raise MisuseError(f"{path} is already there and is not a target store: give another path")
-        lock = _lock(path)
+        lock = lock_file(
+            path / "pending" / "lock", f"{path}: another rob cache-teacher is writing this store; wait for it to finish"
+        )
         try:
             _refuse_complete(path)  # by the process that held the lock until now
             begun = half_written(path)
@@ -212,24 +214,6 @@ def _refuse_complete(path: Path) -> None:
     if (path / "zarr.json").exists():
         shutil.rmtree(path / "pending", ignore_errors=True)  # left by a writer killed in the very last step
         raise MisuseError(f"{path} is already there and complete: give another path, or delete it first")
-
-
-def _lock(path: Path) -> int:
-    """The descriptor whose closing, or the death of this process, lets others write the store at ``path``.
-
-    A record lock, because forked data-loading workers, which outlive a killed parent for seconds, do not inherit it.
-    MisuseError when another process holds it.
-    """
-    (path / "pending").mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path / "pending" / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks: as good as it gets
-            os.close(descriptor)
-            message = f"{path}: another rob cache-teacher is writing this store; wait for it to finish"
-            raise MisuseError(message) from None
-    return descriptor
 
 
 def rows_done(path: Path, manifest: StoreManifest) -> int:

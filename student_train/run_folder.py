@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
+from ..common.lock import lock_file
 from ..common.run import ALONE, Ranks
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
@@ -64,8 +67,11 @@ class RunFolder:
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
         """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
 
-        MisuseError: it is of other settings.
+        MisuseError: it is of other settings, or another process trains here.
         """
+        if self.ranks.is_main:
+            taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another --out"
+            weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
         step = 0
         if self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
