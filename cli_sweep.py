@@ -1,5 +1,6 @@
 """The command for grids of runs: rob sweep."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from rob import cli_options as o
 from rob.cli import app, bar, console, note
+from rob.common.errors import unknown_name
 
 if TYPE_CHECKING:
     from rob.student_train.sweep import Flag
@@ -35,13 +37,19 @@ def sweep(
     One run after another, or one on every GPU. Stopped, the same command goes on; more values may be added. A failed run is
     named with its log once the others are done.
     """
+    from rob.common.run import stopped_by_sigterm
     from rob.student_train.sweep import SweepConfig, Variation, draw_heat_map
     from rob.student_train.sweep import sweep as run
 
     flags = training_flags()
     config = SweepConfig(out, tuple(arguments), tuple(Variation.parse(text, flags) for text in vary), test, device)
-    with bar("sweeping", "runs") as update:
-        rows = run(config, update)
+    check_names([v.option for v in config.variations] + [word for word in arguments if word.startswith("--")])
+    try:
+        with stopped_by_sigterm(), bar("sweeping", "runs") as update:
+            rows = run(config, update)
+    except (KeyboardInterrupt, SystemExit):
+        note("stopped: run the same command again to go on from there")
+        raise
     table = Table(title=f"{out}", title_justify="left")
     for variation in config.variations:
         table.add_column(variation.option)
@@ -54,6 +62,18 @@ def sweep(
     console.print(table)
     draw_heat_map(config, rows, out / "sweep.png")
     note(f"written to {out}: sweep.json, sweep.png, and a folder a run")
+
+
+def check_names(options: Iterable[str]) -> None:
+    """MisuseError, with the nearest names: rob train-student has no such option."""
+    parameters = typer.main.get_group(app).commands["train-student"].params
+    known = {
+        word.removeprefix("--") for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)
+    }
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0]
+        if name not in known:
+            raise unknown_name("option of rob train-student", name, sorted(known))
 
 
 def training_flags() -> "dict[str, Flag]":

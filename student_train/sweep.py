@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -111,6 +111,8 @@ class SweepConfig:
                 raise MisuseError(f"--{name} is both varied and fixed: leave one of them out")
         if self.fixes("out"):
             raise MisuseError("--out belongs to the sweep: leave it out of the options of train-student")
+        if self.fixes("device") or "device" in names:
+            raise MisuseError("--device belongs to the sweep, whose k-NN uses it too: give it before the --")
         if not self.arguments or self.arguments[0].startswith("-"):
             raise MisuseError("after -- come the arguments of rob train-student, first of all DATA.beton")
         runs = len(self.cells())
@@ -159,11 +161,11 @@ class SweepConfig:
     def commands(self, cell: Sequence[str]) -> list[list[str]]:
         """Train, then measure."""
         rob, folder = [sys.executable, "-m", "rob"], str(self.folder(cell))
-        device = [] if self.fixes("device") else ["--device", self.device]
+        device = ["--device", self.device]
         test = [] if self.test is None else ["--test", str(self.test)]
         return [
             [*rob, "train-student", *self.arguments, *self.varied(cell), "--out", folder, *device],
-            [*rob, "eval", "knn", folder, self.arguments[0], *test, "--device", self.device],
+            [*rob, "eval", "knn", folder, self.arguments[0], *test, *device],
         ]
 
 
@@ -181,8 +183,9 @@ def sweep(
 ) -> list[SweepRow]:
     """Run what is not finished yet, and read every result. ``progress`` gets (runs done, all, the latest one).
 
-    Writes ``sweep.json`` into ``config.out``. MisuseError, before any run: an image file or a target store is missing, or a
-    run's folder has the result of another sweep. FailureError: runs failed, after all others were made; it names their logs.
+    Writes ``sweep.json`` into ``config.out``. Interrupted, it has the runs save what they have, and waits for them. MisuseError,
+    before any run: an image file or a target store is missing, or a run's folder has the result of another sweep. FailureError:
+    runs failed, after all others were made; it names their logs.
     """
     cells = config.cells()
     finished = {cell: is_finished(config, cell) for cell in cells}
@@ -191,13 +194,13 @@ def sweep(
     gpus = visible_gpus() if config.device == "auto" else []
     for gpu in gpus or [None]:
         places.put(gpu)
-    done = 0
+    processes, done = Processes(), 0
 
     def one(cell: tuple[str, ...]) -> bool:
         nonlocal done
         gpu = places.get()
         try:
-            succeeded = finished[cell] or _run(config, cell, gpu)
+            succeeded = finished[cell] or _run(config, cell, gpu, processes)
         finally:
             places.put(gpu)
         done += 1
@@ -205,7 +208,11 @@ def sweep(
         return succeeded
 
     with ThreadPoolExecutor(max(1, len(gpus))) as pool:
-        succeeded = list(pool.map(one, cells))
+        try:
+            succeeded = list(pool.map(one, cells))
+        except KeyboardInterrupt:  # runs that have not begun are cancelled
+            processes.stop()
+            raise
     rows = [read_row(config, cell) for cell, ok in zip(cells, succeeded, strict=True) if ok]
     named = [dict(zip((v.option for v in config.variations), row.values, strict=True)) for row in rows]
     results = [names | {"loss": row.loss, "knn_top1": row.knn_top1} for names, row in zip(named, rows, strict=True)]
@@ -244,15 +251,38 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None) -> bool:
+class Processes:
+    """The processes of a sweep, out of reach of the terminal's Ctrl-C: each is stopped once, by ``stop``."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.stopped = False
+
+    def run(self, words: Sequence[str], log: IO[str], environment: Mapping[str, str]) -> bool:
+        """Whether the command ended well."""
+        with subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True) as process:
+            self.running.append(process)
+            if self.stopped:  # between the two lines before
+                process.terminate()
+            process.wait()
+            self.running.remove(process)
+        return process.returncode == 0 and not self.stopped
+
+    def stop(self) -> None:
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+
+def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None, processes: Processes) -> bool:
     folder, made_with = config.folder(cell), config.made_with(cell)
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with open(folder / "sweep.log", "w") as log:
-        for command in config.commands(cell):
-            log.write(" ".join(command) + "\n")
+        for words in config.commands(cell):
+            log.write(" ".join(words) + "\n")
             log.flush()
-            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+            if not processes.run(words, log, environment):
                 return False
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     result = {"loss": last["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}

@@ -1,7 +1,10 @@
 """Grids of runs."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +23,7 @@ from rob.cli_sweep import training_flags
 from rob.common.beton import Beton
 from rob.common.encodings import Encoding
 from rob.common.errors import FailureError, MisuseError
+from rob.common.lock import lock_file
 from rob.common.views import get_recipe
 from rob.student_train import sweep as sweep_module
 from rob.student_train.sweep import (
@@ -55,17 +59,14 @@ def commands(monkeypatch) -> Commands:
     """Instead of processes: notes each command and its environment, and leaves behind what the real one leaves."""
     seen = Commands()
 
-    class Done:
-        returncode = 0
-
-    def run(command, stdout, stderr, env):
+    def run(_, command, log, environment) -> bool:
         arguments = command[3:]
         with seen.lock:  # runs may be threads
             seen.append(arguments)
-            seen.gpus.append(env.get("CUDA_VISIBLE_DEVICES"))
+            seen.gpus.append(environment.get("CUDA_VISIBLE_DEVICES"))
         seen.meanwhile()
         if "--fail" in arguments or ("24" in arguments and "--fail-24" in arguments):
-            return type("Failed", (), {"returncode": 1})
+            return False
         if arguments[0] == "train-student":
             folder = sweep_module.Path(arguments[arguments.index("--out") + 1])
             size = int(arguments[arguments.index("--local-size") + 1])
@@ -77,9 +78,9 @@ def commands(monkeypatch) -> Commands:
             folder = sweep_module.Path(arguments[2])
             (folder / "eval").mkdir(exist_ok=True)
             (folder / "eval" / "knn.json").write_text(json.dumps({"top1": 40.0 + len(seen)}))
-        return Done
+        return True
 
-    monkeypatch.setattr(sweep_module.subprocess, "run", run)
+    monkeypatch.setattr(sweep_module.Processes, "run", run)
     return seen
 
 
@@ -242,6 +243,8 @@ def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands)
         (("data.beton", "--local-size=16"), (SIZES,), "both varied and fixed"),
         (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
         (("data.beton", "--out=x"), (SIZES,), "--out belongs to the sweep"),
+        (("data.beton", "--device", "cuda:1"), (SIZES,), "--device belongs to the sweep"),
+        (("data.beton",), (Variation("device", ("cpu", "cuda")),), "--device belongs to the sweep"),
         (("--epochs", "2"), (SIZES,), "DATA.beton"),
         (("data.beton",), (SIZES, SIZES), "given twice"),
         (
@@ -400,3 +403,42 @@ def test_the_command_with_real_processes(tmp_path, monkeypatch, capsys):
     code, _, error = rob_sweep("head-norm=yes,2")
     assert code == 2
     assert error == "error: --vary 'head-norm=yes,2': --head-norm is a flag, '2' is neither yes nor no\n"
+
+    code, _, error = rob_sweep("local-sise=16,24")
+    assert code == 2
+    assert error.startswith("error: unknown option of rob train-student 'local-sise': did you mean local-size")
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
+    images = tiny_beton(tmp_path, 32)
+    store = tiny_store(tmp_path / "targets.zarr", images, tiny_teacher_checkpoint(tmp_path))
+    student = ("--student", "test_resnet", "--no-small-images", "--image-size", "32", "--hidden-dim", "16")
+    training = (
+        images.path,
+        "--targets",
+        store.path,
+        *student,
+        "--epochs",
+        "10000",
+        "--batch-size",
+        "8",
+        "--workers",
+        "1",
+    )
+    out = tmp_path / "out"
+    words = (sys.executable, "-m", "rob", "sweep", out, "--vary", "seed=1,2", "--device", "cpu", "--", *training)
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if (out / "seed=1" / "metrics.jsonl").exists():
+                break
+            sleep(0.1)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped: run the same command again to go on from there" in printed
+    log = (out / "seed=1" / "sweep.log").read_text()
+    assert re.search(r"stopped at step \d+ of \d+", log), log
+    assert (out / "seed=1" / "checkpoint.pt").exists()
+    assert not (out / "seed=2").exists()
+    os.close(lock_file(out / "seed=1" / ".lock", "the run still trains"))
