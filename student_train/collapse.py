@@ -8,7 +8,7 @@ all embeddings alike                their deviation over the batch nears 0      
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,11 +68,11 @@ def spread(embedding: Tensor) -> dict[str, Tensor]:
 
 class CollapseWatch:
     """Looks at a run's log lines and says once that the targets near collapse. ``num_prototypes`` is K, 0 without any;
-    ``frozen`` targets are a teacher's, which the student's training cannot change.
+    ``advice`` is what to do about each of them (``remedies``).
     """
 
-    def __init__(self, num_prototypes: int, total_steps: int, frozen: bool = False) -> None:
-        self.remedies = OF_A_TEACHER if frozen else REMEDIES
+    def __init__(self, num_prototypes: int, total_steps: int, advice: Mapping[str, str]) -> None:
+        self.advice = advice
         self.log_k = math.log(num_prototypes) if num_prototypes else math.nan
         self.first_step = GRACE * total_steps
         self.suspicion, self.times, self.told = "", 0, False
@@ -86,7 +86,7 @@ class CollapseWatch:
             return None
         self.told = True
         found = ", ".join(f"{name} {line[name]:.3g}" for name in FIELDS if name in line)
-        return f"step {line['step']}: {suspicion} ({found}). {self.remedies[suspicion]}"
+        return f"step {line['step']}: {suspicion} ({found}). {self.advice[suspicion]}"
 
     def _suspicion(self, line: Mapping[str, float]) -> str:
         if "target_std" in line:
@@ -104,14 +104,34 @@ FIELDS = ("target_entropy", "mean_target_entropy", "target_std")
 ONE_PROTOTYPE = "the targets near collapse, with nearly all images at one prototype"
 UNIFORM = "the targets near collapse, with all prototypes nearly alike for every image"
 ALIKE = "the targets near collapse, with nearly the same embedding for every image"
-REMEDIES = {
-    ONE_PROTOTYPE: "Even them out: --centre-targets running or --sinkhorn batch, a higher --teacher-temp, or --mean-entropy 1.",
-    UNIFORM: "Sharpen them: a lower --teacher-temp, a longer --warmup-teacher-temp-epochs; or a lower --lr, "
-    "--freeze-prototypes 2, fewer --prototypes.",
-    ALIKE: "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, a longer --queue, or --head-norm.",
-}
-OF_A_TEACHER = {
-    ONE_PROTOTYPE: "Even them out: --centre-targets calibration, --sinkhorn batch, or a higher --teacher-temp.",
-    UNIFORM: "Sharpen them: a lower --teacher-temp.",
-    ALIKE: "Look at them with rob inspect --sheet: is this the teacher's --checkpoint, and are these its images?",
-}
+
+
+def remedies(kind: str, objective: str, sinkhorn: str | None, mean_entropy: float | None) -> dict[str, str]:
+    """What to do about each, in options that the run takes and does not have already.
+
+    ``kind`` of the target branch: cached, online or momentum. A teacher's targets are what they are, whatever the student
+    learns: of them only how they are read can change. ``sinkhorn`` and ``mean_entropy`` are the objective's, None where it
+    has no such option.
+    """
+    copied = kind == "momentum"
+    evened = ["a higher --teacher-temp"]
+    if sinkhorn == "none":  # which takes the centre's place
+        evened += ["--sinkhorn batch", *(["--centre-targets calibration"] if kind == "cached" else [])]
+    sharpened = ["a lower --teacher-temp"]
+    if copied:
+        evened += ["a higher --mean-entropy" if mean_entropy else "--mean-entropy 1"]
+        sharpened += ["a longer --warmup-teacher-temp-epochs"] if objective in ("dino", "ibot") else []
+        sharpened += ["a lower --lr", "--freeze-prototypes 2", "fewer --prototypes"]
+    alike = "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, a longer --queue, or --head-norm."
+    of_a_teacher = (
+        "Look at them with rob inspect --sheet: is this the teacher's --checkpoint, and are these its images?"
+    )
+    return {
+        ONE_PROTOTYPE: f"Even them out: {_either(evened)}.",
+        UNIFORM: f"Sharpen them: {_either(sharpened)}.",
+        ALIKE: alike if copied else of_a_teacher,
+    }
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -3,7 +3,8 @@
 ==========  ==========================================  ==========================  =================================
 objective   who makes the target                        temperature                 source
 ==========  ==========================================  ==========================  =================================
-dino, ibot  a copy, momentum .996 to 1 (cosine)         .04 to .07 over 50 epochs   2104.14294, section 3.1
+dino, ibot  a copy, momentum .996 to 1 (cosine)         .04 to .07 over 50 epochs   2104.14294, section 3.1; SSLight's
+                                                        (ibot 30)                   ``dino_cnn_baseline.yaml``
 msn         a copy, momentum .996 to .9992 (linear);    .025                        2204.07141, section 3;
             prototypes are the student's own                                        msn ``msn_train.py``
 swav        the student itself, without gradient        .05                         2006.09882, section 3
@@ -79,7 +80,8 @@ PUBLISHED: dict[str, MomentumConfig] = {
 
 
 def published(objective: str) -> MomentumConfig:
-    """The paper's values. MisuseError: an objective that needs a frozen teacher."""
+    """The paper's values, of DINO with SSLight's K for small networks (DINO's own is 65536). MisuseError: an objective that
+    needs a frozen teacher."""
     if objective not in PUBLISHED:
         raise MisuseError(
             f"--objective {objective} needs a teacher: with --targets momentum there is {', '.join(PUBLISHED)}"
@@ -118,7 +120,10 @@ class MomentumBranch(TargetBranch):
         """MisuseError: an objective that needs a frozen teacher."""
         usual = published(objective.name)
         config = config or usual
-        self.config = replace(config, teacher_temp=objective.teacher_temp or config.teacher_temp)
+        teacher_temp = objective.teacher_temp or config.teacher_temp
+        # A warm-up only ever rises: from a sharper last value on, there is none.
+        warmup_teacher_temp = min(config.warmup_teacher_temp, teacher_temp)
+        self.config = replace(config, teacher_temp=teacher_temp, warmup_teacher_temp=warmup_teacher_temp)
         self.recipe, self.seed, self.device, self.precision = recipe, seed, device, precision
         self.queue = objective.queue
         kind = OBJECTIVES[objective.name]

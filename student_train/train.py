@@ -34,7 +34,7 @@ from ..common.views import Recipe
 from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
-from .collapse import CollapseWatch
+from .collapse import CollapseWatch, remedies
 from .collective import normalise_together
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective, usual_objective
@@ -175,10 +175,10 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        if number < self.steps_with_still_prototypes:
+        if number < self.steps_with_still_prototypes:  # before the norm: what does not move has no part in it
             for parameter in self.model.objective.prototypes.parameters():  # type: ignore[union-attr]
                 parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.average:
@@ -211,8 +211,9 @@ def train_student(
                 "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
             )
         branch = CachedTargets(config.targets, data, device, config.window_mib, config.cache_in_memory)
-    frozen = branch.description["kind"] != "momentum"
-    fresh = None if frozen else False  # a copy of the student sees what the student sees
+    fresh = (
+        False if branch.description["kind"] == "momentum" else None
+    )  # a copy of the student sees what the student sees
     objective = config.objective or ObjectiveConfig(usual_objective(branch.space))
     pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
@@ -251,7 +252,9 @@ def train_student(
         "branch": branch.description,
         "versions": versions("rob", "torch", "timm"),
     }
-    collapse = CollapseWatch(branch.space.num_prototypes, total_steps, frozen)
+    sinkhorn, mean_entropy = (getattr(trainer.objective, name, None) for name in ("sinkhorn", "mean_entropy"))
+    advice = remedies(branch.description["kind"], objective.name, sinkhorn, mean_entropy)
+    collapse = CollapseWatch(branch.space.num_prototypes, total_steps, advice)
 
     def on_log(line: dict[str, Any], total: int) -> None:
         progress.log(line, total)

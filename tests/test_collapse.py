@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rob.common.loader import LoaderConfig
 from rob.common.views import get_recipe
-from rob.student_train.collapse import FIELDS, GRACE, PATIENCE, CollapseWatch, entropies, spread
+from rob.student_train.branches import TargetSpace
+from rob.student_train.collapse import FIELDS, GRACE, PATIENCE, CollapseWatch, entropies, remedies, spread
 from rob.student_train.kernels.target import DenseTarget, EmbeddingTarget, TopKTarget
-from rob.student_train.momentum import MomentumBranch, MomentumConfig
-from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.momentum import MomentumBranch, MomentumConfig, unread_options
+from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig
@@ -25,6 +26,7 @@ from rob.student_train.train import TrainConfig, TrainProgress, train_student
 
 CPU = torch.device("cpu")
 K = 12
+ADVICE = remedies("momentum", "dino", "none", 0.0)
 
 # ==== the measures ====
 
@@ -60,7 +62,7 @@ def test_spread_is_0_for_one_direction_and_1_for_all():
 
 def test_the_watch_is_patient_and_tells_once():
     total = 100
-    watch = CollapseWatch(K, total)
+    watch = CollapseWatch(K, total, ADVICE)
     first = int(GRACE * total) + 1
     told = []
     for step in range(1, total + 1):
@@ -71,20 +73,29 @@ def test_the_watch_is_patient_and_tells_once():
     assert told == [first + 1 + PATIENCE]
 
 
-def test_a_frozen_teachers_remedies_are_options_that_it_takes():
-    line = {"target_entropy": math.log(K), "mean_target_entropy": math.log(K)}
-    own, teachers = (
-        next(filter(None, (watch.look(line | {"step": step}) for step in range(1, 101))))
-        for watch in (CollapseWatch(K, 100), CollapseWatch(K, 100, frozen=True))
-    )
-    assert "--warmup-teacher-temp-epochs" in own
-    assert teachers.endswith("Sharpen them: a lower --teacher-temp.")
+@pytest.mark.parametrize("kind", ["cached", "online", "momentum"])
+@pytest.mark.parametrize("name", ["dino", "ibot", "swav", "msn"])
+def test_remedies_are_options_that_the_run_takes_and_does_not_have(name, kind):
+    usual = OBJECTIVES[name]
+    advice = " ".join(remedies(kind, name, usual.sinkhorn, usual.mean_entropy).values())
+    space = TargetSpace(8, K, True, 0.04, mean_logits=torch.zeros(K) if kind == "cached" else None)
+    asked = dict(re.findall(r"--(centre-targets|sinkhorn|mean-entropy) (\w+)", advice))
+    for option, value in asked.items():
+        field = {"centre-targets": "centre", "sinkhorn": "sinkhorn", "mean-entropy": "mean_entropy"}[option]
+        value = float(value) if field == "mean_entropy" else value
+        assert getattr(usual, field, "none") != value
+        build_objective(ObjectiveConfig(name, **{field: value}), 16, space)  # refuses what it does not take
+    options = set(re.findall(r"--([a-z-]+)", advice))
+    if kind == "momentum":
+        assert not options & {option.replace("_", "-") for option in unread_options(name)} - {"copy-momentum"}
+    else:
+        assert not options & {"warmup-teacher-temp-epochs", "prototypes", "freeze-prototypes", "copy-momentum", "lr"}
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.98, True), (0.9, False)])
 def test_a_teacher_too_warm_settles_just_below_uniform(share, warns):
     """As seen with temperature .07 after 800 steps on CIFAR-10."""
-    watch = CollapseWatch(K, 100)
+    watch = CollapseWatch(K, 100, ADVICE)
     line = {"target_entropy": share * math.log(K), "mean_target_entropy": math.log(K)}
     assert any(watch.look(line | {"step": step}) for step in range(1, 101)) == warns
 
@@ -148,7 +159,7 @@ KEYS = torch.eye(16, 128)
         (
             DINO,
             ONE,
-            r"nearly all images at one prototype \(target_entropy .*, mean_target_entropy .*\)\. .*--centre-targets",
+            r"nearly all images at one prototype \(target_entropy .*, mean_target_entropy .*\)\. .*--sinkhorn batch",
         ),
         (DINO, NONE, r"all prototypes nearly alike .*\. Sharpen them: a lower --teacher-temp"),
         (MOCO, KEYS[:1], r"nearly the same embedding for every image \(target_std .*\)\. Lower --lr"),

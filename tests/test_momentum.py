@@ -242,6 +242,12 @@ def test_the_schedules_are_dinos():
     assert branch.momentum(1000) == pytest.approx(1.0)
 
 
+def test_a_sharp_temperature_is_not_warmed_down():
+    """A warm-up from .04 to .02 would leave a short run at .03."""
+    branch = MomentumBranch(ObjectiveConfig("dino", teacher_temp=0.02), get_recipe("dino"), 0, CPU, PUBLISHED["dino"])
+    assert {branch.teacher_temp(epoch) for epoch in range(60)} == {0.02}
+
+
 def test_msns_copy_slows_down_in_a_line_that_the_run_does_not_finish():
     """msn_train.py: equal steps from .996 that would reach 1 after 1.25 runs."""
     branch = MomentumBranch(ObjectiveConfig("msn"), get_recipe("msn"), 0, CPU, PUBLISHED["msn"])
@@ -259,6 +265,13 @@ def test_prototypes_stay_still_for_the_epochs_asked():
         plan = plan_views(PairingConfig("cross", 2, 2, fresh=False), branch.views, 0)
         trainer.step(step, crops_of(step), branch.embed(crops_of(step)[0]), plan.pair_weights.double())
         assert torch.equal(trainer.model.objective.prototypes.weight_v, start) == (step < STEPS_PER_EPOCH)
+
+    # What stands still has no share in the gradient's norm, which clipping bounds.
+    trainer, branch = training(ObjectiveConfig("dino", bottleneck=10), MOMENTUM, freeze_prototypes=1)
+    health, _ = trainer.step(0, crops_of(0), branch.embed(crops_of(0)[0]), plan.pair_weights.double())
+    moved = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    assert health[1].item() == pytest.approx(torch.cat(moved).norm().item())
+
     with pytest.raises(MisuseError, match="--freeze-prototypes: --objective moco has none"):
         training(ObjectiveConfig("moco"), MOMENTUM, freeze_prototypes=1)
 
