@@ -20,7 +20,7 @@ from .beton import Beton
 from .errors import MisuseError
 from .loader import LoaderConfig, ViewLoader, ViewSet
 from .neighbours import nearest
-from .pair_ratios import pair_ratios
+from .pair_ratios import pair_ratios, weighted_median
 from .store import TargetStore
 from .views import LOCAL, Recipe, get_recipe, view_parameters
 
@@ -144,7 +144,9 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
 
 
 def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -> None:
-    """Two histograms over the pairs that meet in the loss, of the recipe (filled) and of ``dino`` as it stands (line)."""
+    """Two histograms over the pairs that meet in the loss, by their share of it, of the recipe (filled) and of ``dino`` as it
+    stands (line).
+    """
     some = slice(0, RATIO_IMAGES)
     recipes = {config.recipe.name: config.recipe, "dino (as in its table)": get_recipe("dino")}
     found = {
@@ -160,11 +162,12 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         for name, values in shown.items():
             if not values.size:
                 continue
-            label = f"{name}: median {2 ** np.median(values):.1f}"
+            weight = found[name].weight
+            label = f"{name}: median {2 ** weighted_median(values, weight):.1f}"
             if name == config.recipe.name:
-                axes.hist(values, bins, density=True, label=label, color="#89c2d9")
+                axes.hist(values, bins, density=True, weights=weight, label=label, color="#89c2d9")
             else:
-                axes.hist(values, bins, density=True, label=label, color=INK, histtype="step")
+                axes.hist(values, bins, density=True, weights=weight, label=label, color=INK, histtype="step")
         powers = range(0, int(bins[-1]) + 1)
         axes.set_xticks(powers, [f"{2**power}" for power in powers])
         axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
@@ -172,7 +175,7 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.legend(fontsize=6, frameon=False)
-        sheet.text(left, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
+        sheet.text(left, top, f"{title}; {len(next(iter(found.values())).area):,} pairs, by their share of the loss")
 
 
 def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> "Sheet":

@@ -13,10 +13,12 @@ class PairRatios(NamedTuple):
     area: the larger crop's area over the smaller one's, 1 or more: how much of what one view sees the other can see.
     magnification: by how much larger a thing appears in the view where it appears larger, 1 or more. That depends on the sizes
     in pixels at which the views are rendered, too: a larger local view magnifies more.
+    weight: its share of the loss over all these images, where both global views are targets of all other views.
     """
 
     area: np.ndarray
     magnification: np.ndarray
+    weight: np.ndarray
 
 
 def pair_ratios(recipe: Recipe, seed: int, heights: np.ndarray, widths: np.ndarray) -> PairRatios:
@@ -35,4 +37,18 @@ def pair_ratios(recipe: Recipe, seed: int, heights: np.ndarray, widths: np.ndarr
         ratio = values[:, left] / values[:, right]
         return np.maximum(ratio, 1 / ratio).ravel()
 
-    return PairRatios(ratios(areas), ratios(magnifications))
+    # Two global views meet twice, each as the other's target.
+    with_global = right < recipe.num_global
+    weight = np.where(with_global, 2.0, 1.0)
+    if recipe.global_weight is not None and recipe.num_local and recipe.num_global > 1:
+        for kind, share in ((with_global, recipe.global_weight), (~with_global, 1 - recipe.global_weight)):
+            weight[kind] = share / kind.sum()
+    weight /= max(1.0, weight.sum()) * len(heights)
+    return PairRatios(ratios(areas), ratios(magnifications), np.tile(weight, len(heights)))
+
+
+def weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
+    """The smallest of ``values`` (n,), n > 0, at and below which lies half of ``weight`` (n,)."""
+    order = np.argsort(values)
+    below = np.cumsum(weight[order])
+    return float(values[order][np.searchsorted(below, below[-1] / 2)])

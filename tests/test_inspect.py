@@ -25,7 +25,7 @@ from rob.common.images import PackConfig, pack
 from rob.common.inspect import inspect
 from rob.common.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.neighbours import nearest
-from rob.common.pair_ratios import pair_ratios
+from rob.common.pair_ratios import pair_ratios, weighted_median
 from rob.common.store import StoreWriter, TargetStore
 from rob.common.views import LOCAL, Recipe, get_recipe
 
@@ -363,10 +363,9 @@ def test_views_are_drawn_with_how_much_pairs_differ(data, rob_views) -> None:
         found = pair_ratios(recipe, 3, data.heights, data.widths)
         usual = pair_ratios(get_recipe("dino"), 3, data.heights, data.widths)
         for (axes, pixels), field in zip(charts, ("area", "magnification"), strict=True):
-            medians = [np.median(getattr(ratios, field)) for ratios in (found, usual)]
+            medians = [weighted_median(getattr(ratios, field), ratios.weight) for ratios in (found, usual)]
             legend = axes.get_legend()
             assert legend is not None
-            # Between the two middle values of an even number, a median is their mean or that of their logarithms.
             told = [text.get_text().rpartition(": median ") for text in legend.get_texts()]
             assert [name for name, *_ in told] == [name, "dino (as in its table)"]
             np.testing.assert_allclose([float(median) for *_, median in told], medians, atol=0.06)
