@@ -120,7 +120,7 @@ def cached_branch(
     preferred: "Recipe | None" = None,
 ) -> "CachedTargets":
     """Targets from a store. No target shows a local crop, so these may be other than the store's recipe has them:
-    ``preferred``, of a preset, has its local crops used, and is told apart from the store's.
+    ``preferred``, of a preset, has its local crops and the weight of its global pairs used, and is told apart from the store's.
 
     MisuseError: something is asked of the views that the store's targets belong to.
     """
@@ -135,9 +135,9 @@ def cached_branch(
             )
     branch = CachedTargets(path, data, device, window_mib, in_memory)
     stored = branch.recipe
-    local = stored.local_crop
+    local, global_weight = stored.local_crop, stored.global_weight
     if preferred is not None:
-        local = preferred.local_crop or local
+        local, global_weight = preferred.local_crop or local, preferred.global_weight
         if preferred.global_crops != stored.global_crops:
             note(
                 f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
@@ -150,7 +150,7 @@ def cached_branch(
                 "dino, sslight, swav or msn"
             )
         local = replace(local, scale=tuple(overrides.local_scale), centre=0.0)
-    branch.recipe = replace(stored, local_crop=local)
+    branch.recipe = replace(stored, local_crop=local, global_weight=global_weight)
     return branch
 
 

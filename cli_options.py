@@ -49,7 +49,7 @@ ViewSize = Annotated[
 ]
 
 RecipeName = Annotated[
-    str, typer.Option("--recipe", help="dino, swav, moco-v2, msn, sslight or weak: how views are drawn.")
+    str, typer.Option("--recipe", help="dino, swav, moco-v2, msn, sslight, sslight-swav or weak: how views are drawn.")
 ]
 Scale = tuple[float, float] | None
 GlobalScale = Annotated[

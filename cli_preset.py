@@ -9,7 +9,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from rob.cli import console
-from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_THE_COPY, get_preset
+from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_ITS_RECIPE, OF_THE_COPY, get_preset
 
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
@@ -55,11 +55,14 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     if targets not in ("momentum", "online"):
         reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
         recipe = None
+    preset = get_preset(values["preset"])
+    if "recipe" in given and values["recipe"] != preset.options.get("recipe"):
+        reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
     same = (values["pairing"] or usual_pairing(objective)) == "same"
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
         reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
         reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
-    return {name: reasons[name] for name in get_preset(values["preset"]).options if name in reasons.keys() - given}
+    return {name: reasons[name] for name in preset.options if name in reasons.keys() - given}
 
 
 def _unread_by(objective: str) -> set[str]:

@@ -28,8 +28,8 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made for ImageNet on 8 "
-            "GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made "
+            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
     student: Annotated[
@@ -165,8 +165,8 @@ def train_student(
         typer.Option(
             min=0,
             help="With --targets momentum and dino or ibot: epochs in which the teacher's temperature rises from 0.04 to "
-            "--teacher-temp. Default 50 (ibot 30): a shorter run ends below, since at 0.07 a head that is still fresh tends to "
-            "nearly uniform targets.",
+            "--teacher-temp (one below 0.04 holds from the start). Default 50 (ibot 30): a shorter run ends below, since at 0.07 "
+            "a head that is still fresh tends to nearly uniform targets.",
         ),
     ] = None,
     only_consistency: Annotated[bool | None, typer.Option("--only-consistency", help="disco without InfoNCE.")] = None,
@@ -267,7 +267,7 @@ def train_student(
     """Stage 2: train a student from cached targets, from the live teacher, or without one."""
     from rob.common.beton import Beton
     from rob.common.loader import LoaderConfig
-    from rob.common.run import pick_device, stopped_by_sigterm
+    from rob.common.run import leave_ranks, pick_device, stopped_by_sigterm
     from rob.common.views import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares, worst_share
     from rob.student_train.objectives import ObjectiveConfig, usual_objective
@@ -371,6 +371,7 @@ def train_student(
 
         with stopped_by_sigterm():
             result = run(config, branch, TrainProgress(log=log, note=note))
+        leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:
         note(f"{describe_shares(result.shares)}. {result.advice}")

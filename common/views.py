@@ -71,8 +71,9 @@ class Crop:
 class Recipe:
     """A named way of drawing views: global crops (cycled through by view id: DINO's two differ) and local ones.
 
-    ``num_global`` and ``num_local`` are the crops of an image that one training step uses when there is no teacher cache to say
-    otherwise; ``global_weight`` is what the pairs of two global crops then weigh of all (None: all pairs alike).
+    ``num_global`` and ``num_local`` are the crops of an image in one step of the paper, which ``rob views`` draws; of the
+    global ones a training takes as many as its targets want. ``global_weight`` is what the pairs of two global crops weigh of
+    all (None: all pairs alike).
     """
 
     name: str
@@ -138,13 +139,17 @@ def _dino(
 
 
 def _swav(
-    global_scale: tuple[float, float], local_scale: tuple[float, float], strength: float, **counts: int
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    local_size: int,
+    strength: float,
+    **counts: float,
 ) -> dict[str, Any]:
     """SwAV's augmentations (also MSN's, at half the colour strength): jitter .8/.8/.8/.2 times the strength, blur .5."""
     colour: dict[str, Any] = {"blur": 0.5, **_jitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
     return {
         "global_crops": (Crop(224, global_scale, **colour),),
-        "local_crop": Crop(96, local_scale, **colour),
+        "local_crop": Crop(local_size, local_scale, **colour),
         **counts,
     }
 
@@ -156,8 +161,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("dino", **_dino((0.25, 1.0), (0.05, 0.25), 96, num_local=10)),
         # SSLight: less extreme ratios between the paired views, larger local crops, which weigh .6 instead of .91.
         Recipe("sslight", **_dino((0.3, 1.0), (0.05, 0.3), 128, num_local=10, global_weight=0.4)),
-        Recipe("swav", **_swav((0.14, 1.0), (0.05, 0.14), 1.0, num_local=6)),
-        Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 0.5, num_local=10)),
+        Recipe("swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=6)),
+        Recipe("sslight-swav", **_swav((0.3, 1.0), (0.05, 0.3), 128, 1.0, num_local=6, global_weight=0.4)),
+        Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 0.5, num_local=10)),
         # MoCo-v2 and DisCo: two crops of one kind.
         Recipe("moco-v2", (Crop(224, (0.2, 1.0), blur=0.5, **_jitter(0.4, 0.4, 0.4, 0.1)),)),
         Recipe("weak", (Crop(224, centre=0.875),), num_global=1),

@@ -181,13 +181,16 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first field that differs, or None; of an object in a list, too."""
+    """Dotted name and both values of the first field that differs, or None; of an object in a list, too.
+
+    A field that is missing is None: an option added since has None for what was always done.
+    """
     if isinstance(old, list) and isinstance(new, list) and any(isinstance(value, dict) for value in old):
         old, new = ({str(n): value for n, value in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             inner = f"{name}.{key}" if name else key
-            difference = first_difference(old.get(key, "(absent)"), new.get(key, "(absent)"), inner)
+            difference = first_difference(old.get(key), new.get(key), inner)
             if difference:
                 return difference
         return None

@@ -14,7 +14,9 @@ What is not as in the papers' code:
   2e-4; it and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
   and the limit of the gradient hold for the prototypes too.
 - DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's.
-- SSLight's CNNs: depthwise convolutions are decayed, there they are not.
+- SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
+  there at 1.
+- ViTs: position embeddings and class token are not decayed, there they are.
 
 With ``--targets CACHE.zarr`` a preset sets the same, but for what concerns the copy of the student; the global crops are
 those that the targets were cached with. With another ``--objective`` it sets what that one reads.
@@ -31,6 +33,9 @@ OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "ste
 
 OF_ITS_OWN_VIEWS = ("recipe", "global_scale")
 """Those that a store of targets has settled already."""
+
+OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
+"""Those that say more of the preset's recipe, and nothing of another one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ DISCO = DISCO | SGD | LENGTH | {"batch_size": 256}
 
 CNN_VIEWS = {"recipe": "dino", "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14), "num_local": 6}
 SSLIGHT_VIEWS = {"recipe": "sslight", "global_weight": 0.4}
+SSLIGHT_SWAV_VIEWS = {"recipe": "sslight-swav", "global_weight": 0.4, "num_local": 6}
 
 PRESETS: dict[str, Preset] = {
     "dino-cnn": Preset("SSLight's baseline, saic-fi/SSLight: dino_cnn_baseline.yaml", DINO_CNN | CNN_VIEWS),
@@ -86,6 +92,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "swav-cnn": Preset(
         "SSLight's baseline, saic-fi/SSLight: swav_cnn_baseline.yaml", SWAV_CNN | {"recipe": "swav", "num_local": 6}
+    ),
+    "sslight-swav-cnn": Preset(
+        "SSLight (2210.02808), saic-fi/SSLight: swav_cnn_sslight.yaml", SWAV_CNN | SSLIGHT_SWAV_VIEWS
     ),
     "moco-cnn": Preset("SSLight's baseline, saic-fi/SSLight: moco_cnn_baseline.yaml", MOCO_CNN | CNN_VIEWS),
     "sslight-moco-cnn": Preset(

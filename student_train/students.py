@@ -111,7 +111,14 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
     kwargs = dict(info.timm_kwargs)
     if drop_path:
         kwargs["drop_path_rate"] = drop_path
-    backbone = timm.create_model(info.name, pretrained=False, **kwargs)
+    try:
+        backbone = timm.create_model(info.name, pretrained=False, **kwargs)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise MisuseError(
+            f"--drop-path {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
+        ) from None
     if info.small_images:
         adapt_stem(backbone)
     start_residuals_at_zero(backbone)

@@ -24,7 +24,7 @@ def test_settings_are_written_once_and_compared(tmp_path):
     for other, sentence in (
         ({"epochs": 3, "schedules": {"CNN": {"lr": 0.1}}, "sizes": (16, 32)}, "epochs = 2, this run has epochs = 3: "),
         ({"epochs": 2, "schedules": {"CNN": {"lr": 0.2}}, "sizes": (16, 32)}, r"schedules.CNN.lr = 0.1, .* = 0.2: "),
-        ({"epochs": 2, "schedules": {"CNN": {"lr": 0.1}}}, r"sizes = \[16, 32\], this run has sizes = \(absent\)"),
+        ({"epochs": 2, "schedules": {"CNN": {"lr": 0.1}}}, r"sizes = \[16, 32\], this run has sizes = None"),
     ):
         with pytest.raises(MisuseError, match=f"out has results with {sentence}.*another OUT"):
             keep_settings(out, other)

@@ -45,6 +45,7 @@ def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
     for ours, usual, scales in (
         ("sslight-cnn", "dino-cnn", areas),
         ("sslight-vit", "dino-vit", set()),
+        ("sslight-swav-cnn", "swav-cnn", set()),  # the recipe swav has its baseline's scales
         ("sslight-moco-cnn", "moco-cnn", areas),
     ):
         ours, usual = PRESETS[ours].options, PRESETS[usual].options
@@ -168,6 +169,10 @@ PAPERS = {
         source="saic-fi/SSLight: dino_vit_sslight.yaml", crops=((0.3, 1.0), 10, 128, (0.05, 0.3)), alpha=0.4
     ),
     "swav-cnn": SWAV_CNN,
+    # swav/swav_cnn_sslight.yaml
+    "sslight-swav-cnn": SWAV_CNN._replace(
+        source="saic-fi/SSLight: swav_cnn_sslight.yaml", crops=((0.3, 1.0), 6, 128, (0.05, 0.3)), alpha=0.4
+    ),
     "moco-cnn": MOCO_CNN,
     # moco/moco_cnn_sslight.yaml
     "sslight-moco-cnn": MOCO_CNN._replace(
@@ -282,6 +287,15 @@ def test_an_option_beats_the_preset_on_either_side_of_it(train):
         assert config["optimiser"]["name"] == "sgd"
 
 
+def test_another_recipe_is_not_changed_by_the_presets_scales(train):
+    config, text = train("--preset", "dino-cnn", "--recipe", "sslight", "--prototypes", 12, "--num-local", 1)
+    assert config["recipe"] == json.loads(json.dumps(get_recipe("sslight").to_dict()))
+    assert config["pairing"]["global_weight"] == 0.4
+    assert "--global-scale │ 0.14 1 │ not used: recipe sslight has" in text
+    usual, _ = train("--preset", "sslight-cnn", "--recipe", "dino", "--prototypes", 12, "--num-local", 1)
+    assert usual["pairing"]["global_weight"] is None
+
+
 def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_path):
     data = tiny_beton(tmp_path, 16)
     teacher = tiny_teacher_checkpoint(tmp_path, prototypes=12)
@@ -299,6 +313,11 @@ def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_pat
         assert f"{row} │ not used: there is no copy" in text
     assert "--recipe │ sslight │ not used: the store has its own" in text
     assert text.count("not used") == 4
+
+    ours = tiny_store(tmp_path / "ours.zarr", data, teacher, recipe=get_recipe("sslight"))
+    config, _ = train("--preset", "dino-cnn", "--targets", ours.path)
+    assert config["pairing"]["global_weight"] is None
+    assert config["recipe"]["local_crop"]["size"] == 96
 
     config, text = train("--preset", "dino-vit", "--targets", store.path, "--local-scale", 0.1, 0.2)
     assert config["recipe"]["local_crop"] == dino["local_crop"] | {"scale": [0.1, 0.2]}

@@ -66,6 +66,11 @@ def test_drop_path_changes_training_only():
         assert torch.equal(backbone.eval()(images), backbone(images))
 
 
+def test_drop_path_of_a_network_that_has_none_is_one_sentence():
+    with pytest.raises(MisuseError, match=r"--drop-path 0\.1: ghostnet_050 has no stochastic depth"):
+        build_student(StudentConfig("ghostnet_050", 64, drop_path=0.1))
+
+
 def test_resnet_d_keeps_its_deep_stem():
     backbone = build_student(StudentConfig("resnet18d", 32, small_images=True)).eval()
     with torch.no_grad():

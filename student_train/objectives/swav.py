@@ -4,8 +4,9 @@
     q[:, g] = the rows of Sinkhorn(exp(t[:, g] / eps)) that belong to the batch, 3 rounds, prototypes first
 
 eps stands where others have a teacher temperature (SwAV's teachers: .05), tau_s is .1. Each target view's batch is balanced
-apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``; the paper waits 15 epochs):
-a batch smaller than K cannot be spread evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
+apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``, which begins to fill it
+in epoch 15; so does ``momentum.py``, while a frozen teacher's rows serve at once): a batch smaller than K cannot be spread
+evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
 every step.
 """
 
