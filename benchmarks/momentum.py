@@ -134,7 +134,8 @@ class MomentumBenchConfig:
 
 def run(config: MomentumBenchConfig) -> Report:
     device = pick_device(config.device)
-    keep_settings(config.out, settings(config))
+    for table in config.tables:
+        keep_settings(config.out / table, settings(config, table))
     rows: list[dict[str, Any]] = []
     for size in sorted({config.image_size, config.test_size}):
         rows.append({"setting": f"(pixels, {size} px)", "knn_top1": top1(config, FrozenNetwork.pixels(size, device))})
@@ -158,14 +159,17 @@ def run(config: MomentumBenchConfig) -> Report:
         "images": Beton(config.train).num_images,
         "test_images": Beton(config.test).num_images,
         "prototypes": PROTOTYPES,
-        "teacher": f"{TEACHER.name} at {config.teacher_size} px, {config.views} views cached",
+        "copy_momentum": COPY_MOMENTUM,
+        "settings": {name: [asdict(setting) for setting in TABLES[name]] for name in config.tables},
         **{name: asdict(config)[name] for name in ("epochs", "image_size", "test_size", "seeds", "num_local")},
     }
+    if "views" in config.tables:
+        work["teacher"] = f"{TEACHER.name} at {config.teacher_size} px, {config.views} views cached"
     return Report.of("_".join(("momentum", *config.tables)), device, work, rows, {})
 
 
-def settings(config: MomentumBenchConfig) -> dict[str, Any]:
-    """What all results in ``config.out`` depend on."""
+def settings(config: MomentumBenchConfig, table: str) -> dict[str, Any]:
+    """What all results of a table depend on."""
     numbers = ("epochs", "image_size", "test_size", "num_local", "views", "teacher_size")
     return {
         "train": Beton(config.train).manifest.fingerprint,
@@ -175,7 +179,7 @@ def settings(config: MomentumBenchConfig) -> dict[str, Any]:
         "teacher": TEACHER.name,
         "prototypes": PROTOTYPES,
         "copy_momentum": COPY_MOMENTUM,
-        "tables": {name: [asdict(setting) for setting in rows] for name, rows in TABLES.items()},
+        "settings": [asdict(setting) for setting in TABLES[table]],
     }
 
 
@@ -183,7 +187,8 @@ def summary(results: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Means over the seeds of what all runs have, and the deviation of the accuracies."""
     row: dict[str, Any] = {name: mean(result[name] for result in results) for name in results[0]}
     if len(results) > 1:
-        row["knn_top1_deviation"] = stdev(result["knn_top1"] for result in results)
+        row["knn_top1_by_seed"] = [result["knn_top1"] for result in results]
+        row["knn_top1_deviation"] = stdev(row["knn_top1_by_seed"])
     return row
 
 
@@ -245,7 +250,7 @@ def branch_of(config: MomentumBenchConfig, setting: Setting, seed: int, precisio
 
 def cached_store(config: MomentumBenchConfig, recipe: str) -> Path:
     """The teacher's targets for a recipe's views, cached once."""
-    store = config.out / f"targets-{recipe}.zarr"
+    store = config.out / "views" / f"targets-{recipe}.zarr"
     try:
         TargetStore.open(store)
     except MisuseError:  # not there, or half-written
