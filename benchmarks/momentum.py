@@ -92,6 +92,7 @@ DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
 COLLAPSE = (
     Setting(DINO, "sslight", lars(4.0)),
     Setting(SWAV, "swav", lars(4.0), batch_size=64),
+    Setting(SWAV, "sslight", lars(4.0), batch_size=64),
     Setting(ObjectiveConfig("moco"), "moco-v2", lars(1.6), batch_size=64),
 )
 VIEWS = tuple(
