@@ -59,7 +59,10 @@ def pack(
         int | None, typer.Option(min=1, help="Longest side in pixels; 2 to 2.5 times the crop size loses nothing.")
     ] = None,
     jpeg_quality: Annotated[
-        int, typer.Option(min=1, max=100, help="For images that must be encoded anew; JPEG files that need no change are kept.")
+        int,
+        typer.Option(
+            min=1, max=100, help="For images that must be encoded anew; JPEG files that need no change are kept."
+        ),
     ] = 95,
     raw: Annotated[
         bool, typer.Option("--raw", help="Store pixels: fastest to read, 3 bytes a pixel. Best up to about 64 px.")

@@ -172,10 +172,11 @@ def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -
         axes.set_xticks(powers, [f"{2**power}" for power in powers])
         axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
         axes.set_yticks([])
+        axes.set_ylabel("share of the loss", fontsize=6)
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.legend(fontsize=6, frameon=False)
-        sheet.text(left, top, f"{title}; {len(next(iter(found.values())).area):,} pairs, by their share of the loss")
+        sheet.text(left, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
 
 
 def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> "Sheet":
