@@ -69,7 +69,8 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return f"{self.objective.name} {self.targets} {self.recipe}"
+        balanced = " sinkhorn" if self.objective.name == "dino" and self.objective.sinkhorn else ""
+        return f"{self.objective.name}{balanced} {self.targets} {self.recipe}"
 
 
 def lars(lr: float, weight_decay: float = 1e-5, trust: float | None = None) -> OptimiserConfig:
@@ -100,12 +101,16 @@ VIEWS = tuple(
     for objective, targets in ((DINO, "momentum"), (DISTILLED, "cached"))
     for recipe in ("dino", "sslight")
 )
-GENTLE = replace(SWAV, teacher_temp=0.01, hidden_dim=512)
-MOBILENET = (
-    Setting(replace(DINO, hidden_dim=512), "sslight", lars(0.1, 1e-6, trust=0.02), batch_size=64, num_local=0),
-    Setting(GENTLE, "swav", lars(0.15, 1e-6, trust=0.02), batch_size=64, num_local=0),
-    Setting(GENTLE, "sslight", lars(0.15, 1e-6, trust=0.02), batch_size=64, num_local=0),
-    Setting(ObjectiveConfig("moco"), "sslight", lars(0.15, 1e-6, trust=0.02), batch_size=64, num_local=0),
+SLIM_DINO = replace(DINO, hidden_dim=512)
+SLIM_SWAV = replace(SWAV, teacher_temp=0.01, hidden_dim=512)
+MOBILENET = tuple(
+    Setting(objective, "sslight", lars(lr, 1e-6, trust=0.02), batch_size=64, num_local=0)
+    for objective, lr in (
+        (SLIM_DINO, 0.1),
+        (replace(SLIM_DINO, teacher_temp=0.01, sinkhorn="batch"), 0.15),
+        (SLIM_SWAV, 0.15),
+        (ObjectiveConfig("moco"), 0.15),
+    )
 )
 """What suits a slow learner: a narrower head, so that more is left to the backbone; two global crops alone, since local ones of 8
 and 12 px leave depthwise convolutions one position; slower biases and norms."""
