@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
+console = Console(quiet=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0")
 """Under torchrun rank 0 speaks for all; errors are every rank's own."""
 
 
@@ -210,7 +210,7 @@ def bar(what: str, unit: str) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, expand=True) as progress:
+    with Progress(*columns, console=console, expand=True, disable=console.quiet) as progress:
         task = progress.add_task(what, total=None, rate="")
         first: list[tuple[int, float]] = []
 

@@ -35,7 +35,9 @@ def drawn(recipe: str, overrides: "RecipeOverrides") -> "Recipe":
 
     found = get_recipe(recipe, overrides)
     if overrides.local_scale is not None and found.local_crop is None:
-        raise MisuseError(f"--local-scale: recipe {recipe} has no local crops, take dino, sslight, swav or msn")
+        raise MisuseError(
+            f"--local-scale: recipe {recipe} has no local crops, take dino, sslight, swav, sslight-swav or msn"
+        )
     return found
 
 
@@ -137,7 +139,8 @@ def cached_branch(
     stored = branch.recipe
     local, global_weight = stored.local_crop, stored.global_weight
     if preferred is not None:
-        local, global_weight = preferred.local_crop or local, preferred.global_weight
+        if preferred.local_crop is not None:
+            local, global_weight = preferred.local_crop, preferred.global_weight
         if preferred.global_crops != stored.global_crops:
             note(
                 f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
@@ -147,7 +150,7 @@ def cached_branch(
         if local is None:
             raise MisuseError(
                 f"--local-scale: the recipe {stored.name} of the store {path} has no local crops: leave it out, or cache with "
-                "dino, sslight, swav or msn"
+                "dino, sslight, swav, sslight-swav or msn"
             )
         local = replace(local, scale=tuple(overrides.local_scale), centre=0.0)
     branch.recipe = replace(stored, local_crop=local, global_weight=global_weight)

@@ -37,7 +37,7 @@ def sweep(
     One run after another, or one on every GPU. Stopped, the same command goes on; more values may be added. A failed run is
     named with its log once the others are done.
     """
-    from rob.common.run import stopped_by_sigterm
+    from rob.common.run import stopped_by_signals
     from rob.student_train.sweep import SweepConfig, Variation, draw_heat_map
     from rob.student_train.sweep import sweep as run
 
@@ -45,7 +45,7 @@ def sweep(
     config = SweepConfig(out, tuple(arguments), tuple(Variation.parse(text, flags) for text in vary), test, device)
     check_names([v.option for v in config.variations] + [word for word in arguments if word.startswith("--")])
     try:
-        with stopped_by_sigterm(), bar("sweeping", "runs") as update:
+        with stopped_by_signals(), bar("sweeping", "runs") as update:
             rows = run(config, update)
     except (KeyboardInterrupt, SystemExit):
         note("stopped: run the same command again to go on from there")

@@ -93,7 +93,6 @@ DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
 COLLAPSE = (
     Setting(DINO, "sslight", lars(4.0)),
     Setting(SWAV, "swav", lars(4.0), batch_size=64),
-    Setting(SWAV, "sslight", lars(4.0), batch_size=64),
     Setting(ObjectiveConfig("moco"), "moco-v2", lars(1.6), batch_size=64),
 )
 VIEWS = tuple(
@@ -112,8 +111,8 @@ MOBILENET = tuple(
         (ObjectiveConfig("moco"), 0.15),
     )
 )
-"""What suits a slow learner: a narrower head, so that more is left to the backbone; two global crops alone, since local ones of 8
-and 12 px leave depthwise convolutions one position; slower biases and norms."""
+"""What suits a slow learner: two global crops alone, since local ones of 8 and 12 px leave depthwise convolutions one position;
+slower biases and norms; a narrower head over prototypes, so that more is left to the backbone."""
 TABLES = {"collapse": COLLAPSE, "mobilenet": MOBILENET, "views": VIEWS}
 USUAL = ("collapse", "views")
 

@@ -107,41 +107,49 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     seed_everything(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]))
 
 
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""A cluster's or a container's way to end a job, and a terminal's that is closed."""
+
+
 @contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM, a cluster's or a container's way to end a job, is a Ctrl-C; the process then exits with 143."""
+def stopped_by_signals() -> Iterator[None]:
+    """Inside the block each of ``ENDINGS`` is a Ctrl-C; the process then exits with 128 and the signal's number. One that is
+    ignored (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there are signals handled
         yield
         return
     process, received = os.getpid(), []
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
         if os.getpid() != process:  # a forked worker has nothing to save
-            os._exit(143)
-        received.append(True)
+            os._exit(128 + number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    handled = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     except KeyboardInterrupt:
         if received:
-            sys.exit(143)
+            sys.exit(128 + received[0])
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the end of the block, so that what is inside happens wholly or not at all."""
+    """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield
         return
     held_back = []
     before = {
         number: signal.signal(number, lambda number, _: held_back.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *ENDINGS)
     }
     try:
         yield

@@ -106,23 +106,22 @@ UNIFORM = "the targets near collapse, with all prototypes nearly alike for every
 ALIKE = "the targets near collapse, with nearly the same embedding for every image"
 
 
-def remedies(kind: str, objective: str, sinkhorn: str | None, mean_entropy: float | None) -> dict[str, str]:
+def remedies(kind: str, centre: str | None, sinkhorn: str | None, mean_entropy: float | None) -> dict[str, str]:
     """What to do about each, in options that the run takes and does not have already.
 
     ``kind`` of the target branch: cached, online or momentum. A teacher's targets are what they are, whatever the student
-    learns: of them only how they are read can change. ``sinkhorn`` and ``mean_entropy`` are the objective's, None where it
-    has no such option.
+    learns: of them only how they are read can change. ``centre`` is the one asked for; ``sinkhorn`` and ``mean_entropy`` are
+    the objective's, None where it has no such option.
     """
     copied = kind == "momentum"
-    evened = ["a higher --teacher-temp"]
-    if sinkhorn == "none":  # which takes the centre's place
-        evened += ["--sinkhorn batch", *(["--centre-targets calibration"] if kind == "cached" else [])]
-    sharpened = ["a lower --teacher-temp"]
+    evened, sharpened = ["a higher --teacher-temp"], ["a lower --teacher-temp"]
+    if sinkhorn == "none":
+        evened += ["--sinkhorn batch" if centre is None else f"--sinkhorn batch in place of --centre-targets {centre}"]
+        evened += ["--centre-targets calibration"] if kind == "cached" and centre is None else []
     if copied:
         evened += ["a higher --mean-entropy" if mean_entropy else "--mean-entropy 1"]
-        sharpened += ["a longer --warmup-teacher-temp-epochs"] if objective in ("dino", "ibot") else []
-        sharpened += ["a lower --lr", "--freeze-prototypes 2", "fewer --prototypes"]
-    alike = "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, a longer --queue, or --head-norm."
+        sharpened += ["a lower --lr", "one more of --freeze-prototypes", "fewer --prototypes"]
+    alike = "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, or a longer --queue."
     of_a_teacher = (
         "Look at them with rob inspect --sheet: is this the teacher's --checkpoint, and are these its images?"
     )

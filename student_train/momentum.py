@@ -121,9 +121,7 @@ class MomentumBranch(TargetBranch):
         usual = published(objective.name)
         config = config or usual
         teacher_temp = objective.teacher_temp or config.teacher_temp
-        # A warm-up only ever rises: from a sharper last value on, there is none.
-        warmup_teacher_temp = min(config.warmup_teacher_temp, teacher_temp)
-        self.config = replace(config, teacher_temp=teacher_temp, warmup_teacher_temp=warmup_teacher_temp)
+        self.config = replace(config, teacher_temp=teacher_temp)
         self.recipe, self.seed, self.device, self.precision = recipe, seed, device, precision
         self.queue = objective.queue
         kind = OBJECTIVES[objective.name]
@@ -202,12 +200,15 @@ class MomentumBranch(TargetBranch):
             slow.mul_(momentum).add_(fast, alpha=1 - momentum)
 
     def teacher_temp(self, epoch: int) -> float:
-        """DINO's schedule: equal steps from epoch 0, the last value at the end of the warm-up."""
+        """DINO's schedule: equal steps from epoch 0, the last value at the end of the warm-up. It only ever rises: a sharper last
+        value holds from the start.
+        """
         config = self.config
         if epoch >= config.warmup_teacher_temp_epochs:
             return config.teacher_temp
         share = epoch / max(1, config.warmup_teacher_temp_epochs - 1)
-        return config.warmup_teacher_temp + share * (config.teacher_temp - config.warmup_teacher_temp)
+        first = min(config.warmup_teacher_temp, config.teacher_temp)
+        return first + share * (config.teacher_temp - first)
 
     def momentum(self, step: int) -> float:
         """From the first value at step 0 towards the last: DINO's cosine, or MSN's line."""

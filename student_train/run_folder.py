@@ -63,6 +63,7 @@ class RunFolder:
         self._config_json = json.dumps(settings, indent=2, default=str) + "\n"
         self._health: list[Tensor] = []  # of the steps since the last line
         self._images = 0
+        self._unlock = lambda: None
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
         """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
@@ -71,7 +72,7 @@ class RunFolder:
         """
         if self.ranks.is_main:
             taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another --out"
-            weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
+            self._unlock = weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
         step = 0
         if self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
@@ -85,6 +86,10 @@ class RunFolder:
             file.write(self._config_json.encode())
         self._cut_log(step)
         return step
+
+    def close(self) -> None:
+        """Let other processes train here."""
+        self._unlock()
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""

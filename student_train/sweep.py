@@ -8,6 +8,7 @@ was made with: another sweep does not take its result for its own.
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +212,11 @@ def sweep(
         try:
             succeeded = list(pool.map(one, cells))
         except KeyboardInterrupt:  # runs that have not begun are cancelled
-            processes.stop()
+            processes.stop(signal.SIGTERM)
+            try:
+                pool.shutdown()
+            except KeyboardInterrupt:  # asked twice
+                processes.stop(signal.SIGKILL)
             raise
     rows = [read_row(config, cell) for cell, ok in zip(cells, succeeded, strict=True) if ok]
     named = [dict(zip((v.option for v in config.variations), row.values, strict=True)) for row in rows]
@@ -252,7 +257,7 @@ def _words(value: Any) -> str:
 
 
 class Processes:
-    """The processes of a sweep, out of reach of the terminal's Ctrl-C: each is stopped once, by ``stop``."""
+    """The processes of a sweep, out of reach of the terminal: ``stop`` alone ends them, so that each saves once."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
@@ -268,10 +273,10 @@ class Processes:
             self.running.remove(process)
         return process.returncode == 0 and not self.stopped
 
-    def stop(self) -> None:
+    def stop(self, number: int) -> None:
         self.stopped = True
         for process in list(self.running):
-            process.terminate()
+            process.send_signal(number)
 
 
 def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None, processes: Processes) -> bool:

@@ -253,7 +253,7 @@ def train_student(
         "versions": versions("rob", "torch", "timm"),
     }
     sinkhorn, mean_entropy = (getattr(trainer.objective, name, None) for name in ("sinkhorn", "mean_entropy"))
-    advice = remedies(branch.description["kind"], objective.name, sinkhorn, mean_entropy)
+    advice = remedies(branch.description["kind"], objective.centre, sinkhorn, mean_entropy)
     collapse = CollapseWatch(branch.space.num_prototypes, total_steps, advice)
 
     def on_log(line: dict[str, Any], total: int) -> None:
@@ -297,18 +297,20 @@ def train_student(
                         )
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
+
+        # ==== what is left of it ====
+        run.save(state, step)
+        if ranks.is_main:
+            export_weights(trainer.model.backbone, info, run.weights)
+        average = trainer.average.module if trainer.average else branch.average
+        if ranks.is_main and average is not None:
+            export_weights(average, info, run.average)
     except KeyboardInterrupt:
         run.save(state, step)
         progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
         raise
-
-    # ==== what is left of it ====
-    run.save(state, step)
-    if ranks.is_main:
-        export_weights(trainer.model.backbone, info, run.weights)
-    average = trainer.average.module if trainer.average else branch.average
-    if ranks.is_main and average is not None:
-        export_weights(average, info, run.average)
+    finally:
+        run.close()
     loss, images_per_second, shares = run.medians()
     advice = advise(shares, branch.description["kind"]) if shares else ""
     return TrainResult(run.weights, total_steps, loss, images_per_second, shares, advice)

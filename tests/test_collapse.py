@@ -26,7 +26,7 @@ from rob.student_train.train import TrainConfig, TrainProgress, train_student
 
 CPU = torch.device("cpu")
 K = 12
-ADVICE = remedies("momentum", "dino", "none", 0.0)
+ADVICE = remedies("momentum", None, "none", 0.0)
 
 # ==== the measures ====
 
@@ -77,7 +77,7 @@ def test_the_watch_is_patient_and_tells_once():
 @pytest.mark.parametrize("name", ["dino", "ibot", "swav", "msn"])
 def test_remedies_are_options_that_the_run_takes_and_does_not_have(name, kind):
     usual = OBJECTIVES[name]
-    advice = " ".join(remedies(kind, name, usual.sinkhorn, usual.mean_entropy).values())
+    advice = " ".join(remedies(kind, None, usual.sinkhorn, usual.mean_entropy).values())
     space = TargetSpace(8, K, True, 0.04, mean_logits=torch.zeros(K) if kind == "cached" else None)
     asked = dict(re.findall(r"--(centre-targets|sinkhorn|mean-entropy) (\w+)", advice))
     for option, value in asked.items():
@@ -85,6 +85,9 @@ def test_remedies_are_options_that_the_run_takes_and_does_not_have(name, kind):
         value = float(value) if field == "mean_entropy" else value
         assert getattr(usual, field, "none") != value
         build_objective(ObjectiveConfig(name, **{field: value}), 16, space)  # refuses what it does not take
+    centred = " ".join(remedies(kind, "checkpoint", usual.sinkhorn, usual.mean_entropy).values())
+    assert "calibration" not in centred
+    assert ("in place of --centre-targets checkpoint" in centred) == ("--sinkhorn batch" in centred)
     options = set(re.findall(r"--([a-z-]+)", advice))
     if kind == "momentum":
         assert not options & {option.replace("_", "-") for option in unread_options(name)} - {"copy-momentum"}

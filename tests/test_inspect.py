@@ -401,6 +401,6 @@ def test_an_area_for_local_crops_needs_local_crops(data, tmp_path, monkeypatch, 
         if refused:
             assert ended.value.code == 2
             assert error == (
-                f"error: --local-scale: recipe {recipe} has no local crops, take dino, sslight, swav or msn\n"
+                f"error: --local-scale: recipe {recipe} has no local crops, take dino, sslight, swav, sslight-swav or msn\n"
             )
         assert (tmp_path / "a.png").exists() == (not refused)

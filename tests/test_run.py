@@ -16,7 +16,7 @@ from rob.common.run import (
     join_ranks,
     pick_device,
     seed_everything,
-    stopped_by_sigterm,
+    stopped_by_signals,
     uninterrupted,
     versions,
 )
@@ -132,7 +132,7 @@ def test_ctrl_c_waits_for_the_end_of_the_block():
 def test_sigterm_is_a_ctrl_c_that_ends_with_143():
     before = signal.getsignal(signal.SIGTERM)
     done = []
-    with pytest.raises(SystemExit) as ended, stopped_by_sigterm():
+    with pytest.raises(SystemExit) as ended, stopped_by_signals():
         try:
             with uninterrupted():
                 signal.raise_signal(signal.SIGTERM)
@@ -142,7 +142,10 @@ def test_sigterm_is_a_ctrl_c_that_ends_with_143():
             raise
     assert ended.value.code == 143
     assert done == ["the rest of the block", "saved"]
-    with pytest.raises(KeyboardInterrupt), stopped_by_sigterm():
+    with pytest.raises(SystemExit) as ended, stopped_by_signals():
+        signal.raise_signal(signal.SIGHUP)
+    assert ended.value.code == 129
+    with pytest.raises(KeyboardInterrupt), stopped_by_signals():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
 
