@@ -168,7 +168,7 @@ def test_the_run_folder_holds_what_the_design_says(config, data):
     out = config.out
     names = {path.name for path in out.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "train.log", "checkpoint.pt", "student.safetensors"),
+        *("config.json", "metrics.jsonl", "train.log", "checkpoint.pt", "student.safetensors", ".lock"),
         "student_average.safetensors",
     }
     assert result.weights == out / "student.safetensors"
