@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -64,11 +64,17 @@ def sweep(
     note(f"written to {out}: sweep.json, sweep.png, and a folder a run")
 
 
+def training_parameters() -> list[Any]:
+    """Click's parameters of rob train-student."""
+    return typer.main.get_group(app).commands["train-student"].params
+
+
 def check_names(options: Iterable[str]) -> None:
     """MisuseError, with the nearest names: rob train-student has no such option."""
-    parameters = typer.main.get_group(app).commands["train-student"].params
     known = {
-        word.removeprefix("--") for parameter in parameters for word in (*parameter.opts, *parameter.secondary_opts)
+        word.removeprefix("--")
+        for parameter in training_parameters()
+        for word in (*parameter.opts, *parameter.secondary_opts)
     }
     for option in options:
         name = option.removeprefix("--").partition("=")[0]
@@ -81,7 +87,7 @@ def training_flags() -> "dict[str, Flag]":
     from rob.student_train.sweep import Flag
 
     flags: dict[str, Flag] = {}
-    for parameter in typer.main.get_group(app).commands["train-student"].params:
+    for parameter in training_parameters():
         if getattr(parameter, "is_flag", False):
             yes, no = parameter.opts[0], next(iter(parameter.secondary_opts), None)
             flags[yes.removeprefix("--")] = Flag(yes, no)

@@ -211,9 +211,8 @@ def train_student(
                 "no targets: pass --targets CACHE.zarr (made by rob cache-teacher), or --targets online with a teacher"
             )
         branch = CachedTargets(config.targets, data, device, config.window_mib, config.cache_in_memory)
-    fresh = (
-        False if branch.description["kind"] == "momentum" else None
-    )  # a copy of the student sees what the student sees
+    # A copy of the student sees what the student sees.
+    fresh = False if branch.description["kind"] == "momentum" else None
     objective = config.objective or ObjectiveConfig(usual_objective(branch.space))
     pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
