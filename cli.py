@@ -2,6 +2,7 @@
 instant.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rob import cli_options as o
-from rob.common.errors import FailureError, MisuseError
+from rob.common.errors import FailureError, MisuseError, is_out_of_memory
 
 app = typer.Typer(
     help="Tiny vision backbones without labels: run a teacher once, train many students from its cached targets.",
@@ -24,12 +25,14 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-console = Console(quiet=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0")
-"""Under torchrun rank 0 speaks for all; errors are every rank's own."""
+console = Console(quiet=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0", markup=False)
+"""Under torchrun rank 0 speaks for all; errors are every rank's own. A name with [brackets] is shown as it is."""
 
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:
         app(prog_name="rob")
     except (MisuseError, FailureError) as error:
@@ -37,6 +40,11 @@ def main() -> None:
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
         print(f"error: {error.filename or 'rob'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory: lower --batch-size, or the size of the views", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -117,8 +125,10 @@ def cache_teacher(
     encoding: Annotated[
         str, typer.Option(help="embedding (exact logits later), topk (smallest for large K), dense (small K).")
     ] = "embedding",
-    store_dtype: Annotated[str, typer.Option(help="Of embeddings: float32, float16 or int8.")] = "float16",
-    topk: Annotated[int, typer.Option(min=1, help="Prototypes kept a view with --encoding topk.")] = 64,
+    store_dtype: Annotated[str | None, typer.Option(help="Of embeddings: float32, float16 (default) or int8.")] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, help="Prototypes kept a view with --encoding topk, 64 by default.")
+    ] = None,
     prototypes: Annotated[
         int,
         typer.Option(
@@ -149,6 +159,11 @@ def cache_teacher(
     from rob.teacher_cache.cache import cache_teacher as run
     from rob.teacher_cache.teachers import TeacherConfig
 
+    stored = Encoding(encoding, dtype=store_dtype or "float16", k=topk or 64)
+    if encoding != "topk":
+        o.refuse({"--topk": topk}, f"is for --encoding topk, and this is {encoding}")
+    if encoding != "embedding":
+        o.refuse({"--store-dtype": store_dtype}, f"is for --encoding embedding, and this is {encoding}")
     overrides = RecipeOverrides(
         global_scale=global_scale, centre=centre, colour=colour, flip=flip, grey=grey, blur=blur, solarise=solarise
     )
@@ -159,7 +174,7 @@ def cache_teacher(
         recipe=get_recipe(recipe, overrides),
         views=views,
         seed=seed,
-        encoding=Encoding(encoding, dtype=store_dtype, k=topk),
+        encoding=stored,
         view_size=view_size,
         prototypes=prototypes,
         precision=precision,
@@ -189,9 +204,7 @@ def cache_teacher(
 
 
 def note(text: str) -> None:
-    console.print(
-        text, highlight=False, markup=False, soft_wrap=True
-    )  # a path may hold [brackets], and is copied whole
+    console.print(text, highlight=False, soft_wrap=True)  # a path is copied whole
 
 
 def say_which_loader(config: Any) -> None:

@@ -1,9 +1,8 @@
 """What fills the target branch of ``rob train-student``, from its options. Here the two stages meet."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rob.cli import note
 from rob.common.errors import MisuseError
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
 
 OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise")
 """Fields of ``RecipeOverrides`` that change the views which a store's targets belong to."""
-
-
-def refuse(options: Mapping[str, Any], reason: str) -> None:
-    """MisuseError naming the first of ``options`` that has a value."""
-    for option, value in options.items():
-        if value is not None:
-            raise MisuseError(f"{option} {reason}: leave {option} out")
 
 
 def drawn(recipe: str, overrides: "RecipeOverrides") -> "Recipe":

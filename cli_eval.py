@@ -156,11 +156,15 @@ def lowshot(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Train the whole network, not only a classifier on frozen features.")
     ] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="With --finetune.")] = 30,
+    epochs: Annotated[int | None, typer.Option(min=1, help="With --finetune, 30 by default.")] = None,
     lr: Annotated[
-        float,
-        typer.Option(min=1e-8, max=10, help="With --finetune, of the network; its classifier's is 10 times that."),
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            min=1e-8,
+            max=10,
+            help="With --finetune, of the network, 1e-4 by default; its classifier's is 10 times that.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Subsets: mean and deviation are over them.")] = 5,
     init: Init = "student",
     teacher: TeacherOfEval = None,
@@ -177,20 +181,22 @@ def lowshot(
     from rob.student_train.evaluate.lowshot import REGULARISATION, Share
     from rob.student_train.evaluate.lowshot import lowshot as run
 
+    if not finetune:
+        o.refuse({"--epochs": epochs, "--lr": lr}, "is for --finetune")
+    tuning = FinetuneConfig(epochs or 30, lr or 1e-4)
     percents = percent or ([] if per_class else [1.0, 10.0])
     shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class or []]
     subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     train, held_out = subject.images(data, test)
     task = "lowshot-finetune" if finetune else "lowshot"
-    settings = {"epochs": epochs, "lr": lr} if finetune else {"regularisation": REGULARISATION}
+    settings = {"epochs": tuning.epochs, "lr": tuning.lr} if finetune else {"regularisation": REGULARISATION}
     results = []
     for share in shares:
         with bar(str(share), "subsets") as update:
             if finetune:
-                config = FinetuneConfig(epochs, lr)
                 kept = subject.folder and subject.folder / "eval" / "finetune"
                 result = finetune_lowshot(
-                    subject.network, train, held_out, config, subject.loader, share, range(seeds), kept, update
+                    subject.network, train, held_out, tuning, subject.loader, share, range(seeds), kept, update
                 )
             else:
                 where = subject.network.device
@@ -244,6 +250,7 @@ def transfer(
     from rob.student_train.evaluate.linear import linear as run
     from rob.student_train.evaluate.transfer import packed_task
 
+    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     with bar("packing", "images") as update:
         paths = packed_task(
             task,
@@ -254,7 +261,6 @@ def transfer(
             max_resolution=max_resolution,
             progress=update,
         )
-    subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)
     train, held_out = subject.images(*paths)
     where = subject.network.device
     features = train.features.to(where), held_out.features.to(where)
@@ -347,6 +353,8 @@ def frozen_network(
     from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
     where = pick_device(device)
+    if what != "teacher":
+        o.refuse({"--teacher": teacher, "--checkpoint": checkpoint}, f"is for a teacher, and WHAT is {what}")
     if init not in ("student", "random"):
         raise unknown_name("initialisation", init, ("student", "random"))
     if init == "random":

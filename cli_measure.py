@@ -35,7 +35,7 @@ def teachers(
     for column, title in columns.items():
         table.add_column(title, no_wrap=True, justify="right" if column in ("prototypes", "temperature") else "left")
     for (method, licence), group in groupby(rows.values(), lambda row: (row["method"], row["licence"])):
-        table.add_row(f"[bold]{method}[/]", f"[bold]licence: {licence}[/]")
+        table.add_row(method, f"licence: {licence}", style="bold")
         for row in group:
             table.add_row(*(row[column] for column in columns))
     console.print(table, highlight=False)
@@ -131,7 +131,11 @@ def verify_(
             help="Distance a unit embedding may have moved; default by precision. On one machine 1e-4 will do."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass. Lower it when memory runs out.")] = 64,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Default the store's. fp32 for one cached with fp16 on a GPU, where there is only a CPU."),
+    ] = None,
     device: o.Device = "auto",
     workers: o.Workers = 0,
     seed: o.Seed = 0,
@@ -147,9 +151,10 @@ def verify_(
         samples,
         seed,
         device,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        workers=workers,
+        precision,
+        tolerance,
+        batch_size,
+        workers,
     )
     with bar("chunks", "chunks") as chunks, bar("views", "views") as views:
         result = verify(config, VerifyProgress(chunks, views))

@@ -1,9 +1,12 @@
-"""The options that several commands share, with their help."""
+"""The options that several commands share, with their help; and the refusal of one that a command would not use."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from rob.common.errors import MisuseError
 
 Data = Annotated[Path, typer.Argument(metavar="DATA.beton", help="Images packed by rob pack.")]
 Workers = Annotated[
@@ -77,3 +80,10 @@ Blur = Annotated[
     typer.Option(min=0, max=1, help="Probability of blur in every kind of view; 0 where detail is the signal."),
 ]
 Solarise = Annotated[float | None, typer.Option(min=0, max=1, help="Probability of solarising in every kind of view.")]
+
+
+def refuse(options: Mapping[str, Any], reason: str) -> None:
+    """MisuseError naming the first of ``options`` that has a value."""
+    for option, value in options.items():
+        if value is not None:
+            raise MisuseError(f"{option} {reason}: leave {option} out")

@@ -312,20 +312,20 @@ def train_student(
         "--warmup-teacher-temp-epochs": warmup_teacher_temp_epochs,
     }
     if targets == "momentum":
-        b.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
+        o.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
         matched = configured(objective or "dino")
         momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs)
         branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
     else:
-        b.refuse(of_the_copy, "is for --targets momentum; a teacher has its own")
+        o.refuse(of_the_copy, "is for --targets momentum; a teacher has its own")
         if targets == "online":
             branch = b.online_branch(
                 teacher, checkpoint, view_size, views or 4, recipe or "dino", overrides, precision, where, seed
             )
         else:
             store_has = f"is for --targets online; the store {targets} has its own"
-            b.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
+            o.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
             preferred = b.preset_recipe(get_preset(preset)) if preset else None
             branch = b.cached_branch(Path(targets), packed, where, window_mib, cache_in_memory, overrides, preferred)
         matched = configured(objective or usual_objective(branch.space))
@@ -338,10 +338,10 @@ def train_student(
     )
     if not paired.num_local:
         of_local_crops = {"--local-size": local_size, "--local-scale": local_scale}
-        b.refuse(of_local_crops, "is for local crops, and this run has none (--num-local)")
+        o.refuse(of_local_crops, "is for local crops, and this run has none (--num-local)")
     if targets in ("momentum", "online"):
         in_memory = {"--cache-in-memory": cache_in_memory or None}
-        b.refuse(in_memory, f"is for a store of targets, and these are made on the spot (--targets {targets})")
+        o.refuse(in_memory, f"is for a store of targets, and these are made on the spot (--targets {targets})")
 
     # ==== the run ====
     small = image_size <= 64 if small_images is None else small_images

@@ -11,7 +11,6 @@ Little endian, as FFCV 1.0.2 lays it out in ``types.py`` and reads it in ``memor
 FFCV ignores a field's arguments, so the image field's carry the data fingerprint: it ties the manifest to the file.
 """
 
-import fcntl
 import glob
 import hashlib
 import io
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import FailureError, MisuseError
+from .lock import lock
 
 FORMAT_VERSION = 1
 """Of the manifest, and of what the fingerprint covers."""
@@ -133,7 +133,7 @@ class BetonWriter:
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         self._temporary_manifest = manifest_path(self._temporary)
         self._file = self._temporary.open("wb", buffering=1 << 20)
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # let go by the kernel when this process dies
+        lock(self._file.fileno())
         self._end = self._file.seek(ROWS_AT + self._rows.nbytes)
 
     def __enter__(self) -> "BetonWriter":
@@ -223,11 +223,9 @@ def _flush_to_disk(file) -> None:
 def _remove_stale(path: Path) -> None:
     """Removes what killed writers of ``path`` left; the lock on a temporary file tells whether its writer lives."""
     for stale in sorted(path.parent.glob(f".{glob.escape(path.name)}.tmp-*")):
-        with stale.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MisuseError(f"{path}: another rob pack is writing this file; wait for it to finish") from None
+        with stale.open("r+b") as file:
+            if not lock(file.fileno()):
+                raise MisuseError(f"{path}: another rob pack is writing this file; wait for it to finish")
             stale.unlink()
 
 

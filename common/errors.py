@@ -12,6 +12,12 @@ class FailureError(Exception):
     """The request was fine but the run broke: disk full, NaN loss, corrupt chunk. Exit code 1."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
+    of_its_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return of_its_kind or "can't allocate memory" in str(error)
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> MisuseError:
     """The error for a name that is not among ``choices``: offers the nearest ones, and lists all when they are few."""
     known = sorted(set(choices))

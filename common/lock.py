@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import MisuseError
@@ -11,15 +13,35 @@ from .errors import MisuseError
 def lock_file(path: Path, taken: str) -> int:
     """The descriptor whose closing, or the death of this process, lets others lock ``path``, which is made with its folder.
 
-    A record lock, because forked data-loading workers, which outlive a killed parent for seconds, do not inherit it.
     MisuseError, which says ``taken``, when another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if not lock(descriptor):
+        os.close(descriptor)
+        raise MisuseError(taken)
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """`lock_file` for as long as a block runs; the file goes with it."""
+    descriptor = lock_file(path, taken)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock the file of ``descriptor``, which is open for writing, until it is closed; False when another process holds it.
+
+    A record lock, because forked data-loading workers, which outlive a killed parent for seconds, do not inherit it. A file
+    system without locks is as good as one where nobody else is.
+    """
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks: as good as it gets
-            os.close(descriptor)
-            raise MisuseError(taken) from None
-    return descriptor
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True

@@ -148,7 +148,10 @@ class TargetStore:
 
     def _small_array(self, name: str) -> np.ndarray:
         try:
-            return np.asarray(zarr.open_array(self.path / name, mode="r")[...])
+            array = zarr.open_array(self.path / name, mode="r")
+            if array.nchunks_initialized < array.nchunks:  # Zarr would read zeros
+                raise OSError("its file is missing")
+            return np.asarray(array[...])
         except (ValueError, OSError) as error:
             message = f"{self.path}: array {name!r} is damaged ({error}): delete the store and {AGAIN}"
             raise FailureError(message) from None

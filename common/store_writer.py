@@ -108,25 +108,13 @@ class StoreWriter:
         versions may differ), or one that another process is writing.
         """
         path = Path(path)
-        _refuse_complete(path)
-        begun = half_written(path)
-        foreign = path.exists() and (not path.is_dir() or {e.name for e in path.iterdir()} - {"pending", ".part"})
-        if begun is None and foreign:
-            raise MisuseError(f"{path} is already there and is not a target store: give another path")
+        begun_store(path, manifest)
         lock = lock_file(
             path / "pending" / "lock", f"{path}: another rob cache-teacher is writing this store; wait for it to finish"
         )
         try:
-            _refuse_complete(path)  # by the process that held the lock until now
-            begun = half_written(path)
-            if begun is not None:
-                asked = {name: value for name, value in manifest.to_json().items() if name != "versions"}
-                different = "; ".join(differences(begun.to_json(), asked))
-                if different:
-                    raise MisuseError(
-                        f"{path} was begun with other settings ({different}): give another path, or delete it first"
-                    )
-            else:
+            begun = begun_store(path, manifest)  # by the process that held the lock until now
+            if begun is None:
                 with disk_full_is_a_failure(path.parent, 0):
                     _replace(path, "pending/manifest.json", json.dumps(manifest.to_json(), indent=2).encode())
             return cls(path, begun or manifest, lock)
@@ -210,10 +198,24 @@ class StoreWriter:
         return rows * len(manifest.view_ids) * per_view
 
 
-def _refuse_complete(path: Path) -> None:
+def begun_store(path: Path, manifest: StoreManifest, *may_differ: str) -> StoreManifest | None:
+    """The manifest of the store of ``manifest`` that was begun at ``path``, None where nothing is.
+
+    Library versions and the fields ``may_differ`` may be others. MisuseError as `StoreWriter.open_or_resume`.
+    """
     if (path / "zarr.json").exists():
         shutil.rmtree(path / "pending", ignore_errors=True)  # left by a writer killed in the very last step
         raise MisuseError(f"{path} is already there and complete: give another path, or delete it first")
+    begun = half_written(path)
+    if begun is None:
+        if path.exists() and (not path.is_dir() or {e.name for e in path.iterdir()} - {"pending", ".part"}):
+            raise MisuseError(f"{path} is already there and is not a target store: give another path")
+        return None
+    asked = {name: value for name, value in manifest.to_json().items() if name not in ("versions", *may_differ)}
+    different = "; ".join(differences(begun.to_json(), asked))
+    if different:
+        raise MisuseError(f"{path} was begun with other settings ({different}): give another path, or delete it first")
+    return begun
 
 
 def rows_done(path: Path, manifest: StoreManifest) -> int:

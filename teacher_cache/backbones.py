@@ -57,14 +57,17 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
     arguments = {"num_classes": 0, "pretrained": pretrained, **arguments}
     try:
         try:
-            return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
+            backbone: Any = timm.create_model(name, **{"dynamic_img_size": True, **arguments})
         except TypeError:  # timm hands the argument to the model, and only transformers know it
-            return timm.create_model(name, **arguments)
+            backbone = timm.create_model(name, **arguments)
     except (TypeError, RuntimeError) as error:
         raise MisuseError(f"timm can't build {name}: {error}") from error
     except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise MisuseError(f"the weights of {name} can't be downloaded ({reason}); pass --checkpoint FILE") from error
+    # timm counts the features of MobileNetV3, MobileNetV4 and GhostNet before the last layer of their heads.
+    backbone.num_features = backbone.head_hidden_size
+    return backbone
 
 
 def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:

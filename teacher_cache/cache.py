@@ -18,9 +18,11 @@ from ..common.beton import Beton
 from ..common.encodings import Encoding
 from ..common.errors import FailureError, MisuseError
 from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.lock import locked
 from ..common.run import autocast, pick_device, versions
-from ..common.store import StoreWriter, TargetStore, add_prototypes
+from ..common.store import TargetStore, add_prototypes
 from ..common.store_manifest import StoreManifest, differences
+from ..common.store_writer import StoreWriter, begun_store
 from ..common.views import Recipe, get_recipe
 from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
@@ -108,14 +110,15 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
         if config.prototypes:
-            _fit(config.out, config, progress)
+            _with_prototypes(config.out, config, progress)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
     manifest = _manifest(config, config.encoding, data, teacher, config.prototypes)
     if not _is_complete(config.out, manifest, "teacher_temp"):
+        begun_store(config.out, manifest, "teacher_temp")  # refuses a path that is taken before the teacher runs
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
-        _reencode(_fit(embeddings, config, progress), config, data, teacher, progress)
+        _reencode(_with_prototypes(embeddings, config, progress), config, data, teacher, progress)
     shutil.rmtree(embeddings, ignore_errors=True)
     return TargetStore.open(config.out).manifest
 
@@ -192,6 +195,7 @@ def _write_store(
         progress.note(f"{path} is complete already: nothing to do")
         return
     _refuse_what_will_not_fit(config, data, teacher)
+    plan = _plan(config, data, teacher, device)  # nothing is begun with a view size that the teacher can't take
     writer = StoreWriter.open_or_resume(path, manifest)
     batch_size = _batch_size(config, manifest.chunk_rows)
     if batch_size != config.loader.batch_size:
@@ -199,7 +203,7 @@ def _write_store(
             f"batches of {batch_size} images, not {config.loader.batch_size}: "
             f"a batch size must divide the {manifest.chunk_rows} images of a chunk"
         )
-    progress.plan(_plan(config, data, teacher, device, writer.rows_done))
+    progress.plan(replace(plan, rows_done=writer.rows_done))
     progress.rows(writer.rows_done, data.num_images)
 
     dead = 0
@@ -298,7 +302,7 @@ def _existing_parent(path: Path) -> Path:
     return path if path.exists() else _existing_parent(path.absolute().parent)
 
 
-def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device, rows_done: int) -> CachePlan:
+def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device) -> CachePlan:
     """Times the teacher alone on one small batch of noise, after one to warm up."""
     size = config.view_size or teacher.view_size
     embed = embedder(teacher, config.recipe, size, device, config.precision)
@@ -317,19 +321,25 @@ def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.devi
         bytes_per_view,
         sum(temporary),
         shutil.disk_usage(_existing_parent(config.out)).free,
-        rows_done,
+        0,
         images * config.views / seconds,
     )
 
 
-def _fit(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStore:
-    """Fit prototypes on the embeddings of the complete store at ``path``, unless it has them already."""
-    store = TargetStore.open(path)
+def _with_prototypes(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStore:
+    """The complete store of embeddings at ``path`` with prototypes, which are fitted to it unless it has them already."""
+    if TargetStore.open(path).manifest.num_prototypes != config.prototypes:
+        with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
+            _fit(TargetStore.open(path), config, progress)
+    return TargetStore.open(path)
+
+
+def _fit(store: TargetStore, config: CacheConfig, progress: CacheProgress) -> None:
     if store.manifest.num_prototypes == config.prototypes:
-        return store
+        return  # by the process that held the lock until now
     if store.manifest.num_prototypes:
         raise MisuseError(
-            f"{path} has {store.manifest.num_prototypes} fitted prototypes already, --prototypes asks for "
+            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, --prototypes asks for "
             f"{config.prototypes}: give another path to cache to"
         )
 
@@ -342,7 +352,7 @@ def _fit(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStor
         f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
         f"teacher temperature {fitted.teacher_temp:.3g}"
     )
-    return add_prototypes(path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
+    add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
 
 
 def _reencode(source: TargetStore, config: CacheConfig, data: Beton, teacher: Teacher, progress: CacheProgress) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.errors import MisuseError, unknown_name
+from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.heads import ProjectionHead
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
@@ -91,8 +91,10 @@ class Teacher(nn.Module):
         """
         try:
             features = self.backbone(images)
-        except AssertionError as error:
+        except (AssertionError, RuntimeError) as error:
             height, width = images.shape[-2:]
+            if is_out_of_memory(error) or height == width == self.view_size:
+                raise
             raise MisuseError(
                 f"teacher {self.name} can't take views of {height}x{width} ({error}); its own size is {self.view_size}"
             ) from error

@@ -124,6 +124,8 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
     _check_chunks(store, progress)
 
+    if manifest.geometry != "pillow" and LoaderConfig().geometry == "pillow":
+        raise MisuseError(f"{store.path} was cached with ffcv, which is not installed here: verify it where it is")
     path = "torch" if manifest.geometry == "pillow" else "ffcv"
     if manifest.geometry == "planes-gpu" and device.type == "cuda":
         path = "gpu"

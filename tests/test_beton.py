@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 import pickle
 import shutil
 import subprocess
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,12 +214,27 @@ def test_nothing_remains_of_a_writer_that_fails(tmp_path):
 
 
 def test_second_writer_of_the_same_file_is_refused(tmp_path):
+    theirs = tmp_path / ".data.beton.tmp-1"
+    with (
+        tiny.locked_by_another_process(theirs),
+        pytest.raises(MisuseError, match="another rob pack is writing"),
+    ):
+        BetonWriter(tmp_path / "data.beton", capacity=1)
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, error):
+    def no_locks(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    (tmp_path / ".data.beton.tmp-1").write_bytes(b"left by a killed pack")
     with BetonWriter(tmp_path / "data.beton", capacity=1) as writer:
-        with pytest.raises(MisuseError, match="another rob pack is writing"):
-            BetonWriter(tmp_path / "data.beton", capacity=1)
         writer.append(raw_image(4, 4))
         writer.finish(paths=("a",), **DESCRIPTION)
     assert Beton(tmp_path / "data.beton").num_images == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.beton", "data.beton.json"]
 
 
 def test_killed_pack_leaves_nothing_that_looks_finished(image_folder, tmp_path):

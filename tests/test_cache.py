@@ -1,6 +1,7 @@
 """``cache_teacher`` end to end: what is stored is what the teacher says, whatever happens on the way."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -8,14 +9,17 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rob.common.augment import augment
@@ -199,6 +203,47 @@ def test_a_second_run_does_nothing(data, headless, with_head, tmp_path) -> None:
         assert cache_teacher(config, CacheProgress(plan=plans.append)) == TargetStore.open(config.out).manifest
         assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
         assert not plans
+
+
+def test_what_is_in_the_way_is_refused_before_the_teacher_runs(data, headless, tmp_path, monkeypatch) -> None:
+    logits = {"encoding": Encoding("topk", k=3), "prototypes": 6}
+    foreign = tiny.tiny_cache_config(tmp_path / "thesis", data, headless, **logits)
+    foreign.out.mkdir()
+    (foreign.out / "chapter1.tex").write_text("...")
+    begun = tiny.tiny_cache_config(tmp_path / "begun.zarr", data, headless, **logits)
+    tiny.tiny_store(tmp_path / "whole.zarr", data, headless, **logits)
+    (begun.out / "pending").mkdir(parents=True)
+    manifest = TargetStore.open(tmp_path / "whole.zarr").manifest.to_json()
+    (begun.out / "pending" / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(cache, "embedder", lambda *_: pytest.fail("the teacher ran"))
+    with pytest.raises(MisuseError, match="thesis is already there and is not a target store: give another path"):
+        cache_teacher(foreign)
+    with pytest.raises(
+        MisuseError, match=r"begun\.zarr was begun with other settings \(encoding\.k is 3 in the store, not 4"
+    ):
+        cache_teacher(replace(begun, encoding=Encoding("topk", k=4)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun.zarr", "thesis", "whole.zarr"]
+
+
+def test_a_size_that_the_teacher_cannot_take_begins_no_store(data, tmp_path) -> None:
+    save_file(timm.create_model("levit_128s", num_classes=0).state_dict(), tmp_path / "levit.safetensors")
+    teacher = TeacherConfig("levit_128s", tmp_path / "levit.safetensors")
+    config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, teacher, view_size=96)
+    with pytest.raises(MisuseError, match=r"levit_128s can't take views of 96x96 \(.*\); its own size is 224"):
+        cache_teacher(config)
+    assert not config.out.exists()
+
+
+def test_one_process_fits_prototypes_to_a_store_at_a_time(data, headless, tmp_path) -> None:
+    config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, headless)
+    cache_teacher(config)
+    with tiny.locked_by_another_process(config.out / ".lock"):
+        with pytest.raises(MisuseError, match="another rob cache-teacher fits prototypes to it; wait for it to finish"):
+            cache_teacher(replace(config, prototypes=6))
+        assert TargetStore.open(config.out).prototypes is None
+    cache_teacher(replace(config, prototypes=6))
+    assert TargetStore.open(config.out).manifest.num_prototypes == 6
+    assert not (config.out / ".lock").exists()
 
 
 def test_plan_and_progress(data, with_head, tmp_path) -> None:

@@ -264,6 +264,28 @@ def test_skipped_images_are_listed(rob, made, tmp_path):
     assert Beton(tmp_path / "data.beton").num_images == 24
 
 
+def test_names_of_classes_and_files_are_shown_as_they_are(rob, made, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(made.images / "class0", folder / "[red]")
+    shutil.copytree(made.images / "class1", folder / "[bold]")
+    assert rob("pack", folder, tmp_path / "data.beton").code == 0
+    outcome = rob("inspect", tmp_path / "data.beton")
+    assert outcome.code == 0, outcome.err
+    assert "[bold], [red]" in outcome.out
+
+
+def test_a_name_that_is_not_of_the_encoding_is_escaped(made, tmp_path):
+    folder = shutil.copytree(made.images, tmp_path / "images")
+    (folder / "class0" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    command = ("pack", str(folder), str(tmp_path / "data.beton"), "--skip-bad")
+    done = subprocess.run(
+        [sys.executable, "-c", "from rob.cli import main; main()", *command],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert r"skipped class0/caf\udce9.jpg: broken" in done.stdout
+
+
 def test_without_ffcv_one_line_says_so(rob, made, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "ffcv_path", None)
     outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache, "--loader", "auto")
@@ -466,6 +488,56 @@ def test_cuda_without_a_gpu(refused, made, tmp_path, monkeypatch, command):
     }[command]
     message = "--device cuda: torch finds no CUDA device here; use --device cpu"
     refused(2, message, *command.split(), *arguments, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("cache-teacher DATA OUT --topk 8", "--topk is for --encoding topk, and this is embedding: leave --topk out"),
+        ("cache-teacher DATA OUT --encoding dense --store-dtype int8", "--store-dtype is for --encoding embedding"),
+        ("eval lowshot pixels DATA --epochs 3", "--epochs is for --finetune: leave --epochs out"),
+        ("eval lowshot pixels DATA --lr 0.1", "--lr is for --finetune"),
+        ("eval knn pixels DATA --teacher resnet50", "--teacher is for a teacher, and WHAT is pixels"),
+    ],
+)
+def test_an_option_that_is_not_used_is_refused(refused, made, tmp_path, words, message):
+    places = {"DATA": made.data, "OUT": tmp_path / "t.zarr"}
+    rest = made.cache if words.startswith("cache") else FAST
+    refused(2, message, *(places.get(word, word) for word in words.split()), *rest)
+
+
+def test_transfer_looks_at_what_it_measures_before_it_packs(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("rob.student_train.evaluate.transfer.packed_task", lambda *_, **__: pytest.fail("packed"))
+    where = ("folder", "--root", tmp_path)
+    refused(2, "typo: no such file", "eval", "transfer", tmp_path / "typo", *where, *FAST)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")]
+)
+def test_out_of_memory_is_one_sentence(rob, made, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    train = ("train-student", *made.train, "--out", tmp_path / "run")
+    outcome = rob(*train)
+    assert (outcome.code, outcome.err) == (1, "error: out of memory: lower --batch-size, or the size of the views\n")
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        rob(*train)
+
+
+def test_a_store_of_another_precision_is_verified_by_option(rob, made, tmp_path):
+    store = shutil.copytree(made.store, tmp_path / "half.zarr")
+    text = (store / "zarr.json").read_text()
+    assert text.count('"fp32"') == 1
+    (store / "zarr.json").write_text(text.replace('"fp32"', '"fp16"'))
+    verify = ("verify", store, made.data, "--teacher", TEACHER, "--checkpoint", made.checkpoint, "--device", "cpu")
+    outcome = rob(*verify)
+    assert (outcome.code, "fp16 needs a GPU: on a CPU use fp32" in outcome.err) == (2, True)
+    outcome = rob(*verify, "--precision", "fp32")
+    assert outcome.code == 0, outcome.err
 
 
 def test_evaluation_refuses(refused, made, tmp_path):

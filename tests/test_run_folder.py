@@ -1,12 +1,11 @@
 """The run folder: a log without gaps or repeats, no checkpoint of a bad step, refusals before anything is written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -58,18 +57,11 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
 
 def test_one_process_trains_in_a_folder(tmp_path):
     open_run(tmp_path).resume(some_state(), CPU)
-    script = (
-        "import sys, pathlib, rob.common.lock as l; l.lock_file(pathlib.Path(sys.argv[1]), ''); print(1, flush=True)"
-    )
-    words = [sys.executable, "-c", f"{script}; input()", str(tmp_path / ".lock")]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"1\n"
+    with tiny.locked_by_another_process(tmp_path / ".lock"):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(MisuseError, match="another rob train-student is writing this run"):
             open_run(tmp_path).resume(some_state(), CPU)
         assert sorted(tmp_path.iterdir()) == before
-        other.kill()
     open_run(tmp_path).resume(some_state(), CPU)
 
 

@@ -107,6 +107,12 @@ def test_a_transformer_takes_other_sizes_than_its_own(tmp_path: Path) -> None:
         torch.testing.assert_close(teacher(images), nn.functional.normalize(model(images), dim=1))
 
 
+def test_features_are_counted_behind_the_last_layer_of_the_head(tmp_path: Path) -> None:
+    save_file(timm.create_model("mobilenetv3_small_050", num_classes=0).state_dict(), tmp_path / "mobile.safetensors")
+    teacher = load_teacher(TeacherConfig("mobilenetv3_small_050", tmp_path / "mobile.safetensors"))
+    assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, teacher.dim) == (2, 1024)
+
+
 def test_a_teacher_of_another_image_size_and_patch(tmp_path: Path) -> None:
     arguments = {**TINY_VIT, "img_size": 32, "patch_size": 4}
     save_file(

@@ -1,6 +1,7 @@
 """``verify``: stores that are as the teacher says pass at a tight tolerance, and every way of being wrong is told apart."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,14 @@ def test_a_flipped_bit_in_a_small_array(data, with_head, tmp_path, name) -> None
     store = tiny.tiny_store(tmp_path / "a.zarr", data, with_head)
     flip(next(file for file in (store.path / name / "c").rglob("*") if file.is_file()), 30)
     with pytest.raises(FailureError, match=f"'{name}' is damaged"):
+        check(store, data, with_head)
+
+
+@pytest.mark.parametrize("name", ["prototypes", "statistics/embedding_sum"])
+def test_a_small_array_without_its_file_is_not_zeros(data, with_head, tmp_path, name) -> None:
+    store = tiny.tiny_store(tmp_path / "a.zarr", data, with_head)
+    shutil.rmtree(store.path / name / "c")
+    with pytest.raises(FailureError, match=f"'{name}' is damaged \\(its file is missing\\)"):
         check(store, data, with_head)
 
 

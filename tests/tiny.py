@@ -1,5 +1,9 @@
 """The smallest real things that tests are made of: images, a packed data set, a teacher's checkpoint, a target store."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,18 @@ from rob.teacher_cache.teachers import TeacherConfig
 
 TEACHER = "test_efficientnet_gn"
 """Of timm's: 99,000 weights, fast at 32 px, and random ones already tell pictures apart (256-d, cosines from 0 to 1)."""
+
+
+@contextmanager
+def locked_by_another_process(path: Path) -> Iterator[None]:
+    """``path`` is locked, as by another ``rob``, until the block ends and the process is killed."""
+    script = "import sys, pathlib, rob.common.lock as l; l.lock_file(pathlib.Path(sys.argv[1]), ''); print(flush=True)"
+    words = [sys.executable, "-c", f"{script}; input()", str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        yield
+        other.kill()
 
 
 def tiny_images(folder: Path, n: int, size: int = 32, seed: int = 0, classes: int = 2) -> Path:

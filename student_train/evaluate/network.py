@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.beton import Beton
-from ...common.errors import MisuseError
+from ...common.errors import MisuseError, is_out_of_memory
 from ...common.loader import LoaderConfig
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
@@ -137,8 +137,3 @@ class FrozenNetwork:
         if progress:
             progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
         return label_features(features, data.labels, data.manifest.classes)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
