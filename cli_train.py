@@ -62,7 +62,10 @@ def train_student(
         ),
     ] = None,
     step_targets: Annotated[
-        int | None, typer.Option(min=1, help="Target views of an image in a step; default 2, or the 1 there is.")
+        int | None,
+        typer.Option(
+            min=1, help="Target views of an image in a step; default 2, or the 1 there is; 1 for msn with fresh crops."
+        ),
     ] = None,
     num_local: Annotated[
         int | None,
@@ -103,7 +106,8 @@ def train_student(
         typer.Option(
             help="What to take off the targets, where few prototypes get most images or features share a large part: "
             "calibration (the mean over the cached views), checkpoint (DINO's centre, if the teacher's file has it), running "
-            "(the mean of this run's targets), none (default). With embeddings: calibration or none."
+            "(the mean of this run's targets), none. Default none, and running for dino and ibot with --targets momentum. With "
+            "embeddings: calibration or none."
         ),
     ] = None,
     sinkhorn: Annotated[

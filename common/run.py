@@ -38,13 +38,31 @@ ALONE = Ranks()
 
 
 def join_ranks() -> Ranks:
-    """The process group that torchrun's environment describes, joined; alone without it. NCCL with CUDA, else gloo."""
+    """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank)
+
+
+def left_together(ranks: Ranks) -> AbstractContextManager[list[int]]:
+    """`uninterrupted` where there are other ranks, which would wait in vain for one that leaves: `stop_together` ends them."""
+    return nullcontext([]) if ranks.world_size == 1 else uninterrupted()
+
+
+def stop_together(held_back: list[int], ranks: Ranks) -> None:
+    """KeyboardInterrupt on all ranks when signals are ``held_back`` on one: else those that go on wait for it in vain.
+
+    A collective of all ranks, on their CPUs: no GPU is waited for.
+    """
+    if ranks.world_size == 1:
+        return
+    signals = torch.tensor(len(held_back))
+    torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+    if signals:
+        raise KeyboardInterrupt
 
 
 def leave_ranks() -> None:
@@ -141,18 +159,24 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all."""
+def uninterrupted() -> Iterator[list[int]]:
+    """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all.
+
+    Yields the signals held back so far; a KeyboardInterrupt that the block raises for them becomes the first of them.
+    """
+    held_back: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
-        yield
+        yield held_back
         return
-    held_back = []
     before = {
         number: signal.signal(number, lambda number, _: held_back.append(number))
         for number in (signal.SIGINT, *ENDINGS)
     }
     try:
-        yield
+        yield held_back
+    except KeyboardInterrupt:
+        if not held_back:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

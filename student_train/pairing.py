@@ -85,7 +85,8 @@ def choose_pairing(
     """What is not said (None) as the objective's paper has it: embedding regression and DisCo pair the same view, the
     others cross.
 
-    ``views`` is what the branch has of an image; two of them are used in a step where there are two, and MSN uses one.
+    ``views`` is what the branch has of an image; two of them are used in a step where there are two; MSN uses one beside fresh
+    crops.
     Local crops, and the weight of the pairs without one, are the recipe's. MisuseError: options that contradict each other.
     """
     pairing = pairing or usual_pairing(objective)
@@ -94,7 +95,8 @@ def choose_pairing(
     if fresh is not None and pairing in ("same", "all"):
         option = "--fresh" if fresh else "--replay"
         raise MisuseError(f"{option} is for --pairing cross: {pairing} always replays the cached views, leave it out")
-    targets = targets or min(1 if objective in ONE_TARGET else 2, views)
+    one = objective in ONE_TARGET and fresh is not False  # replayed, a lone global crop would meet no target
+    targets = targets or min(1 if one else 2, views)
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
     if global_weight is None and num_local:

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = (
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
-elsewhere, if what is in them is the same."""
+elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order."""
 
 
 class RunFolder:

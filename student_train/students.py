@@ -26,6 +26,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import MixedConv2d
 from timm.models import model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
@@ -131,8 +132,9 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
 def adapt_stem(backbone: nn.Module) -> nn.Module:
     """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
     if hasattr(backbone, "conv_stem"):  # MobileNets, EfficientNets
-        for conv in _halving_convolutions(backbone)[:2]:
-            conv.stride = (1, 1)
+        for layer in _halving_layers(backbone)[:2]:
+            for conv in layer:
+                conv.stride = (1, 1)
     elif hasattr(backbone, "maxpool"):  # ResNets
         backbone.maxpool = nn.Identity()
         if isinstance(backbone.conv1, nn.Conv2d):
@@ -140,7 +142,7 @@ def adapt_stem(backbone: nn.Module) -> nn.Module:
             nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
             backbone.conv1 = stem
         else:  # the stem of ResNet-C and -D is three 3x3 convolutions already
-            _halving_convolutions(backbone)[0].stride = (1, 1)
+            _halving_layers(backbone)[0][0].stride = (1, 1)
     return backbone
 
 
@@ -153,8 +155,9 @@ def start_residuals_at_zero(backbone: nn.Module) -> None:
     """
     for block in backbone.modules():
         if isinstance(block, MOBILE_BLOCKS) and block.has_skip:
-            last = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][-1]
-            nn.init.zeros_(last.weight)
+            norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+            if norms:  # a few variants have GroupNorm
+                nn.init.zeros_(norms[-1].weight)
 
 
 def check_input_size(backbone: nn.Module, size: int) -> None:
@@ -196,6 +199,12 @@ def _forward_one(backbone: nn.Module, size: int) -> None:
         backbone.train(training)
 
 
-def _halving_convolutions(backbone: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions of stride 2, in the order of the forward pass."""
-    return [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+def _halving_layers(backbone: nn.Module) -> list[list[nn.Conv2d]]:
+    """The layers of stride 2, in the order of the forward pass: one convolution each, or MixNet's side by side."""
+    layers: dict[str, list[nn.Conv2d]] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            parent = name.rpartition(".")[0]
+            mixed = isinstance(backbone.get_submodule(parent), MixedConv2d)
+            layers.setdefault(parent if mixed else name, []).append(module)
+    return list(layers.values())

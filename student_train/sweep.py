@@ -73,7 +73,7 @@ class Variation:
             values = tuple(YES_OR_NO[value.lower()] for value in values)
         if len(set(values)) < len(values):
             raise MisuseError(f"--vary {text!r} names a value twice: leave one out")
-        if option in ("out", "targets-out"):
+        if option == "out":
             raise MisuseError(f"--vary {text!r}: every run of a sweep has a folder of its own already")
         return cls(option, values, flag)
 
@@ -146,17 +146,16 @@ class SweepConfig:
         return Path(given[-1]) if given and given[-1] not in ("online", "momentum") else None
 
     def made_with(self, cell: Sequence[str]) -> dict[str, Any]:
-        """What the cell's result depends on: words, images and targets, not the device or the place. MisuseError: a file or
-        store is not there."""
+        """What the cell's result depends on: options, images and targets, not where these lie or how fast it runs.
+        MisuseError: a file or store is not there."""
         store = self.store(cell)
         manifest = {} if store is None else TargetStore.open(store).manifest.to_json()
+        of_a_store = () if store is None else ("--targets",)
         return {
-            "train_student": [*self.arguments, *self.varied(cell)],
+            "train_student": _without([*self.arguments[1:], *self.varied(cell)], ("--workers", *of_a_store)),
             "targets": {name: value for name, value in manifest.items() if name != "versions"},
-            "test": None if self.test is None else str(self.test),
-            "fingerprints": [
-                Beton(path).manifest.fingerprint for path in (Path(self.arguments[0]), self.test) if path is not None
-            ],
+            "images": Beton(self.arguments[0]).manifest.fingerprint,
+            "test": None if self.test is None else Beton(self.test).manifest.fingerprint,
         }
 
     def commands(self, cell: Sequence[str]) -> list[list[str]]:
@@ -243,6 +242,16 @@ def is_finished(config: SweepConfig, cell: Sequence[str]) -> bool:
             "another OUT, or delete that folder"
         )
     return True
+
+
+def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """``words`` but for ``options``, each with its value."""
+    before = ["", *words]
+    return [
+        word
+        for previous, word in pairwise(before)
+        if previous not in options and word not in options and word.partition("=")[0] not in options
+    ]
 
 
 def visible_gpus() -> list[str]:

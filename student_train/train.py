@@ -22,9 +22,11 @@ from ..common.run import (
     Ranks,
     autocast,
     join_ranks,
+    left_together,
     pick_device,
     seed_everything,
     seed_step,
+    stop_together,
     uninterrupted,
     versions,
 )
@@ -233,7 +235,7 @@ def train_student(
 
     # ==== how ====
     batch_size = config.loader.batch_size // ranks.world_size  # of this rank
-    steps_per_epoch = len(epoch_order(config, data.num_images, branch.window_blocks, 0, ranks)) // batch_size
+    steps_per_epoch = data.num_images // config.loader.batch_size
     total_steps = steps_per_epoch * config.epochs
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images)
     first = plan_views(pairing, branch.views, epoch=0)
@@ -275,7 +277,7 @@ def train_student(
             pair_weights = plan.pair_weights.to(device)
             order = epoch_order(config, data.num_images, branch.window_blocks, epoch, ranks)[done * batch_size :]
             crops = crop_sets(config, branch, plan)
-            with branch.targets(order, batch_size, plan) as targets:
+            with left_together(ranks) as held_back, branch.targets(order, batch_size, plan) as targets:
                 for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
                     seed_step(config.seed, ranks.rank, step)
                     with stopwatch("prepare"):
@@ -294,6 +296,7 @@ def train_student(
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+                    stop_together(held_back, ranks)
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
 
@@ -318,11 +321,11 @@ def train_student(
 def epoch_order(
     config: TrainConfig, num_images: int, window_blocks: int, epoch: int, ranks: Ranks = ALONE
 ) -> np.ndarray:
-    """The image ids of this rank's whole batches, in training order; an incomplete last batch is dropped."""
+    """The image ids of this rank's share of an epoch's whole batches, in training order: as many steps on any number of ranks."""
     order = block_shuffled_order(
         num_images, CHUNK_ROWS, window_blocks, config.seed, epoch, ranks.rank, ranks.world_size
     )
-    return order[: len(order) - len(order) % (config.loader.batch_size // ranks.world_size)]
+    return order[: num_images // config.loader.batch_size * config.loader.batch_size // ranks.world_size]
 
 
 def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tuple[ViewSet, ...]:

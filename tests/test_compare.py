@@ -99,6 +99,7 @@ def test_what_stands_for_a_result():
         "detect box AP": 1.0,
         "detect mask AP": 2.0,
     }
+    assert headline("detect", {"box": {"ap": None}, "mask": None}) == {}  # there was nothing to find
 
 
 def test_runs_that_cannot_be_compared(tmp_path):

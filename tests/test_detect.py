@@ -82,6 +82,11 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "save_checkpoint", killed)
     assert rob(monkeypatch, *arguments, "--init", "random") == 130
     monkeypatch.setattr(stage, "save_checkpoint", save)
+    boxes = data / "Annotations" / "000.xml"
+    right = boxes.read_text()
+    boxes.write_text(re.sub(r"<xmin>\d+", "<xmin>1", right))
+    assert rob(monkeypatch, *arguments, "--init", "random") == 2  # half of the training would be on other boxes
+    boxes.write_text(right)
     epochs = []
     batches = stage._training_batches
     monkeypatch.setattr(stage, "_training_batches", lambda *rest: epochs.append(rest[-1]) or batches(*rest))

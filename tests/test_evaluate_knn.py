@@ -20,6 +20,13 @@ def test_votes_by_hand():
     assert knn(train, test, k=1).top1 == 100
 
 
+def test_low_temperatures_do_not_overflow():
+    """exp(1 / .001) would: the nearest neighbour then decides alone."""
+    train, test = gaussian_classes(300), gaussian_classes(100, seed=1)
+    nearest = knn(train, test, k=1)
+    assert knn(train, test, k=20, temperature=0.001).top1 == pytest.approx(nearest.top1, abs=2)
+
+
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_agrees_with_scikit_learn(k):
     neighbors = pytest.importorskip("sklearn.neighbors")

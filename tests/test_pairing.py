@@ -134,6 +134,7 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("dino", dino, views=4) == PairingConfig("cross", 2, dino.num_local)
     assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
+    assert choose_pairing("msn", dino, views=4, fresh=False).targets == 2  # else no global crop would meet a target
     assert choose_pairing("dino", moco, views=1) == PairingConfig("cross", 1, 0)
     sslight = get_recipe("sslight")
     assert choose_pairing("dino", sslight, views=4) == PairingConfig("cross", 2, 10, global_weight=0.4)

@@ -87,16 +87,25 @@ train.train_student(whole, branch())
 
 original = train.Trainer.step
 def step(self, number, *arguments):
-    if number == 5:
-        signal.raise_signal(signal.SIGINT)  # held back until the end of the step
+    reached[:] = [number]
     return original(self, number, *arguments)
+reached = []
 train.Trainer.step = step
+timed = train.timed
+def interrupted(batches, stopwatch):
+    for batch in timed(batches, stopwatch):
+        if reached == [4] and torch.distributed.get_rank() == 1:
+            signal.raise_signal(signal.SIGINT)  # on one rank alone, and not in a step
+        yield batch
+train.timed = interrupted
 halves = replace(whole, out=out.with_name("halves"))
 try:
     train.train_student(halves, branch())
+    raise AssertionError("not interrupted")
 except KeyboardInterrupt:
+    assert reached == [5]
     torch.distributed.barrier()
-train.Trainer.step = original
+train.Trainer.step, train.timed = original, timed
 train.train_student(halves, branch())
 for copy in copies[:1] + copies[2:]:
     for parameter in copy.copy.parameters():

@@ -18,7 +18,14 @@ from rob.student_train.students import (
     num_parameters,
 )
 
-STUDENTS = ["vit_tiny_patch16_224", "resnet18", "mobilenetv2_050", "mobilenetv3_small_100", "efficientnet_b0"]
+STUDENTS = [
+    "vit_tiny_patch16_224",
+    "resnet18",
+    "mobilenetv2_050",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "mixnet_m",
+]
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -89,6 +96,10 @@ def test_residual_blocks_of_a_mobile_network_start_as_the_identity_and_can_leave
     backbone(torch.randn(8, 3, 32, 32)).square().mean().backward()
     assert seen and all(seen)
     assert all(any(p.grad.any() for p in block.parameters()) for block in blocks)
+
+
+def test_a_mobile_network_without_batchnorm_is_built():
+    assert build_student(StudentConfig("efficientnet_b0_gn", 32, small_images=True)).num_features == 1280
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

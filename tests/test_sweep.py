@@ -110,12 +110,14 @@ def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
     config = SweepConfig(tmp_path / "out", (data, "--epochs", "2"), (SIZES,), device="cpu")
     rows = sweep(config)
     (config.folder(("16",)) / "eval" / "knn.json").write_text('{"top1": 0.0}')  # measured on something else since
-    assert sweep(replace(config, device="auto")) == rows
+    elsewhere = shutil.copytree(Path(data).parent, tmp_path / "elsewhere") / Path(data).name
+    moved = (str(elsewhere), "--workers", "1", "--epochs", "2")
+    assert sweep(replace(config, device="auto", arguments=moved)) == rows
     other = tiny_beton(tmp_path, 4, seed=1).path
     before = len(commands)
     for changed, what in (
         (replace(config, arguments=(data, "--epochs", "3")), "--epochs 2 --local-size 16, and .* --epochs 3"),
-        (replace(config, test=other), f"test = None, and this one has {other}"),
+        (replace(config, test=other), f"test = None, and this one has {Beton(other).manifest.fingerprint}"),
     ):
         with pytest.raises(MisuseError, match=f"local-size=16 has the result of another sweep, .*{what}.*another OUT"):
             sweep(changed)
@@ -124,7 +126,7 @@ def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
     sweep(replace(config, out=tmp_path / "second"))
     tiny_beton(tmp_path / "again", 5, seed=1).path.replace(other)
     (tmp_path / "again" / "images-1.beton.json").replace(f"{other}.json")
-    with pytest.raises(MisuseError, match="fingerprints"):
+    with pytest.raises(MisuseError, match="with test = "):
         sweep(replace(config, out=tmp_path / "second"))
 
 

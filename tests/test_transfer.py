@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, places365
 
 from conftest import photograph
 from rob import cli
+from rob.common.beton import Beton
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate.transfer import count_label, distance_label, open_task, packed_task
@@ -183,6 +184,15 @@ def test_limit_takes_training_images_alone(tmp_path):
     train, test = packed_task("folder", tmp_path, tmp_path / "packed", limit=4, max_resolution=16)
     counts = [sorted(json.loads(path.with_name(path.name + ".json").read_text())["labels"]) for path in (train, test)]
     assert counts == [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_another_folder_is_not_taken_for_one_packed_before(tmp_path):
+    for root in ("a", "b"):
+        for part in ("train", "test"):
+            save_image(tmp_path / root / part / root / "0.png", 0)
+    packed = [packed_task("folder", tmp_path / root, tmp_path / "packed")[0] for root in ("a", "b", "a")]
+    assert [Beton(path).manifest.classes for path in packed] == [("a",), ("b",), ("a",)]
+    assert packed[0] == packed[2]
 
 
 # ==== what is refused ====

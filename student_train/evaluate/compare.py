@@ -66,12 +66,14 @@ def summarise(run: Path) -> RunSummary:
 
 
 def headline(task: str, result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in percent that stand for a result: top-1, a mean for each number of labels, or box and mask AP."""
+    """The numbers in percent that stand for a result: top-1, a mean for each number of labels, or box and mask AP (where
+    there was anything to find)."""
     if "top1" in result:
         return {task: result["top1"]}
     if "results" in result:
         return {f"{task} {entry['labels']}": entry["mean"] for entry in result["results"]}
-    return {f"{task} {kind} AP": result[kind]["ap"] for kind in ("box", "mask") if result.get(kind)}
+    found = {f"{task} {kind} AP": (result.get(kind) or {}).get("ap") for kind in ("box", "mask")}
+    return {name: ap for name, ap in found.items() if ap is not None}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Detection: a detector on the student, trained on boxes (and masks) and tested by average precision."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -110,7 +111,8 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     task = "detect" if config.init == "student" else f"detect-{config.init}"
     checkpoint = keep_in and keep_in / "eval" / f"{task}.checkpoint.pt"
     settings = {k: v for k, v in asdict(config).items() if k not in ("run", "data", "test", "workers", "device")}
-    settings |= {"weights": source, "num_train": len(train.images), "classes": train.classes, "masks": masks}
+    settings |= {"weights": source, "classes": train.classes, "masks": masks}
+    settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
     fit(detector, train, masks, config, device, checkpoint, settings, progress)
 
     found = find(detector, test, masks, device, progress)

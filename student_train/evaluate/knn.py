@@ -47,7 +47,7 @@ def knn_sweep(
         if not 1 <= k <= len(train):
             raise MisuseError(f"k = {k} neighbours of {len(train)} training images: choose k from 1 to {len(train)}")
     similarities, votes = nearest_labels(train, test, max(ks))
-    weights = (similarities / temperature).exp()
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()  # relative to the nearest: none overflows
     results = []
     for k in ks:
         scores = weights.new_zeros(len(test), train.num_classes).scatter_add_(1, votes[:, :k], weights[:, :k])

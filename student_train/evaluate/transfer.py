@@ -5,6 +5,7 @@ Clevr/Count and Clevr/Dist are VTAB's (Zhai et al. 2019): the number of objects,
 intervals, from the scene files; its test images are Clevr's validation split.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,9 @@ def packed_task(
     if name not in TASKS:
         raise unknown_name("transfer task", name, TASKS)
     some = f"-{limit}" if limit else ""
-    paths = packed / f"{name}-train{some}-{max_resolution}px.beton", packed / f"{name}-test-{max_resolution}px.beton"
+    where = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    whose = f"{name}-{where}" if name == "folder" else name  # each root is another data set
+    paths = packed / f"{whose}-train{some}-{max_resolution}px.beton", packed / f"{whose}-test-{max_resolution}px.beton"
     if not all(path.exists() for path in paths):
         sources = open_task(name, root, download)
         for path, source in zip(paths, (sources[0].take(limit), sources[1]), strict=True):

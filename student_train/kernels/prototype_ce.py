@@ -16,6 +16,9 @@ SMALLEST_CHUNKED = 1 << 15
 SMALLEST_TRITON = 1 << 22
 """The same for `triton` on CUDA, by reckoning: some ten launches have to be worth it. Not measured on a GPU yet."""
 
+WIDEST_TRITON = 256
+"""The widest rows whose accumulators fit the register file."""
+
 
 def prototype_cross_entropy(
     student_embedding: Tensor,
@@ -89,7 +92,7 @@ def choose_impl(student_embedding: Tensor, student_prototypes: Tensor, target: T
     fast = dtype.itemsize == 2 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
     widest = max(student_embedding.shape[2], target.embedding.shape[2] if isinstance(target, EmbeddingTarget) else 0)
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    return "triton" if fast and widest <= 256 and ampere and find_spec("triton") else "chunked"
+    return "triton" if fast and widest <= WIDEST_TRITON and ampere and find_spec("triton") else "chunked"
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

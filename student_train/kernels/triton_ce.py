@@ -24,9 +24,6 @@ from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .topk import add_topk_gradient_, topk_means, topk_probabilities
 from .triton_kernels import TARGET_STAGES, attend, prototype_gradient
 
-LARGEST_DIM = 256
-"""The widest rows whose accumulators fit the register file."""
-
 BLOCKS_PER_PROCESSOR = 2
 """Thread blocks of `attend` to launch for each multiprocessor: splits over the prototypes make up for few rows."""
 

@@ -43,7 +43,8 @@ class ObjectiveConfig:
         teacher's mean embedding. sinkhorn: "none", "batch" or "queue", in the centre's place. queue: rows of a queue.
     mean_entropy: weight of MSN's term. head: "fresh" prototypes, the "teacher"'s to start from (for dino and ibot the default
         where they are known), or those kept "frozen".
-    hidden_dim, bottleneck: widths of the student's head; head_norm: its BatchNorm. norm_last_layer: False lets the lengths of
+    hidden_dim: width of the student's head; bottleneck: of what comes out of it, before fresh prototypes (elsewhere it is the
+        teacher's). head_norm: the head's BatchNorm. norm_last_layer: False lets the lengths of
         DINO's prototypes be learned, as its ViTs have them; else they stay as they start, at 1 or the teacher's.
     only_consistency, consistency_weight: DisCo's.
     loss_impl: how the prototype loss is computed (``kernels.prototype_ce``), which changes speed and memory only.
