@@ -161,8 +161,8 @@ def train_student(
             min=0,
             max=1,
             help="With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
-            "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99; with less the "
-            "targets move on faster than their centre or queue, and the loss stays high.",
+            "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99, with "
+            "--sinkhorn batch 0.9; with less the targets move on faster than their centre or queue, and the loss stays high.",
         ),
     ] = None,
     warmup_teacher_temp_epochs: Annotated[

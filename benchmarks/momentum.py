@@ -86,7 +86,7 @@ def adamw(lr: float) -> OptimiserConfig:
 
 DINO = ObjectiveConfig("dino", teacher_temp=0.02)
 """Sharper than in the paper: at its last temperature, .07, targets were within 2 % of uniform after 800 steps."""
-SWAV = ObjectiveConfig("swav", teacher_temp=0.02, sinkhorn="batch")
+SWAV = ObjectiveConfig("swav", teacher_temp=0.01, sinkhorn="batch")
 """Sharper too: at the paper's .05 codes were uniform after 400 steps of a ResNet-18 (collapse.py says so at step 180). Without
 a queue: its rows are of an encoder that this fast a learner has left behind, and a batch's codes become all alike."""
 DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
@@ -94,7 +94,7 @@ DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
 
 COLLAPSE = (
     Setting(DINO, "sslight", lars(4.0)),
-    Setting(SWAV, "swav", lars(4.0), batch_size=64),
+    Setting(SWAV, "sslight", lars(4.0), batch_size=64, num_local=0),
     Setting(ObjectiveConfig("moco"), "moco-v2", lars(1.6), batch_size=64),
 )
 VIEWS = tuple(
@@ -103,7 +103,7 @@ VIEWS = tuple(
     for recipe in ("dino", "sslight")
 )
 SLIM_DINO = replace(DINO, hidden_dim=512)
-SLIM_SWAV = replace(SWAV, teacher_temp=0.01, hidden_dim=512)
+SLIM_SWAV = replace(SWAV, hidden_dim=512)
 BALANCED_DINO = replace(SLIM_DINO, teacher_temp=0.01, sinkhorn="batch")
 MOBILENET = tuple(
     Setting(objective, "sslight", lars(lr, 1e-6, trust=0.02), 64, num_local=0, copy_momentum=copy_momentum)
