@@ -44,7 +44,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: lower --batch-size, or the size of the views", file=sys.stderr)
+        print("error: out of memory: lower --batch-size, the size of the views, or --prototypes", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -195,8 +195,12 @@ def cache_teacher(
         table.add_row("estimated time", f"{plan.seconds:,.0f} s at {plan.views_per_second:,.0f} views/s")
         console.print(table)
 
-    with bar("caching", "images") as update:
-        run(config, CacheProgress(plan=show, rows=update, note=note))
+    try:
+        with bar("caching", "images") as update:
+            run(config, CacheProgress(plan=show, rows=update, note=note))
+    except KeyboardInterrupt:
+        note("stopped: run the same command again to go on from the last whole chunk")
+        raise
     note(f"{out}: complete")
 
 

@@ -36,7 +36,7 @@ def compare(
         ("CPU ms, one thread", [s.cpu_ms for s in summaries]),
         ("CUDA ms", [s.cuda_ms for s in summaries]),
         ("training images/s", [s.train_images_per_second for s in summaries]),
-        *((f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
+        *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
     ]
     show_accuracies(
         "runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)]

@@ -246,6 +246,10 @@ class Beton:
 
     def __init__(self, path: str | Path):
         self.path = path = Path(path)
+        if (path / "zarr.json").exists():
+            raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
+        if path.is_dir():
+            raise MisuseError(f"{path}: a folder; give packed images, made with: rob pack {path} {path}.beton")
         if not path.is_file():
             raise MisuseError(f"{path}: no such file; make a packed data set with: rob pack SOURCE {path}")
         size = path.stat().st_size

@@ -41,14 +41,19 @@ class TargetStore:
     @classmethod
     def open(cls, path: Path | str) -> Self:
         """Reads the manifest only. MisuseError: nothing there, not a store, half-written, another format version.
-        FailureError: a damaged manifest.
+        FailureError: a damaged manifest, or a file of targets is missing.
         """
         path = Path(path)
         if not path.exists():
             raise MisuseError(f"there is no target store at {path}: make one with rob cache-teacher")
         if (path / "zarr.json").exists():
             attributes = read_json(path, "zarr.json").get("attributes", {})
-            return cls(path, StoreManifest.from_json(path, attributes))
+            store = cls(path, StoreManifest.from_json(path, attributes))
+            for name, array in store.arrays.items():
+                for shard in range(-(-store.manifest.num_chunks // array.shard_chunks)):
+                    if not (file := path / name / array.shard_file(shard)).exists():
+                        raise FailureError(f"{path} is damaged, {file} is missing: delete the store and {AGAIN}")
+            return store
         begun = half_written(path)
         if begun is None:
             raise MisuseError(f"{path} is not a target store: it is no Zarr v3 group")

@@ -99,4 +99,9 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str
         if isinstance(value, Mapping) and isinstance(stored.get(name), Mapping):
             yield from differences(stored[name], value, f"{prefix}{name}.")
         elif stored.get(name) != value:
-            yield f"{prefix}{name} is {stored.get(name)!r} in the store, not {value!r}"
+            yield f"{prefix}{name} is {_short(stored.get(name))} in the store, not {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-30:]}"

@@ -32,9 +32,9 @@ def describe_shares(shares: Mapping[str, float]) -> str:
 
 
 def worst_share(shares: Mapping[str, float]) -> str:
-    """The largest part beside the student's own, for where there is room for one: ``copy and colour 4%``."""
+    """The largest part beside the student's own, by its name in the log, for where there is room for one: ``prepare 4%``."""
     name = max(WORTH_TELLING, key=lambda name: shares[name])
-    return f"{NAMES[name]} {shares[name]:.0%}"
+    return f"{name} {shares[name]:.0%}"
 
 
 def advise(shares: Mapping[str, float], targets: str) -> str:

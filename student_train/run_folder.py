@@ -54,11 +54,14 @@ class RunFolder:
     ) -> None:
         if out.exists() and not out.is_dir():
             raise MisuseError(f"--out {out} is a file: give the folder to train in")
+        if (out / "zarr.json").exists():
+            raise MisuseError(f"--out {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self.log_every: int = config["log_every"]
         self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
         settings = {**config, **facts}
-        self._fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
+        fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
+        self._fixed = {k: v for k, v in fixed.items() if k == "epochs"} | fixed  # first: some others go by them
         self._fixed["batch_size"] = config["loader"]["batch_size"]
         self._config_json = json.dumps(settings, indent=2, default=str) + "\n"
         self._health: list[Tensor] = []  # of the steps since the last line
@@ -171,7 +174,7 @@ class RunFolder:
     def medians(self) -> tuple[float, float, dict[str, float]]:
         """Last loss, median images/s and median share of the time of each part of a step, over the whole run's log (else
         NaN, and no shares)."""
-        lines = self._read_log() if self.ranks.is_main else []
+        lines = read_log(self.out) if self.ranks.is_main else []
         if not lines:
             return math.nan, math.nan, {}
         shares = {name: median(x["shares"][name] for x in lines) for name in lines[-1]["shares"]}
@@ -179,17 +182,11 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""
-        lines = [line for line in self._read_log() if line["step"] <= step]
+        lines = [line for line in read_log(self.out) if line["step"] <= step]
         with replacing(self.out / "metrics.jsonl") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         with replacing(self.out / "train.log") as file:
             file.write("".join(map(self._sentence, lines)).encode())
-
-    def _read_log(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last one that was cut short is left out."""
-        metrics = self.out / "metrics.jsonl"
-        text = metrics.read_text() if metrics.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def _sentence(self, line: Mapping[str, Any]) -> str:
         """A line of ``train.log``."""
@@ -199,3 +196,20 @@ class RunFolder:
             f"epoch {line['epoch']} step {line['step']}/{self.total_steps} loss {line['loss']:.4f} lr {line['lr']:.2e} "
             f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data{targets}\n{warning}"
         )
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
+
+    FailureError: a line is not what a run writes.
+    """
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                raise FailureError(f"{metrics}: line {number} is damaged: delete that line") from None
+    return found

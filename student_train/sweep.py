@@ -224,7 +224,11 @@ def sweep(
         file.write((json.dumps(results, indent=2) + "\n").encode())
     failed = [config.folder(cell) / "sweep.log" for cell, ok in zip(cells, succeeded, strict=True) if not ok]
     if failed:
-        raise FailureError(f"{len(failed)} of {len(cells)} runs failed, see {', '.join(map(str, failed[:3]))}")
+        *_, last = ["it says nothing", *failed[0].read_text(errors="replace").split("\n")[:-1]]
+        raise FailureError(
+            f"{len(failed)} of {len(cells)} runs failed, see {', '.join(map(str, failed[:3]))} (the first ends with: {last}); "
+            f"the results of the others are in {config.out / 'sweep.json'}"
+        )
     return rows
 
 

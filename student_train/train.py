@@ -268,6 +268,8 @@ def train_student(
         raise MisuseError("--average: the momentum copy is one, and exported as such; leave --average out")
     state = trainer.state | branch.state
     step = run.resume(state, device)
+    if step == total_steps:
+        progress.note(f"{config.out} is complete already: nothing to do")
 
     # ==== the loop ====
     try:
@@ -340,6 +342,10 @@ def crop_sets(config: TrainConfig, branch: TargetBranch, plan: ViewPlan) -> tupl
     local = branch.recipe.local_crop
     if local is None:
         raise MisuseError(f"the recipe {branch.recipe.name} of the targets has no local crops: use --num-local 0")
+    if config.local_size is not None and config.local_size > size:
+        raise MisuseError(
+            f"--local-size {config.local_size} is more than --image-size {size}: local crops are the smaller ones"
+        )
     patch = VIT_PATCH_SMALL if config.student.small_images else VIT_PATCH
     patches = max(1, round(size * local.size / branch.recipe.global_crops[0].size / patch))
     return (*sets, ViewSet(plan.locals, config.local_size or patches * patch))

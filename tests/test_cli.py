@@ -19,7 +19,7 @@ from tiny import TEACHER, tiny_images, tiny_teacher_checkpoint
 from rob import cli
 from rob.common import loader
 from rob.common.beton import Beton, manifest_path
-from rob.common.store import TargetStore
+from rob.common.store import StoreWriter, TargetStore
 from rob.student_train.checkpoint import load_student
 from rob.student_train.train import Trainer
 
@@ -250,7 +250,8 @@ def test_the_same_command_again_goes_on_and_is_done(rob, made, tmp_path):
     command = ("train-student", *made.train, "--out", tmp_path / "run")
     assert rob(*command).code == 0
     weights = load_file(tmp_path / "run" / "student.safetensors")
-    assert rob(*command).code == 0
+    outcome = rob(*command)
+    assert (outcome.code, "run is complete already: nothing to do" in outcome.out) == (0, True)
     torch.testing.assert_close(load_file(tmp_path / "run" / "student.safetensors"), weights, rtol=0, atol=0)
     assert "nothing to do" in rob("cache-teacher", made.data, made.store, *made.cache).out
 
@@ -340,6 +341,11 @@ def test_ctrl_c_is_exit_code_130(rob, made, tmp_path, monkeypatch):
     assert outcome.code == 130
     assert "stopped at step 0 of 3: run the same command again to go on from there" in outcome.out
     assert rob("train-student", *made.train, "--out", tmp_path / "run").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", interrupted)
+        outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache)
+    assert outcome.code == 130
+    assert "stopped: run the same command again to go on from the last whole chunk" in outcome.out
 
 
 def test_what_the_system_refuses_is_one_sentence(refused, made, tmp_path):
@@ -460,6 +466,10 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         ),
         (("--targets", "momentum", "--objective", "dino", "--teacher", TEACHER), "with momentum there is no teacher"),
         (("--prototypes", 8), "--prototypes is for --targets momentum"),
+        (
+            ("--pairing", "cross", "--num-local", 1, "--local-size", 64),
+            "--local-size 64 is more than --image-size 32: local crops are the smaller ones",
+        ),
         (("--local-size", 16), "--local-size is for local crops, and this run has none"),
         (("--local-scale", 0.1, 0.2), "--local-scale is for local crops, and this run has none"),
         (("--targets", "momentum", "--cache-in-memory"), "--cache-in-memory is for a store of targets"),
@@ -522,7 +532,10 @@ def test_out_of_memory_is_one_sentence(rob, made, tmp_path, monkeypatch, error):
     monkeypatch.setattr(Trainer, "step", fail)
     train = ("train-student", *made.train, "--out", tmp_path / "run")
     outcome = rob(*train)
-    assert (outcome.code, outcome.err) == (1, "error: out of memory: lower --batch-size, or the size of the views\n")
+    assert (outcome.code, outcome.err) == (
+        1,
+        "error: out of memory: lower --batch-size, the size of the views, or --prototypes\n",
+    )
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         rob(*train)
@@ -538,6 +551,39 @@ def test_a_store_of_another_precision_is_verified_by_option(rob, made, tmp_path)
     assert (outcome.code, "fp16 needs a GPU: on a CPU use fp32" in outcome.err) == (2, True)
     outcome = rob(*verify, "--precision", "fp32")
     assert outcome.code == 0, outcome.err
+
+
+def test_folders_and_stores_are_no_images_and_no_runs(refused, made, tmp_path):
+    refused(
+        2,
+        "images: a folder; .* rob pack .*images.beton",
+        "cache-teacher",
+        made.images,
+        tmp_path / "t.zarr",
+        *made.cache,
+    )
+    refused(2, "targets.zarr: a target store; give the packed images", "eval", "knn", "pixels", made.store, *FAST)
+    store = shutil.copytree(made.store, tmp_path / "store.zarr")
+    train = (made.data, "--targets", store, "--student", "test_resnet", "--image-size", 32, "--batch-size", 8, *FAST)
+    refused(2, "--out .*store.zarr is a target store: give the run a folder", "train-student", *train, "--out", store)
+
+
+def test_a_store_that_lost_targets_is_not_complete(refused, made, tmp_path):
+    store = shutil.copytree(made.store, tmp_path / "store.zarr")
+    lost = next(file for file in (store / "embedding" / "c").rglob("*") if file.is_file())
+    lost.unlink()
+    message = f"store.zarr is damaged, {lost} is missing: delete the store and run rob cache-teacher again"
+    refused(1, message, "cache-teacher", made.data, store, *made.cache)
+    refused(1, message, "inspect", store)
+
+
+def test_a_damaged_line_of_the_log_is_named(rob, refused, made, tmp_path):
+    train = ("train-student", *made.train, "--out", tmp_path / "run")
+    assert rob(*train).code == 0
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo\n')
+    refused(1, r"metrics\.jsonl: line \d is damaged: delete that line", *train)
+    refused(1, r"metrics\.jsonl: line \d is damaged", "compare", tmp_path / "run", "--out", tmp_path / "a.png")
 
 
 def test_evaluation_refuses(refused, made, tmp_path):
@@ -685,3 +731,4 @@ def test_other_settings_on_resume_are_refused_by_name(rob, refused, made, tmp_pa
     refused(
         2, "made with optimiser.lr = 0.0005, this run has optimiser.lr = 0.001: resume with", *command, "--lr", 0.001
     )
+    refused(2, "made with epochs = 1, this run has epochs = 2", *command, "--epochs", 2)  # not the warm-up that follows

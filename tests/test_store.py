@@ -245,6 +245,7 @@ def test_one_process_writes_a_store_at_a_time(tmp_path):
 def test_a_damaged_chunk_is_named(tmp_path, damage):
     manifest = manifest_of(ENCODINGS[1])
     write(tmp_path / "t.zarr", manifest)
+    store = TargetStore.open(tmp_path / "t.zarr")
     shard = tmp_path / "t.zarr" / "embedding" / "c" / "1" / "0" / "0"
     data = bytearray(shard.read_bytes())
     if damage == "flip":
@@ -254,7 +255,6 @@ def test_a_damaged_chunk_is_named(tmp_path, damage):
         shard.write_bytes(data[:-30])
     else:
         shard.unlink()
-    store = TargetStore.open(tmp_path / "t.zarr")
     store.read(0, 24)
     with pytest.raises(FailureError, match=r"chunk 3 of array 'embedding' \(images 24 to 31\) is damaged"):
         store.read(24, 25)

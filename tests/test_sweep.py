@@ -230,7 +230,9 @@ def test_one_run_at_a_time_where_the_device_is_told_or_there_is_no_gpu(
 
 def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands):
     config = SweepConfig(tmp_path, (data, "--fail-24"), (SIZES,), device="cpu")
-    with pytest.raises(FailureError, match=r"1 of 2 runs failed, see .*local-size=24/sweep.log"):
+    with pytest.raises(
+        FailureError, match=r"1 of 2 .*24/sweep.log \(the first ends with: .*\); .* others are in .*sweep.json"
+    ):
         sweep(config)
     assert is_finished(config, ("16",))
     assert "local-size 24" in (config.folder(("24",)) / "sweep.log").read_text()

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...common.errors import MisuseError
 from ..checkpoint import load_student, replacing
+from ..run_folder import read_log
 from ..students import num_macs, num_parameters
 from .results import read_results
 
@@ -103,10 +104,7 @@ def latency_ms(backbone: nn.Module, size: int, device: torch.device) -> float:
 
 def training_speed(run: Path) -> float | None:
     """Median images/s over the run's ``metrics.jsonl``; None where there is none."""
-    log = run / "metrics.jsonl"
-    if not log.is_file():
-        return None
-    speeds = [json.loads(line)["images_per_second"] for line in log.read_text().splitlines(True) if line.endswith("\n")]
+    speeds = [line["images_per_second"] for line in read_log(run)]
     return median(speeds) if speeds else None
 
 
