@@ -349,6 +349,8 @@ def train_student(
 
     # ==== the run ====
     small = image_size <= 64 if small_images is None else small_images
+    if small and small_images is None:
+        note(f"the small-image form of {student}, for --image-size up to 64; --no-small-images keeps timm's")
     warmup = min(10.0, epochs / 10) if warmup_epochs is None else warmup_epochs
     config = TrainConfig(
         data=data,

@@ -96,10 +96,18 @@ def read_json(store: Path, name: str) -> dict[str, Any]:
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """One phrase for each value of ``asked`` that ``stored`` does not have."""
     for name, value in asked.items():
-        if isinstance(value, Mapping) and isinstance(stored.get(name), Mapping):
-            yield from differences(stored[name], value, f"{prefix}{name}.")
-        elif stored.get(name) != value:
-            yield f"{prefix}{name} is {_short(stored.get(name))} in the store, not {_short(value)}"
+        old, new = _numbered(stored.get(name)), _numbered(value)
+        if isinstance(new, Mapping) and isinstance(old, Mapping):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} is {_short(old)} in the store, not {_short(new)}"
+
+
+def _numbered(value: Any) -> Any:
+    """A list of objects, such as a recipe's crops, as an object of them by number."""
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        return {str(number): entry for number, entry in enumerate(value)}
+    return value
 
 
 def _short(value: Any) -> str:

@@ -116,11 +116,12 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
         file.write(serialise_tensors(tensors, metadata))
 
 
-def load_student(run_or_weights: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentInfo]:
+def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentInfo]:
     """The trained student of a run folder or of a weights file, in eval mode, and its description.
 
     MisuseError: nothing there, a file rob did not write, or tensors that are not the described student's.
     """
+    run_or_weights = Path(run_or_weights)
     path = run_or_weights / WEIGHTS_NAME if run_or_weights.is_dir() else run_or_weights
     if not path.is_file():
         expected = f"no {WEIGHTS_NAME} in {run_or_weights}" if run_or_weights.is_dir() else f"{path}: no such file"

@@ -586,6 +586,14 @@ def test_a_damaged_line_of_the_log_is_named(rob, refused, made, tmp_path):
     refused(1, r"metrics\.jsonl: line \d is damaged", "compare", tmp_path / "run", "--out", tmp_path / "a.png")
 
 
+def test_the_small_image_form_is_said_unless_asked_for(rob, made, tmp_path):
+    words = ("train-student", made.data, "--targets", made.store, "--image-size", 32, "--batch-size", 8, *FAST)
+    small = ("--student", "test_resnet", "--epochs", 1, "--hidden-dim", 16)
+    said = "the small-image form of test_resnet, for --image-size up to 64"
+    assert said in rob(*words, *small, "--out", tmp_path / "default").out
+    assert said not in rob(*words, *small, "--out", tmp_path / "asked", "--small-images").out
+
+
 def test_evaluation_refuses(refused, made, tmp_path):
     knn = ("eval", "knn")
     rest = (made.data, "--test", made.data, *FAST)

@@ -23,6 +23,7 @@ from rob.common import store_writer
 from rob.common.encodings import Encoding
 from rob.common.errors import FailureError, MisuseError
 from rob.common.store import StoreManifest, StoreWriter, TargetStore, add_prototypes
+from rob.common.store_manifest import differences
 
 VIEWS, DIM, PROTOTYPES = 3, 16, 40
 ENCODINGS = [
@@ -412,3 +413,12 @@ def test_a_really_full_disk(tmp_path):
         assert files(disk / "t.zarr") == files(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_differences_are_named_one_by_one_and_kept_short():
+    stored = {"recipe": {"crops": [{"blur": 1.0, "size": 224}]}, "view_ids": [0, 1]}
+    asked = {"recipe": {"crops": [{"blur": 0.5, "size": 224}]}, "view_ids": list(range(10**6))}
+    crops, view_ids = differences(stored, asked)
+    assert crops == "recipe.crops.0.blur is 1.0 in the store, not 0.5"
+    assert view_ids.startswith("view_ids is [0, 1] in the store, not [0, 1, 2, ")
+    assert len(view_ids) < 150
