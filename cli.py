@@ -159,7 +159,7 @@ def cache_teacher(
     from rob.teacher_cache.cache import cache_teacher as run
     from rob.teacher_cache.teachers import TeacherConfig
 
-    stored = Encoding(encoding, dtype=store_dtype or "float16", k=topk or 64)
+    stored = Encoding(encoding, dtype=store_dtype or Encoding.dtype, k=topk or Encoding.k)
     if encoding != "topk":
         o.refuse({"--topk": topk}, f"is for --encoding topk, and this is {encoding}")
     if encoding != "embedding":

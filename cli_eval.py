@@ -183,7 +183,7 @@ def lowshot(
 
     if not finetune:
         o.refuse({"--epochs": epochs, "--lr": lr}, "is for --finetune")
-    tuning = FinetuneConfig(epochs or 30, lr or 1e-4)
+    tuning = FinetuneConfig(epochs or FinetuneConfig.epochs, lr or FinetuneConfig.lr)
     percents = percent or ([] if per_class else [1.0, 10.0])
     shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class or []]
     subject = Subject(what, init, teacher, checkpoint, size, out, batch_size, device, loader, workers)

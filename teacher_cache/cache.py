@@ -116,7 +116,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
     manifest = _manifest(config, config.encoding, data, teacher, config.prototypes)
     if not _is_complete(config.out, manifest, "teacher_temp"):
-        begun_store(config.out, manifest, "teacher_temp")  # refuses a path that is taken before the teacher runs
+        begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
         _reencode(_with_prototypes(embeddings, config, progress), config, data, teacher, progress)
     shutil.rmtree(embeddings, ignore_errors=True)
@@ -194,6 +194,7 @@ def _write_store(
     if _is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         progress.note(f"{path} is complete already: nothing to do")
         return
+    begun_store(path, manifest)  # refuses what is in the way, before the teacher runs
     _refuse_what_will_not_fit(config, data, teacher)
     plan = _plan(config, data, teacher, device)  # nothing is begun with a view size that the teacher can't take
     writer = StoreWriter.open_or_resume(path, manifest)

@@ -218,6 +218,8 @@ def test_what_is_in_the_way_is_refused_before_the_teacher_runs(data, headless, t
     monkeypatch.setattr(cache, "embedder", lambda *_: pytest.fail("the teacher ran"))
     with pytest.raises(MisuseError, match="thesis is already there and is not a target store: give another path"):
         cache_teacher(foreign)
+    with pytest.raises(MisuseError, match="thesis is already there and is not a target store: give another path"):
+        cache_teacher(tiny.tiny_cache_config(foreign.out, data, headless))
     with pytest.raises(
         MisuseError, match=r"begun\.zarr was begun with other settings \(encoding\.k is 3 in the store, not 4"
     ):
