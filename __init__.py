@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from .teacher_cache.verify import VerifyConfig, verify
 
 _HOME = {
-    "common.encodings": ("Encoding",),
+    "common.store.encodings": ("Encoding",),
     "common.errors": ("FailureError", "MisuseError"),
-    "common.images": ("PackConfig", "pack"),
-    "common.loader": ("LoaderConfig",),
-    "common.store": ("TargetStore",),
-    "common.views": ("Recipe", "RecipeOverrides", "get_recipe"),
+    "common.images.pack": ("PackConfig", "pack"),
+    "common.views.loader": ("LoaderConfig",),
+    "common.store.reader": ("TargetStore",),
+    "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
     "student_train.branches": ("CachedTargets", "OnlineTeacher"),
     "student_train.checkpoint": ("load_student",),
     "student_train.evaluate.detect": ("DetectConfig", "detect"),

@@ -92,8 +92,8 @@ def pack(
     ] = True,
 ) -> None:
     """Pack images into one .beton file."""
-    from rob.common.images import PackConfig
-    from rob.common.images import pack as run
+    from rob.common.images.pack import PackConfig
+    from rob.common.images.pack import pack as run
 
     config = PackConfig(source, out, max_resolution, jpeg_quality, raw, workers, skip_bad, split, limit, shuffle)
     with bar("packing", "images") as update:
@@ -152,9 +152,9 @@ def cache_teacher(
     solarise: o.Solarise = None,
 ) -> None:
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
-    from rob.common.encodings import Encoding
-    from rob.common.loader import LoaderConfig
-    from rob.common.views import RecipeOverrides, get_recipe
+    from rob.common.store.encodings import Encoding
+    from rob.common.views.loader import LoaderConfig
+    from rob.common.views.recipes import RecipeOverrides, get_recipe
     from rob.teacher_cache.cache import CacheConfig, CachePlan, CacheProgress
     from rob.teacher_cache.cache import cache_teacher as run
     from rob.teacher_cache.teachers import TeacherConfig

@@ -10,8 +10,8 @@ from rob.common.errors import MisuseError
 if TYPE_CHECKING:
     import torch
 
-    from rob.common.beton import Beton
-    from rob.common.views import Recipe, RecipeOverrides
+    from rob.common.images.beton import Beton
+    from rob.common.views.recipes import Recipe, RecipeOverrides
     from rob.student_train.branches import CachedTargets, OnlineTeacher
     from rob.student_train.momentum import MomentumBranch, MomentumConfig
     from rob.student_train.objectives import ObjectiveConfig
@@ -23,7 +23,7 @@ OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "s
 
 def drawn(recipe: str, overrides: "RecipeOverrides") -> "Recipe":
     """The recipe as asked. MisuseError: local crops are asked for that it does not have."""
-    from rob.common.views import get_recipe
+    from rob.common.views.recipes import get_recipe
 
     found = get_recipe(recipe, overrides)
     if overrides.local_scale is not None and found.local_crop is None:
@@ -35,7 +35,7 @@ def drawn(recipe: str, overrides: "RecipeOverrides") -> "Recipe":
 
 def preset_recipe(preset: "Preset") -> "Recipe":
     """How a preset draws views."""
-    from rob.common.views import RecipeOverrides
+    from rob.common.views.recipes import RecipeOverrides
 
     areas = {name: preset.options.get(name) for name in ("global_scale", "local_scale")}
     return drawn(preset.options["recipe"], RecipeOverrides(**areas))

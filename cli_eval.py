@@ -297,7 +297,7 @@ class Subject:
         loader: str,
         workers: int,
     ) -> None:
-        from rob.common.loader import LoaderConfig
+        from rob.common.views.loader import LoaderConfig
 
         self.loader = LoaderConfig(loader, batch_size, workers)
         say_which_loader(self.loader)
@@ -313,7 +313,7 @@ class Subject:
             return labelled_images(self.network, data, test, self.loader, self.folder, update)
 
     def write(self, task: str, data: Path, test: Path | None, result: dict[str, Any]) -> None:
-        from rob.common.beton import Beton
+        from rob.common.images.beton import Beton
         from rob.student_train.evaluate.results import write_result
 
         if not self.folder:

@@ -61,9 +61,9 @@ def inspect_(
     images: Annotated[int, typer.Option(min=1, help="Images on the sheet, at most 64.")] = 6,
 ) -> None:
     """Show what a .beton or a target store holds."""
-    from rob.common.contact_sheet import SheetConfig, contact_sheet
-    from rob.common.inspect import inspect
-    from rob.common.views import get_recipe
+    from rob.common.look.contact_sheet import SheetConfig, contact_sheet
+    from rob.common.look.contents import inspect
+    from rob.common.views.recipes import get_recipe
 
     found = inspect(path)
     table = Table(title=found.title, title_justify="left", show_header=False)
@@ -108,8 +108,8 @@ def views(
     Look for: crops that no longer show the object (raise the LOW of a scale), colours that matter and are gone (--colour 0), and
     medians far above recipe dino's, which small networks learn badly from.
     """
-    from rob.common.contact_sheet import SheetConfig, contact_sheet
-    from rob.common.views import RecipeOverrides
+    from rob.common.look.contact_sheet import SheetConfig, contact_sheet
+    from rob.common.views.recipes import RecipeOverrides
 
     overrides = RecipeOverrides(
         num_global, num_local, global_scale, local_scale, centre, colour, flip, grey, blur, solarise

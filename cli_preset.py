@@ -41,7 +41,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
 
     What is typed is never among them: that is refused where it means nothing.
     """
-    from rob.common.views import RECIPES
+    from rob.common.views.recipes import RECIPES
     from rob.student_train.objectives import OBJECTIVES
     from rob.student_train.pairing import usual_pairing
 

@@ -37,7 +37,7 @@ def sweep(
     One run after another, or one on every GPU. Stopped, the same command goes on; more values may be added. A failed run is
     named with its log once the others are done.
     """
-    from rob.common.run import stopped_by_signals
+    from rob.common.signals import stopped_by_signals
     from rob.student_train.sweep import SweepConfig, Variation, draw_heat_map
     from rob.student_train.sweep import sweep as run
 

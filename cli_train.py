@@ -275,10 +275,12 @@ def train_student(
     solarise: o.Solarise = None,
 ) -> None:
     """Stage 2: train a student from cached targets, from the live teacher, or without one."""
-    from rob.common.beton import Beton
-    from rob.common.loader import LoaderConfig
-    from rob.common.run import leave_ranks, pick_device, stopped_by_signals
-    from rob.common.views import RecipeOverrides
+    from rob.common.images.beton import Beton
+    from rob.common.ranks import leave_ranks
+    from rob.common.run import pick_device
+    from rob.common.signals import stopped_by_signals
+    from rob.common.views.loader import LoaderConfig
+    from rob.common.views.recipes import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares, worst_share
     from rob.student_train.objectives import ObjectiveConfig, usual_objective
     from rob.student_train.optimiser import OptimiserConfig

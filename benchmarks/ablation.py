@@ -19,11 +19,11 @@ from typing import Any
 from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.loader import LoaderConfig
+from rob.common.images.beton import Beton
 from rob.common.run import pick_device
-from rob.common.views import RecipeOverrides, get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.linear import linear
 from rob.student_train.evaluate.network import FrozenNetwork

@@ -17,12 +17,12 @@ import torch
 from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.pipeline import Side
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
-from rob.common.views import get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import get_recipe
 from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.momentum import MomentumBranch, MomentumConfig
 from rob.student_train.objectives import ObjectiveConfig

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from rob.benchmarks.demo import TEACHER, TEACHER_SIZE
 from rob.benchmarks.photographs import make_photographs
 from rob.benchmarks.report import Report
-from rob.common.augment import augment
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device
-from rob.common.store import TargetStore
-from rob.common.views import get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.store.reader import TargetStore
+from rob.common.views.augment import augment
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 

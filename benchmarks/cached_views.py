@@ -15,11 +15,11 @@ from statistics import mean, stdev
 
 from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.loader import LoaderConfig
+from rob.common.images.beton import Beton
 from rob.common.run import pick_device
-from rob.common.views import RecipeOverrides, get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork

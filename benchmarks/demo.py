@@ -17,11 +17,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig
+from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
-from rob.common.views import RecipeOverrides, get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig

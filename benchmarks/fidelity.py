@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rob.common.encodings import Encoding
+from rob.common.store.encodings import Encoding
 from rob.student_train.branches import stored_target
 from rob.student_train.kernels.reference import target_probabilities
 from rob.student_train.kernels.target import Target

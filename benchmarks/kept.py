@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rob.common.errors import MisuseError
-from rob.student_train.checkpoint import first_difference, replacing
+from rob.common.files import first_difference, replacing
 
 SETTINGS_NAME = "settings.json"
 

@@ -40,13 +40,13 @@ from rob.benchmarks.loader_peers import (
 )
 from rob.benchmarks.photographs import HEIGHT, WIDTH, make_photographs
 from rob.benchmarks.report import Report
-from rob.common.augment import augment
-from rob.common.beton import Beton
-from rob.common.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_handle, plane_starts
-from rob.common.images import PackConfig, pack
-from rob.common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from rob.common.pillow_path import render_view
-from rob.common.views import RecipeOverrides, get_recipe
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
+from rob.common.views.augment import augment
+from rob.common.views.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_handle, plane_starts
+from rob.common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.pillow_backend import render_view
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
 CIFAR10 = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"

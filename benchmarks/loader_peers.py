@@ -21,9 +21,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from rob.common.beton import Beton
-from rob.common.loader import ViewSet
-from rob.common.views import LOCAL, get_recipe, view_parameters
+from rob.common.images.beton import Beton
+from rob.common.views.drawing import LOCAL, view_parameters
+from rob.common.views.loader import ViewSet
+from rob.common.views.recipes import get_recipe
 
 VIEWS = (ViewSet((0, 1), 224), ViewSet(tuple(LOCAL + i for i in range(6)), 96))
 VIEW_IDS = np.array([i for s in VIEWS for i in s.ids])

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
-from rob.common.views import RecipeOverrides, get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.train import TrainConfig, train_student

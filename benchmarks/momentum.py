@@ -27,13 +27,13 @@ from typing import Any
 from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
 from rob.common.errors import MisuseError
-from rob.common.loader import LoaderConfig
+from rob.common.images.beton import Beton
 from rob.common.run import pick_device
-from rob.common.store import TargetStore
-from rob.common.views import get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.store.reader import TargetStore
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import get_recipe
 from rob.student_train.branches import CachedTargets, TargetBranch
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork

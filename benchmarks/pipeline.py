@@ -18,13 +18,13 @@ import torch
 
 from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
-from rob.common.beton import Beton
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
-from rob.common.loader import LoaderConfig, ViewLoader
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
+from rob.common.store.encodings import Encoding
 from rob.common.timing import Stopwatch
-from rob.common.views import get_recipe
+from rob.common.views.loader import LoaderConfig, ViewLoader
+from rob.common.views.recipes import get_recipe
 from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig

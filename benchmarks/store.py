@@ -26,14 +26,15 @@ from torch import Tensor
 
 from rob.benchmarks.fidelity import fidelity, restored
 from rob.benchmarks.report import Report, median_of
-from rob.common.encodings import Encoding
-from rob.common.images import PackConfig, pack
+from rob.common.images.pack import PackConfig, pack
 from rob.common.order import block_shuffled_order
-from rob.common.prefetch import TargetPrefetcher, window_blocks
 from rob.common.run import pick_device
-from rob.common.store import StoreManifest, StoreWriter, TargetStore
-from rob.common.store_manifest import SHARD_CHUNKS
-from rob.common.views import get_recipe
+from rob.common.store.encodings import Encoding
+from rob.common.store.manifest import SHARD_CHUNKS, StoreManifest
+from rob.common.store.prefetch import TargetPrefetcher, window_blocks
+from rob.common.store.reader import TargetStore
+from rob.common.store.writer import StoreWriter
+from rob.common.views.recipes import get_recipe
 from rob.student_train.kernels.target import TopKTarget
 from rob.student_train.kernels.topk import log_tail
 from rob.teacher_cache.cache import CacheConfig, cache_teacher

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.beton import Beton
-from ..common.encodings import Encoding
-from ..common.loader import Batch, ViewSet
-from ..common.prefetch import TargetPrefetcher, window_blocks
+from ..common.images.beton import Beton
 from ..common.run import autocast
-from ..common.store import TargetStore
-from ..common.views import Recipe
+from ..common.store.encodings import Encoding
+from ..common.store.prefetch import TargetPrefetcher, window_blocks
+from ..common.store.reader import TargetStore
+from ..common.views.loader import Batch, ViewSet
+from ..common.views.recipes import Recipe
 from .kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .pairing import ViewPlan
 

@@ -5,15 +5,13 @@ read without unpickling code: ``torch.load(weights_only=True)`` and safetensors.
 """
 
 import json
-import os
 import pickle
 import random
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import nn
 
 from ..common.errors import FailureError, MisuseError
+from ..common.files import first_difference, replacing
 from .students import StudentInfo, create_student
 
 FORMAT_VERSION = 1
@@ -146,53 +145,9 @@ def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu")
 # ==== files ====
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes ``path``'s place only once all of it is on disk. FailureError: it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save wraps a failed write in a RuntimeError
-            raise
-        kept = f"; the earlier {path.name} is kept" if path.exists() else ""
-        raise FailureError(f"cannot write {path}: {_first_line(error)}{kept}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The operating system's words where there are any: they say "No space left on device", torch's do not."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause.strerror or str(cause) if isinstance(cause, OSError) else str(error).splitlines()[0]
-
-
 # ==== configurations ====
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` as it would come back from a JSON file: tuples are lists, paths are strings."""
     return json.loads(json.dumps(config, default=str))
-
-
-def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first field that differs, or None; of an object in a list, too.
-
-    A field that is missing is None: an option added since has None for what was always done.
-    """
-    if isinstance(old, list) and isinstance(new, list) and any(isinstance(value, dict) for value in old):
-        old, new = ({str(n): value for n, value in enumerate(values)} for values in (old, new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(key for key in old if key not in new)]:
-            inner = f"{name}.{key}" if name else key
-            difference = first_difference(old.get(key), new.get(key), inner)
-            if difference:
-                return difference
-        return None
-    return None if old == new else (name, old, new)

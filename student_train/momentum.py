@@ -27,9 +27,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..common.errors import MisuseError
-from ..common.loader import Batch, ViewSet
 from ..common.run import autocast
-from ..common.views import Recipe
+from ..common.views.loader import Batch, ViewSet
+from ..common.views.recipes import Recipe
 from .branches import TargetBranch, TargetSpace
 from .kernels.target import EmbeddingTarget, Target
 from .objectives import OBJECTIVES, ObjectiveConfig

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import MisuseError, unknown_name
-from ..common.views import LOCAL, Recipe
+from ..common.views.drawing import LOCAL
+from ..common.views.recipes import Recipe
 
 PAIRINGS = ("same", "cross", "all")
 SAME_VIEW = ("embedding", "disco")

@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
-from ..common.lock import lock_file
-from ..common.run import ALONE, Ranks
+from ..common.files import lock_file, replacing
+from ..common.ranks import ALONE, Ranks
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
-from .checkpoint import (
-    AVERAGE_NAME,
-    WEIGHTS_NAME,
-    load_checkpoint,
-    replacing,
-    save_checkpoint,
-)
+from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from .collapse import FIELDS
 
 FREE_TO_CHANGE = (

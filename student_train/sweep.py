@@ -20,10 +20,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..common.beton import Beton
 from ..common.errors import FailureError, MisuseError
-from ..common.store import TargetStore
-from .checkpoint import first_difference, replacing
+from ..common.files import first_difference, replacing
+from ..common.images.beton import Beton
+from ..common.store.reader import TargetStore
 from .evaluate.results import read_results
 
 if TYPE_CHECKING:

@@ -13,31 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.beton import Beton
 from ..common.errors import MisuseError
-from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
-from ..common.run import (
-    ALONE,
-    Ranks,
-    autocast,
-    join_ranks,
-    left_together,
-    pick_device,
-    seed_everything,
-    seed_step,
-    stop_together,
-    uninterrupted,
-    versions,
-)
-from ..common.store_manifest import CHUNK_ROWS
+from ..common.ranks import ALONE, Ranks, join_ranks, left_together, normalise_together, stop_together
+from ..common.run import autocast, pick_device, seed_everything, seed_step, versions
+from ..common.signals import uninterrupted
+from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views import Recipe
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.views.recipes import Recipe
 from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
-from .collective import normalise_together
 from .kernels.target import Target
 from .objectives import ObjectiveConfig, build_objective, usual_objective
 from .optimiser import OptimiserConfig, Schedule, build_average, build_optimiser

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.beton import Beton
-from ..common.encodings import Encoding
 from ..common.errors import FailureError, MisuseError
-from ..common.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from ..common.lock import locked
+from ..common.files import differences, locked
+from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device, versions
-from ..common.store import TargetStore, add_prototypes
-from ..common.store_manifest import StoreManifest, differences
-from ..common.store_writer import StoreWriter, begun_store
-from ..common.views import Recipe, get_recipe
+from ..common.store.encodings import Encoding
+from ..common.store.manifest import StoreManifest
+from ..common.store.reader import TargetStore, add_prototypes
+from ..common.store.writer import StoreWriter, begun_store
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.views.recipes import Recipe, get_recipe
 from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
 from .teachers import Teacher, TeacherConfig, load_teacher

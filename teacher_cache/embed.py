@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.loader import Batch
 from ..common.run import autocast
-from ..common.views import Recipe
+from ..common.views.loader import Batch
+from ..common.views.recipes import Recipe
 from .teachers import Teacher
 
 

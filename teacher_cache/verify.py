@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.beton import Beton
-from ..common.encodings import Encoding
 from ..common.errors import FailureError, MisuseError
-from ..common.loader import LoaderConfig, ViewLoader, ViewSet
+from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device
-from ..common.store import TargetStore
-from ..common.views import Recipe
+from ..common.store.encodings import Encoding
+from ..common.store.reader import TargetStore
+from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from ..common.views.recipes import Recipe
 from .embed import embedder
 from .teachers import Teacher, TeacherConfig, load_teacher
 

@@ -4,28 +4,23 @@ import os
 import signal
 from pathlib import Path
 
+os.environ["PYTHONPATH"] = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))  # of scripts
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test that would download fails at once
 
 import hypothesis
-import numpy as np
 import pytest
 from PIL import Image
 
-from rob.common.beton import Beton
-from rob.common.images import PackConfig, pack
+from rob.common.images.beton import Beton
+from rob.common.images.pack import PackConfig, pack
+from support.photographs import photograph
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
 hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
-
-
-def photograph(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """A smooth random picture, (height, width, 3) uint8: JPEG keeps it well, and no two seeds look alike."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ...common.beton import Beton
-from ...common.loader import LoaderConfig
+from ...common.images.beton import Beton
+from ...common.views.loader import LoaderConfig
 from ..checkpoint import load_checkpoint, save_checkpoint
 from .features import Features, same_classes
 from .labelled import LabelledImages

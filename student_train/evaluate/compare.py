@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ...common.errors import MisuseError
-from ..checkpoint import load_student, replacing
+from ...common.files import replacing
+from ..checkpoint import load_student
 from ..run_folder import read_log
 from ..students import num_macs, num_parameters
 from .results import read_results

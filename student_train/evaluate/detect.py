@@ -16,16 +16,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
 from ...common.errors import FailureError, MisuseError, unknown_name
+from ...common.files import replacing
 from ...common.run import pick_device, seed_everything
 from ...common.weights import hash_weights
-from ..checkpoint import (
-    load_checkpoint,
-    load_student,
-    random_state,
-    replacing,
-    restore_random_state,
-    save_checkpoint,
-)
+from ..checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
 from ..students import create_student
 from .detect_data import DetectionData, DetectionTensors, open_detection
 from .detect_model import build_detector

@@ -13,7 +13,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 
 from ...common.errors import FailureError, MisuseError
-from ..checkpoint import replacing
+from ...common.files import replacing
 
 SHARD_ROWS = 16_384
 """Images whose features are written at a time: 32 MB of 512 dimensions, and no more lost when extraction is killed."""

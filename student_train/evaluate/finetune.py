@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.beton import Beton
 from ...common.errors import MisuseError
-from ...common.loader import LoaderConfig
-from ..checkpoint import replacing
+from ...common.files import replacing
+from ...common.images.beton import Beton
+from ...common.views.loader import LoaderConfig
 from .features import Features
 from .labelled import LabelledImages
 from .logistic import fit_logistic

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
-from ...common.loader import LoaderConfig
+from ...common.views.loader import LoaderConfig
 from .features import Features, same_classes
 from .network import FrozenNetwork
 from .subsets import balanced_subset

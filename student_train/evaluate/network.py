@@ -9,20 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...common.beton import Beton
 from ...common.errors import MisuseError, is_out_of_memory
-from ...common.loader import LoaderConfig
+from ...common.images.beton import Beton
+from ...common.views.loader import LoaderConfig
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
 from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
-from .features import (
-    FeatureKey,
-    Features,
-    cached_features,
-    extract_features,
-    flatten_pixels,
-    label_features,
-)
+from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
 from .views import evaluation_batches
 
 

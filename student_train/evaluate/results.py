@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import MisuseError
-from ..checkpoint import replacing
+from ...common.files import replacing
 
 IDENTITY = {
     "weights": "other weights",

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...common.beton import Beton
 from ...common.errors import MisuseError, unknown_name
-from ...common.images import PackConfig, pack
-from ...common.sources import Source, open_folder
+from ...common.images.beton import Beton
+from ...common.images.pack import PackConfig, pack
+from ...common.images.sources import Source, open_folder
 
 CLEVR_COUNTS = range(3, 11)
 """Objects in a scene: the eight classes of Clevr/Count."""

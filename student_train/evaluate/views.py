@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.beton import Beton
-from ...common.loader import LoaderConfig, ViewLoader, ViewSet
-from ...common.views import Crop, Recipe, evaluation_recipe
+from ...common.images.beton import Beton
+from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from ...common.views.recipes import Crop, Recipe, evaluation_recipe
 
 SMALL_SIDE = 64
 """Data sets whose images are at most this many pixels a side are seen whole; from others 7/8 of the shorter side is cut,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import MisuseError
-from ..collective import mean_over_ranks, rank, world_size
+from ...common.ranks import mean_over_ranks, rank, world_size
 from ..kernels.sinkhorn import over_ranks, sinkhorn_offsets
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .queue import Queue

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.encodings import check_temperature
 from ...common.errors import MisuseError
 from ...common.heads import Activation, ProjectionHead, Prototypes
+from ...common.ranks import mean_over_ranks
+from ...common.store.encodings import check_temperature
 from ..collapse import entropies
-from ..collective import mean_over_ranks
 from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
 from .centre import build_centre, build_sinkhorn

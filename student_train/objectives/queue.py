@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.errors import MisuseError
-from ..collective import joined
+from ...common.ranks import joined
 
 SMALLEST_SHARE = 8
 """A default queue has at most one row for every so many images: a row must have left before its image comes again."""

@@ -1,0 +1,321 @@
+"""The packed data file: FFCV's v2 ``.beton`` with one RGB image and one label a row, and its JSON manifest.
+
+Little endian, as FFCV 1.0.2 lays it out in ``types.py`` and reads it in ``memory_managers``::
+
+    header              version, number of fields, page size, number of rows, where the allocation table starts
+    field descriptors   ``image`` (RGBImageField) and ``label`` (IntField)
+    row table           mode, width, height, data pointer, label of each row
+    image bytes         in row order; no image crosses a multiple of the page size
+    allocation table    row, pointer, size of each image, up to the end of the file
+
+FFCV ignores a field's arguments, so the image field's carry the data fingerprint: it ties the manifest to the file.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import FailureError, MisuseError
+from ..files import lock
+
+FORMAT_VERSION = 1
+"""Of the manifest, and of what the fingerprint covers."""
+FFCV_VERSION = 2
+JPEG, RAW = 0, 1
+"""FFCV's ``IMAGE_MODES``: the row's bytes are a JPEG file, or ``height * width * 3`` RGB pixels."""
+PAGE_BYTES = 1 << 23
+"""FFCV's usual page, 8 MiB. A file with a larger image gets larger pages."""
+MAX_IMAGE_BYTES = 1 << 31
+"""FFCV keeps the page size in 32 bits."""
+MAX_SIDE = 65_535
+"""FFCV keeps width and height in 16 bits."""
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_rows", "<u8"), ("allocations_at", "<u8")]
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "S16"), ("arguments", "S1024")])
+# numpy's align=True layout of FFCV's (13-byte image record, int64): the label starts at the next multiple of 8.
+ROW = np.dtype(
+    {
+        "names": ["mode", "width", "height", "pointer", "label"],
+        "formats": ["<u1", "<u2", "<u2", "<u8", "<i8"],
+        "offsets": [0, 1, 3, 5, 16],
+        "itemsize": 24,
+    }
+)
+ALLOCATION = np.dtype([("row", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+FIELD_TYPES = ((2, b"image"), (1, b"label"))
+"""FFCV's type ids of RGBImageField and IntField, under the names that ``ffcv.Loader`` pipelines use."""
+ROWS_AT = HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """One image as the file keeps it: ``data`` is a JPEG file (``mode`` JPEG) or uint8 RGB pixels (``mode`` RAW)."""
+
+    data: bytes
+    height: int
+    width: int
+    mode: int
+
+
+@dataclass(frozen=True)
+class PackManifest:
+    """What ``NAME.beton.json`` says about ``NAME.beton``. Image id = row = index into ``paths`` and ``labels``."""
+
+    format_version: int
+    num_images: int
+    fingerprint: str
+    """sha256 (hex) over mode, width, height, size and bytes of every stored image in row order."""
+    size_bytes: int
+    """Of the ``.beton``."""
+    encoding: str
+    """``jpeg`` or ``raw``."""
+    jpeg_quality: int | None
+    """Of the images that had to be encoded anew; None for raw."""
+    max_resolution: int | None
+    """Longest side in pixels, None when images keep their size."""
+    paths: tuple[str, ...]
+    """Relative to the source, ``/``-separated."""
+    labels: tuple[int, ...] | None
+    classes: tuple[str, ...] | None
+    skipped: tuple[str, ...]
+    """Broken images that were left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "PackManifest":
+        """Raises KeyError or TypeError for a dictionary of another form."""
+        values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
+        for name in ("paths", "labels", "classes", "skipped"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
+
+
+def manifest_path(path: Path) -> Path:
+    """``data.beton`` -> ``data.beton.json``."""
+    return path.with_name(path.name + ".json")
+
+
+class BetonWriter:
+    """Writes a ``.beton`` and its manifest row by row; neither appears under its name before ``finish``.
+
+    Bytes go to a locked ``.NAME.tmp-PID`` in the same folder, so that a killed pack leaves nothing that looks
+    finished; the next writer of the same target removes what dead ones left. In memory: 48 bytes a row.
+
+        with BetonWriter(Path("data.beton"), capacity=1000) as writer:
+            writer.append(stored_image, label=3)
+            manifest = writer.finish(paths=..., ...)
+
+    Raises MisuseError when another writer is at work on ``path``. Leaves OSError (disk full) to the caller.
+    """
+
+    def __init__(self, path: Path, capacity: int):
+        """``capacity``: the largest number of rows that may follow; the row table precedes the images in the file."""
+        self.path = path
+        self._rows = np.zeros(capacity, ROW)
+        self._allocations = np.zeros(capacity, ALLOCATION)
+        self._num_rows = 0
+        self._page_bytes = PAGE_BYTES
+        self._digest = hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        self._temporary_manifest = manifest_path(self._temporary)
+        self._file = self._temporary.open("wb", buffering=1 << 20)
+        lock(self._file.fileno())
+        self._end = self._file.seek(ROWS_AT + self._rows.nbytes)
+
+    def __enter__(self) -> "BetonWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            if exception[0] is None:  # else the flush failed for the reason already on its way up
+                raise
+        finally:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary_manifest.unlink(missing_ok=True)
+
+    def append(self, image: StoredImage, label: int = -1) -> None:
+        """Adds the next row. ``label`` is -1 where there is none."""
+        size = len(image.data)
+        assert 0 < size <= MAX_IMAGE_BYTES
+        assert max(image.height, image.width) <= MAX_SIDE
+        # FFCV's process cache reads whole pages. A larger image starts at a multiple of a larger power of two, so
+        # that the boundaries of the largest page in the file cut none of the smaller images either.
+        page = max(PAGE_BYTES, 1 << (size - 1).bit_length())
+        self._page_bytes = max(self._page_bytes, page)
+        room = page - self._end % page
+        if size > room:
+            self._end = self._file.seek(self._end + room)
+        row = (image.mode, image.width, image.height, self._end, label)
+        self._rows[self._num_rows] = row
+        self._allocations[self._num_rows] = (self._num_rows, self._end, size)
+        self._digest.update(np.array([image.mode, image.width, image.height, size], "<u8").tobytes())
+        self._digest.update(image.data)
+        self._file.write(image.data)
+        self._end += size
+        self._num_rows += 1
+
+    def finish(
+        self,
+        *,
+        encoding: str,
+        jpeg_quality: int | None,
+        max_resolution: int | None,
+        paths: tuple[str, ...],
+        labels: tuple[int, ...] | None,
+        classes: tuple[str, ...] | None,
+        skipped: tuple[str, ...] = (),
+    ) -> PackManifest:
+        """Completes both files, flushes them to the disk and gives them their names; the ``.beton`` comes last."""
+        assert self._num_rows == len(paths) > 0
+        fingerprint = self._digest.hexdigest()
+        manifest = PackManifest(
+            format_version=FORMAT_VERSION,
+            num_images=self._num_rows,
+            fingerprint=fingerprint,
+            size_bytes=self._end + self._num_rows * ALLOCATION.itemsize,
+            encoding=encoding,
+            jpeg_quality=jpeg_quality,
+            max_resolution=max_resolution,
+            paths=paths,
+            labels=labels,
+            classes=classes,
+            skipped=skipped,
+        )
+        header = np.array((FFCV_VERSION, len(FIELD_TYPES), self._page_bytes, self._num_rows, self._end), HEADER)
+        descriptors = np.zeros(len(FIELD_TYPES), FIELD)
+        for descriptor, (type_id, name) in zip(descriptors, FIELD_TYPES, strict=True):
+            descriptor["type_id"], descriptor["name"] = type_id, name
+        descriptors[0]["arguments"] = fingerprint.encode()
+
+        self._file.write(self._allocations[: self._num_rows].tobytes())
+        self._file.seek(0)
+        self._file.write(header.tobytes() + descriptors.tobytes() + self._rows[: self._num_rows].tobytes())
+        _flush_to_disk(self._file)
+        with self._temporary_manifest.open("w", encoding="utf-8") as file:
+            json.dump(manifest.to_dict(), file)
+            _flush_to_disk(file)
+        self._temporary_manifest.replace(manifest_path(self.path))
+        self._temporary.replace(self.path)
+        return manifest
+
+
+def _flush_to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what killed writers of ``path`` left; the lock on a temporary file tells whether its writer lives."""
+    for stale in sorted(path.parent.glob(f".{glob.escape(path.name)}.tmp-*")):
+        with stale.open("r+b") as file:
+            if not lock(file.fileno()):
+                raise MisuseError(f"{path}: another rob pack is writing this file; wait for it to finish")
+            stale.unlink()
+
+
+class Beton:
+    """Reads a ``.beton`` that ``rob pack`` wrote.
+
+    Attributes, row = image id:
+        path, manifest, num_images
+        heights, widths     (N,) int32, pixels
+        modes               (N,) uint8, JPEG or RAW
+        pointers, sizes     (N,) uint64, byte offset and length of the stored image in the file
+        labels              (N,) int64, or None
+        memory              uint8 memory map of the whole file, read-only
+
+    Raises MisuseError for a file that is missing, of another kind or truncated, and for a manifest that is missing,
+    unreadable or of another file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
+        if (path / "zarr.json").exists():
+            raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
+        if path.is_dir():
+            raise MisuseError(f"{path}: a folder; give packed images, made with: rob pack {path} {path}.beton")
+        if not path.is_file():
+            raise MisuseError(f"{path}: no such file; make a packed data set with: rob pack SOURCE {path}")
+        size = path.stat().st_size
+        header, descriptors = _read_head(path)
+        if header is None or header["version"] != FFCV_VERSION:
+            raise MisuseError(f"{path}: not a packed data set (no FFCV version {FFCV_VERSION} header); see: rob pack")
+        if tuple((int(field["type_id"]), field["name"]) for field in descriptors) != FIELD_TYPES:
+            raise MisuseError(f"{path}: a .beton with other fields than `image` and `label`; pack it with: rob pack")
+        self.num_images = int(header["num_rows"])
+        allocations_at = int(header["allocations_at"])
+        expected = allocations_at + self.num_images * ALLOCATION.itemsize
+        if size != expected:
+            raise MisuseError(f"{path}: truncated or damaged: {size:,} bytes, not {expected:,}; copy or pack it again")
+
+        self.manifest = _read_manifest(path)
+        if self.manifest.fingerprint.encode() != descriptors[0]["arguments"]:
+            raise MisuseError(f"{manifest_path(path)}: the manifest of another file than {path.name}; pack it again")
+
+        self.memory = np.memmap(path, np.uint8, mode="r")
+        rows = np.frombuffer(self.memory, ROW, self.num_images, ROWS_AT)
+        allocations = np.frombuffer(self.memory, ALLOCATION, self.num_images, allocations_at)
+        self.heights = rows["height"].astype(np.int32)
+        self.widths = rows["width"].astype(np.int32)
+        self.modes = rows["mode"].copy()
+        self.pointers = rows["pointer"].copy()
+        self.sizes = allocations["size"].copy()
+        self.labels = None if self.manifest.labels is None else rows["label"].copy()
+
+    def __reduce__(self):
+        return Beton, (self.path,)  # a pickled memory map would carry the whole file to every worker
+
+    def encoded(self, image_id: int) -> np.ndarray:
+        """The stored bytes of an image, (size,) uint8: a view of ``memory``."""
+        start = int(self.pointers[image_id])
+        return self.memory[start : start + int(self.sizes[image_id])]
+
+    def image(self, image_id: int) -> np.ndarray:
+        """An image as (H, W, 3) uint8 RGB, a copy. Raises FailureError when its bytes no longer decode."""
+        stored = self.encoded(image_id)
+        if self.modes[image_id] == RAW:
+            return np.array(stored).reshape(self.heights[image_id], self.widths[image_id], 3)
+        try:
+            with Image.open(io.BytesIO(stored.tobytes())) as image:
+                return np.array(image)
+        except OSError as error:
+            raise FailureError(f"{self.path}: image {image_id} is damaged ({error}); pack the data again") from error
+
+
+def _read_head(path: Path) -> tuple[np.void | None, np.ndarray]:
+    """Header and field descriptors, or None where the file is too short for them."""
+    with path.open("rb") as file:
+        head = file.read(ROWS_AT)
+    if len(head) < ROWS_AT:
+        return None, np.zeros(0, FIELD)
+    return np.frombuffer(head, HEADER, 1)[0], np.frombuffer(head, FIELD, len(FIELD_TYPES), HEADER.itemsize)
+
+
+def _read_manifest(path: Path) -> PackManifest:
+    location = manifest_path(path)
+    try:
+        content = json.loads(location.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise MisuseError(f"{location}: format version {version}, this rob reads {FORMAT_VERSION}; pack it again")
+        return PackManifest.from_dict(content)
+    except FileNotFoundError:
+        raise MisuseError(f"{location}: missing; it belongs beside {path.name}: copy it there or pack again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MisuseError(f"{location}: not a manifest of rob pack ({error!r}); pack the data again") from error

@@ -1,0 +1,228 @@
+"""``pack``: a folder or a named data set becomes one ``.beton`` of 8-bit RGB images with stable row ids.
+
+Every image ends as what a viewer would show: turned upright by its EXIF orientation, transparency laid on white,
+16-bit grey scaled to 8 bits, everything else converted to RGB by Pillow.
+"""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+
+from ..errors import FailureError, MisuseError
+from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
+from .sources import Source, open_source
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What ``rob pack`` takes."""
+
+    source: str
+    """A folder, flat or with one sub-folder a class, or a name of ``sources.NAMED``."""
+    out: Path
+    """The ``.beton`` to write; the manifest is written to the same name with ``.json`` added."""
+    max_resolution: int | None = None
+    """Longest side in pixels; larger images are made smaller (Lanczos), smaller ones stay."""
+    jpeg_quality: int = 95
+    """1 to 100, with 4:2:0 chroma as photographs have it. JPEG files that need no change are kept byte for byte."""
+    raw: bool = False
+    """Keep pixels, not JPEGs: lossless and fastest to read, 3 bytes a pixel. Best up to about 64 px."""
+    workers: int = 0
+    """Decoding threads (Pillow decodes outside the GIL), 0 = all cores. The result does not depend on them."""
+    skip_bad: bool = False
+    """Leave broken images out and list them in the manifest, instead of stopping."""
+    split: str = "train"
+    """Of a named data set."""
+    limit: int | None = None
+    """At most so many images, spread evenly over the source's order."""
+    shuffle: bool = True
+    """Rows in an order of their own, always the same: training shuffles inside windows of neighbouring rows, and a folder has
+    one class, day or camera behind the other."""
+
+
+class _BadImage(Exception):
+    """An image that cannot be packed; the message says why, without the path."""
+
+
+def pack(
+    config: PackConfig, progress: Callable[[int, int], None] | None = None, source: Source | None = None
+) -> PackManifest:
+    """Writes ``config.out`` and its manifest. The same source gives the same bytes, for any number of workers.
+
+    ``source`` takes the place of what ``config.source`` names.
+
+    Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
+    called with (images done, all images) after each image.
+
+    Raises MisuseError for a wrong option or source, FailureError for a broken image (unless ``skip_bad``), when a
+    data set cannot be downloaded and when the file cannot be written.
+    """
+    _check(config)
+    source = (source or open_source(config.source, config.split)).take(config.limit)
+    source = source.shuffled() if config.shuffle else source
+    total = len(source.paths)
+    workers = config.workers or os.cpu_count() or 1
+
+    def encode(path: str) -> tuple[StoredImage | _BadImage, int]:
+        try:
+            image, label = source.read(path)
+            return encode_image(image, config), label
+        except _BadImage as problem:
+            return problem, -1
+        except OSError as error:
+            return _BadImage(error.strerror or str(error)), -1
+
+    paths, labels, skipped = [], [], []
+    try:
+        with BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(workers) as pool:
+            results = _map_in_order(pool, encode, source.paths, window=4 * workers)
+            for path, (image, label) in zip(source.paths, results, strict=True):
+                if isinstance(image, StoredImage):
+                    writer.append(image, label)
+                    paths.append(path)
+                    labels.append(label)
+                elif config.skip_bad:
+                    skipped.append(path)
+                else:
+                    place = f"{config.source.rstrip('/')}/{path}"
+                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or pass --skip-bad")
+                if progress:
+                    progress(len(paths) + len(skipped), total)
+            if not paths:
+                raise FailureError(f"{config.source}: each of the {total} images is broken, nothing to pack")
+            return writer.finish(
+                encoding="raw" if config.raw else "jpeg",
+                jpeg_quality=None if config.raw else config.jpeg_quality,
+                max_resolution=config.max_resolution,
+                paths=tuple(paths),
+                labels=tuple(labels) if max(labels) >= 0 else None,
+                classes=source.classes,
+                skipped=tuple(skipped),
+            )
+    except OSError as error:
+        raise FailureError(f"could not write {config.out}: {error.strerror or error}; nothing was kept") from error
+
+
+def _check(config: PackConfig) -> None:
+    if config.out.is_dir():
+        raise MisuseError(f"{config.out}: a folder; name the file to write, such as {config.out / 'data.beton'}")
+    if config.out.suffix != ".beton":
+        raise MisuseError(
+            f"{config.out}: expected a name that ends with .beton, such as {config.out.with_suffix('.beton')}"
+        )
+    if config.workers < 0:
+        raise MisuseError(f"--workers {config.workers}: expected 0 (every core) or more")
+    if not 1 <= config.jpeg_quality <= 100:
+        raise MisuseError(f"--jpeg-quality {config.jpeg_quality}: expected 1 to 100")
+    for option in ("max_resolution", "limit"):
+        value = getattr(config, option)
+        if value is not None and value < 1:
+            raise MisuseError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
+
+
+def _map_in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
+) -> Iterator[Result]:
+    """``map`` with at most ``window`` items under way or waiting, so that memory stays bounded."""
+    remaining = iter(items)
+    pending: deque[Future[Result]] = deque()
+    pending.extend(pool.submit(function, item) for item in islice(remaining, window))
+    while pending:
+        yield pending.popleft().result()
+        pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+
+
+def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage:
+    """One image, from a file's bytes or from memory, in the form that ``config`` asks for. Raises _BadImage."""
+    try:
+        if isinstance(source, bytes):
+            if not source:
+                raise _BadImage("the file is empty")
+            image = Image.open(io.BytesIO(source))
+        else:
+            image = source
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # after load: some formats put it at the end
+        upright = image if orientation not in range(2, 9) else ImageOps.exif_transpose(image)
+        longest = config.max_resolution or max(image.size)
+        unchanged = upright is image and max(image.size) <= longest and not config.raw
+        if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):
+            return StoredImage(source, image.height, image.width, JPEG)
+        return _store(shrink(to_rgb(upright), longest), config)
+    except (_BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise _BadImage("not an image that Pillow can read") from None
+    except Exception as error:  # Pillow's decoders raise about every kind on broken files
+        raise _BadImage(str(error) or type(error).__name__) from error
+
+
+def _store(pixels: Image.Image, config: PackConfig) -> StoredImage:
+    width, height = pixels.size
+    if max(width, height) > MAX_SIDE:
+        raise _BadImage(f"{width} x {height} pixels, the format holds {MAX_SIDE:,} a side: use --max-resolution")
+    if config.raw:
+        data, mode = pixels.tobytes(), RAW
+    else:
+        buffer = io.BytesIO()
+        pixels.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling="4:2:0")
+        data, mode = buffer.getvalue(), JPEG
+    if len(data) > MAX_IMAGE_BYTES:
+        raise _BadImage(f"{width} x {height} pixels are too many for one image: use --max-resolution")
+    return StoredImage(data, height, width, mode)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB. Raises ValueError for floating-point pixels, whose range is unknown."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey; "I" is the 32-bit form that some readers put it in
+        levels = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        return Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:  # hidden colours under transparent pixels are arbitrary, often black
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def shrink(image: Image.Image, longest: int) -> Image.Image:
+    """The image with its longer side at most ``longest`` pixels and its aspect ratio kept."""
+    scale = longest / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _is_plain_jpeg(data: bytes, image: Image.Image) -> bool:
+    """Whether libjpeg-turbo hands out the file's YCbCr planes: baseline or progressive, at 4:4:4, 4:2:2 or 4:2:0."""
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG":
+        return False
+    # libjpeg's rule: a JFIF file is YCbCr, else Adobe's marker says it, else the components' names.
+    is_rgb = image.info.get("adobe_transform") == 0 or [component[0] for component in image.layer] == list(b"RGB")
+    if get_sampling(image) < 0 or (is_rgb and "jfif" not in image.info):
+        return False
+    at = 2  # behind the start-of-image marker; from here on: 0xFF, marker, length of the segment, segment
+    while at + 4 <= len(data) and data[at] == 0xFF:  # else stray bytes, which Pillow forgives and libjpeg-turbo reports
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header, of one of 13 processes
+            return marker in (0xC0, 0xC1, 0xC2)
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return False

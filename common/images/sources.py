@@ -1,0 +1,181 @@
+"""Where images come from: a folder of files, or a named data set of torchvision. Read by ``rob pack``."""
+
+import contextlib
+import gzip
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import FailureError, MisuseError, unknown_name
+from ..order import shuffled
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+"""Files of a folder with one of these endings (in either case) are its images."""
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package ``dataset-fashion-mnist`` puts the four files."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in the order of their ids."""
+
+    paths: tuple[str, ...]
+    """Relative to the source, ``/``-separated, one an image."""
+    read: Callable[[str], tuple[bytes | Image.Image, int]]
+    """Path -> the file's bytes or a decoded image, and its label, -1 for none. Called from many threads."""
+    classes: tuple[str, ...] | None
+
+    def take(self, limit: int | None) -> "Source":
+        """``limit`` images spread evenly over the sorted order, hence over the classes of a folder with sub-folders."""
+        total = len(self.paths)
+        if limit is None or limit >= total:
+            return self
+        return replace(self, paths=tuple(self.paths[row * total // limit] for row in range(limit)))
+
+    def shuffled(self) -> "Source":
+        """The same images in an order that has nothing to do with their names, and is always the same."""
+        return replace(self, paths=tuple(self.paths[row] for row in shuffled(len(self.paths))))
+
+
+def open_source(name: str, split: str = "train") -> Source:
+    """The images of a folder, or else of the named data set's ``split``; a folder of that name comes first.
+
+    Raises MisuseError for what is neither, for a folder without images and for an unknown split; FailureError when a
+    named data set cannot be downloaded.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return open_folder(folder)
+    if name in NAMED:
+        return open_named(name, split)
+    if folder.exists():
+        raise MisuseError(f"{folder}: a file, not a folder of images")
+    if "/" in name or "." in name:
+        raise MisuseError(f"{folder}: no such folder; SOURCE is a folder of images or one of {', '.join(NAMED)}")
+    raise unknown_name("folder or named data set", name, NAMED)
+
+
+def open_folder(folder: Path) -> Source:
+    """All images below a folder, in sorted order of their relative paths; hidden files and folders are left out.
+
+    Labels exist when every image lies in a folder of its class: exactly one level below ``folder``.
+    """
+    paths = tuple(sorted(_walk(folder, "", (folder.resolve(),))))
+    if not paths:
+        found = "the folder is empty" if not any(folder.iterdir()) else "no image in it or below"
+        raise MisuseError(f"{folder}: {found}; looked for {' '.join(EXTENSIONS)}")
+    parents = {path.rpartition("/")[0] for path in paths}
+    one_level = all(parent and "/" not in parent for parent in parents)
+    classes = tuple(sorted(parents)) if one_level else None
+    labels = {name: index for index, name in enumerate(classes or ())}
+
+    def read(path: str) -> tuple[bytes, int]:
+        return (folder / path).read_bytes(), labels.get(path.rpartition("/")[0], -1)
+
+    return Source(paths, read, classes)
+
+
+def _walk(folder: Path, prefix: str, ancestors: tuple[Path, ...]) -> Iterator[str]:
+    """Relative paths of the images below ``folder``. Follows links, except to a folder that it is in."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            real = Path(entry.path).resolve()
+            if real not in ancestors:
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*ancestors, real))
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield prefix + entry.name
+
+
+_TRAIN_TEST = {"train": {"train": True}, "test": {"train": False}}
+
+
+def _splits(*names: str, **aliases: str) -> dict[str, dict[str, Any]]:
+    return {name: {"split": name} for name in names} | {alias: {"split": name} for alias, name in aliases.items()}
+
+
+NAMED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "cifar10": ("CIFAR10", _TRAIN_TEST),
+    "cifar100": ("CIFAR100", _TRAIN_TEST),
+    "country211": ("Country211", _splits("train", "test", val="valid")),
+    "dtd": ("DTD", _splits("train", "val", "test")),
+    "eurosat": ("EuroSAT", {"train": {}}),
+    "fashion-mnist": ("FashionMNIST", _TRAIN_TEST),
+    "fgvc-aircraft": ("FGVCAircraft", _splits("train", "val", "trainval", "test")),
+    "food101": ("Food101", _splits("train", "test")),
+    "gtsrb": ("GTSRB", _splits("train", "test")),
+    "imagenette": ("Imagenette", _splits("train", "val")),
+    "kmnist": ("KMNIST", _TRAIN_TEST),
+    "mnist": ("MNIST", _TRAIN_TEST),
+    "oxford-pets": ("OxfordIIITPet", _splits("test", train="trainval")),
+    "stl10": ("STL10", _splits("train", "test", "unlabeled")),
+}
+"""Name on the command line -> class in ``torchvision.datasets``, and the arguments that select each split."""
+
+
+def open_named(name: str, split: str) -> Source:
+    """A split of a named data set, downloaded at first use to ``~/.cache/rob/NAME`` (or below ``$XDG_CACHE_HOME``).
+
+    Image paths are made up: ``train/00017`` is item 17. Raises as ``open_source``.
+    """
+    class_name, splits = NAMED[name]
+    if split not in splits:
+        raise unknown_name(f"split of {name}", split, splits)
+    if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        return _open_debian_fashion_mnist(split)
+
+    from torchvision import datasets  # seconds to import, and folders need none of it
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr):  # torchvision prints which mirror it tries
+            dataset = getattr(datasets, class_name)(root=str(folder), download=True, **splits[split])
+    except (OSError, RuntimeError) as error:
+        raise FailureError(
+            f"could not download {name} to {folder} ({error}): check the network, or pack a folder of images instead"
+        ) from error
+    # ImageNet-like data sets give each class as a tuple of synonyms.
+    classes = [label if isinstance(label, str) else ", ".join(label) for label in getattr(dataset, "classes", ())]
+
+    def read(path: str) -> tuple[Image.Image, int]:
+        image, label = dataset[int(path.rpartition("/")[2])]
+        return image, int(label)
+
+    return Source(_item_paths(split, len(dataset)), read, tuple(classes) or None)
+
+
+def _open_debian_fashion_mnist(split: str) -> Source:
+    prefix = DEBIAN_FASHION_MNIST / ("train" if split == "train" else "t10k")
+    images = _read_idx(Path(f"{prefix}-images-idx3-ubyte.gz"))
+    labels = _read_idx(Path(f"{prefix}-labels-idx1-ubyte.gz"))
+    classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+    def read(path: str) -> tuple[Image.Image, int]:
+        item = int(path.rpartition("/")[2])
+        return Image.fromarray(images[item]), int(labels[item])
+
+    return Source(_item_paths(split, len(images)), read, classes)
+
+
+def _item_paths(split: str, count: int) -> tuple[str, ...]:
+    digits = len(str(count - 1))  # so that the sorted order is the data set's own
+    return tuple(f"{split}/{item:0{digits}}" for item in range(count))
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array in the IDX form of MNIST: two zero bytes, type (8 = uint8), number of axes, big-endian shape, values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise FailureError(f"{path}: cannot be read ({error}); reinstall dataset-fashion-mnist") from error
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", axes, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)

@@ -1,0 +1,189 @@
+"""The target store: a Zarr v3 group with one row an image and one column a cached view, written once, read every epoch.
+
+    targets.zarr/
+      zarr.json             the group; its attributes are the manifest. Written last: without it there is no store
+      embedding/ scale/     or ids/ logits/ tail/, or logits/: what the encoding stores, (N, V, ...), sharded
+      prototypes/           (K, D) float32, when the teacher has them
+      statistics/*          sums that the objectives need later, gathered in the same pass
+      pending/              only while being written, see store_writer.py
+
+A chunk is `chunk_rows` consecutive rows with all their views, compressed, with its own crc32c.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from ..errors import FailureError, MisuseError
+from ..files import differences
+from .encodings import Encoding
+from .manifest import AGAIN, StoreManifest, read_json
+from .shards import ChunkError
+from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
+
+__all__ = ["StoreManifest", "StoreWriter", "TargetStore", "add_prototypes"]
+
+
+class TargetStore:
+    """A complete store, read by chunk, run or row. Safe to share between threads."""
+
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.encoding = Encoding.from_dict(manifest.encoding)
+        self.arrays = manifest.arrays()
+        self._indices: dict[tuple[str, int], np.ndarray] = {}  # (array, shard) -> where its chunks lie, read once
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Reads the manifest only. MisuseError: nothing there, not a store, half-written, another format version.
+        FailureError: a damaged manifest, or a file of targets is missing.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise MisuseError(f"there is no target store at {path}: make one with rob cache-teacher")
+        if (path / "zarr.json").exists():
+            attributes = read_json(path, "zarr.json").get("attributes", {})
+            store = cls(path, StoreManifest.from_json(path, attributes))
+            for name, array in store.arrays.items():
+                for shard in range(-(-store.manifest.num_chunks // array.shard_chunks)):
+                    if not (file := path / name / array.shard_file(shard)).exists():
+                        raise FailureError(f"{path} is damaged, {file} is missing: delete the store and {AGAIN}")
+            return store
+        begun = half_written(path)
+        if begun is None:
+            raise MisuseError(f"{path} is not a target store: it is no Zarr v3 group")
+        done = f"{rows_done(path, begun):,} of {begun.num_images:,} rows are done"
+        raise MisuseError(f"{path} is half-written, {done}: {AGAIN} to go on from there")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk of all arrays in memory, decompressed."""
+        return sum(int(np.prod(array.chunk_shape)) * array.dtype.itemsize for array in self.arrays.values())
+
+    def check(self, **expected: Any) -> None:
+        """MisuseError naming what differs between the manifest and the ``expected`` values of its fields, e.g.
+        ``data_fingerprint``, ``recipe`` (a dict), ``seed``, ``teacher``.
+        """
+        plain = json.loads(json.dumps(expected))
+        different = list(differences(self.manifest.to_json(), plain))
+        if different:
+            what = {"data_fingerprint": "another data set", "recipe": "another recipe", "teacher": "another teacher"}
+            kind = next((text for name, text in what.items() if different[0].startswith(name)), "other settings")
+            raise MisuseError(f"{self.path} was cached from {kind}: {'; '.join(different)}")
+
+    def read_chunk(self, chunk: int, out: Mapping[str, np.ndarray]) -> None:
+        """Chunk number ``chunk`` into ``out``'s arrays (chunk_rows, V, ...); rows past the last image are zeros.
+
+        FailureError naming the chunk and the array when it is damaged.
+        """
+        for name, array in self.arrays.items():
+            try:
+                array.read_chunk(self.path / name, chunk, self._index(name, chunk // array.shard_chunks), out[name])
+            except ChunkError as error:
+                first = chunk * array.chunk_rows
+                raise FailureError(
+                    f"{self.path}: chunk {chunk} of array {name!r} (images {first} to {first + array.chunk_rows - 1}) "
+                    f"is damaged, {error}: delete the store and {AGAIN}"
+                ) from None
+
+    def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start..stop-1 as stored: name -> (stop - start, V, ...). FailureError when a chunk is damaged."""
+        assert 0 <= start < stop <= self.manifest.num_images, (start, stop)
+        rows = self.manifest.chunk_rows
+        first, last = start // rows, -(-stop // rows)
+        run = self.empty(last - first)
+        for chunk in range(first, last):
+            self.read_chunk(chunk, {name: values[chunk - first] for name, values in run.items()})
+        offset = first * rows
+        return {
+            name: values.reshape(-1, *values.shape[2:])[start - offset : stop - offset] for name, values in run.items()
+        }
+
+    def rows(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of any image ``ids`` (B,) in their order, as stored. Decompresses every chunk it touches, once."""
+        ids = np.asarray(ids)
+        chunks, which = np.unique(ids // self.manifest.chunk_rows, return_inverse=True)
+        buffer = self.empty(1)
+        gathered = {name: np.empty((len(ids), *array.shape[1:]), array.dtype) for name, array in self.arrays.items()}
+        for number, chunk in enumerate(chunks):
+            self.read_chunk(int(chunk), {name: values[0] for name, values in buffer.items()})
+            wanted = which == number
+            for name, values in buffer.items():
+                gathered[name][wanted] = values[0, ids[wanted] % self.manifest.chunk_rows]
+        return gathered
+
+    def empty(self, num_chunks: int) -> dict[str, np.ndarray]:
+        """Room for ``num_chunks`` chunks: name -> uninitialised (num_chunks, chunk_rows, V, ...)."""
+        return {name: np.empty((num_chunks, *array.chunk_shape), array.dtype) for name, array in self.arrays.items()}
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Read every chunk; one sentence for each damaged one. ``progress(n)`` is told of each n chunks read."""
+        buffer = {name: values[0] for name, values in self.empty(1).items()}
+        damaged = []
+        for chunk in range(self.manifest.num_chunks):
+            try:
+                self.read_chunk(chunk, buffer)
+            except FailureError as error:
+                damaged.append(str(error))
+            if progress:
+                progress(1)
+        return damaged
+
+    @cached_property
+    def prototypes(self) -> np.ndarray | None:
+        """(K, D) float32, or None when the teacher has none."""
+        return self._small_array("prototypes") if self.manifest.num_prototypes else None
+
+    @cached_property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The sums gathered while caching, by name; ``embedding_sum`` (D,) float64 is always among them. FailureError when
+        it is not, or one is damaged.
+        """
+        names = sorted(entry.parent.name for entry in (self.path / "statistics").glob("*/zarr.json"))
+        if "embedding_sum" not in names:
+            raise FailureError(
+                f"{self.path}: array 'statistics/embedding_sum' is missing: delete the store and {AGAIN}"
+            )
+        return {name: self._small_array(f"statistics/{name}") for name in names}
+
+    def _small_array(self, name: str) -> np.ndarray:
+        try:
+            array = zarr.open_array(self.path / name, mode="r")
+            if array.nchunks_initialized < array.nchunks:  # Zarr would read zeros
+                raise OSError("its file is missing")
+            return np.asarray(array[...])
+        except (ValueError, OSError) as error:
+            message = f"{self.path}: array {name!r} is damaged ({error}): delete the store and {AGAIN}"
+            raise FailureError(message) from None
+
+    def _index(self, name: str, shard: int) -> np.ndarray:
+        if (name, shard) not in self._indices:
+            self._indices[name, shard] = self.arrays[name].read_index(self.path / name, shard)
+        return self._indices[name, shard]
+
+
+def add_prototypes(
+    path: Path | str,
+    prototypes: np.ndarray,
+    head: str,
+    teacher_temp: float,
+    statistics: Mapping[str, np.ndarray] | None = None,
+) -> TargetStore:
+    """Give a complete `embedding` store without prototypes the fitted ``prototypes`` (K, D), the name of their
+    ``head``, and ``statistics`` about them. Killed at any moment, the store is either without them or with them.
+    """
+    store = TargetStore.open(path)
+    if store.manifest.num_prototypes or store.encoding.kind != "embedding":
+        raise MisuseError(f"{path} has prototypes already: cache the embeddings again to fit others")
+    assert prototypes.shape[1] == store.manifest.dim
+    manifest = replace(store.manifest, num_prototypes=len(prototypes), head=head, teacher_temp=teacher_temp)
+    with disk_full_is_a_failure(store.path, prototypes.nbytes):
+        write_extras(store.path, prototypes, statistics or {})
+        write_group(store.path, "", manifest.to_json())
+    return TargetStore.open(path)

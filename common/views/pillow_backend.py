@@ -1,0 +1,89 @@
+"""The plain loader: Pillow in a torch DataLoader.
+
+It is the tests' truth for the geometry, and runs where ffcv cannot be built.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import FailureError
+from ..images.beton import Beton
+from .batch import Batch, ViewSet
+from .drawing import view_parameters
+from .recipes import Recipe
+
+GEOMETRY = "pillow"
+"""Name of this resize path in a store's manifest."""
+
+
+@dataclass(frozen=True)
+class PillowPath:
+    """Renders batches in ``workers`` processes, or in the caller's when it is 1."""
+
+    data: Beton
+    recipe: Recipe
+    seed: int
+    batch_size: int
+    workers: int
+
+    def epoch(self, order: np.ndarray, sets: Sequence[ViewSet]) -> Iterator[Batch]:
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        workers = min(self.workers, len(batches)) if self.workers > 1 else 0
+        # An item is a whole batch, so there is nothing to sample and nothing to collate.
+        dataset = _Batches(self.data, self.recipe, self.seed, tuple(sets), batches)
+        # A DataLoader draws a seed for its workers; from torch's own generator, a resumed epoch would differ.
+        unused = torch.Generator()
+        for batch in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=unused):
+            if isinstance(batch, FailureError):  # raised here: torch would wrap a worker's exception in its traceback
+                raise batch
+            yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset):
+    data: Beton
+    recipe: Recipe
+    seed: int
+    sets: tuple[ViewSet, ...]
+    batches: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch | FailureError:
+        ids = self.batches[number]
+        heights, widths = self.data.heights[ids, None], self.data.widths[ids, None]
+        drawn = [
+            view_parameters(self.recipe, self.seed, ids[:, None], np.array(s.ids), heights, widths) for s in self.sets
+        ]
+        views = [np.empty((len(ids), len(s.ids), s.size, s.size, 3), np.uint8) for s in self.sets]
+        for b, image_id in enumerate(ids.tolist()):
+            try:
+                image = Image.fromarray(self.data.image(image_id))
+            except FailureError as error:
+                return error
+            for crops, parameters in zip(views, drawn, strict=True):
+                for v, geometry in enumerate(parameters.geometry[b].tolist()):
+                    crops[b, v] = render_view(image, geometry, crops.shape[2])
+        return Batch(
+            ids,
+            tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
+            tuple(torch.from_numpy(p.colour) for p in drawn),
+        )
+
+
+def render_view(image: Image.Image, geometry: Sequence[int], size: int) -> np.ndarray:
+    """(size, size, 3) uint8: crop, antialiased bilinear resize, flip. ``geometry`` is one row of ViewParameters."""
+    top, left, height, width, flip = geometry
+    crop = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)

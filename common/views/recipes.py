@@ -1,0 +1,209 @@
+"""A view is a pure function of (recipe, seed, image id, view id).
+
+Nothing about a view is ever stored: both stages draw its crop, flip and colour from a counter-based generator, so the
+view that the teacher saw when its target was cached is the view that the student sees, on any machine, in any order,
+with any number of workers.
+
+View ids 0, 1, 2 ... are global crops, and the cached views are the first V of them; ids from ``LOCAL`` on are local
+crops.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import MisuseError, unknown_name
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How one kind of view is drawn. Probabilities are in [0, 1]; colour strengths are those of torchvision's ColorJitter.
+
+    ``scale`` is the area of the crop as a fraction of the image, ``ratio`` its width over height (drawn log-uniformly). With
+    ``centre`` > 0 the crop is not random but the centred square of that fraction of the shorter side. ``size`` is the side in
+    pixels at which the paper renders the crop: blur radii refer to it, and it is the default output size.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    centre: float = 0.0
+    flip: float = 0.5
+    jitter: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grey: float = 0.0
+    blur: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur", "solarise", "centre"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise MisuseError(f"view option {name} is {getattr(self, name)}, expected a value from 0 to 1")
+        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise MisuseError(
+                f"view option scale is {self.scale}, expected 0 < low <= high <= 1 (fractions of the image's area)"
+            )
+        if not 0.0 < self.ratio[0] <= self.ratio[1]:
+            raise MisuseError(f"view option ratio is {self.ratio}, expected 0 < low <= high (width over height)")
+        if not 0.0 <= self.hue <= 0.5 or min(self.brightness, self.contrast, self.saturation) < 0.0 or self.size < 1:
+            raise MisuseError("view colour strengths must be at least 0 (hue at most 0.5) and sizes at least 1 px")
+
+    def row(self) -> np.ndarray:
+        """The crop as float64 values in field order, pairs flattened: what the compiled draw reads."""
+        return np.array([x for f in fields(self) for x in np.atleast_1d(getattr(self, f.name))], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way of drawing views: global crops (cycled through by view id: DINO's two differ) and local ones.
+
+    ``num_global`` and ``num_local`` are the crops of an image in one step of the paper, which ``rob views`` draws; of the
+    global ones a training takes as many as its targets want. ``global_weight`` is what the pairs of two global crops weigh of
+    all (None: all pairs alike).
+    """
+
+    name: str
+    global_crops: tuple[Crop, ...]
+    local_crop: Crop | None = None
+    num_global: int = 2
+    num_local: int = 0
+    global_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_global < 1 or self.num_local < 0:
+            raise MisuseError(
+                f"recipe {self.name}: needs at least 1 global and 0 local crops, got {self.num_global} and {self.num_local}"
+            )
+        if self.num_local and self.local_crop is None:
+            raise MisuseError(
+                f"recipe {self.name} has no local crop: leave out --num-local or take a recipe that has (dino, swav ...)"
+            )
+
+    def table(self) -> np.ndarray:
+        """One row a kind of crop, the local kind last: (kinds + 1, fields) float64."""
+        return np.stack([c.row() for c in (*self.global_crops, self.local_crop or self.global_crops[0])])
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        """Undoes ``to_dict``, also after a way through JSON, which knows no tuples."""
+
+        def crop(fields: dict[str, Any]) -> Crop:
+            pairs: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            return Crop(**(fields | pairs))
+
+        local = values["local_crop"]
+        return cls(
+            values["name"],
+            tuple(crop(c) for c in values["global_crops"]),
+            crop(local) if local else None,
+            values["num_global"],
+            values["num_local"],
+            values.get("global_weight"),
+        )
+
+
+def _jitter(b: float, c: float, s: float, h: float) -> dict[str, Any]:
+    return {"jitter": 0.8, "brightness": b, "contrast": c, "saturation": s, "hue": h, "grey": 0.2}
+
+
+def _dino(
+    global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: float
+) -> dict[str, Any]:
+    """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop."""
+    colour = _jitter(0.4, 0.4, 0.2, 0.1)
+    return {
+        "global_crops": (
+            Crop(224, global_scale, blur=1.0, **colour),
+            Crop(224, global_scale, blur=0.1, solarise=0.2, **colour),
+        ),
+        "local_crop": Crop(local_size, local_scale, blur=0.5, **colour),
+        **counts,
+    }
+
+
+def _swav(
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    local_size: int,
+    strength: float,
+    **counts: float,
+) -> dict[str, Any]:
+    """SwAV's augmentations (also MSN's, at half the colour strength): jitter .8/.8/.8/.2 times the strength, blur .5."""
+    colour: dict[str, Any] = {"blur": 0.5, **_jitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)}
+    return {
+        "global_crops": (Crop(224, global_scale, **colour),),
+        "local_crop": Crop(local_size, local_scale, **colour),
+        **counts,
+    }
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        # The multi-crop baseline of SSLight (2210.02808) for ViTs; its CNNs use scales .14-1 and .05-.14 and six local crops.
+        Recipe("dino", **_dino((0.25, 1.0), (0.05, 0.25), 96, num_local=10)),
+        # SSLight: less extreme ratios between the paired views, larger local crops, which weigh .6 instead of .91.
+        Recipe("sslight", **_dino((0.3, 1.0), (0.05, 0.3), 128, num_local=10, global_weight=0.4)),
+        Recipe("swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=6)),
+        Recipe("sslight-swav", **_swav((0.3, 1.0), (0.05, 0.3), 128, 1.0, num_local=6, global_weight=0.4)),
+        Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 0.5, num_local=10)),
+        # MoCo-v2 and DisCo: two crops of one kind.
+        Recipe("moco-v2", (Crop(224, (0.2, 1.0), blur=0.5, **_jitter(0.4, 0.4, 0.4, 0.1)),)),
+        Recipe("weak", (Crop(224, centre=0.875),), num_global=1),
+    )
+}
+
+
+def evaluation_recipe(centre: float) -> Recipe:
+    """The view that features are measured on: the centred square of ``centre`` of the shorter side, nothing else."""
+    return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1)
+
+
+@dataclass(frozen=True)
+class RecipeOverrides:
+    """What a user may change of a named recipe; None keeps the recipe's own value. ``colour`` scales all jitter strengths."""
+
+    num_global: int | None = None
+    num_local: int | None = None
+    global_scale: tuple[float, float] | None = None
+    local_scale: tuple[float, float] | None = None
+    centre: float | None = None
+    colour: float | None = None
+    flip: float | None = None
+    grey: float | None = None
+    blur: float | None = None
+    solarise: float | None = None
+
+
+def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
+    """The named recipe with the overrides applied. Raises MisuseError for an unknown name or a value out of range."""
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    recipe, o = RECIPES[name], overrides or RecipeOverrides()
+
+    def changed(crop: Crop, scale: tuple[float, float] | None) -> Crop:
+        new = {k: v for k in ("flip", "grey", "blur", "solarise") if (v := getattr(o, k)) is not None}
+        if scale is not None:
+            new |= {"scale": tuple(scale), "centre": 0.0}
+        if o.centre is not None:
+            new |= {"centre": o.centre}
+        if o.colour is not None:
+            new |= {k: getattr(crop, k) * o.colour for k in ("brightness", "contrast", "saturation")}
+            new |= {"hue": min(0.5, crop.hue * o.colour), "jitter": crop.jitter if o.colour else 0.0}
+        return replace(crop, **new)
+
+    return replace(
+        recipe,
+        global_crops=tuple(changed(c, o.global_scale) for c in recipe.global_crops),
+        local_crop=changed(recipe.local_crop, o.local_scale) if recipe.local_crop else None,
+        num_global=recipe.num_global if o.num_global is None else o.num_global,
+        num_local=recipe.num_local if o.num_local is None else o.num_local,
+    )

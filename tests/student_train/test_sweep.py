@@ -1,0 +1,448 @@
+"""Grids of runs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier, Lock
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rob.cli import main
+from rob.cli_sweep import training_flags
+from rob.common.errors import FailureError, MisuseError
+from rob.common.files import lock_file
+from rob.common.images.beton import Beton
+from rob.common.store.encodings import Encoding
+from rob.common.views.recipes import get_recipe
+from rob.student_train import sweep as sweep_module
+from rob.student_train.sweep import (
+    SweepConfig,
+    SweepRow,
+    Variation,
+    draw_heat_map,
+    heat_map,
+    is_finished,
+    sweep,
+    visible_gpus,
+)
+from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+
+SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return str(tiny_beton(tmp_path_factory.mktemp("images"), 4).path)
+
+
+class Commands(list[list[str]]):
+    """What the processes are told; ``gpus`` has the CUDA_VISIBLE_DEVICES of each."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.gpus: list[str | None] = []
+        self.meanwhile: Callable[[], Any] = lambda: None  # called while a process runs
+
+
+@pytest.fixture
+def commands(monkeypatch) -> Commands:
+    """Instead of processes: notes each command and its environment, and leaves behind what the real one leaves."""
+    seen = Commands()
+
+    def run(_, command, log, environment) -> bool:
+        arguments = command[3:]
+        with seen.lock:  # runs may be threads
+            seen.append(arguments)
+            seen.gpus.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        seen.meanwhile()
+        if "--fail" in arguments or ("24" in arguments and "--fail-24" in arguments):
+            return False
+        if arguments[0] == "train-student":
+            folder = sweep_module.Path(arguments[arguments.index("--out") + 1])
+            size = int(arguments[arguments.index("--local-size") + 1])
+            (folder / "metrics.jsonl").write_text(
+                json.dumps({"loss": 2.0}) + "\n" + json.dumps({"loss": 16 / size}) + "\n"
+            )
+            (folder / "student.safetensors").touch()
+        else:
+            folder = sweep_module.Path(arguments[2])
+            (folder / "eval").mkdir(exist_ok=True)
+            (folder / "eval" / "knn.json").write_text(json.dumps({"top1": 40.0 + len(seen)}))
+        return True
+
+    monkeypatch.setattr(sweep_module.Processes, "run", run)
+    return seen
+
+
+def test_every_combination_is_trained_and_measured(tmp_path, data, commands):
+    config = SweepConfig(tmp_path, (data, "--epochs", "2"), (SIZES, SCALES), Path(data), "cpu")
+    rows = sweep(config)
+    assert [row.values for row in rows] == [(s, c) for s in ("16", "24") for c in ("0.05 0.14", "0.05 0.3")]
+    assert [row.loss for row in rows] == [1.0, 1.0, 16 / 24, 16 / 24]
+    train, knn = commands[:2]
+    assert train[:4] == ["train-student", data, "--epochs", "2"]
+    assert train[4:9] == ["--local-size", "16", "--local-scale", "0.05", "0.14"]
+    assert knn[:4] == ["eval", "knn", train[train.index("--out") + 1], data]
+    assert knn[knn.index("--test") + 1] == data
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    assert table[3] == {"local-size": "24", "local-scale": "0.05 0.3", "loss": 16 / 24, "knn_top1": rows[3].knn_top1}
+
+
+def test_finished_runs_are_not_made_again(tmp_path, data, commands):
+    sweep(SweepConfig(tmp_path, (data,), (Variation("local-size", ("16",)),), device="cpu"))
+    before = len(commands)
+    rows = sweep(SweepConfig(tmp_path, (data,), (SIZES,), device="cpu"))
+    assert len(commands) == before + 2  # one value more: its training and its k-NN
+    assert len(rows) == 2
+
+
+def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
+    config = SweepConfig(tmp_path / "out", (data, "--epochs", "2"), (SIZES,), device="cpu")
+    rows = sweep(config)
+    (config.folder(("16",)) / "eval" / "knn.json").write_text('{"top1": 0.0}')  # measured on something else since
+    elsewhere = shutil.copytree(Path(data).parent, tmp_path / "elsewhere") / Path(data).name
+    moved = (str(elsewhere), "--workers", "1", "--epochs", "2")
+    assert sweep(replace(config, device="auto", arguments=moved)) == rows
+    other = tiny_beton(tmp_path, 4, seed=1).path
+    before = len(commands)
+    for changed, what in (
+        (replace(config, arguments=(data, "--epochs", "3")), "--epochs 2 --local-size 16, and .* --epochs 3"),
+        (replace(config, test=other), f"test = None, and this one has {Beton(other).manifest.fingerprint}"),
+    ):
+        with pytest.raises(MisuseError, match=f"local-size=16 has the result of another sweep, .*{what}.*another OUT"):
+            sweep(changed)
+    assert len(commands) == before
+    config = replace(config, test=other)
+    sweep(replace(config, out=tmp_path / "second"))
+    tiny_beton(tmp_path / "again", 5, seed=1).path.replace(other)
+    (tmp_path / "again" / "images-1.beton.json").replace(f"{other}.json")
+    with pytest.raises(MisuseError, match="with test = "):
+        sweep(replace(config, out=tmp_path / "second"))
+
+
+def test_other_targets_at_the_same_place_are_refused(tmp_path, data, commands):
+    """The words are the same, the manifest tells."""
+    place, images = tmp_path / "targets.zarr", Beton(data)
+    teachers = [tiny_teacher_checkpoint(tmp_path, seed) for seed in (0, 1)]
+    tiny_store(place, images, teachers[0])
+    config = SweepConfig(tmp_path / "out", (data, "--targets", str(place)), (SIZES,), device="cpu")
+    rows, before = sweep(config), len(commands)
+    assert sweep(config) == rows
+    for teacher, changes, what in (
+        (teachers[1], {}, "targets.weights_hash = "),
+        (teachers[0], {"seed": 1}, "targets.seed = 0, and this one has 1"),
+        (
+            teachers[0],
+            {"recipe": get_recipe("moco-v2")},
+            "targets.recipe.global_crops.0.blur = 1.0, and this one has 0.5:",
+        ),
+        (teachers[0], {"encoding": Encoding("embedding", "int8")}, "targets.encoding.dtype = float16, .* int8"),
+        (teachers[0], {"prototypes": 2}, "targets.head = .* fitted"),
+    ):
+        shutil.rmtree(place)
+        tiny_store(place, images, teacher, **changes)
+        with pytest.raises(MisuseError, match=f"local-size=16 has the result of another sweep, with {what}"):
+            sweep(config)
+    shutil.rmtree(place)
+    with pytest.raises(MisuseError, match="no target store"):
+        sweep(config)
+    assert len(commands) == before
+    tiny_store(place, images, teachers[0])
+    assert sweep(config) == rows  # cached again, to the same targets
+
+
+@pytest.mark.parametrize(
+    ("words", "store"),
+    [
+        (("--targets", "a.zarr"), "a.zarr"),
+        (("--targets=a.zarr",), "a.zarr"),
+        (("--targets", "momentum"), None),
+        (("--targets=online",), None),
+        ((), None),
+    ],
+)
+def test_the_store_of_a_run(tmp_path, words, store):
+    config = SweepConfig(tmp_path, ("data.beton", *words), (SIZES,))
+    assert config.store(("16",)) == (store and Path(store))
+    varied = SweepConfig(tmp_path, ("data.beton",), (Variation.parse("targets=a.zarr,online"),))
+    assert [varied.store(cell) for cell in varied.cells()] == [Path("a.zarr"), None]
+
+
+def test_images_that_are_missing_are_misuse_before_any_training(tmp_path, data, commands):
+    with pytest.raises(MisuseError, match="no-such"):
+        sweep(SweepConfig(tmp_path / "out", (data,), (SIZES,), tmp_path / "no-such.beton", device="cpu"))
+    assert not commands
+
+
+def test_gpus_are_handed_out_by_the_names_they_have_here(monkeypatch):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert visible_gpus() == ["2", "3"]
+
+
+def test_every_gpu_has_one_run_at_a_time(tmp_path, data, commands, monkeypatch):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    # Broken, which is an error, unless two processes are there at once; a third would be left over and wait in vain.
+    commands.meanwhile = Barrier(2, timeout=20).wait
+    sizes = Variation("local-size", ("16", "24", "32", "48"))
+    config = SweepConfig(tmp_path / "out", (data,), (sizes,), device="auto")
+    sweep(config)
+    assert len(commands) == 8
+    seen = dict(zip(map(tuple, commands), commands.gpus, strict=True))
+    runs = [[seen[tuple(command[3:])] for command in config.commands(cell)] for cell in config.cells()]
+    assert all(train == measure for train, measure in runs)  # a run stays where it is
+    assert sorted(commands.gpus) == ["2"] * 4 + ["GPU-5f"] * 4
+    # Two by two they meet at the barrier: never both on one GPU.
+    assert all(set(commands.gpus[n : n + 2]) == {"2", "GPU-5f"} for n in range(0, 8, 2))
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 2), ("cuda:1", 2), ("auto", 0)])
+def test_one_run_at_a_time_where_the_device_is_told_or_there_is_no_gpu(
+    tmp_path, data, commands, monkeypatch, device, gpus
+):
+    monkeypatch.setattr(sweep_module.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    alone = Lock()
+
+    def meanwhile() -> None:
+        assert alone.acquire(blocking=False)
+        sleep(0.01)
+        alone.release()
+
+    commands.meanwhile = meanwhile
+    sweep(SweepConfig(tmp_path, (data,), (SIZES,), device=device))
+    assert commands.gpus == [None] * 4
+    assert all(command[command.index("--device") + 1] == device for command in commands)
+
+
+def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands):
+    config = SweepConfig(tmp_path, (data, "--fail-24"), (SIZES,), device="cpu")
+    with pytest.raises(
+        FailureError, match=r"1 of 2 .*24/sweep.log \(the first ends with: .*\); .* others are in .*sweep.json"
+    ):
+        sweep(config)
+    assert is_finished(config, ("16",))
+    assert "local-size 24" in (config.folder(("24",)) / "sweep.log").read_text()
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variations", "sentence"),
+    [
+        (("data.beton",), (), "nothing to sweep"),
+        (("data.beton", "--local-size", "16"), (SIZES,), "both varied and fixed"),
+        (("data.beton", "--local-size=16"), (SIZES,), "both varied and fixed"),
+        (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
+        (("data.beton", "--out=x"), (SIZES,), "--out belongs to the sweep"),
+        (("data.beton", "--device", "cuda:1"), (SIZES,), "--device belongs to the sweep"),
+        (("data.beton",), (Variation("device", ("cpu", "cuda")),), "--device belongs to the sweep"),
+        (("--epochs", "2"), (SIZES,), "DATA.beton"),
+        (("data.beton",), (SIZES, SIZES), "given twice"),
+        (
+            ("data.beton",),
+            (Variation("lr", tuple(map(str, range(30)))), Variation("seed", tuple(map(str, range(30))))),
+            "900",
+        ),
+    ],
+)
+def test_grids_that_cannot_be(tmp_path, arguments, variations, sentence):
+    with pytest.raises(MisuseError, match=sentence):
+        SweepConfig(tmp_path, arguments, variations)
+
+
+@pytest.mark.parametrize("text", ["local-size", "local-size=", "=1,2", "a=1,,2", "a=1,1", "out=x,y"])
+def test_variations_that_cannot_be(text):
+    with pytest.raises(MisuseError, match="--vary"):
+        Variation.parse(text)
+
+
+# ==== flags ====
+
+
+def test_the_flags_of_training_are_found():
+    flags = training_flags()
+    assert flags["head-norm"] == ("--head-norm", "--no-head-norm")
+    assert flags["no-head-norm"] == ("--no-head-norm", "--head-norm")
+    assert flags["replay"] == ("--replay", "--fresh")
+    assert flags["only-consistency"] == ("--only-consistency", None)
+    assert not {"local-size", "local-scale", "targets", "epochs"} & flags.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("head-norm=yes,no", ["--head-norm", "--no-head-norm"]),
+        ("no-head-norm=True,false", ["--no-head-norm", "--head-norm"]),
+        ("--only-consistency=no,yes", ["", "--only-consistency"]),
+    ],
+)
+def test_a_flag_takes_no_value(tmp_path, text, words):
+    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, Variation.parse(text, training_flags())))
+    assert [" ".join(config.varied(cell)) for cell in config.cells()] == [
+        f"--local-size {size} {word}".strip() for size in (16, 24) for word in words
+    ]
+    assert [config.folder(cell).name.partition(",")[2] for cell in config.cells()[:2]] == [
+        f"{text.partition('=')[0].removeprefix('--')}={value}" for value in config.variations[1].values
+    ]
+    assert set(config.variations[1].values) == {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("head-norm=yes,maybe", "--head-norm is a flag, 'maybe' is neither yes nor no"),
+        ("head-norm=1,0", "--head-norm is a flag, '1' is neither"),
+        ("head-norm=yes,true", "names a value twice"),
+    ],
+)
+def test_values_that_a_flag_cannot_have(text, sentence):
+    with pytest.raises(MisuseError, match=sentence):
+        Variation.parse(text, training_flags())
+
+
+def test_a_flag_is_one_option_under_both_its_names(tmp_path):
+    head_norm, replay, fresh = (
+        Variation.parse(f"{name}=yes,no", training_flags()) for name in ("head-norm", "replay", "fresh")
+    )
+    with pytest.raises(MisuseError, match="--no-head-norm is both varied and fixed"):
+        SweepConfig(tmp_path, ("data.beton", "--no-head-norm"), (head_norm,))
+    with pytest.raises(MisuseError, match="--vary replay is given twice"):
+        SweepConfig(tmp_path, ("data.beton",), (replay, fresh))
+
+
+# ==== the picture ====
+
+
+def shown(config: SweepConfig, rows: list[SweepRow], png: Path) -> tuple[list, list[str], list[str], np.ndarray]:
+    """Of the drawn heat map: (row, column, text) of every label in a cell, the tick labels down and across, and the colour
+    that each cell has in the PNG, (down, across, 3) uint8."""
+    figure = heat_map(config, rows)
+    draw_heat_map(config, rows, png)
+    with Image.open(png) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    texts = [(text.get_position()[1], text.get_position()[0], text.get_text()) for text in axes.texts]
+    down, across = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    # Near a corner, beside the text.
+    places = [[axes.transData.transform((j + 0.45, i + 0.4)) for j in range(len(across))] for i in range(len(down))]
+    colours = [[pixels[len(pixels) - 1 - int(y), int(x)] for x, y in row] for row in places]
+    assert (axes.get_ylabel(), axes.get_title()) == (config.variations[0].option, "k-NN top-1, %")
+    assert axes.get_xlabel() == (config.variations[1].option if len(config.variations) > 1 else "")
+    return texts, down, across, np.array(colours)
+
+
+def test_heat_map(tmp_path):
+    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, SCALES))
+    rows = [SweepRow(cell, 1.0, 50.0 + n) for n, cell in enumerate(config.cells())]
+    texts, down, across, colours = shown(config, rows[:3], tmp_path / "map.png")  # one run is missing
+    assert texts == [(0, 0, "50.0"), (0, 1, "51.0"), (1, 0, "52.0")]
+    assert (down, across) == (["16", "24"], ["0.05 0.14", "0.05 0.3"])
+    brightness = colours.astype(int).sum(2)
+    assert brightness[0, 0] > brightness[0, 1] > brightness[1, 0]  # better is darker
+    assert (colours[1, 1] == 255).all()
+    assert brightness[0, 0] < 3 * 255  # the worst is not blank
+
+
+def test_heat_map_of_one_option_and_of_three(tmp_path):
+    one = SweepConfig(tmp_path, ("data.beton",), (SIZES,))
+    texts, down, across, colours = shown(one, [SweepRow(("16",), 1.0, 50.0)], tmp_path / "one.png")
+    assert (texts, down, across) == ([(0, 0, "50.0")], ["16", "24"], [""])
+    assert (colours[0, 0] < 255).any()
+    three = SweepConfig(tmp_path, ("data.beton",), (SIZES, SCALES, Variation("lr", ("1", "2"))))
+    rows = [SweepRow(cell, 1.0, 50.0 + (3 * n) % 8) for n, cell in enumerate(three.cells())]  # 50 53 56 51 54 57 52 55
+    texts, *_ = shown(three, rows, tmp_path / "three.png")
+    assert texts == [(0, 0, "53.0"), (0, 1, "56.0"), (1, 0, "57.0"), (1, 1, "55.0")]
+
+
+# ==== the command ====
+
+
+@pytest.mark.slow
+def test_the_command_with_real_processes(tmp_path, monkeypatch, capsys):
+    images = tiny_beton(tmp_path, 32)
+    store = tiny_store(tmp_path / "targets.zarr", images, tiny_teacher_checkpoint(tmp_path))
+    student = ("--student", "test_resnet", "--no-small-images", "--image-size", "32", "--hidden-dim", "16")
+    training = (images.path, "--targets", store.path, *student, "--epochs", "1", "--batch-size", "8", "--workers", "1")
+    out = tmp_path / "out"
+
+    def rob_sweep(*vary: str) -> tuple[int, str, str]:
+        options = [word for text in vary for word in ("--vary", text)]
+        monkeypatch.setattr(
+            sys, "argv", ["rob", "sweep", *map(str, (out, *options, "--device", "cpu", "--", *training))]
+        )
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    code, printed, _ = rob_sweep("head-norm=yes,no")
+    assert code == 0, (out / "head-norm=yes" / "sweep.log").read_text()
+    results = json.loads((out / "sweep.json").read_text())
+    assert [row["head-norm"] for row in results] == ["yes", "no"]
+    assert results[0]["loss"] != results[1]["loss"]
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    for row in results:
+        folder = out / f"head-norm={row['head-norm']}"
+        assert json.loads((folder / "config.json").read_text())["objective"]["head_norm"] == (row["head-norm"] == "yes")
+        assert json.loads((folder / "eval" / "knn.json").read_text())["top1"] == row["knn_top1"]
+        cells = [row["head-norm"], f"{row['loss']:.4f}", f"{row['knn_top1']:.2f}"]
+        assert cells in table
+    with Image.open(out / "sweep.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20  # text and cells
+
+    code, _, error = rob_sweep("head-norm=yes,2")
+    assert code == 2
+    assert error == "error: --vary 'head-norm=yes,2': --head-norm is a flag, '2' is neither yes nor no\n"
+
+    code, _, error = rob_sweep("local-sise=16,24")
+    assert code == 2
+    assert error.startswith("error: unknown option of rob train-student 'local-sise': did you mean local-size")
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
+    images = tiny_beton(tmp_path, 32)
+    store = tiny_store(tmp_path / "targets.zarr", images, tiny_teacher_checkpoint(tmp_path))
+    student = ("--student", "test_resnet", "--no-small-images", "--image-size", "32", "--hidden-dim", "16")
+    training = (
+        images.path,
+        "--targets",
+        store.path,
+        *student,
+        "--epochs",
+        "10000",
+        "--batch-size",
+        "8",
+        "--workers",
+        "1",
+    )
+    out = tmp_path / "out"
+    words = (sys.executable, "-m", "rob", "sweep", out, "--vary", "seed=1,2", "--device", "cpu", "--", *training)
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if (out / "seed=1" / "metrics.jsonl").exists():
+                break
+            sleep(0.1)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped: run the same command again to go on from there" in printed
+    log = (out / "seed=1" / "sweep.log").read_text()
+    assert re.search(r"stopped at step \d+ of \d+", log), log
+    assert (out / "seed=1" / "checkpoint.pt").exists()
+    assert not (out / "seed=2").exists()
+    os.close(lock_file(out / "seed=1" / ".lock", "the run still trains"))
