@@ -289,7 +289,7 @@ def test_a_name_that_is_not_of_the_encoding_is_escaped(made, tmp_path):
 
 
 def test_without_ffcv_one_line_says_so(rob, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "ffcv_path", None)
+    monkeypatch.setattr(loader, "ffcv_backend", None)
     outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache, "--loader", "auto")
     assert outcome.out.count("the slower torch loader is used") == 1
     assert TargetStore.open(tmp_path / "t.zarr").manifest.geometry == "pillow"

@@ -18,7 +18,7 @@ from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import get_recipe
 from support.photographs import photograph
 
-needs_ffcv = pytest.mark.skipif(loader_module.ffcv_path is None, reason="ffcv is not installed")
+needs_ffcv = pytest.mark.skipif(loader_module.ffcv_backend is None, reason="ffcv is not installed")
 PATHS = [pytest.param("ffcv", marks=needs_ffcv), "torch"]
 DINO = get_recipe("dino")
 SETS = (ViewSet((0, 1), 32), ViewSet((LOCAL, LOCAL + 1, LOCAL + 7), 16))
@@ -265,7 +265,7 @@ def test_an_empty_order_gives_no_batch(path, small_beton):
 
 def test_batches_wait_for_the_copy_out_of_their_memory(small_beton):
     """A CUDA event stands for the copy: the memory may be written again only when it has passed."""
-    ffcv_path = pytest.importorskip("rob.common.views.ffcv_backend")
+    ffcv_backend = pytest.importorskip("rob.common.views.ffcv_backend")
 
     class Copy:
         waited = False
@@ -273,13 +273,13 @@ def test_batches_wait_for_the_copy_out_of_their_memory(small_beton):
         def synchronize(self) -> None:
             self.waited = True
 
-    renderer = ffcv_path.Renderer(small_beton, DINO, 3, 4, 1)
+    renderer = ffcv_backend.Renderer(small_beton, DINO, 3, 4, 1)
     renderer.set_views(SETS)
     first = renderer(np.arange(4))
     assert first.slot is not None
     first.slot.copied = copy = Copy()
     pixels = first.views[0].clone()
-    for _ in range(ffcv_path.BATCHES_AHEAD + 1):
+    for _ in range(ffcv_backend.BATCHES_AHEAD + 1):
         renderer(np.arange(4, 8))
         assert torch.equal(first.views[0], pixels)
     assert not copy.waited
@@ -399,7 +399,7 @@ def test_workers_are_the_cores_unless_given():
 
 def test_without_ffcv_the_plain_path_serves(monkeypatch, small_beton):
     expected = views_by_image(ViewLoader(small_beton, DINO, 3, LoaderConfig("torch", 24, 1)), np.arange(24))
-    monkeypatch.setattr(loader_module, "ffcv_path", None)
+    monkeypatch.setattr(loader_module, "ffcv_backend", None)
     config = LoaderConfig("auto", 24, 1)
     assert config.geometry == "pillow"
     assert_same(views_by_image(ViewLoader(small_beton, DINO, 3, config), np.arange(24)), expected)
