@@ -6,13 +6,13 @@ from typing import Annotated
 from .settings import Setting
 
 Data = Annotated[Path, Setting("Images packed by rob pack.", argument="DATA.beton")]
-Workers = Annotated[
-    int, Setting("Decoding threads (processes with --loader torch); 0 takes every core.", low=0)
-]
+Workers = Annotated[int, Setting("Decoding threads (processes with --loader torch); 0 takes every core.", low=0)]
 Device = Annotated[str, Setting("auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[
     str,
-    Setting("fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."),
+    Setting(
+        "fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."
+    ),
 ]
 Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]
 
@@ -25,7 +25,9 @@ TeacherName = Annotated[
 ]
 Checkpoint = Annotated[
     Path | None,
-    Setting("The teacher's weights: .safetensors, or .pth (read without running code). Default: timm's pretrained ones."),
+    Setting(
+        "The teacher's weights: .safetensors, or .pth (read without running code). Default: timm's pretrained ones."
+    ),
 ]
 ViewSize = Annotated[
     int | None,

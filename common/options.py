@@ -73,9 +73,7 @@ def _option(what: Described) -> inspect.Parameter:
         info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high)
         SPELLING[what.field] = SPELLING[what.name] = "--" + what.name.replace("_", "-")
     empty = inspect.Parameter.empty if default is MISSING else default
-    return inspect.Parameter(
-        what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty
-    )
+    return inspect.Parameter(what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty)
 
 
 def _configuration(annotation: Any) -> type | None:

@@ -18,6 +18,7 @@ from ..common.errors import FailureError, MisuseError
 from ..common.files import differences, locked
 from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device, versions
+from ..common.store.codec import decode, encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
@@ -216,7 +217,7 @@ def _write_store(
         statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy()}
         if logits is not None:
             statistics["usage"] = torch.bincount(logits.argmax(-1).flatten(), minlength=teacher.num_prototypes).numpy()
-        writer.append(encoding.encode(embedding, logits), statistics)
+        writer.append(encode(encoding, embedding, logits), statistics)
         return writer.rows_done
 
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
@@ -345,7 +346,7 @@ def _fit(store: TargetStore, config: CacheConfig, progress: CacheProgress) -> No
         )
 
     def read(start: int, stop: int) -> Tensor:
-        return store.encoding.decode(store.read(start, stop))["embedding"]
+        return decode(store.encoding, store.read(start, stop))["embedding"]
 
     progress.note(f"fitting {config.prototypes} prototypes on the cached embeddings")
     fitted = fit_prototypes(read, store.manifest.num_images, PrototypeConfig(config.prototypes, seed=config.seed))
@@ -366,10 +367,10 @@ def _reencode(source: TargetStore, config: CacheConfig, data: Beton, teacher: Te
     progress.note(f"encoding {config.encoding.kind} targets")
     while (start := writer.rows_done) < data.num_images:
         stop = min(start + writer.manifest.chunk_rows, data.num_images)
-        embedding = source.encoding.decode(source.read(start, stop))["embedding"]
+        embedding = decode(source.encoding, source.read(start, stop))["embedding"]
         logits = embedding @ prototypes.T
         usage = torch.bincount(logits.argmax(-1).flatten(), minlength=len(prototypes)).numpy()
         statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "usage": usage}
-        writer.append(config.encoding.encode(embedding, logits), statistics)
+        writer.append(encode(config.encoding, embedding, logits), statistics)
         progress.rows(stop, data.num_images)
     writer.finish(source.prototypes)

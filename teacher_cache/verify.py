@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device
+from ..common.store.codec import decode
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet
@@ -141,7 +142,7 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
             embedding = embed(batch)[:, 0].cpu()
             stored = {name: rows[:, column] for name, rows in store.rows(batch.image_ids).items()}
             for image_id, values in zip(
-                batch.image_ids, compare(store.encoding.decode(stored), embedding), strict=True
+                batch.image_ids, compare(decode(store.encoding, stored), embedding), strict=True
             ):
                 samples.append(Sample(int(image_id), view_id, *values))
             progress.samples(len(samples), total)

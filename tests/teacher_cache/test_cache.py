@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import RAW, Beton, BetonWriter, StoredImage
+from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
@@ -129,7 +130,7 @@ def test_logits_are_the_embeddings_against_the_published_prototypes(data, with_h
     assert dense.manifest.num_prototypes == 30
 
     sparse = tiny.tiny_store(tmp_path / "a.zarr", data, with_head, encoding=Encoding("topk", k=5), loader=PILLOW)
-    stored = sparse.encoding.decode(sparse.read(0, IMAGES))
+    stored = decode(sparse.encoding, sparse.read(0, IMAGES))
     torch.testing.assert_close(stored["logits"], expected.topk(5).values, atol=1e-3, rtol=0)
     torch.testing.assert_close(expected.gather(2, stored["ids"]), stored["logits"], atol=1e-3, rtol=0)
     for place, temp in enumerate(sparse.encoding.temps):
@@ -153,9 +154,9 @@ def test_logits_over_fitted_prototypes(data, headless, tmp_path, encoding) -> No
     store = tiny.tiny_store(tmp_path / "logits.zarr", data, headless, prototypes=6, encoding=encoding)
     np.testing.assert_array_equal(store.prototypes, embedding.prototypes)
     expected = (
-        embedding.encoding.decode(embedding.read(0, IMAGES))["embedding"] @ torch.from_numpy(embedding.prototypes).T
+        decode(embedding.encoding, embedding.read(0, IMAGES))["embedding"] @ torch.from_numpy(embedding.prototypes).T
     )
-    stored = store.encoding.decode(store.read(0, IMAGES))
+    stored = decode(store.encoding, store.read(0, IMAGES))
     expected_kept = expected.gather(2, stored["ids"]) if encoding.kind == "topk" else expected
     torch.testing.assert_close(stored["logits"], expected_kept, atol=1e-3, rtol=0)
     usage = torch.bincount(expected.argmax(2).flatten(), minlength=6)
