@@ -24,7 +24,7 @@ from .recipes import Recipe
 from .renderer import BATCHES_AHEAD, PlaneReader, Renderer
 
 GEOMETRY, GEOMETRY_ON_GPU = "planes", "planes-gpu"
-"""Names of these resize paths in a store's manifest."""
+"""Names of these ways to resize in a store's manifest."""
 
 _bytes = types.Array(types.uint8, 1, "C", readonly=True)
 _memory_type = types.Tuple([_bytes, types.uint64[::1], types.uint64[::1]])
@@ -45,7 +45,7 @@ def _compile_reader(_manager: OSCacheManager) -> Any:
 OSCacheManager.compile_reader = _compile_reader  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class FfcvPath:
+class FfcvBackend:
     """ffcv's Loader, its traversal order and its thread, around a ``Renderer``, or a ``PlaneReader`` for a GPU."""
 
     def __init__(

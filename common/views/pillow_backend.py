@@ -19,11 +19,11 @@ from .drawing import view_parameters
 from .recipes import Recipe
 
 GEOMETRY = "pillow"
-"""Name of this resize path in a store's manifest."""
+"""Name of this way to resize in a store's manifest."""
 
 
 @dataclass(frozen=True)
-class PillowPath:
+class PillowBackend:
     """Renders batches in ``workers`` processes, or in the caller's when it is 1."""
 
     data: Beton
