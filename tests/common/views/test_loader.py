@@ -12,8 +12,8 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.views import loader as loader_module
-from rob.common.views.augment import augment
-from rob.common.views.drawing import LOCAL, view_parameters
+from rob.common.views.colours import apply_colours
+from rob.common.views.drawing import LOCAL, UNCHANGED, view_parameters
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import get_recipe
 from support.photographs import photograph
@@ -273,17 +273,17 @@ def test_batches_wait_for_the_copy_out_of_their_memory(small_beton):
         def synchronize(self) -> None:
             self.waited = True
 
-    renderer = ffcv_backend.Renderer(small_beton, DINO, 3, 4, 1)
-    renderer.set_views(SETS)
-    first = renderer(np.arange(4))
+    fetcher = ffcv_backend.ViewFetcher(small_beton, DINO, 3, 4, 1)
+    fetcher.set_views(SETS)
+    first = fetcher(np.arange(4))
     assert first.slot is not None
     first.slot.copied = copy = Copy()
     pixels = first.views[0].clone()
     for _ in range(ffcv_backend.BATCHES_AHEAD + 1):
-        renderer(np.arange(4, 8))
+        fetcher(np.arange(4, 8))
         assert torch.equal(first.views[0], pixels)
     assert not copy.waited
-    renderer(np.arange(4, 8))
+    fetcher(np.arange(4, 8))
     assert copy.waited
     assert not torch.equal(first.views[0], pixels)
 
@@ -301,7 +301,7 @@ def test_batches_go_to_a_device(small_beton, backend):
 @needs_ffcv
 @pytest.mark.parametrize("raw", [False, True])
 def test_planes_give_the_views_of_the_cpu_path(image_folder, tmp_path, raw):
-    """In plain torch on the CPU; test_view_kernel_interpreted has the kernel, test_view_kernel_gpu the GPU."""
+    """In plain torch on the CPU; test_kernel_interpreted has the kernel, test_kernel_gpu the GPU."""
     from rob.common.views.ffcv_backend import FfcvBackend
 
     pack(PackConfig(str(image_folder), tmp_path / "data.beton", raw=raw))
@@ -309,7 +309,7 @@ def test_planes_give_the_views_of_the_cpu_path(image_folder, tmp_path, raw):
     expected = views_by_image(ViewLoader(data, DINO, 3, LoaderConfig("ffcv", 24, 1)), order)
     seen, mean, std = 0, torch.zeros(3), torch.ones(3)
     for batch in FfcvBackend(data, DINO, 3, 7, 2, planes=True).epoch(order, SETS):
-        neutral = tuple(torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand_as(c) for c in batch.colour)
+        neutral = tuple(torch.tensor(UNCHANGED).expand_as(c) for c in batch.colour)
         assert batch.views == ()
         for number, s in enumerate(SETS):
             views = replace(batch, colour=neutral).augment(number, 1.0, mean, std) * 255
@@ -327,7 +327,7 @@ def test_a_batch_is_augmented_as_its_views_are(backend, small_beton):
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
     for batch in ViewLoader(small_beton, DINO, 3, LoaderConfig(backend, 24, 1)).epoch(np.arange(24), SETS):
         for number, (views, colour) in enumerate(zip(batch.views, batch.colour, strict=True)):
-            expected = augment(views.flatten(0, 1), colour.flatten(0, 1), 0.3, mean, std)
+            expected = apply_colours(views.flatten(0, 1), colour.flatten(0, 1), 0.3, mean, std)
             assert torch.equal(batch.augment(number, 0.3, mean, std).flatten(0, 1), expected)
             assert batch.augment(number, 0.3, mean, std, torch.bfloat16).dtype == torch.bfloat16
 
@@ -376,9 +376,9 @@ def test_planes_become_the_same_views(small_beton):
     ]
     assert batches[1].planes is not None
     for number in range(len(SETS)):
-        rendered, made = (batch.to(torch.device("cpu")).augment(number, 0.2, mean, std) for batch in batches)
-        assert rendered.shape == made.shape
-        assert (rendered - made).abs().mean() < 2 / 255
+        resized, made = (batch.to(torch.device("cpu")).augment(number, 0.2, mean, std) for batch in batches)
+        assert resized.shape == made.shape
+        assert (resized - made).abs().mean() < 2 / 255
 
 
 # --- options ---
