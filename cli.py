@@ -212,7 +212,7 @@ def note(text: str) -> None:
 
 
 def say_which_loader(config: Any) -> None:
-    if config.path == "auto" and config.geometry == "pillow":
+    if config.backend == "auto" and config.geometry == "pillow":
         note("ffcv is not installed here: the slower torch loader is used")
 
 

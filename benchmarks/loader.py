@@ -42,10 +42,19 @@ from rob.benchmarks.photographs import HEIGHT, WIDTH, make_photographs
 from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
-from rob.common.views.augment import augment
-from rob.common.views.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_handle, plane_starts
+from rob.common.views.colours import apply_colours
+from rob.common.views.decode import (
+    FACTOR_X,
+    FACTOR_Y,
+    LAYOUT_COLUMNS,
+    SCALE,
+    decode_planes,
+    decoder_handle,
+    plane_starts,
+)
+from rob.common.views.drawing import CROP_HEIGHT, CROP_WIDTH
 from rob.common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from rob.common.views.pillow_backend import render_view
+from rob.common.views.pillow_backend import resize_view
 from rob.common.views.recipes import RecipeOverrides, get_recipe
 
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
@@ -104,7 +113,7 @@ def worst_psnr(data: Beton, config: LoaderBenchConfig) -> float:
         for b, i in enumerate(batch.image_ids):
             image, views = Image.fromarray(data.image(i)), [view for s in batch.views for view in s[b]]
             for view, crop, size in zip(views, geometry[i].tolist(), SIZES, strict=True):
-                error = view.permute(1, 2, 0).numpy().astype(float) - render_view(image, crop, size)
+                error = view.permute(1, 2, 0).numpy().astype(float) - resize_view(image, crop, size)
                 worst = min(worst, 10 * np.log10(255**2 / max(1e-9, np.mean(error**2))))
     return float(worst)
 
@@ -165,7 +174,7 @@ def rob_side(data: Beton, config: LoaderBenchConfig, colours: bool = False) -> C
             done += len(batch.image_ids)
             if colours:
                 for views, colour in zip(batch.views, batch.colour, strict=True):
-                    augment(views.flatten(0, 1), colour.flatten(0, 1), 1.0, mean, std)
+                    apply_colours(views.flatten(0, 1), colour.flatten(0, 1), 1.0, mean, std)
         return done
 
     return epoch
@@ -179,7 +188,7 @@ def planes_side(data: Beton, threads: int) -> Callable[[], int]:
         handle, scales = decoder_handle(), np.ones(len(ids), np.int64)
         starts = plane_starts(data.heights[ids], data.widths[ids], scales)
         planes = scratch.setdefault(handle, np.empty(starts[-1], np.uint8))
-        layout = np.empty((len(ids), 6), np.int32)
+        layout = np.empty((len(ids), LAYOUT_COLUMNS), np.int32)
         decode_planes(
             handle, data.memory, data.pointers, data.sizes, data.modes, data.heights, data.widths,
             ids, scales, starts, planes, layout,
@@ -225,18 +234,20 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
     mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
     layout, geometry = batch.planes.layout.cpu().double(), batch.planes.geometry.cpu().double()
     plane_bytes = 1 + 2 / (layout[:, FACTOR_Y] * layout[:, FACTOR_X])
-    read = (geometry[..., 2] * geometry[..., 3] * (plane_bytes / layout[:, SCALE] ** 2)[:, None]).sum()
+    read = (
+        geometry[..., CROP_HEIGHT] * geometry[..., CROP_WIDTH] * (plane_bytes / layout[:, SCALE] ** 2)[:, None]
+    ).sum()
     written = len(batch.image_ids) * sum(3 * 2 * size**2 for size in SIZES)
     source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
-    def render() -> None:
+    def make_views() -> None:
         for number in range(len(VIEWS)):
             batch.augment(number, 1.0, mean, std, torch.bfloat16)
 
     speeds = {}
     for side, work, count in (
-        ("view kernel alone", render, float(read) + written),
+        ("view kernel alone", make_views, float(read) + written),
         ("copy on the GPU", lambda: target.copy_(source), 2.0 * source.numel()),
     ):
         milliseconds: Any = do_bench(work, return_mode="median")

@@ -23,6 +23,7 @@ from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from ..common.store.writer import StoreWriter, begun_store
+from ..common.views.drawing import UNCHANGED
 from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.views.recipes import Recipe, get_recipe
 from .embed import embedder
@@ -310,7 +311,7 @@ def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.devi
     embed = embedder(teacher, config.recipe, size, device, config.precision)
     images = min(config.loader.batch_size, max(1, 32 // config.views))
     noise = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
-    plain = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
+    plain = torch.tensor(UNCHANGED).expand(images, config.views, len(UNCHANGED))
     batch = Batch(np.arange(images), (noise,), (plain,))
     for _ in range(2):
         start = time.perf_counter()

@@ -127,10 +127,10 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
     if manifest.geometry != "pillow" and LoaderConfig().geometry == "pillow":
         raise MisuseError(f"{store.path} was cached with ffcv, which is not installed here: verify it where it is")
-    path = "torch" if manifest.geometry == "pillow" else "ffcv"
+    backend = "torch" if manifest.geometry == "pillow" else "ffcv"
     if manifest.geometry == "planes-gpu" and device.type == "cuda":
-        path = "gpu"
-    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(path, config.batch_size, config.workers))
+        backend = "gpu"
+    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(backend, config.batch_size, config.workers))
     embed = embedder(teacher, recipe, manifest.view_size, device, precision)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)

@@ -19,7 +19,7 @@ from PIL import Image
 from ..errors import MisuseError
 from ..images.beton import Beton
 from ..store.reader import TargetStore
-from ..views.drawing import LOCAL, view_parameters
+from ..views.drawing import CROP_HEIGHT, CROP_WIDTH, LEFT, LOCAL, TOP, view_parameters
 from ..views.loader import LoaderConfig, ViewLoader, ViewSet
 from ..views.recipes import Recipe, get_recipe
 from .neighbours import nearest
@@ -115,7 +115,7 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
     sets = [(recipe.global_crops[0].size, global_ids)]
     if recipe.local_crop and local_ids:
         sets.append((recipe.local_crop.size, local_ids))
-    pixels = render_views(data, recipe, config.seed, "auto", image_ids, sets)
+    pixels = load_views(data, recipe, config.seed, "auto", image_ids, sets)
 
     small = (IMAGE - GAP) / 2
     per_row = -(-len(local_ids) // 2)
@@ -188,9 +188,9 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     chunks = _choose(manifest.num_chunks, wanted_chunks, config.spread)
     found = nearest(store, image_ids, columns, chunks.tolist(), config.neighbours)
 
-    path = "torch" if manifest.geometry == "pillow" else "auto"
+    backend = "torch" if manifest.geometry == "pillow" else "auto"
     shown = np.unique(np.concatenate([image_ids, found.image_ids.ravel()]))
-    pixels = render_views(data, recipe, manifest.seed, path, shown, [(manifest.view_size, manifest.view_ids)])
+    pixels = load_views(data, recipe, manifest.seed, backend, shown, [(manifest.view_size, manifest.view_ids)])
 
     view_at, first_at = IMAGE + 2 * GAP, IMAGE + TILE + 6 * GAP
     row_height = TILE + LINE + GAP
@@ -225,11 +225,11 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     return sheet
 
 
-def render_views(
-    data: Beton, recipe: Recipe, seed: int, path: str, image_ids: np.ndarray, sets: list[tuple[int, tuple[int, ...]]]
+def load_views(
+    data: Beton, recipe: Recipe, seed: int, backend: str, image_ids: np.ndarray, sets: list[tuple[int, tuple[int, ...]]]
 ) -> dict[tuple[int, int], np.ndarray]:
     """(image id, view id) -> (S, S, 3) uint8 as networks see it before normalisation, for ``sets`` of (size S, view ids)."""
-    loader = ViewLoader(data, recipe, seed, LoaderConfig(path, batch_size=16, workers=2))
+    loader = ViewLoader(data, recipe, seed, LoaderConfig(backend, batch_size=16, workers=2))
     pixels = {}
     for batch in loader.epoch(image_ids, [ViewSet(ids, size) for size, ids in sets]):
         for number, (size, ids) in enumerate(sets):
@@ -295,7 +295,8 @@ class Sheet:
         n, (height, width) = len(view_ids), pixels.shape[:2]
         heights, widths = np.full(n, height), np.full(n, width)
         crops = view_parameters(recipe, seed, np.full(n, image_id), np.array(view_ids), heights, widths).geometry
-        for view_id, (y, x, tall, wide, _) in zip(view_ids, crops.tolist(), strict=True):
+        columns = (LEFT, TOP, CROP_WIDTH, CROP_HEIGHT)
+        for view_id, (x, y, wide, tall) in zip(view_ids, crops[:, columns].tolist(), strict=True):
             line = 0.9 if view_id >= LOCAL else 1.8
             halo = [withStroke(linewidth=line + 0.8, foreground="white")]
             axes.add_patch(

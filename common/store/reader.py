@@ -5,7 +5,7 @@
       embedding/ scale/     or ids/ logits/ tail/, or logits/: what the encoding stores, (N, V, ...), sharded
       prototypes/           (K, D) float32, when the teacher has them
       statistics/*          sums that the objectives need later, gathered in the same pass
-      pending/              only while being written, see store_writer.py
+      pending/              only while being written, see writer.py
 
 A chunk is `chunk_rows` consecutive rows with all their views, compressed, with its own crc32c.
 """

@@ -22,7 +22,7 @@ class Crop:
 
     ``scale`` is the area of the crop as a fraction of the image, ``ratio`` its width over height (drawn log-uniformly). With
     ``centre`` > 0 the crop is not random but the centred square of that fraction of the shorter side. ``size`` is the side in
-    pixels at which the paper renders the crop: blur radii refer to it, and it is the default output size.
+    pixels to which the paper resizes the crop: blur radii refer to it, and it is the default output size.
     """
 
     size: int
@@ -53,9 +53,10 @@ class Crop:
         if not 0.0 <= self.hue <= 0.5 or min(self.brightness, self.contrast, self.saturation) < 0.0 or self.size < 1:
             raise MisuseError("view colour strengths must be at least 0 (hue at most 0.5) and sizes at least 1 px")
 
-    def row(self) -> np.ndarray:
-        """The crop as float64 values in field order, pairs flattened: what the compiled draw reads."""
-        return np.array([x for f in fields(self) for x in np.atleast_1d(getattr(self, f.name))], dtype=np.float64)
+
+CROP = np.dtype([(f.name, np.float64, (2,) if isinstance(f.default, tuple) else ()) for f in fields(Crop)])
+"""A crop as the compiled draw reads it, by the names of its fields. A draw compiled for other fields, or for another order
+of them, is none of this type: numba compiles it anew instead of taking it from its cache on disk."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Recipe:
             )
 
     def table(self) -> np.ndarray:
-        """One row a kind of crop, the local kind last: (kinds + 1, fields) float64."""
-        return np.stack([c.row() for c in (*self.global_crops, self.local_crop or self.global_crops[0])])
+        """The kinds of crop, the local one last: (kinds + 1,) of CROP."""
+        crops = (*self.global_crops, self.local_crop or self.global_crops[0])
+        return np.array([tuple(getattr(crop, name) for name in CROP.names or ()) for crop in crops], CROP)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -15,7 +15,7 @@ from support import tiny
 
 CPU = torch.device("cpu")
 CONFIG = {"data": Path("a.beton"), "out": Path("run"), "lr": 0.1, "seed": 0, "log_every": 3}
-LOADER = {"path": "torch", "batch_size": 4, "workers": 1}
+LOADER = {"backend": "torch", "batch_size": 4, "workers": 1}
 FACTS = {"data_fingerprint": "abc", "branch": {"teacher": "t", "views": 2}, "versions": {"torch": "2"}}
 
 
@@ -166,7 +166,7 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, changes
     [
         {"config": {"log_every": 5}},
         {"config": {"data": Path("moved/a.beton"), "out": Path("moved")}},
-        {"loader": {"workers": 8, "path": "auto"}},
+        {"loader": {"workers": 8, "backend": "auto"}},
         {"facts": {"versions": {"torch": "3"}}},
     ],
 )

@@ -273,9 +273,9 @@ def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", ["torch", "auto"])
-def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, path):
-    stochastic = replace(stochastic, loader=replace(LOADER, path=path))
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, backend):
+    stochastic = replace(stochastic, loader=replace(LOADER, backend=backend))
     train_student(stochastic)
     stopped = replace(stochastic, out=tmp_path / "stopped")
     notes: list[str] = []

@@ -27,7 +27,7 @@ from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
-from rob.common.views.augment import augment
+from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import view_parameters
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import Recipe
@@ -94,7 +94,7 @@ def by_hand(config: CacheConfig) -> Tensor:
             pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)[None]
             pixels = pixels.flip(-1) if flip else pixels
             mean, std = torch.tensor(teacher.mean), torch.tensor(teacher.std)
-            embeddings.append(teacher(augment(pixels, torch.from_numpy(colour), SIZE / 224, mean, std)))
+            embeddings.append(teacher(apply_colours(pixels, torch.from_numpy(colour), SIZE / 224, mean, std)))
     return torch.cat(embeddings).unflatten(0, (-1, config.views))
 
 

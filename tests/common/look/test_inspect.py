@@ -18,7 +18,7 @@ from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.look import contact_sheet as sheets
-from rob.common.look.contact_sheet import DPI, IMAGE, TILE, Sheet, SheetConfig, contact_sheet, render_views
+from rob.common.look.contact_sheet import DPI, IMAGE, TILE, Sheet, SheetConfig, contact_sheet, load_views
 from rob.common.look.contents import inspect
 from rob.common.look.neighbours import nearest
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
@@ -26,7 +26,7 @@ from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
-from rob.common.views.augment import augment
+from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import Recipe, get_recipe
@@ -221,12 +221,12 @@ def assert_nothing_is_cut(sheet: Sheet) -> None:
 
 def test_views_on_a_sheet_are_those_the_teacher_sees(data) -> None:
     recipe = get_recipe("dino")
-    views = render_views(data, recipe, 3, "torch", np.array([2, 5]), [(40, (0, 1)), (20, (LOCAL, LOCAL + 4))])
+    views = load_views(data, recipe, 3, "torch", np.array([2, 5]), [(40, (0, 1)), (20, (LOCAL, LOCAL + 4))])
     assert views.keys() == {(image, view) for image in (2, 5) for view in (0, 1, LOCAL, LOCAL + 4)}
     loader = ViewLoader(data, recipe, 3, LoaderConfig("torch", batch_size=1, workers=1))
     batch = next(loader.epoch(np.array([5]), [ViewSet((LOCAL + 4,), 20)]))
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-    seen = augment(batch.views[0].flatten(0, 1), batch.colour[0].flatten(0, 1), 20 / 96, mean, std)
+    seen = apply_colours(batch.views[0].flatten(0, 1), batch.colour[0].flatten(0, 1), 20 / 96, mean, std)
     pixels = (seen[0] * std[:, None, None] + mean[:, None, None]) * 255
     assert np.abs(views[5, LOCAL + 4] - pixels.permute(1, 2, 0).numpy()).max() < 0.51
 
@@ -236,7 +236,7 @@ def test_sheet_of_packed_images(data, tmp_path, drawn) -> None:
     assert_nothing_is_cut(sheet)
     np.testing.assert_allclose(png.shape[:2], (sheet.height * DPI, sheet.width * DPI), atol=1)
     assert len(sheet.tiles) == 3 * (1 + 2 + 10)
-    expected = render_views(data, get_recipe("dino"), 0, "auto", np.arange(3), [(224, (0, 1)), (96, (LOCAL + 7,))])
+    expected = load_views(data, get_recipe("dino"), 0, "auto", np.arange(3), [(224, (0, 1)), (96, (LOCAL + 7,))])
     image_tiles = [tile for tile in sheet.tiles if tile[2] == IMAGE]
     assert np.array_equal(image_tiles[3][3], data.image(1))
     assert np.array_equal(image_tiles[5][3], expected[1, 1])
@@ -261,7 +261,7 @@ def test_sheet_of_a_store(store, data, tmp_path, drawn) -> None:
     assert len(sheet.tiles) == 2 * (1 + 2 * (1 + 3))
     found = nearest(store, np.arange(2), 2, [0], count=3)
     recipe = Recipe.from_dict(store.manifest.recipe)
-    views = render_views(data, recipe, store.manifest.seed, "auto", np.arange(24), [(32, (0, 1))])
+    views = load_views(data, recipe, store.manifest.seed, "auto", np.arange(24), [(32, (0, 1))])
     tiles = [tile[3] for tile in sheet.tiles if tile[2] == TILE][8:]  # of the second image
     for view in range(2):
         assert np.array_equal(tiles[4 * view], views[1, view])

@@ -14,7 +14,7 @@ from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rob.common.views import kernel as view_kernel  # noqa: E402
+from rob.common.views import kernel as kernel_module  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 """Bytes a block may have, by compute capability."""
@@ -22,12 +22,12 @@ POINTERS = {
     "planes": "u8", "starts": "i64", "layout": "i32", "geometry": "i32", "colour": "fp32", "orders": "i32",
     "places": "i32", "mean": "fp32", "std": "fp32", "sums": "fp32", "kept": "fp16",
 }  # fmt: skip
-CONSTANTS = {name: getattr(view_kernel, name) for name in ("TILE", "ROWS", "COLUMNS")}
+CONSTANTS = {name: getattr(kernel_module, name) for name in ("TILE", "ROWS", "COLUMNS")}
 
 
 def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[int, int, int]:
     """Compile one kernel; returns (bytes of shared memory, bytes spilled, registers a thread)."""
-    function, constants = getattr(view_kernel, kernel), CONSTANTS | flags
+    function, constants = getattr(kernel_module, kernel), CONSTANTS | flags
     types = {**dict.fromkeys(constants, "constexpr"), "blur_scale": "fp32", "out": f"*{dtype}"}
     types |= {name: f"*{pointer}" for name, pointer in POINTERS.items()}
     signature = {name: types.get(name, "i32") for name in function.arg_names}
@@ -36,7 +36,7 @@ def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[in
     kernel_ = triton.compile(
         ASTSource(function, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=view_kernel.WARPS),
+        options=dict(num_warps=kernel_module.WARPS),
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -64,4 +64,4 @@ def test_it_compiles_within_shared_memory_and_without_spills(kernel, flags, capa
     shared, spilled, registers = compiled(kernel, capability, dtype, **flags)
     assert shared <= SHARED_MEMORY[capability]
     assert spilled == 0
-    assert registers * 32 * view_kernel.WARPS <= 65536 // 2, "at least two programs a multiprocessor"
+    assert registers * 32 * kernel_module.WARPS <= 65536 // 2, "at least two programs a multiprocessor"

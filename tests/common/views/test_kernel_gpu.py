@@ -47,7 +47,9 @@ def test_the_loader_gives_the_same_views_every_time(small_beton):
     epochs = []
     for device in ("cuda", "cuda", "cpu"):
         mean, std, seen = MEAN.to(device), STD.to(device), []
-        loader = ViewLoader(small_beton, get_recipe("dino"), 3, LoaderConfig("ffcv", 7, 2, device))
+        loader = ViewLoader(
+            small_beton, get_recipe("dino"), 3, LoaderConfig("gpu" if device == "cuda" else "ffcv", 7, 2)
+        )
         for batch in loader.epoch(np.arange(24), sets):
             seen += [
                 batch.to(CUDA if device == "cuda" else mean.device).augment(n, 0.2, mean, std).cpu() for n in (0, 1)

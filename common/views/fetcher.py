@@ -1,4 +1,4 @@
-"""Image ids to batches, in compiled code on threads: views rendered on the CPU, or planes for a GPU to render from."""
+"""Image ids to batches, in compiled code on threads: views made on the CPU, or planes for a GPU to make them from."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from ..images.beton import RAW, Beton
 from .batch import Batch, Slot, ViewSet
 from .decode import (
     KIND,
+    LAYOUT_COLUMNS,
     SCALE,
     UNDECODED,
     decode_planes,
@@ -21,17 +22,17 @@ from .decode import (
     plane_starts,
     split_pixels,
 )
-from .drawing import view_parameters
+from .drawing import COLOUR_COLUMNS, view_parameters
 from .planes import Planes
 from .recipes import Recipe
-from .resize import render_views
+from .resize import resize_views
 
 BATCHES_AHEAD = 3
 """Batches that may wait for the consumer."""
 
 
-class Renderer:
-    """Image ids to a Batch of rendered views, on ``threads`` threads; the memory of a batch is used again BATCHES_AHEAD + 2
+class ViewFetcher:
+    """Image ids to a Batch of views, on ``threads`` threads; the memory of a batch is used again BATCHES_AHEAD + 2
     batches later.
 
     Raises FailureError when an image cannot be decoded.
@@ -61,13 +62,14 @@ class Renderer:
             ],
             np.int64,
         )
-        slots = [
-            self._slot() for _ in range(BATCHES_AHEAD + 2)
-        ]  # those waiting, one being rendered, one at the consumer
+        slots = [self._slot() for _ in range(BATCHES_AHEAD + 2)]  # those waiting, one being made, one at the consumer
         self.slots = cycle(slots)
 
     def _slot(self) -> Slot:
-        return Slot(_bytes(int(self.set_starts[-1])), torch.empty(self.batch_size, len(self.view_ids), 8))
+        return Slot(_bytes(int(self.set_starts[-1])), self._colour_memory())
+
+    def _colour_memory(self) -> torch.Tensor:
+        return torch.empty(self.batch_size, len(self.view_ids), COLOUR_COLUMNS)
 
     def __call__(self, image_ids: np.ndarray) -> Batch:
         slot = next(self.slots)
@@ -81,16 +83,16 @@ class Renderer:
     def _fill(self, slot: Slot, image_ids: np.ndarray, geometry: np.ndarray) -> Batch:
         """The Batch of these images, made in the slot's memory; geometry: (B, V, 5)."""
 
-        def render(some: slice) -> None:
+        def decode_and_resize(some: slice) -> None:
             scales = self._scales(image_ids[some], geometry[some])
             starts = plane_starts(self.data.heights[image_ids[some]], self.data.widths[image_ids[some]], scales)
             planes = self._scratch(int(starts[-1]))
-            layout = np.empty((len(scales), 6), np.int32)
+            layout = np.empty((len(scales), LAYOUT_COLUMNS), np.int32)
             self._decode(image_ids[some], scales, starts, planes, layout)
             out = slot.pixels.numpy()
-            render_views(planes, starts, layout, geometry[some], self.sizes, self.starts, some.start, out)
+            resize_views(planes, starts, layout, geometry[some], self.sizes, self.starts, some.start, out)
 
-        self._on_threads(render, len(image_ids))
+        self._on_threads(decode_and_resize, len(image_ids))
         views = []
         for s, start, stop in zip(self.sets, self.set_starts, self.set_starts[1:], strict=False):
             pixels = slot.pixels[start:stop].view(self.batch_size, len(s.ids), 3, s.size, s.size)
@@ -131,15 +133,15 @@ class Renderer:
         return slot.colour[:images].split([len(s.ids) for s in self.sets], dim=1)
 
 
-class PlaneReader(Renderer):
-    """Image ids to a Batch of planes: the CPU's part where a GPU renders the views.
+class PlaneFetcher(ViewFetcher):
+    """Image ids to a Batch of planes: the CPU's part where a GPU makes the views.
 
     An image's planes are 1.5 bytes a pixel at 4:2:0, and a quarter of that and less where they are decoded at a smaller
     scale; RGB padded to the largest image of the batch would be 3 and more, to copy and to read.
     """
 
     def _slot(self) -> Slot:
-        return Slot(_bytes(0), torch.empty(self.batch_size, len(self.view_ids), 8))
+        return Slot(_bytes(0), self._colour_memory())
 
     def _fill(self, slot: Slot, image_ids: np.ndarray, geometry: np.ndarray) -> Batch:
         scales = self._scales(image_ids, geometry)
@@ -147,14 +149,14 @@ class PlaneReader(Renderer):
         length = int(starts[-1])
         if len(slot.pixels) < length:
             slot.pixels = _bytes(length + length // 4)  # page-locking is slow: seldom, then
-        pixels, layout = slot.pixels.numpy(), np.empty((len(image_ids), 6), np.int32)
+        pixels, layout = slot.pixels.numpy(), np.empty((len(image_ids), LAYOUT_COLUMNS), np.int32)
 
         def decode(some: slice) -> None:
             self._decode(image_ids[some], scales[some], starts[some.start : some.stop + 1], pixels, layout[some])
 
         self._on_threads(decode, len(image_ids))
-        where = torch.from_numpy(starts), torch.from_numpy(layout), torch.from_numpy(geometry)
-        planes = Planes(slot.pixels[:length], *where, slot.colour[: len(image_ids)])
+        arrays = map(torch.from_numpy, (starts, layout, geometry))
+        planes = Planes(slot.pixels[:length], *arrays, slot.colour[: len(image_ids)])
         return Batch(image_ids, (), self._colour(slot, len(image_ids)), slot, self.sets, planes)
 
 

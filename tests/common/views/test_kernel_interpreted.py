@@ -40,7 +40,7 @@ else:
         neutral,
         pillow_views,
         psnr,
-        rendered_on_cpu,
+        resized_on_cpu,
         stored_photograph,
     )
 
@@ -51,7 +51,7 @@ else:
         colour = neutral(len(geometry))
         views = views_from_planes(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32)[0] * 255
         for view, plain, cpu in zip(
-            views, pillow_views(image, geometry, size), rendered_on_cpu(planes, size), strict=True
+            views, pillow_views(image, geometry, size), resized_on_cpu(planes, size), strict=True
         ):
             assert psnr(view, plain) > 38
             assert (view - cpu).abs().mean() <= 1
@@ -60,8 +60,8 @@ else:
         assert (views - exact).abs().max() < 0.5  # of 255: weights and strips are rounded to float16
 
     @pytest.mark.parametrize("name", JITTERS)
-    def test_colours_are_those_of_augment(name):
-        """The reference colours with augment's own formulas. Four tiles, of which all but one are part of one."""
+    def test_colours_are_those_of_the_torch_formulas(name):
+        """The reference colours with ``apply_colours_torch``. Four tiles, of which all but one are part of one."""
         size = 37
         planes, colour = stored_photograph(JITTERS[name])
         ours, exact = (

@@ -1,4 +1,4 @@
-"""Colour, grey, blur and solarise of a batch of views, on any device, from the parameters that ``views`` drew.
+"""Colour, grey, blur and solarise of a batch of views, on any device, from the parameters that ``drawing`` drew.
 
 Every operation works a sample at a time in effect, so a view looks the same whatever batch it is in. The order is that
 of the papers' code: colour jitter (its four parts in a drawn order), grey, blur, solarise, normalise. The formulas are
@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .augment_compiled import ORDERS, augment_compiled
+from .colours_compiled import ORDERS, apply_colours_compiled
 from .drawing import BRIGHTNESS, CONTRAST, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 
 SOLARISE_FROM = 128 / 255
 
 
-def augment(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
+def apply_colours(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
     """Views as the network takes them.
 
     images: (N, 3, S, S) uint8, any strides. colour: (N, 8) float32 on the CPU (``ViewParameters.colour``). blur_scale: S
     over the size that the recipe's blur radii refer to. mean, std: (3,) of the network's input, in [0, 1] units, on the
     images' device. Returns (N, 3, S, S) float32, contiguous.
 
-    On a CPU this is compiled code (``colour.py``), nine times as fast as the torch formulas, and equal to a few 1e-6.
+    On a CPU this is compiled code (``colours_compiled.py``), nine times as fast as the torch formulas, and equal to a few 1e-6.
     """
-    run = augment_compiled if images.device.type == "cpu" else augment_torch
+    run = apply_colours_compiled if images.device.type == "cpu" else apply_colours_torch
     return run(images, colour, blur_scale, mean, std)
 
 
-def augment_torch(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
-    """``augment`` in torch operations, for other devices and as the reference."""
+def apply_colours_torch(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
+    """``apply_colours`` in torch operations, for other devices and as the reference."""
     x = images.to(torch.float32).div_(255).contiguous()
     order = torch.from_numpy(ORDERS)[colour[:, ORDER].long()]
     parts: tuple[tuple[int, float, Callable[[Tensor, Tensor], Tensor]], ...] = (

@@ -1,4 +1,4 @@
-"""``augment`` on a CPU, compiled: the formulas of ``augment.py``, in as few passes over memory as they allow.
+"""``apply_colours`` on a CPU, compiled: the formulas of ``colours.py``, in as few passes over memory as they allow.
 
 The operations on single pixels follow one another on a piece of the image that stays in the cache. Only contrast, which
 needs the mean of the whole image first, and blur, which needs neighbours, make further passes.
@@ -33,8 +33,8 @@ WHITE = np.float32(255)
 compiled = njit(cache=True, nogil=True, fastmath={"nnan", "ninf", "nsz", "reassoc", "contract"})
 
 
-def augment_compiled(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
-    """What ``augment`` says, for tensors on the CPU, on as many threads as torch uses."""
+def apply_colours_compiled(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
+    """What ``apply_colours`` says, for tensors on the CPU, on as many threads as torch uses."""
     pixels, parameters = images.contiguous().numpy(), colour.contiguous().numpy()
     out = np.empty(pixels.shape, np.float32)  # numpy asks for huge pages: page faults cost more than the colours
     shift, scale = mean.to(torch.float32).numpy(), std.to(torch.float32).reciprocal().numpy()
@@ -43,7 +43,7 @@ def augment_compiled(images: Tensor, colour: Tensor, blur_scale: float, mean: Te
 
     def some(first: int) -> None:
         part = slice(first, first + step)
-        _augment(pixels[part], parameters[part], np.float32(blur_scale), shift, scale, out[part])
+        _colour_views(pixels[part], parameters[part], np.float32(blur_scale), shift, scale, out[part])
 
     for _ in _pool(threads).map(some, range(0, len(pixels), step)):
         pass
@@ -56,7 +56,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @compiled
-def _augment(images, colour, blur_scale, mean, scale, out):
+def _colour_views(images, colour, blur_scale, mean, scale, out):
     size = images.shape[2]
     pixels = size * size
     blurred = np.empty((size, size), np.float32)

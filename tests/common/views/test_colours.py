@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from rob.common.views import drawing
-from rob.common.views.augment import augment, augment_torch
-from rob.common.views.augment_compiled import ORDERS
+from rob.common.views.colours import apply_colours, apply_colours_torch
+from rob.common.views.colours_compiled import ORDERS
 from rob.common.views.drawing import LOCAL, view_parameters
 from rob.common.views.recipes import get_recipe
 from support.photographs import photograph
@@ -16,7 +16,7 @@ from support.photographs import photograph
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 RAW = torch.zeros(3), torch.ones(3)
 """Mean and deviation that leave values in [0, 1]."""
-IMPLEMENTATIONS = [augment, augment_torch]
+IMPLEMENTATIONS = [apply_colours, apply_colours_torch]
 
 
 def photographs(count: int, size: int = 40) -> Tensor:
