@@ -259,11 +259,11 @@ def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, confi
         encoded = [codec.encode(chunk) for chunk in chunks]
         outs = [np.empty_like(chunk) for chunk in chunks]
 
-        def encode(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
+        def compress(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
             for chunk in chunks:
                 codec.encode(chunk)
 
-        def decode(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
+        def decompress(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
             for data, out in zip(encoded, outs, strict=True):
                 codec.decode(data, out)
 
@@ -271,8 +271,8 @@ def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, confi
         yield {
             "what": f"{label(encoding)}, {rows} rows: {name}",
             "bytes_per_view": sum(len(data) for data in encoded) / views,
-            "decode_views_per_second": views / _cpu_seconds(decode, 4 * config.rounds),
-            "encode_views_per_second": views / _cpu_seconds(encode, config.rounds),
+            "decode_views_per_second": views / _cpu_seconds(decompress, 4 * config.rounds),
+            "encode_views_per_second": views / _cpu_seconds(compress, config.rounds),
         }
 
 

@@ -11,7 +11,7 @@ parameter with a setting is an option of its own.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, is_dataclass
 from functools import partial
 from typing import Annotated, Any, get_args, get_origin
@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from .errors import FailureError, MisuseError
-from .settings import Described, described, given_fields, setting_of
+from .settings import Described, described, given_fields, setting_of, words_of
 
 SPELLING: dict[str, str] = {}
 """Field or parameter -> option, of every command that has been made."""
@@ -48,12 +48,24 @@ def spelled(text: str) -> str:
     return re.sub("`([a-z_]+)`", lambda match: SPELLING.get(match[1], match[0]), text)
 
 
+def given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the command line gives."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def refuse(names: Iterable[str], reason: str) -> None:
+    """MisuseError naming the first of these settings."""
+    for name in names:
+        raise MisuseError(f"`{name}` {reason}: leave `{name}` out")
+
+
 def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
     """What typer sees of a parameter."""
     config = _configuration(parameter.annotation)
     kind, setting = setting_of(parameter.annotation)
     if config is not None:
-        yield from map(_option, described(config))
+        yield from map(_option, described(config, instead=words_of(parameter.annotation)))
     elif setting is not None:
         default = MISSING if parameter.default is parameter.empty else parameter.default
         yield _option(Described(parameter.name, parameter.name, kind, setting, default))
@@ -78,13 +90,15 @@ def _option(what: Described) -> inspect.Parameter:
 
 def _configuration(annotation: Any) -> type | None:
     """``PackConfig`` of ``PackConfig`` and of ``partial[PackConfig]``; None: it is another type."""
-    kind = get_args(annotation)[0] if get_origin(annotation) is partial else annotation
+    kind, _ = setting_of(annotation)
+    kind = get_args(kind)[0] if get_origin(kind) is partial else kind
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
 def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
-    config = _configuration(parameter.annotation)
+    annotation = parameter.annotation
+    config = _configuration(annotation)
     if config is None:
         return values[parameter.name]
-    given = partial(config, **given_fields(config, values))
-    return given if get_origin(parameter.annotation) is partial else given()
+    known = partial(config, **given_fields(config, values, instead=words_of(annotation)))
+    return known if get_origin(setting_of(annotation)[0]) is partial else known()

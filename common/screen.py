@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .options import spelled
+from .views.config import LoaderConfig
 
 console = Console(quiet=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0", markup=False)
 """A name with [brackets] is shown as it is."""
@@ -26,6 +27,14 @@ class Update(Protocol):
 def note(text: str) -> None:
     """A line of text, with settings named as options. It is not wrapped: a path is copied whole."""
     console.print(spelled(text), highlight=False, soft_wrap=True)
+
+
+def note_slow_loader(config: LoaderConfig) -> None:
+    """Say so where ffcv is wanted if it is there, and it is not."""
+    from .views.loader import geometry
+
+    if config.backend == "auto" and geometry(config) == "pillow":
+        note("ffcv is not installed here: the slower torch loader is used")
 
 
 def facts(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -16,6 +16,7 @@ nothing that is slow, so that ``--help`` can read them. A type that several conf
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import MisuseError, unknown_name
@@ -29,12 +30,15 @@ class Setting:
     flag that has no opposite names itself). ``argument`` is the placeholder of one that has no name there (``DATA.beton``).
     """
 
-    help: str
+    help: str = ""
     low: float | None = None
     high: float | None = None
     choices: Collection[str] | None = None
     option: str | None = None
     argument: str | None = None
+
+
+Words = Mapping[str, Setting | None]
 
 
 class Described(NamedTuple):
@@ -54,6 +58,11 @@ def setting_of(annotation: Any) -> tuple[Any, Setting | None]:
         return annotation, None
     kind, *notes = get_args(annotation)
     return kind, next((note for note in notes if isinstance(note, Setting)), None)
+
+
+def words_of(annotation: Any) -> Words:
+    """The mapping among the notes of an ``Annotated`` configuration."""
+    return next((note for note in get_args(annotation) if isinstance(note, Mapping)), {})
 
 
 def option_name(field: str, setting: Setting) -> str:
@@ -89,33 +98,38 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         raise MisuseError(f"`{name}` is {value}, expected at most {high:g}")
 
 
-def described(config: type, defaults: Any = None, instead: Mapping[str, Setting] | None = None) -> Iterator[Described]:
+def described(config: type, defaults: Any = None, instead: Words = MappingProxyType({})) -> Iterator[Described]:
     """Every setting of a configuration, and of the configurations in its fields.
 
-    ``defaults``, an instance, has other defaults than the class. ``instead`` has other words for some fields; for a
-    configuration in a field it is the note of the annotation, ``Annotated[LoaderConfig, {"batch_size": Setting(...)}]``.
+    ``defaults``, an instance, has other defaults than the class. ``instead`` has other words for some fields, or None for one
+    that is no option here; of a configuration in a field it is a note: ``Annotated[LoaderConfig, {"batch_size": Setting(...)}]``.
     """
     for field in fields(config):
         annotation, default = _annotations(config)[field.name], _default(field, defaults)
         kind, setting = setting_of(annotation)
         if is_dataclass(kind) and isinstance(kind, type):
-            words = next((note for note in get_args(annotation) if isinstance(note, Mapping)), None)
-            yield from described(kind, None if default is MISSING else default, words)
+            yield from described(kind, None if default is MISSING else default, words_of(annotation))
         elif setting is not None:
-            setting = (instead or {}).get(field.name, setting)
-            yield Described(field.name, option_name(field.name, setting), kind, setting, default)
+            setting = instead.get(field.name, setting)
+            if setting is not None:
+                yield Described(field.name, option_name(field.name, setting), kind, setting, default)
 
 
-def given_fields(config: type, options: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
+def given_fields(
+    config: type, options: Mapping[str, Any], defaults: Any = None, instead: Words = MappingProxyType({})
+) -> dict[str, Any]:
     """The fields of a configuration out of values by the names of options; None leaves a field at its default."""
     found: dict[str, Any] = {}
     for field in fields(config):
-        kind, setting = setting_of(_annotations(config)[field.name])
-        default = _default(field, defaults)
-        value = None if setting is None else options.get(option_name(field.name, setting))
+        annotation, default = _annotations(config)[field.name], _default(field, defaults)
+        kind, setting = setting_of(annotation)
         if is_dataclass(kind) and isinstance(kind, type):
-            found[field.name] = kind(**given_fields(kind, options, None if default is MISSING else default))
-        elif value is not None:
+            nested = None if default is MISSING else default
+            found[field.name] = kind(**given_fields(kind, options, nested, words_of(annotation)))
+            continue
+        setting = instead.get(field.name, setting)
+        value = None if setting is None else options.get(option_name(field.name, setting))
+        if value is not None:
             found[field.name] = tuple(value) if isinstance(value, list) else value
         elif default is not MISSING:
             found[field.name] = default

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,41 +24,14 @@ from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from ..common.store.writer import StoreWriter, begun_store
 from ..common.views.drawing import UNCHANGED
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from ..common.views.recipes import Recipe, get_recipe
+from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
+from .config import CacheConfig
 from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
-from .teachers import Teacher, TeacherConfig, load_teacher
+from .teachers import Teacher, load_teacher
 
 TEMPORARY = Encoding("embedding", dtype="float16")
 """Of the embeddings that lie beside a store of logits until prototypes are fitted to them."""
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """What to cache. ``views`` a image get ids 0 .. views-1; ``view_size`` None is the teacher's own size in pixels.
-
-    ``prototypes`` > 0 fits that many for a teacher without a head. ``batch_size`` counts images, each with all its views.
-    """
-
-    data: Path
-    out: Path
-    teacher: TeacherConfig
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
-    views: int = 4
-    seed: int = 0
-    encoding: Encoding = field(default_factory=lambda: Encoding("embedding"))
-    view_size: int | None = None
-    prototypes: int = 0
-    precision: str = "fp32"
-    device: str = "auto"
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-
-    def __post_init__(self) -> None:
-        if self.views < 1:
-            raise MisuseError(f"--views is {self.views}, expected at least 1")
-        if self.prototypes < 0:
-            raise MisuseError(f"--prototypes is {self.prototypes}, expected 0 (none) or more")
 
 
 @dataclass(frozen=True)
@@ -103,7 +76,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     progress = progress or CacheProgress()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
-    config.loader.check_device(device)
+    check_loader(config.loader, device)
     data = Beton(config.data)
     teacher = load_teacher(config.teacher).to(device)
     _check(config, data, teacher)
@@ -134,12 +107,12 @@ def _temporary_store(config: CacheConfig) -> Path | None:
 def _check(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
     if config.prototypes and teacher.num_prototypes:
         raise MisuseError(
-            f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out --prototypes"
+            f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out `prototypes`"
         )
     if config.encoding.needs_logits and not (teacher.num_prototypes or config.prototypes):
         raise MisuseError(
-            f"--encoding {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
-            "add --prototypes K to fit some, or use --encoding embedding"
+            f"`encoding` {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
+            "add `prototypes` K to fit some, or use `encoding` embedding"
         )
     if config.prototypes:
         refuse_unsuitable(config.prototypes, data.num_images * config.views)
@@ -163,7 +136,7 @@ def _manifest(
         teacher_temp=teacher.teacher_temp,
         encoding=encoding.to_dict(),
         precision=config.precision,
-        geometry=config.loader.geometry,
+        geometry=geometry(config.loader),
         versions=versions("rob", "torch", "timm", "zarr", "numcodecs"),
     )
 
@@ -232,7 +205,7 @@ def _write_store(
     if dead:
         progress.note(
             f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
-            f"a --view-size above {manifest.view_size} leaves the teacher more to see"
+            f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
     statistics = writer.statistics
     if teacher.centre is not None:
@@ -247,7 +220,7 @@ def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:
         named = ", ".join(map(str, image_ids[:5])) + (" ..." if len(image_ids) > 5 else "")
         raise FailureError(
             f"the teacher's output for {len(image_ids)} of {len(embedding)} images is NaN or infinite (image ids {named}): "
-            "check its weights, its --precision and these images"
+            "check its weights, its `precision` and these images"
         )
 
 
@@ -297,7 +270,7 @@ def _refuse_what_will_not_fit(config: CacheConfig, data: Beton, teacher: Teacher
         beside = "" if _temporary_store(config) is None else ", with the embeddings beside it until it is done,"
         raise MisuseError(
             f"{config.out}{beside} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
-            "take fewer --views, a smaller encoding (--encoding topk, or embedding with --store-dtype int8), or another disk"
+            "take fewer `views`, a smaller encoding (`encoding` topk, or embedding with `store_dtype` int8), or another disk"
         )
 
 
@@ -342,7 +315,7 @@ def _fit(store: TargetStore, config: CacheConfig, progress: CacheProgress) -> No
         return  # by the process that held the lock until now
     if store.manifest.num_prototypes:
         raise MisuseError(
-            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, --prototypes asks for "
+            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, `prototypes` asks for "
             f"{config.prototypes}: give another path to cache to"
         )
 

@@ -124,7 +124,7 @@ def refuse_unsuitable(num: int, num_embeddings: int) -> None:
     remedy = (
         f"give from 2 to {most}, one for every {EMBEDDINGS_EACH} at most" if most >= 2 else "they are too few for any"
     )
-    raise MisuseError(f"--prototypes {num} does not suit {num_embeddings} embeddings: {remedy}")
+    raise MisuseError(f"`prototypes` {num} does not suit {num_embeddings} embeddings: {remedy}")
 
 
 def balanced_assignment(similarity: Tensor, epsilon: float, iterations: int = 3) -> Tensor:

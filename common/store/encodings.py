@@ -98,5 +98,5 @@ def check_temperature(ladder: tuple[float, ...], temp: float) -> None:
     if not min(ladder) * 0.999 <= temp <= max(ladder) * 1.001:
         raise MisuseError(
             f"teacher temperature {temp:g} is outside of the store's ladder {min(ladder):g} to {max(ladder):g}: "
-            "take one within, or cache the targets again with --encoding embedding, which serves any"
+            "take one within, or cache the targets again with `encoding` embedding, which serves any"
         )
