@@ -33,7 +33,7 @@ class TeacherConfig:
     """Local weights; without them timm's pretrained ones are used where there are some."""
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
-    patch_size=4``)."""
+    patch_size=4``). Python only: the command line takes networks of standard shape."""
 
 
 class Teacher(nn.Module):
@@ -105,7 +105,7 @@ class Teacher(nn.Module):
         """Similarities (N, K) of embeddings (N, dim) to the prototypes, before centre and temperature."""
         if self.prototypes is None:
             raise MisuseError(
-                f"teacher {self.name} has no prototypes; fit some with --prototypes K, or use the embeddings"
+                f"teacher {self.name} has no prototypes; fit some with `prototypes`, or use the embeddings"
             )
         return embedding @ self.prototypes.T
 
@@ -125,7 +125,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         parts = _parts(config.name, config.checkpoint, entry, backbone)
     elif entry.head:
         raise MisuseError(
-            f"teacher {config.name} needs its file: pass --checkpoint with {entry.file} ({entry.licence})"
+            f"teacher {config.name} needs its file: pass `checkpoint` with {entry.file} ({entry.licence})"
         )
     else:
         backbone, parts = pretrained_backbone(entry.backbone, arguments), Parts()

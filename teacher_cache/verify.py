@@ -56,10 +56,10 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise MisuseError(f"--samples is {self.samples}, expected at least 1")
+            raise MisuseError(f"`samples` is {self.samples}, expected at least 1")
         if self.tolerance is not None and not 0 < self.tolerance < 2:
             raise MisuseError(
-                f"--tolerance is {self.tolerance}, expected a distance of unit vectors: above 0 and below 2"
+                f"`tolerance` is {self.tolerance}, expected a distance of unit vectors: above 0 and below 2"
             )
 
 
@@ -155,7 +155,7 @@ def _refuse_another_teacher(store: TargetStore, teacher: Teacher) -> None:
     if (teacher.name, teacher.weights_hash) != (manifest.teacher, manifest.weights_hash):
         raise MisuseError(
             f"{store.path} was cached from teacher {manifest.teacher} with weights {manifest.weights_hash[:12]}, this is "
-            f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the --teacher and --checkpoint it was made with"
+            f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the `teacher` and `checkpoint` it was made with"
         )
 
 
