@@ -91,7 +91,7 @@ class Teacher(nn.Module):
         """Similarities (N, K) of embeddings (N, dim) to the prototypes, before centre and temperature."""
         if self.prototypes is None:
             raise MisuseError(
-                f"teacher {self.name} has no prototypes; fit some with `prototypes` K, or use the embeddings"
+                f"teacher {self.name} has no prototypes; fit some with `prototypes`, or use the embeddings"
             )
         return embedding @ self.prototypes.T
 

@@ -244,5 +244,5 @@ def test_progress_ends_at_its_totals(store, data, headless) -> None:
 
 @pytest.mark.parametrize("option", [{"samples": 0}, {"tolerance": 0.0}, {"tolerance": 2.0}])
 def test_options_out_of_range(store, data, headless, option) -> None:
-    with pytest.raises(MisuseError, match=f"--{next(iter(option))} is"):
+    with pytest.raises(MisuseError, match=f"`{next(iter(option))}` is"):
         check(store, data, headless, **option)
