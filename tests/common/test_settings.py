@@ -56,7 +56,7 @@ def test_an_unknown_choice_offers_the_nearest():
 
 
 def run(function, *words: str):
-    app = typer.Typer()
+    app = typer.Typer(rich_markup_mode=None)
     app.command()(command(function))
     return CliRunner().invoke(app, [*words], catch_exceptions=True)
 
@@ -101,7 +101,7 @@ def test_what_a_command_completes_what_it_leaves_out_and_what_it_is_handed():
     ) -> None:
         seen.extend([config(not_a_setting="set"), inner.size, add, more, given(context)])
 
-    app = typer.Typer()
+    app = typer.Typer(rich_markup_mode=None)
     app.command()(command(train, add=5))
     assert CliRunner().invoke(app, ["--epochs", "3", "--size", "9"]).exit_code == 0
     assert seen == [Outer(3, not_a_setting="set", inner=Inner(size=9)), 64, 5, (7,), {"epochs", "size"}]
