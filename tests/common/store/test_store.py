@@ -20,10 +20,9 @@ import torch
 import zarr
 
 from rob.common.errors import FailureError, MisuseError
-from rob.common.files import differences
 from rob.common.store import writer as store_writer
 from rob.common.store.encodings import Encoding
-from rob.common.store.manifest import StoreManifest
+from rob.common.store.manifest import StoreManifest, differing
 from rob.common.store.reader import TargetStore, add_prototypes
 from rob.common.store.writer import StoreWriter
 
@@ -420,7 +419,7 @@ def test_a_really_full_disk(tmp_path):
 def test_differences_are_named_one_by_one_and_kept_short():
     stored = {"recipe": {"crops": [{"blur": 1.0, "size": 224}]}, "view_ids": [0, 1]}
     asked = {"recipe": {"crops": [{"blur": 0.5, "size": 224}]}, "view_ids": list(range(10**6))}
-    crops, view_ids = differences(stored, asked)
+    crops, view_ids = differing(stored, asked)
     assert crops == "recipe.crops.0.blur is 1.0 in the store, not 0.5"
     assert view_ids.startswith("view_ids is [0, 1] in the store, not [0, 1, 2, ")
     assert len(view_ids) < 150
