@@ -76,9 +76,9 @@ class SheetConfig:
     def __post_init__(self) -> None:
         for name in ("images", "views", "neighbours", "search"):
             if getattr(self, name) < 1:
-                raise MisuseError(f"--{name} is {getattr(self, name)}, expected at least 1")
+                raise MisuseError(f"`{name}` is {getattr(self, name)}, expected at least 1")
         if self.images > MOST_IMAGES:
-            raise MisuseError(f"--images is {self.images}, expected at most {MOST_IMAGES}: a sheet is looked at by eye")
+            raise MisuseError(f"`images` is {self.images}, expected at most {MOST_IMAGES}: a sheet is looked at by eye")
         if self.out.suffix.lower() != ".png":
             raise MisuseError(
                 f"{self.out}: expected a name that ends with .png, such as {self.out.with_suffix('.png')}"

@@ -297,7 +297,7 @@ def test_images_may_be_spread_over_the_data(data, store, tmp_path, drawn) -> Non
 def test_a_sheet_is_a_png_of_some_images(tmp_path) -> None:
     data = Path("a.beton")
     assert SheetConfig(data, tmp_path / "a.PNG", images=64).images == 64
-    with pytest.raises(MisuseError, match="--images is 65, expected at most 64"):
+    with pytest.raises(MisuseError, match="`images` is 65, expected at most 64"):
         SheetConfig(data, tmp_path / "a.png", images=65)
     for name in ("x.txt", "x", "data.beton"):
         with pytest.raises(MisuseError, match=rf"{name}: expected a name that ends with \.png, such as .*\.png"):
@@ -317,7 +317,7 @@ def test_a_store_of_other_data_is_refused(store, tmp_path) -> None:
 
 
 def test_options_out_of_range(data, tmp_path) -> None:
-    with pytest.raises(MisuseError, match="--images is 0"):
+    with pytest.raises(MisuseError, match="`images` is 0"):
         SheetConfig(data.path, tmp_path / "sheet.png", images=0)
 
 
