@@ -104,9 +104,9 @@ def linear(
     workers: o.Workers = 0,
 ) -> None:
     """A linear classifier on frozen features: a sweep in one pass, the choice made on a tenth of TRAIN, one test."""
-    from rob.student_train.evaluate.augmented import linear_augmented
     from rob.student_train.evaluate.linear import LinearConfig
     from rob.student_train.evaluate.linear import linear as run
+    from rob.student_train.evaluate.linear_augmented import linear_augmented
 
     config = LinearConfig(epochs=epochs, seed=seed)
     if lr:

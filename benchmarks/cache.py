@@ -26,6 +26,7 @@ from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device
+from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.colours import apply_colours
@@ -127,7 +128,7 @@ def _compare(case: Case, config: CacheBenchConfig, device: torch.device, folder:
         cache_teacher(cache, CacheProgress(rows=lambda done, total: started.append(time.perf_counter())))
         seconds = time.perf_counter() - started[0]
         found = TargetStore.open(store)
-        return seconds, found.encoding.decode(found.read(0, data.num_images))["embedding"].flatten(0, 1)
+        return seconds, decode(found.encoding, found.read(0, data.num_images))["embedding"].flatten(0, 1)
 
     times: dict[str, list[float]] = {"bare": [], "caching": []}
     for number in range(config.rounds):

@@ -261,7 +261,7 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
 
 
 def linear_cost(folder: Path, source: str) -> list[dict[str, Any]]:
-    """Epochs in random order over 2,000, 10,000 and (if there are so many) 60,000 images of ``source``, two views of 32 pixels."""
+    """Epochs in random order over 2,000, 10,000 and at most 60,000 images of ``source``, two views of 32 pixels."""
     rows, sets = [], [ViewSet((0, 1), 32)]
     for count in (2_000, 10_000, 60_000):
         path = folder / f"small{count}.beton"

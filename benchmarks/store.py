@@ -29,6 +29,7 @@ from rob.benchmarks.report import Report, median_of
 from rob.common.images.pack import PackConfig, pack
 from rob.common.order import block_shuffled_order
 from rob.common.run import pick_device
+from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import SHARD_CHUNKS, StoreManifest
 from rob.common.store.prefetch import TargetPrefetcher, window_blocks
@@ -85,7 +86,7 @@ def run(config: StoreBenchConfig) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         source = TargetStore.open(config.targets or _cache(config, Path(folder)))
         stored = source.read(0, min(config.images, source.manifest.num_images))
-        embedding = source.encoding.decode(stored)["embedding"]
+        embedding = decode(source.encoding, stored)["embedding"]
         if not source.manifest.num_prototypes:
             embedding = F.normalize(embedding, dim=-1)
         cases = {"pooled": embedding, f"PCA to {config.bottleneck}": _reduced(embedding, config.bottleneck)}
@@ -100,7 +101,7 @@ def run(config: StoreBenchConfig) -> Report:
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
         for encoding in READ:
-            arrays = encoding.encode(case, case @ prototypes.T)
+            arrays = encode(encoding, case, case @ prototypes.T)
             path = Path(folder) / f"{encoding.kind}.zarr"
             _write(path, encoding, arrays, prototypes, config.rows_read)
             speeds = _reading_speeds(TargetStore.open(path), device, config)
@@ -211,7 +212,7 @@ def _encoding_row(embedding: Tensor, prototypes: Tensor, encoding: Encoding, con
     some = embedding[:1024] if encoding.kind == "dense" else embedding
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.zarr"
-        _write(path, encoding, encoding.encode(some, some @ prototypes.T), prototypes, len(some))
+        _write(path, encoding, encode(encoding, some, some @ prototypes.T), prototypes, len(some))
         on_disk = sum(
             file.stat().st_size for name in TargetStore.open(path).arrays for file in path.glob(f"{name}/**/0")
         )
@@ -250,7 +251,7 @@ def _codecs(chosen: int) -> Iterator[tuple[str, Any]]:
 def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, config: StoreBenchConfig) -> Iterator[Row]:
     """Bytes and speed (of one core) of each codec at 256 rows a chunk, and of the chosen one at other sizes."""
     some = embedding[:1024]
-    arrays, chosen = encoding.encode(some, some @ prototypes.T), getattr(Blosc, encoding.shuffle.upper())
+    arrays, chosen = encode(encoding, some, some @ prototypes.T), getattr(Blosc, encoding.shuffle.upper())
     settings = [(256, name, codec) for name, codec in _codecs(chosen)]
     settings += [(rows, f"blosc zstd 3, shuffle {chosen}", Blosc("zstd", 3, chosen)) for rows in (64, 1024)]
     for rows, name, codec in settings:
@@ -258,11 +259,11 @@ def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, confi
         encoded = [codec.encode(chunk) for chunk in chunks]
         outs = [np.empty_like(chunk) for chunk in chunks]
 
-        def encode(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
+        def compress(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
             for chunk in chunks:
                 codec.encode(chunk)
 
-        def decode(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
+        def decompress(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
             for data, out in zip(encoded, outs, strict=True):
                 codec.decode(data, out)
 
@@ -270,8 +271,8 @@ def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, confi
         yield {
             "what": f"{label(encoding)}, {rows} rows: {name}",
             "bytes_per_view": sum(len(data) for data in encoded) / views,
-            "decode_views_per_second": views / _cpu_seconds(decode, 4 * config.rounds),
-            "encode_views_per_second": views / _cpu_seconds(encode, config.rounds),
+            "decode_views_per_second": views / _cpu_seconds(decompress, 4 * config.rounds),
+            "encode_views_per_second": views / _cpu_seconds(compress, config.rounds),
         }
 
 
@@ -300,7 +301,7 @@ def _reading_speeds(store: TargetStore, device: torch.device, config: StoreBench
     pool = ThreadPoolExecutor(config.threads)
 
     def use(arrays: Mapping[str, np.ndarray]) -> None:
-        store.encoding.decode({name: torch.from_numpy(values).to(device) for name, values in arrays.items()})
+        decode(store.encoding, {name: torch.from_numpy(values).to(device) for name, values in arrays.items()})
 
     def sequential(read: Callable[[int, Mapping[str, np.ndarray]], None], threads: int = 1) -> int:
         def part(thread: int) -> None:

@@ -88,7 +88,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     if config.small_images and family not in SMALL_IMAGE_FAMILIES:
         raise MisuseError(
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
-            "choose one of those, or pass --no-small-images"
+            "choose one of those, or turn `small_images` off"
         )
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
@@ -118,7 +118,7 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
         if "drop_path_rate" not in str(error):
             raise
         raise MisuseError(
-            f"--drop-path {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
+            f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
         ) from None
     if info.small_images:
         adapt_stem(backbone)

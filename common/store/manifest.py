@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from ..errors import FailureError, MisuseError
 from ..files import differences
 from .encodings import Encoding
@@ -54,7 +56,7 @@ class StoreManifest:
         encoding, views = Encoding.from_dict(self.encoding), len(self.view_ids)
         return {
             name: ShardedArray(
-                (self.num_images, views, *shape), dtype, self.chunk_rows, self.shard_chunks, encoding.shuffle
+                (self.num_images, views, *shape), np.dtype(dtype), self.chunk_rows, self.shard_chunks, encoding.shuffle
             )
             for name, (shape, dtype) in encoding.layout(self.dim, self.num_prototypes).items()
         }

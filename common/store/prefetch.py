@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MisuseError
+from .codec import decode
 from .reader import TargetStore
 
 READY_BATCHES = 3
@@ -265,7 +266,7 @@ class _Epoch:
     def _decode(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         encoding = self.owner.store.encoding
         if self.stream is None:
-            return encoding.decode(stored)
+            return decode(encoding, stored)
         with torch.cuda.stream(self.stream):  # compact bytes cross the bus, and are widened on the device
             moved = {name: values.to(self.owner.device, non_blocking=True) for name, values in stored.items()}
-            return encoding.decode(moved)
+            return decode(encoding, moved)

@@ -4,12 +4,13 @@ View ids 0, 1, 2 ... are global crops, and the cached views are the first V of t
 crops.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .recipes import Recipe
+from .recipes import Crop, Recipe
 
 LOCAL = 1 << 30
 """View ids from here on are local crops; below, global ones."""
@@ -21,6 +22,11 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARISE = range(COLO
 """Columns of ``ViewParameters.colour``."""
 UNCHANGED = tuple(float(column in (BRIGHTNESS, CONTRAST, SATURATION)) for column in range(COLOUR_COLUMNS))
 """The row of ``ViewParameters.colour`` that leaves a view as it is."""
+
+
+CROP = np.dtype([(f.name, np.float64, (2,) if isinstance(f.default, tuple) else ()) for f in fields(Crop)])
+"""A crop as the compiled draw reads it, by the names of its fields. A draw compiled for other fields, or for another order
+of them, is none of this type: numba compiles it anew instead of taking it from its cache on disk."""
 
 
 class ViewParameters(NamedTuple):
@@ -49,9 +55,15 @@ def view_parameters(
     geometry = np.empty((len(images), GEOMETRY_COLUMNS), np.int32)
     colour = np.empty((len(images), COLOUR_COLUMNS), np.float32)
     kinds = len(recipe.global_crops)
-    _draw_views(recipe.table(), kinds, np.uint64(seed % 2**64), images, views, heights, widths, geometry, colour)
+    _draw_views(crop_table(recipe), kinds, np.uint64(seed % 2**64), images, views, heights, widths, geometry, colour)
     shape = arrays[0].shape
     return ViewParameters(geometry.reshape(*shape, GEOMETRY_COLUMNS), colour.reshape(*shape, COLOUR_COLUMNS))
+
+
+def crop_table(recipe: Recipe) -> np.ndarray:
+    """The kinds of crop, the local one last: (kinds + 1,) of CROP."""
+    crops = (*recipe.global_crops, recipe.local_crop or recipe.global_crops[0])
+    return np.array([tuple(getattr(crop, name) for name in CROP.names or ()) for crop in crops], CROP)
 
 
 @njit(cache=True, nogil=True)

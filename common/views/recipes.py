@@ -8,12 +8,11 @@ View ids 0, 1, 2 ... are global crops, and the cached views are the first V of t
 crops.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
-
-import numpy as np
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 from ..errors import MisuseError, unknown_name
+from ..settings import Setting, check
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,6 @@ class Crop:
             raise MisuseError("view colour strengths must be at least 0 (hue at most 0.5) and sizes at least 1 px")
 
 
-CROP = np.dtype([(f.name, np.float64, (2,) if isinstance(f.default, tuple) else ()) for f in fields(Crop)])
-"""A crop as the compiled draw reads it, by the names of its fields. A draw compiled for other fields, or for another order
-of them, is none of this type: numba compiles it anew instead of taking it from its cache on disk."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A named way of drawing views: global crops (cycled through by view id: DINO's two differ) and local ones.
@@ -82,13 +76,8 @@ class Recipe:
             )
         if self.num_local and self.local_crop is None:
             raise MisuseError(
-                f"recipe {self.name} has no local crop: leave out --num-local or take a recipe that has (dino, swav ...)"
+                f"recipe {self.name} has no local crop: leave out `num_local` or take a recipe that has (dino, swav ...)"
             )
-
-    def table(self) -> np.ndarray:
-        """The kinds of crop, the local one last: (kinds + 1,) of CROP."""
-        crops = (*self.global_crops, self.local_crop or self.global_crops[0])
-        return np.array([tuple(getattr(crop, name) for name in CROP.names or ()) for crop in crops], CROP)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -169,20 +158,44 @@ def evaluation_recipe(centre: float) -> Recipe:
     return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1)
 
 
+Share = tuple[float, float]
+"""A part of the image's area, low and high."""
+
+
 @dataclass(frozen=True)
 class RecipeOverrides:
     """What a user may change of a named recipe; None keeps the recipe's own value. ``colour`` scales all jitter strengths."""
 
-    num_global: int | None = None
-    num_local: int | None = None
-    global_scale: tuple[float, float] | None = None
-    local_scale: tuple[float, float] | None = None
-    centre: float | None = None
-    colour: float | None = None
-    flip: float | None = None
-    grey: float | None = None
-    blur: float | None = None
-    solarise: float | None = None
+    num_global: Annotated[int | None, Setting("Global crops an image; default the recipe's.", low=1)] = None
+    num_local: Annotated[int | None, Setting("Local crops an image; default the recipe's.", low=0)] = None
+    global_scale: Annotated[
+        Share | None,
+        Setting(
+            "Area of a global crop as a fraction of the image, LOW HIGH; default the recipe's. Small objects want a high LOW."
+        ),
+    ] = None
+    local_scale: Annotated[Share | None, Setting("Area of a local crop, LOW HIGH; default the recipe's.")] = None
+    centre: Annotated[
+        float | None,
+        Setting("Centred square of this share of the shorter side instead of a random crop.", low=0, high=1),
+    ] = None
+    colour: Annotated[
+        float | None,
+        Setting("Factor on the recipe's colour jitter; 0 where colour is the signal (stains, dyes).", low=0),
+    ] = None
+    flip: Annotated[
+        float | None,
+        Setting("Probability of a mirrored view; 0 where left and right differ (text, digits).", low=0, high=1),
+    ] = None
+    grey: Annotated[float | None, Setting("Probability of a grey view.", low=0, high=1)] = None
+    blur: Annotated[
+        float | None,
+        Setting("Probability of blur in every kind of view; 0 where detail is the signal.", low=0, high=1),
+    ] = None
+    solarise: Annotated[float | None, Setting("Probability of solarising in every kind of view.", low=0, high=1)] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from math import cos, pi
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ...common.files import replacing
 from ...common.run import pick_device, seed_everything
 from ...common.weights import hash_weights
 from ..checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
+from ..optimiser import cosine_decay
 from ..students import create_student
 from .detect_data import DetectionData, DetectionTensors, open_detection
 from .detect_model import build_detector
@@ -155,13 +155,13 @@ def fit(
     for epoch in range(first, config.epochs):
         for number, (images, targets) in enumerate(_training_batches(data, masks, config, epoch)):
             step = epoch * steps_per_epoch + number
-            scale = (step + 1) / warmup if step < warmup else 0.5 * (1 + cos(pi * (step - warmup) / (total - warmup)))
+            scale = (step + 1) / warmup if step < warmup else cosine_decay(step - warmup, total - warmup)
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * scale
             losses = detector([image.to(device) for image in images], [_to(target, device) for target in targets])
             loss = torch.stack(list(losses.values())).sum()
             if not loss.isfinite():
-                raise FailureError(f"step {step + 1}: the loss is {loss.item():g}; lower --lr")
+                raise FailureError(f"step {step + 1}: the loss is {loss.item():g}; lower `lr`")
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(detector.parameters(), 1.0)

@@ -204,6 +204,6 @@ def test_the_whole_runs_medians_survive_a_resume(tmp_path):
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "run").write_text("notes")
-    with pytest.raises(MisuseError, match=r"--out .*run is a file"):
+    with pytest.raises(MisuseError, match=r"`out` .*run is a file"):
         open_run(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "notes"

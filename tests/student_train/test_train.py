@@ -406,7 +406,7 @@ def test_a_rate_far_too_high_is_one_sentence(config, objective):
         optimiser=OptimiserConfig("sgd", lr=1e38, warmup_epochs=0),
         clip_grad=0.0,
     )
-    with pytest.raises(FailureError, match=r"^step \d+: the loss is .*; .* Lower --lr"):
+    with pytest.raises(FailureError, match=r"^step \d+: the loss is .*; .* Lower `lr`"):
         train_student(config)
 
 

@@ -173,7 +173,7 @@ def test_wrapped_full_checkpoints(wrap, tmp_path: Path) -> None:
 
 
 def test_a_published_teacher_without_its_file_says_what_to_fetch() -> None:
-    with pytest.raises(MisuseError, match=r"dino_vits16 needs its file: pass --checkpoint with https://.*Apache-2.0"):
+    with pytest.raises(MisuseError, match=r"dino_vits16 needs its file: pass `checkpoint` with https://.*Apache-2.0"):
         load_teacher(TeacherConfig("dino_vits16"))
 
 

@@ -22,6 +22,7 @@ from rob.common.look.contact_sheet import DPI, IMAGE, TILE, Sheet, SheetConfig, 
 from rob.common.look.contents import inspect
 from rob.common.look.neighbours import nearest
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
+from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
@@ -57,8 +58,8 @@ def reencoded(store: TargetStore, out: Path, encoding: Encoding, chunk_rows: int
     )
     while (start := writer.rows_done) < store.manifest.num_images:
         rows = store.read(start, min(start + chunk_rows, store.manifest.num_images))
-        embedding = store.encoding.decode(rows)["embedding"]
-        writer.append(encoding.encode(embedding, embedding @ torch.from_numpy(store.prototypes).T))
+        embedding = decode(store.encoding, rows)["embedding"]
+        writer.append(encode(encoding, embedding, embedding @ torch.from_numpy(store.prototypes).T))
     writer.finish(store.prototypes, store.statistics)
     return TargetStore.open(out)
 
@@ -156,7 +157,7 @@ def test_neighbours_are_those_of_all_pairs(store, tmp_path, encoding) -> None:
     queries = np.array([3, 0, 20])
     found = nearest(store, queries, 2, [0, 2, 3], count=5)
 
-    decoded = store.encoding.decode(store.read(0, 24))
+    decoded = decode(store.encoding, store.read(0, 24))
     if encoding.kind == "topk":
         vectors = torch.zeros(24, 2, 40).scatter(2, decoded["ids"], decoded["logits"])
     else:

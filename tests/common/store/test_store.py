@@ -21,6 +21,7 @@ import zarr
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.store import writer as store_writer
+from rob.common.store.codec import encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest, differing
 from rob.common.store.reader import TargetStore, add_prototypes
@@ -69,7 +70,7 @@ def chunk_of(manifest: StoreManifest, start: int) -> tuple[dict[str, np.ndarray]
 def _encoded(encoding: Encoding, start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     embedding = torch.randn(stop, VIEWS, DIM, generator=torch.Generator().manual_seed(7))[start:]
     embedding = torch.nn.functional.normalize(embedding, dim=-1)
-    arrays = encoding.encode(embedding, embedding @ prototypes().T)
+    arrays = encode(encoding, embedding, embedding @ prototypes().T)
     return arrays, {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "rows": np.array(stop - start)}
 
 

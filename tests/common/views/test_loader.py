@@ -14,7 +14,7 @@ from rob.common.images.pack import PackConfig, pack
 from rob.common.views import loader as loader_module
 from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL, UNCHANGED, view_parameters
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry
 from rob.common.views.recipes import get_recipe
 from support.photographs import photograph
 
@@ -356,13 +356,13 @@ def test_images_that_are_not_decoded_at_a_smaller_scale_have_room(tmp_path, kind
 def test_views_are_made_on_a_gpu_only_when_asked():
     pytest.importorskip("triton")
     pytest.importorskip("ffcv")
-    assert LoaderConfig().geometry == LoaderConfig("ffcv").geometry == "planes"
+    assert geometry(LoaderConfig()) == geometry(LoaderConfig("ffcv")) == "planes"
     on_gpu = LoaderConfig("gpu")
-    assert on_gpu.geometry == "planes-gpu"
-    on_gpu.check_device(torch.device("cuda"))
+    assert geometry(on_gpu) == "planes-gpu"
+    check_loader(on_gpu, torch.device("cuda"))
     with pytest.raises(MisuseError, match="`backend` gpu makes the views on a CUDA device, and this runs on cpu"):
-        on_gpu.check_device(torch.device("cpu"))
-    LoaderConfig().check_device(torch.device("cpu"))
+        check_loader(on_gpu, torch.device("cpu"))
+    check_loader(LoaderConfig(), torch.device("cpu"))
 
 
 def test_planes_become_the_same_views(small_beton):
@@ -384,10 +384,15 @@ def test_planes_become_the_same_views(small_beton):
 # --- options ---
 
 
-@pytest.mark.parametrize("options", [{"backend": "dali"}, {"batch_size": 0}, {"workers": -1}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(MisuseError, match=f"`{next(iter(options))}`"):
         LoaderConfig(**options)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(MisuseError, match=r"unknown loader 'dali': .*known: auto, ffcv, gpu, torch"):
+        LoaderConfig("dali")
 
 
 def test_workers_are_the_cores_unless_given():
@@ -399,10 +404,10 @@ def test_without_ffcv_the_plain_backend_serves(monkeypatch, small_beton):
     expected = views_by_image(ViewLoader(small_beton, DINO, 3, LoaderConfig("torch", 24, 1)), np.arange(24))
     monkeypatch.setattr(loader_module, "ffcv_backend", None)
     config = LoaderConfig("auto", 24, 1)
-    assert config.geometry == "pillow"
+    assert geometry(config) == "pillow"
     assert_same(views_by_image(ViewLoader(small_beton, DINO, 3, config), np.arange(24)), expected)
     with pytest.raises(MisuseError, match="ffcv"):
-        replace(config, backend="ffcv")
+        check_loader(replace(config, backend="ffcv"))
 
 
 def test_torch_keeps_its_threads():

@@ -22,6 +22,7 @@ from rob.common.views.drawing import (
     SIGMA,
     SOLARISE,
     ViewParameters,
+    crop_table,
     view_parameters,
 )
 from rob.common.views.recipes import RECIPES, Crop, Recipe, RecipeOverrides, evaluation_recipe, get_recipe
@@ -186,7 +187,7 @@ def test_arrays_broadcast():
 def test_the_order_of_a_crops_fields_does_not_matter(monkeypatch):
     """A draw finds them by name: a field that is added or moved must not change what existing stores belong to."""
     expected = draw(DINO, [0, 1, LOCAL], 100)
-    table, names = DINO.table(), [field.name for field in fields(Crop)]
+    table, names = crop_table(DINO), [field.name for field in fields(Crop)]
     assert list(table.dtype.names) == names
     monkeypatch.setattr(Recipe, "table", lambda self: repack_fields(table[names[::-1]]))
     for reordered, original in zip(draw(DINO, [0, 1, LOCAL], 100), expected, strict=True):

@@ -13,11 +13,11 @@ import torch
 from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
 from ..checkpoint import load_checkpoint, save_checkpoint
+from .crops import RandomCrops
 from .features import Features, same_classes
 from .labelled import LabelledImages
 from .linear import HeadSweep, LinearConfig, LinearResult, choose_and_test, split_validation
 from .network import FrozenNetwork
-from .views import TrainingBatches
 
 
 def linear_augmented(
@@ -52,9 +52,9 @@ def linear_augmented(
 
     labels = fit.labels_by_id().to(device)
     loader = replace(loader, batch_size=config.batch_size)
-    batches = TrainingBatches(data, network.size, network.mean, network.std, network.device, loader, config.seed)
+    crops = RandomCrops(network, data, loader, config.seed)
     for epoch in range(first, config.epochs):
-        for image_ids, images in batches.epoch(fit.image_ids, epoch):
+        for image_ids, images in crops.epoch(fit.image_ids, epoch):
             with torch.no_grad():
                 features = network.embed(images).float()
             sweep.step(sweep.standardise(features), labels[image_ids.to(device)])
