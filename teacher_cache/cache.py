@@ -22,9 +22,9 @@ from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from ..common.store.writer import StoreWriter, begun_store
+from ..common.teacher import embedder
 from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from ..common.views.recipes import Recipe, get_recipe
-from .embed import embedder
 from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
 from .teachers import Teacher, TeacherConfig, load_teacher
 

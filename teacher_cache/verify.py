@@ -17,9 +17,9 @@ from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
+from ..common.teacher import embedder
 from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from ..common.views.recipes import Recipe
-from .embed import embedder
 from .teachers import Teacher, TeacherConfig, load_teacher
 
 COMPUTE_ERROR = {"fp32": 0.03, "fp16": 0.05, "bf16": 0.25}
