@@ -34,6 +34,7 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
+from rob.student_train.config import PairingChoice
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
@@ -226,7 +227,9 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
         student=student_config(config, student),
         targets=targets,
         objective=setting.objective,
-        pairing=choose_pairing(setting.objective.name, branch.recipe, branch.views, num_local=num_local, fresh=fresh),
+        pairing=choose_pairing(
+            setting.objective.name, branch.recipe, branch.views, PairingChoice(num_local=num_local, fresh=fresh)
+        ),
         optimiser=replace(setting.optimiser, warmup_epochs=max(1, config.epochs / 10)),
         epochs=config.epochs,
         freeze_prototypes=0 if setting.objective.name == "moco" else 1,
