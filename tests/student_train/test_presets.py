@@ -207,7 +207,7 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
 
     o, decay = config.optimiser, config.optimiser.weight_decay
     decay_end = decay if o.weight_decay_end is None else o.weight_decay_end
-    assert (o.name, o.lr, o.min_lr, o.warmup_epochs, decay, decay_end) == paper.optimiser
+    assert (o.name, o.lr, o.min_lr, o.warmup(config.epochs), decay, decay_end) == paper.optimiser
     assert o.momentum == 0.9
     assert (config.epochs, config.loader.batch_size, config.clip_grad) == paper.length
 
