@@ -336,6 +336,8 @@ DRAWN_IMAGES = {0: (48, 64), 1: (375, 500), 2: (64, 48), 7: (33, 90), 1281166: (
 """Image id: its height and width. The last fits few crops."""
 DRAWN_VIEWS = (0, 1, 2, 3, 13, 404, 2**20 - 1)
 DRAWN_LOCAL_VIEWS = tuple(FIRST_LOCAL_ID + n for n in (0, 1, 77))
+TRIED_WIDTH = 300
+"""Beside a height of 100."""
 SHOWN = ((0, 5), 12), ((FIRST_LOCAL_ID + 3,), 8)
 """View ids and sizes in pixels of the global and the local crops."""
 
@@ -347,6 +349,12 @@ def draw(recipe: str) -> tuple[np.ndarray, np.ndarray]:
     heights, widths = np.array(list(DRAWN_IMAGES.values())).T[..., None]
     parts = [drawn(recipe, seed, images, views, heights, widths) for seed in SEEDS]
     return np.stack([geometry for geometry, _ in parts]), np.stack([colour for _, colour in parts])
+
+
+def draw_tries() -> np.ndarray:
+    """(400, 5): of an image so long that a try fits once in eight, so that the last tries and what follows them show."""
+    images = np.arange(400)
+    return drawn("dino", 0, images, np.array(0), np.array(100), np.array(TRIED_WIDTH))[0]
 
 
 def show(world: World, recipe: str, loader: str) -> np.ndarray:
@@ -443,6 +451,7 @@ def write() -> None:
             arrays[f"geometry/{recipe}"], arrays[f"colour/{recipe}"] = draw(recipe)
             for loader in ("ffcv", "torch"):
                 arrays[f"views/{recipe}/{loader}"] = np.rint(show(world, recipe, loader) * LEVELS).astype(np.int16)
+        arrays["geometry/tries"] = draw_tries().astype(np.int16)
         arrays["augmented"] = augmented(*augment_case(), 0.8, IMAGENET)
         for name in STORES:
             values[f"store/{name}"], targets = read_store(world.store(name))
@@ -492,6 +501,10 @@ def test_crops_and_colours_that_are_drawn(expected, recipe):
     geometry, colour = draw(recipe)
     np.testing.assert_array_equal(geometry, expected.arrays[f"geometry/{recipe}"])
     np.testing.assert_allclose(colour, expected.arrays[f"colour/{recipe}"], rtol=1e-6, atol=1e-7)
+
+
+def test_crops_that_fit_late_or_never(expected):
+    np.testing.assert_array_equal(draw_tries(), expected.arrays["geometry/tries"])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
