@@ -46,8 +46,8 @@ def detect(
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0 decodes in the main one.")] = 0,
 ) -> None:
     """Box and mask AP of a Faster or Mask R-CNN with the student as its backbone, all of it fine-tuned."""
-    from rob.student_train.evaluate.detect import DetectConfig, DetectProgress
-    from rob.student_train.evaluate.detect import detect as fit
+    from rob.student_train.evaluate.detection.detect import DetectConfig, DetectProgress
+    from rob.student_train.evaluate.detection.detect import detect as fit
     from rob.student_train.evaluate.results import write_result
 
     config = DetectConfig(
