@@ -1,6 +1,7 @@
 """Images to views, against its peers and its floor: the same photographs, the same crops, in one run.
 
     rob bench loader
+    python -m rob.benchmarks.loader cifar10     and what an image costs among 2,000 and among all
 
 500 x 375 JPEGs (quality 90) to 2 views of 224 and 6 of 96 pixels, geometry only, on all cores. The sides take turns, round by
 round, so that the machine's noise falls on all alike; the first round warms up (ffcv compiles in it). Our views must be within
@@ -12,7 +13,7 @@ bytes read and written. Without one the report says so; these rows have not been
 
 import multiprocessing
 import os
-import tarfile
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -58,8 +59,6 @@ from rob.common.views.pillow_backend import resize_view
 from rob.common.views.recipes import RecipeOverrides, get_recipe
 
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
-CIFAR10 = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
-"""60,000 JPEGs of 32 x 32, for the rows that show a flat cost; left out where it is missing."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class LoaderBenchConfig:
     batch_size: int = 64
     psnr_images: int = 96
     """How many images' views are compared with Pillow's."""
+    small_images: str | None = None
+    """A folder or a named data set of 10,000s of small images, for the rows that show a flat cost."""
 
 
 def run(config: LoaderBenchConfig) -> Report:
@@ -83,8 +84,8 @@ def run(config: LoaderBenchConfig) -> Report:
         assert worst > 38, f"a view is only within {worst:.1f} dB of Pillow's"
         rows = compare(data, config)
         of_copy = kernel_rows(data, config, rows) if torch.cuda.is_available() else None
-        if CIFAR10.exists():
-            rows += linear_cost(folder)
+        if config.small_images:
+            rows += linear_cost(folder, config.small_images)
     speed = {row["side"]: row["images_per_second"] for row in rows if "images_per_second" in row}
     best_resize = max(speed["one decode, cv2 INTER_AREA"], speed["one decode, torchvision uint8"])
     ratios = {
@@ -259,14 +260,12 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
 # --- cost against the number of images ---
 
 
-def linear_cost(folder: Path) -> list[dict[str, Any]]:
-    """Epochs in random order over 2,000, 10,000 and 60,000 images of CIFAR-10, two views of 32 pixels."""
-    with tarfile.open(CIFAR10) as archive:
-        archive.extractall(folder / "cifar10", filter="data")
+def linear_cost(folder: Path, source: str) -> list[dict[str, Any]]:
+    """Epochs in random order over 2,000, 10,000 and at most 60,000 images of ``source``, two views of 32 pixels."""
     rows, sets = [], [ViewSet((0, 1), 32)]
     for count in (2_000, 10_000, 60_000):
-        path = folder / f"cifar{count}.beton"
-        pack(PackConfig(str(folder / "cifar10"), path, limit=count))
+        path = folder / f"small{count}.beton"
+        count = pack(PackConfig(source, path, limit=count)).num_images
         loader, order = ViewLoader(Beton(path), RECIPE, SEED, LoaderConfig("ffcv", 256)), np.random.default_rng(0)
         speeds = []
         for _ in range(4):
@@ -275,12 +274,16 @@ def linear_cost(folder: Path) -> list[dict[str, Any]]:
                 done += sum(len(batch.image_ids) for batch in loader.epoch(order.permutation(count), sets))
             speeds.append(done / (time.perf_counter() - start))
         rows.append(
-            {"side": f"rob, CIFAR-10, {count:,} images", "images": count, "images_per_second": median(speeds[1:])}
+            {
+                "side": f"rob, {Path(source).name}, {count:,} images",
+                "images": count,
+                "images_per_second": median(speeds[1:]),
+            }
         )
     return rows
 
 
 if __name__ == "__main__":
-    report = run(LoaderBenchConfig())
+    report = run(LoaderBenchConfig(small_images=sys.argv[1] if sys.argv[1:] else None))
     report.show()
     print(report.write())

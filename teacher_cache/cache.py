@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import differences
 from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device, versions
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
-from ..common.store.manifest import StoreManifest
+from ..common.store.manifest import StoreManifest, differing
 from ..common.store.reader import TargetStore
 from ..common.store.writer import StoreWriter, begun_store
 from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
@@ -125,7 +124,7 @@ def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
         return False
     stored = TargetStore.open(path).manifest.to_json()
     asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
-    different = "; ".join(differences(stored, asked))
+    different = "; ".join(differing(stored, asked))
     if different:
         raise MisuseError(
             f"{path} is already there and complete, with other settings ({different}): give another path, or delete it first"

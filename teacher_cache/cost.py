@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import MisuseError
+from ..common.views.drawing import UNCHANGED
 from ..common.views.loader import Batch
 
 TRIAL_VIEWS = 32
@@ -66,7 +67,7 @@ def views_per_second(embed: Callable[[Batch], Tensor], batch_size: int, views: i
     """Times the teacher alone on one small batch of noise, after one to warm up."""
     images = min(batch_size, max(1, TRIAL_VIEWS // views))
     noise = torch.randint(0, 256, (images, views, 3, view_size, view_size), dtype=torch.uint8)
-    plain = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, views, 8)
+    plain = torch.tensor(UNCHANGED).expand(images, views, len(UNCHANGED))
     batch = Batch(np.arange(images), (noise,), (plain,))
     for _ in range(2):
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """What a student is worth. The way through::
 
+    config     the settings of the commands
     network    a frozen student, teacher or raw pixels, and the images as it takes them
     features   its features of a data set, kept on disk
     labelled   images to train on and to test on, with their features

@@ -9,7 +9,7 @@ from torchvision.transforms import functional as tv
 from rob.common.views import drawing
 from rob.common.views.colours import apply_colours, apply_colours_torch
 from rob.common.views.colours_compiled import ORDERS
-from rob.common.views.drawing import LOCAL, view_parameters
+from rob.common.views.drawing import LOCAL, UNCHANGED, view_parameters
 from rob.common.views.recipes import get_recipe
 from support.photographs import photograph
 
@@ -30,7 +30,7 @@ def photographs(count: int, size: int = 40) -> Tensor:
 
 def neutral(count: int, **columns: float) -> Tensor:
     """Parameters that change nothing but the named columns."""
-    colour = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).repeat(count, 1)
+    colour = torch.tensor(UNCHANGED).repeat(count, 1)
     for name, value in columns.items():
         colour[:, getattr(drawing, name)] = value
     return colour

@@ -1,8 +1,6 @@
-"""``inspect``'s tables, the neighbours behind a contact sheet, and the sheets themselves."""
+"""Contact sheets, as pixels on a page."""
 
-import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
-from torch.nn import functional as F
 
 from rob.cli import main
 from rob.common.errors import MisuseError
@@ -19,167 +16,13 @@ from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.look import contact_sheet as sheets
 from rob.common.look.contact_sheet import DPI, IMAGE, TILE, Sheet, SheetConfig, contact_sheet, load_views
-from rob.common.look.contents import inspect
 from rob.common.look.neighbours import nearest
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
-from rob.common.store.codec import decode, encode
-from rob.common.store.encodings import Encoding
-from rob.common.store.reader import TargetStore
-from rob.common.store.writer import StoreWriter
 from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import Recipe, get_recipe
 from support import tiny
-
-ENCODINGS = [Encoding("embedding"), Encoding("embedding", "int8"), Encoding("topk", k=8), Encoding("dense")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("inspect")
-
-
-@pytest.fixture(scope="module")
-def data(folder: Path) -> Beton:
-    return tiny.tiny_beton(folder)
-
-
-@pytest.fixture(scope="module")
-def store(folder: Path, data: Beton) -> TargetStore:
-    teacher = tiny.tiny_teacher_checkpoint(folder, prototypes=40)
-    return tiny.tiny_store(folder / "targets.zarr", data, teacher)
-
-
-def reencoded(store: TargetStore, out: Path, encoding: Encoding, chunk_rows: int = 7) -> TargetStore:
-    """The targets of an embedding ``store`` as another ``encoding``, in smaller chunks."""
-    writer = StoreWriter.open_or_resume(
-        out, replace(store.manifest, encoding=encoding.to_dict(), chunk_rows=chunk_rows)
-    )
-    while (start := writer.rows_done) < store.manifest.num_images:
-        rows = store.read(start, min(start + chunk_rows, store.manifest.num_images))
-        embedding = decode(store.encoding, rows)["embedding"]
-        writer.append(encode(encoding, embedding, embedding @ torch.from_numpy(store.prototypes).T))
-    writer.finish(store.prototypes, store.statistics)
-    return TargetStore.open(out)
-
-
-# ==== tables ====
-
-
-def test_table_of_packed_images(data) -> None:
-    inspection = inspect(data.path)
-    rows = dict(inspection.rows)
-    assert inspection.title == f"{data.path}: packed images"
-    assert rows["images"] == "24"
-    assert rows["width x height"] == "32 x 32 px"
-    assert rows["classes"] == "2: class0, class1"
-    assert rows["images a class"] == "12"
-    assert rows["stored as"].startswith("JPEG")
-    assert rows["paths"] == f"{data.manifest.paths[0]}, ..., {data.manifest.paths[-1]}"
-    assert data.manifest.fingerprint.startswith(rows["fingerprint"])
-    assert rows["size on disk"].startswith(f"{data.path.stat().st_size / 1000:.1f} kB")
-    assert "skipped" not in rows
-
-
-def test_table_of_many_classes_sizes_and_broken_images(tmp_path) -> None:
-    images = tiny.tiny_images(tmp_path / "images", 30, classes=15)
-    Image.new("RGB", (50, 40)).save(images / "class3" / "wide.png")
-    (images / "class3" / "bad.jpg").write_bytes(b"no image")
-    pack(PackConfig(str(images), tmp_path / "a.beton", raw=True, skip_bad=True, max_resolution=50, workers=1))
-    rows = dict(inspect(tmp_path / "a.beton").rows)
-    assert rows["classes"].startswith("15: class0, class1, class10, class11, class12, ..., ")
-    assert rows["images a class"] == "2 to 3"
-    assert rows["width x height"] == "32 to 50 x 32 to 40 px"
-    assert rows["stored as"] == "raw pixels"
-    assert rows["longest side"] == "at most 50 px"
-    assert rows["skipped"] == "1 broken: class3/bad.jpg"
-
-
-def test_table_of_a_store(store, data) -> None:
-    inspection = inspect(store.path)
-    rows = dict(inspection.rows)
-    assert inspection.title == f"{store.path}: target store"
-    assert rows["images x views"] == "24 x 2"
-    assert rows["teacher"] == f"{tiny.TEACHER}, weights {store.manifest.weights_hash[:16]}, fp32"
-    assert rows["embedding"] == f"24 dimensions, head: {store.manifest.head}"
-    assert rows["prototypes"] == "40, teacher temperature 0.07"
-    assert rows["encoding"] == "embedding, float16"
-    assert rows["bytes a view"] == "48 in memory, 2.3 kB in all"
-    assert rows["recipe"].startswith("dino, seed 0, 32 px, ")
-    assert data.manifest.fingerprint.startswith(rows["data fingerprint"])
-    used = (store.statistics["usage"] > 0).mean()
-    assert rows["prototypes used"].startswith(f"{used:.1%} ")
-    on_disk = sum(file.stat().st_size for file in (store.path / "embedding").rglob("*") if file.is_file())
-    assert f", {on_disk / 48:,.0f} bytes a view ({on_disk / (48 * 48):.0%})" in rows["targets on disk"]
-
-
-@pytest.mark.parametrize(
-    ("encoding", "described"),
-    [
-        (Encoding("topk", k=8), "topk, 8 of 40 logits, tail at temperatures 0.025, 0.04, 0.055, 0.07, 0.1"),
-        (Encoding("dense"), "dense, 40 logits"),
-    ],
-    ids=["topk", "dense"],
-)
-def test_tables_of_logits(store, tmp_path, encoding, described) -> None:
-    assert dict(inspect(reencoded(store, tmp_path / "a.zarr", encoding).path).rows)["encoding"] == described
-
-
-def test_table_of_a_half_written_store(store, tmp_path) -> None:
-    writer = StoreWriter.open_or_resume(tmp_path / "a.zarr", replace(store.manifest, chunk_rows=8))
-    writer.append(store.read(0, 8))
-    writer.append(store.read(8, 16))
-    inspection = inspect(tmp_path / "a.zarr")
-    rows = dict(inspection.rows)
-    assert inspection.kind == "half-written target store"
-    assert rows["done"] == "16 of 24 images (67%): run rob cache-teacher again to go on"
-    assert rows["images x views"] == "24 x 2"
-
-
-@pytest.mark.parametrize("make", ["nothing", "file", "folder"])
-def test_anything_else_is_refused(tmp_path, make) -> None:
-    path = tmp_path / "a"
-    if make == "file":
-        path.write_text("hello")
-    elif make == "folder":
-        path.mkdir()
-    with pytest.raises(MisuseError, match=re.escape(str(path))):
-        inspect(path)
-
-
-# ==== neighbours ====
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda e: f"{e.kind} {e.dtype}")
-def test_neighbours_are_those_of_all_pairs(store, tmp_path, encoding) -> None:
-    store = reencoded(store, tmp_path / "a.zarr", encoding)
-    queries = np.array([3, 0, 20])
-    found = nearest(store, queries, 2, [0, 2, 3], count=5)
-
-    decoded = decode(store.encoding, store.read(0, 24))
-    if encoding.kind == "topk":
-        vectors = torch.zeros(24, 2, 40).scatter(2, decoded["ids"], decoded["logits"])
-    else:
-        vectors = decoded["embedding" if encoding.kind == "embedding" else "logits"]
-    vectors = F.normalize(vectors, dim=2)
-    searched = [row for row in range(24) if row // 7 in (0, 2, 3)]
-    for q, image_id in enumerate(queries):
-        for column in range(2):
-            cosines = vectors @ vectors[image_id, column]
-            others = sorted((row for row in searched if row != image_id), key=lambda row: -cosines[row].max())[:5]
-            assert found.image_ids[q, column].tolist() == others
-            np.testing.assert_allclose(found.cosines[q, column], [cosines[row].max() for row in others], atol=1e-5)
-            assert found.columns[q, column].tolist() == [cosines[row].argmax() for row in others]
-
-
-def test_fewer_neighbours_than_asked_are_marked(store) -> None:
-    found = nearest(store, np.array([0]), 1, [0], count=30)
-    assert np.isfinite(found.cosines).sum() == 23
-    assert np.isneginf(found.cosines[0, 0, 23:]).all()
-
-
-# ==== sheets ====
 
 
 class Recorder(Sheet):
@@ -298,7 +141,7 @@ def test_images_may_be_spread_over_the_data(data, store, tmp_path, drawn) -> Non
 def test_a_sheet_is_a_png_of_some_images(tmp_path) -> None:
     data = Path("a.beton")
     assert SheetConfig(data, tmp_path / "a.PNG", images=64).images == 64
-    with pytest.raises(MisuseError, match="--images is 65, expected at most 64"):
+    with pytest.raises(MisuseError, match="`images` is 65, expected at most 64"):
         SheetConfig(data, tmp_path / "a.png", images=65)
     for name in ("x.txt", "x", "data.beton"):
         with pytest.raises(MisuseError, match=rf"{name}: expected a name that ends with \.png, such as .*\.png"):
@@ -318,7 +161,7 @@ def test_a_store_of_other_data_is_refused(store, tmp_path) -> None:
 
 
 def test_options_out_of_range(data, tmp_path) -> None:
-    with pytest.raises(MisuseError, match="--images is 0"):
+    with pytest.raises(MisuseError, match="`images` is 0"):
         SheetConfig(data.path, tmp_path / "sheet.png", images=0)
 
 
