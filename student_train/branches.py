@@ -162,8 +162,7 @@ class CachedTargets(TargetBranch):
             self._prefetcher = TargetPrefetcher(
                 self.store, batch_size, window_mib=self.window_mib, device=self.device, cache_in_memory=self.in_memory
             )
-        columns = np.array(plan.targets)
-        self._prefetcher.columns = lambda image_ids: columns
+        self._prefetcher.columns = np.array(plan.targets)
         return _StoreStream(self, self._prefetcher, order)
 
     def make_target(self, arrays: dict[str, Tensor]) -> Target:

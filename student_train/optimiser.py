@@ -1,8 +1,9 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from math import cos, pi
+from typing import Any, Protocol, runtime_checkable
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -51,9 +52,9 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) 
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
     if config.trust is not None and config.name != "lars":
-        raise MisuseError(f"--trust is for --optimiser lars, and it is {config.name}: leave it out")
+        raise MisuseError(f"`trust` is for `optimiser` lars, and it is {config.name}: leave it out")
     if config.trust is not None and config.trust <= 0:
-        raise MisuseError(f"--trust is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
+        raise MisuseError(f"`trust` is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
     # A decay of 0 at the start would mark no group as one that decays.
     weight_decay = config.weight_decay or config.weight_decay_end or 0.0
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
@@ -99,7 +100,12 @@ class Schedule:
         start, end = self.config.weight_decay, self.config.weight_decay_end
         if end is None:
             return start
-        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / self.total_steps))
+        return end + (start - end) * cosine_decay(step, self.total_steps)
+
+
+def cosine_decay(step: float, total: float) -> float:
+    """From 1 at step 0 to 0 at ``total``, along half a cosine."""
+    return 0.5 * (1 + cos(pi * step / total))
 
 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
@@ -110,10 +116,17 @@ def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
     return ModelEmaV3(student, decay=decay, use_warmup=True)
 
 
+@runtime_checkable
+class _NamesUndecayed(Protocol):
+    """timm's way of saying which parameters of a backbone should not decay."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+
 def _no_weight_decay(model: nn.Module) -> list[str]:
     """Full names of the parameters that the backbones inside ``model`` ask not to decay."""
     names = []
     for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]  # pyright: ignore
+        if isinstance(module, _NamesUndecayed):
+            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]
     return names

@@ -21,7 +21,7 @@ from ..common.run import autocast, pick_device, seed_everything, seed_step, vers
 from ..common.signals import uninterrupted
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, check_loader, geometry
 from ..common.views.recipes import Recipe
 from .bottleneck import advise
 from .branches import CachedTargets, TargetBranch, TargetSpace
@@ -194,7 +194,7 @@ def train_student(
     ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)
-    config.loader.check_device(device)
+    check_loader(config.loader, device)
     data = Beton(config.data)
     if branch is None:
         if config.targets is None:
@@ -208,9 +208,9 @@ def train_student(
     pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
-    if pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
+    if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
         progress.note(
-            f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
+            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
             "the student's pixels differ slightly from the teacher's; use the same --loader for exact pairs"
         )
     if config.loader.batch_size % ranks.world_size:
