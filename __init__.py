@@ -5,7 +5,7 @@ The stages and the measurements are functions that take one frozen configuration
     import rob
     data, store = Path("data.beton"), Path("targets.zarr")
     rob.cache_teacher(rob.CacheConfig(data, store, rob.TeacherConfig("vit_small_patch16_224.dino")))
-    rob.train_student(rob.TrainConfig(data, Path("runs/first"), rob.StudentConfig("resnet18"), store))
+    rob.train_student(rob.TrainConfig(data, Path("runs/first"), rob.StudentConfig("resnet18"), rob.Cached(store)))
 """
 
 from importlib import import_module
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .common.loader import LoaderConfig
     from .common.store import TargetStore
     from .common.views import Recipe, RecipeOverrides, get_recipe
-    from .student_train.branches import CachedTargets, OnlineTeacher
     from .student_train.checkpoint import load_student
     from .student_train.evaluate.detection.detect import DetectConfig, detect
     from .student_train.evaluate.knn import knn
@@ -27,12 +26,15 @@ if TYPE_CHECKING:
     from .student_train.evaluate.linear import LinearConfig, linear
     from .student_train.evaluate.lowshot import Share, lowshot
     from .student_train.evaluate.network import FrozenNetwork
-    from .student_train.momentum import MomentumBranch, MomentumConfig
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
-    from .student_train.pairing import PairingConfig
     from .student_train.students import StudentConfig
-    from .student_train.train import TrainConfig, train_student
+    from .student_train.targets.cached import Cached
+    from .student_train.targets.momentum import Momentum
+    from .student_train.targets.online import Online
+    from .student_train.targets.pairing import PairingConfig
+    from .student_train.train import train_student
+    from .student_train.train_config import TrainConfig
     from .teacher_cache.cache import CacheConfig, cache_teacher
     from .teacher_cache.teachers import TeacherConfig, load_teacher
     from .teacher_cache.verify import VerifyConfig, verify
@@ -44,7 +46,6 @@ _HOME = {
     "common.views.loader": ("LoaderConfig",),
     "common.store.reader": ("TargetStore",),
     "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
-    "student_train.branches": ("CachedTargets", "OnlineTeacher"),
     "student_train.checkpoint": ("load_student",),
     "student_train.evaluate.detection.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
@@ -52,12 +53,15 @@ _HOME = {
     "student_train.evaluate.linear": ("LinearConfig", "linear"),
     "student_train.evaluate.lowshot": ("Share", "lowshot"),
     "student_train.evaluate.network": ("FrozenNetwork",),
-    "student_train.momentum": ("MomentumBranch", "MomentumConfig"),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
-    "student_train.pairing": ("PairingConfig",),
     "student_train.students": ("StudentConfig",),
-    "student_train.train": ("TrainConfig", "train_student"),
+    "student_train.targets.cached": ("Cached",),
+    "student_train.targets.momentum": ("Momentum",),
+    "student_train.targets.online": ("Online",),
+    "student_train.targets.pairing": ("PairingConfig",),
+    "student_train.train": ("train_student",),
+    "student_train.train_config": ("TrainConfig",),
     "teacher_cache.cache": ("CacheConfig", "cache_teacher"),
     "teacher_cache.teachers": ("TeacherConfig", "load_teacher"),
     "teacher_cache.verify": ("VerifyConfig", "verify"),
@@ -66,7 +70,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "CacheConfig",
-    "CachedTargets",
+    "Cached",
     "DetectConfig",
     "Encoding",
     "FailureError",
@@ -74,10 +78,9 @@ __all__ = [
     "LinearConfig",
     "LoaderConfig",
     "MisuseError",
-    "MomentumBranch",
-    "MomentumConfig",
+    "Momentum",
     "ObjectiveConfig",
-    "OnlineTeacher",
+    "Online",
     "OptimiserConfig",
     "PackConfig",
     "PairingConfig",

@@ -43,12 +43,13 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     """
     from rob.common.views.recipes import RECIPES
     from rob.student_train.objectives import OBJECTIVES
-    from rob.student_train.pairing import usual_pairing
 
     values, given = context.params, explicit(context)
     objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
     reasons: dict[str, str] = {}
+    usual_pairing = "cross"
     if objective in OBJECTIVES:
+        usual_pairing = OBJECTIVES[objective].pairing
         reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
     if targets != "momentum":
         reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
@@ -58,7 +59,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     preset = get_preset(values["preset"])
     if "recipe" in given and values["recipe"] != preset.options.get("recipe"):
         reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
-    same = (values["pairing"] or usual_pairing(objective)) == "same"
+    same = (values["pairing"] or usual_pairing) == "same"
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
         reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
         reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
@@ -66,14 +67,15 @@ def unused_options(context: typer.Context) -> dict[str, str]:
 
 
 def _unread_by(objective: str) -> set[str]:
-    from rob.student_train.momentum import PUBLISHED, unread_options
-    from rob.student_train.objectives import OBJECTIVES, OPTIONS
+    from rob.student_train.objectives import OBJECTIVES
+    from rob.student_train.objectives.config import read_by_some
     from rob.student_train.objectives.prototypes import PrototypeObjective
+    from rob.student_train.targets.momentum import unread_options
 
-    unread = OPTIONS - OBJECTIVES[objective].options
+    unread = read_by_some() - OBJECTIVES[objective].options
     if not issubclass(OBJECTIVES[objective], PrototypeObjective):
         unread |= {"prototypes", "freeze_prototypes"}
-    if objective in PUBLISHED:
+    if OBJECTIVES[objective].published is not None:
         unread |= unread_options(objective).keys()
     return set(unread)
 

@@ -1,5 +1,6 @@
 """The command of stage 2."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -283,16 +284,19 @@ def train_student(
     from rob.common.views.loader import LoaderConfig
     from rob.common.views.recipes import RecipeOverrides
     from rob.student_train.bottleneck import describe_shares, worst_share
-    from rob.student_train.objectives import ObjectiveConfig, usual_objective
+    from rob.student_train.objectives import ObjectiveConfig
     from rob.student_train.optimiser import OptimiserConfig
-    from rob.student_train.pairing import choose_pairing
     from rob.student_train.presets import get_preset
     from rob.student_train.students import StudentConfig
-    from rob.student_train.train import TrainConfig, TrainProgress
+    from rob.student_train.targets.branch import RunContext
+    from rob.student_train.targets.momentum import Momentum
+    from rob.student_train.targets.pairing import choose_pairing
+    from rob.student_train.train import TrainProgress
     from rob.student_train.train import train_student as run
+    from rob.student_train.train_config import TrainConfig
 
     # ==== the targets ====
-    packed, where = Beton(data), pick_device(device)
+    context = RunContext(Beton(data), pick_device(device), precision, seed)
 
     def configured(name: str) -> ObjectiveConfig:
         return ObjectiveConfig(
@@ -321,21 +325,25 @@ def train_student(
     if targets == "momentum":
         o.refuse(of_a_teacher, "is for --targets online; with momentum there is no teacher")
         matched = configured(objective or "dino")
-        momentum = b.momentum_config(matched, prototypes, copy_momentum, warmup_teacher_temp_epochs)
-        branch = b.momentum_branch(matched, momentum, recipe or "dino", overrides, seed, where, precision)
+        views_as_drawn = b.drawn(recipe or "dino", overrides)
+        filling = Momentum(views_as_drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
+        branch = filling.open(replace(context, objective=matched))
         fresh = False if fresh is None and pairing in (None, "cross") else fresh
     else:
         o.refuse(of_the_copy, "is for --targets momentum; a teacher has its own")
         if targets == "online":
-            branch = b.online_branch(
-                teacher, checkpoint, view_size, views or 4, recipe or "dino", overrides, precision, where, seed
-            )
+            views_as_drawn = b.drawn(recipe or "dino", overrides)
+            filling = b.online(teacher, checkpoint, view_size, views or 4, views_as_drawn, context.device)
+            branch = filling.open(context)
         else:
             store_has = f"is for --targets online; the store {targets} has its own"
             o.refuse(of_a_teacher | {"--recipe": recipe}, store_has)
             preferred = b.preset_recipe(get_preset(preset)) if preset else None
-            branch = b.cached_branch(Path(targets), packed, where, window_mib, cache_in_memory, overrides, preferred)
-        matched = configured(objective or usual_objective(branch.space))
+            filling = b.cached(Path(targets), window_mib, cache_in_memory, overrides, preferred)
+            branch = filling.open(context)
+            if preferred is not None:
+                b.note_other_global_crops(filling.path, branch.recipe, preferred)
+        matched = configured(objective or branch.usual_objective)
         if objective is None:
             found = "" if branch.space.num_prototypes else "no "
             note(f"--objective {matched.name}, since the targets have {found}prototypes")
@@ -359,7 +367,7 @@ def train_student(
         data=data,
         out=out,
         student=StudentConfig(student, image_size, small, drop_path),
-        targets=None if targets in ("online", "momentum") else Path(targets),
+        targets=filling,
         objective=matched,
         pairing=paired,
         optimiser=OptimiserConfig(optimiser, lr, min_lr, warmup, weight_decay, weight_decay_end, trust=trust),
@@ -372,8 +380,6 @@ def train_student(
         precision=precision,
         device=device,
         loader=LoaderConfig(loader, batch_size, workers),
-        window_mib=window_mib,
-        cache_in_memory=cache_in_memory,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
     )
@@ -385,7 +391,7 @@ def train_student(
             update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
 
         with stopped_by_signals():
-            result = run(config, branch, TrainProgress(log=log, note=note))
+            result = run(config, TrainProgress(log=log, note=note))
         leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:

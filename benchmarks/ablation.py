@@ -29,9 +29,11 @@ from rob.student_train.evaluate.linear import linear
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, train_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import load_teacher
 
@@ -75,7 +77,7 @@ SETTINGS = (  # iBOT's loss on class tokens is DINO's, with the same head: the s
     Setting("dino", "same"),
     Setting("dino", "cross"),
     Setting("dino", "all"),
-    Setting("dino", "cross", {"centre": "calibration"}),
+    Setting("dino", "cross", {"centre_targets": "calibration"}),
     Setting("dino", "cross", {"sinkhorn": "batch"}),
     Setting("dino", "same", {"sinkhorn": "batch"}),
     Setting("dino", "cross", {"head": "teacher"}),
@@ -167,11 +169,11 @@ def one_run(config: AblationConfig, store: Path, student: str, setting: Setting,
     training = TrainConfig(
         data=config.train,
         out=folder,
-        targets=store,
+        targets=Cached(store),
         student=StudentConfig(name, image_size=32, small_images=True),
         precision=precision or "fp32",
         objective=ObjectiveConfig(setting.name, **(fresh | setting.options)),
-        pairing=PairingConfig(setting.pairing, targets=1 if setting.pairing == "same" else 2),
+        pairing=PairingConfig(setting.pairing, step_targets=1 if setting.pairing == "same" else 2),
         optimiser=OptimiserConfig(lr=schedule.lr, warmup_epochs=schedule.warmup_epochs),
         epochs=config.epochs,
         average=AVERAGE,

@@ -8,7 +8,7 @@ before the times count. The momentum copy has as many of its own.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,18 @@ from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
 from rob.common.store.encodings import Encoding
+from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
-from rob.student_train.momentum import MomentumBranch, MomentumConfig
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig
+from rob.student_train.targets.branch import TargetsConfig
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.momentum import Momentum
+from rob.student_train.targets.online import Online
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
@@ -75,29 +78,32 @@ def _run(config: BranchesConfig, device: torch.device, folder: Path) -> Report:
     )  # fmt: skip
     cache_teacher(cache)
 
-    objective = ObjectiveConfig("dino", teacher_temp=TEMPERATURE, centre="running", head="fresh")
+    objective = ObjectiveConfig("dino", teacher_temp=TEMPERATURE, centre_targets="running", head="fresh")
     training = TrainConfig(
         data=path,
         out=folder,
         student=config.student,
+        targets=Cached(cache.out),
         objective=objective,
-        pairing=PairingConfig("cross", targets=2, num_local=config.num_local, fresh=False),
+        pairing=PairingConfig("cross", step_targets=2, num_local=config.num_local, fresh=False),
         optimiser=OptimiserConfig(warmup_epochs=0),
         epochs=10_000,
         precision=config.precision,
         device=config.device,
         loader=loader,
     )
-    cached = CachedTargets(cache.out, data, device)
     teacher = load_teacher(config.teacher).to(device)
-    teacher.prototypes = cached.prototypes
-    momentum = MomentumConfig(config.prototypes, teacher_temp=TEMPERATURE)
-    branches: dict[str, TargetBranch] = {
-        "cached": cached,
-        "online": OnlineTeacher(teacher, recipe, 0, 2, config.teacher_size, device, config.precision),
-        "momentum": MomentumBranch(objective, recipe, 0, device, momentum, config.precision),
+    fitted = TargetStore.open(cache.out).prototypes
+    assert fitted is not None
+    teacher.prototypes = torch.from_numpy(fitted).to(device)
+    fillings: dict[str, TargetsConfig] = {
+        "cached": training.targets,
+        "online": Online(teacher, recipe, 2, config.teacher_size),
+        "momentum": Momentum(recipe, config.prototypes, warmup_teacher_temp_epochs=0),
     }
-    sides = {name: Side(training, data, branch, device, config.steps) for name, branch in branches.items()}
+    sides = {
+        name: Side(replace(training, targets=filling), data, device, config.steps) for name, filling in fillings.items()
+    }
     for _ in range(config.rounds):
         for side in sides.values():
             side.round()

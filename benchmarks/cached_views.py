@@ -20,19 +20,34 @@ from rob.common.run import pick_device
 from rob.common.store.encodings import Encoding
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import RecipeOverrides, get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, train_student
+from rob.student_train.targets.branch import RunContext, TargetsConfig
+from rob.student_train.targets.cached import Cached, CachedTargets
+from rob.student_train.targets.online import Online
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
 UNLIMITED = 1 << 20
 """More views than any run asks for: the online teacher never sees one twice."""
+
+
+@dataclass(frozen=True)
+class FirstViews(Cached):
+    """The first ``views`` of those in the store."""
+
+    views: int = 1
+
+    def open(self, run: RunContext) -> CachedTargets:
+        branch = super().open(run)
+        branch.views = self.views
+        return branch
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,10 @@ def run(config: CachedViewsConfig) -> Report:
             )
         )  # fmt: skip
 
-        def branch(cached_views: int | None) -> TargetBranch:
+        def targets(cached_views: int | None) -> TargetsConfig:
             if cached_views is None:
-                return OnlineTeacher(teacher, recipe, 0, UNLIMITED, config.teacher_size, device)
-            cached = CachedTargets(store, data, device)
-            cached.views = cached_views  # the first of those in the store
-            return cached
+                return Online(teacher, recipe, UNLIMITED, config.teacher_size)
+            return FirstViews(store, views=cached_views)
 
         rows = []
         for cached_views in (None, *config.views):
@@ -81,8 +94,9 @@ def run(config: CachedViewsConfig) -> Report:
                     data=config.train,
                     out=folder / f"{cached_views}-{seed}",
                     student=config.student,
+                    targets=targets(cached_views),
                     objective=ObjectiveConfig("embedding"),
-                    pairing=PairingConfig("same", targets=1),
+                    pairing=PairingConfig("same", step_targets=1),
                     optimiser=OptimiserConfig(lr=3e-3, warmup_epochs=1),
                     epochs=config.epochs,
                     seed=seed,
@@ -91,7 +105,7 @@ def run(config: CachedViewsConfig) -> Report:
                     checkpoint_every=config.epochs,
                 )
                 start = time.perf_counter()
-                weights = train_student(training, branch(cached_views)).weights
+                weights = train_student(training).weights
                 seconds.append(time.perf_counter() - start)
                 network = FrozenNetwork.student(weights, device)
                 top1.append(knn(network.features(config.train, loader), network.features(config.test, loader)).top1)

@@ -26,9 +26,11 @@ from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig, num_parameters
-from rob.student_train.train import TrainConfig, TrainProgress, train_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.train import TrainProgress, train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
@@ -103,9 +105,9 @@ def run(config: DemoConfig, screen: DemoScreen) -> dict[str, Any]:
         data=train_data,
         out=out / "student",
         student=STUDENT,
-        targets=store,
+        targets=Cached(store),
         objective=ObjectiveConfig("embedding"),
-        pairing=PairingConfig("same", targets=1),
+        pairing=PairingConfig("same", step_targets=1),
         optimiser=OptimiserConfig(lr=3e-3, warmup_epochs=1),
         epochs=config.epochs,
         device=config.device,

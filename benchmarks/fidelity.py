@@ -5,9 +5,9 @@ from torch import Tensor
 
 from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
-from rob.student_train.branches import stored_target
 from rob.student_train.kernels.reference import target_probabilities
 from rob.student_train.kernels.target import Target
+from rob.student_train.targets.cached import stored_target
 
 
 def restored(encoding: Encoding, embedding: Tensor, prototypes: Tensor) -> Target:

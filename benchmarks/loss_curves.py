@@ -22,7 +22,9 @@ from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import RecipeOverrides, get_recipe
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.train import TrainConfig, train_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 
 
@@ -58,7 +60,7 @@ def run(config: LossCurvesConfig) -> Report:
             out = folder / impl
             train_student(
                 TrainConfig(
-                    data=data, out=out, targets=store, student=STUDENT,
+                    data=data, out=out, targets=Cached(store), student=STUDENT,
                     objective=ObjectiveConfig("dino", head="fresh", loss_impl=impl),
                     optimiser=OptimiserConfig(lr=1e-3, warmup_epochs=1),
                     epochs=config.epochs, device=config.device, loader=loader, log_every=1,

@@ -34,15 +34,17 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
-from rob.student_train.branches import CachedTargets, TargetBranch
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
-from rob.student_train.momentum import MomentumBranch, published
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import choose_pairing
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, train_student
+from rob.student_train.targets.branch import RunContext, TargetsConfig
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.momentum import Momentum, published
+from rob.student_train.targets.pairing import choose_pairing
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import load_teacher
 
@@ -89,7 +91,7 @@ DINO = ObjectiveConfig("dino", teacher_temp=0.02)
 SWAV = ObjectiveConfig("swav", teacher_temp=0.01, sinkhorn="batch")
 """Sharper too: at the paper's .05 codes were uniform after 400 steps of a ResNet-18 (collapse.py says so at step 180). Without
 a queue: its rows are of an encoder that this fast a learner has left behind, and a batch's codes become all alike."""
-DISTILLED = ObjectiveConfig("dino", centre="calibration", head="fresh")
+DISTILLED = ObjectiveConfig("dino", centre_targets="calibration", head="fresh")
 """The head is as a copy of the student has it: the views differ alone."""
 
 COLLAPSE = (
@@ -212,13 +214,16 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
     if done.exists():
         return json.loads(done.read_text())
     precision = student.partition(":")[2] or "fp32"
-    branch = branch_of(config, setting, seed, precision)
+    targets = targets_of(config, setting)
+    context = RunContext(Beton(config.train), pick_device(config.device), precision, seed, setting.objective)
+    branch = targets.open(context)
     num_local = min(config.num_local if setting.num_local is None else setting.num_local, branch.recipe.num_local)
     fresh = setting.targets == "cached"
     training = TrainConfig(
         data=config.train,
         out=folder,
         student=student_config(config, student),
+        targets=targets,
         objective=setting.objective,
         pairing=choose_pairing(setting.objective.name, branch.recipe, branch.views, num_local=num_local, fresh=fresh),
         optimiser=replace(setting.optimiser, warmup_epochs=max(1, config.epochs / 10)),
@@ -229,7 +234,7 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
         device=config.device,
         loader=LoaderConfig(batch_size=setting.batch_size),
     )
-    trained = train_student(training, branch)
+    trained = train_student(training)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     device = pick_device(config.device)
     result = {"knn_top1": top1(config, FrozenNetwork.student(trained.weights, device, config.test_size))}
@@ -244,17 +249,16 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
     return result
 
 
-def branch_of(config: MomentumBenchConfig, setting: Setting, seed: int, precision: str) -> TargetBranch:
-    device, recipe = pick_device(config.device), get_recipe(setting.recipe)
+def targets_of(config: MomentumBenchConfig, setting: Setting) -> TargetsConfig:
     if setting.targets == "cached":
-        return CachedTargets(cached_store(config, setting.recipe), Beton(config.train), device)
+        return Cached(cached_store(config, setting.recipe))
     usual = published(setting.objective.name)
-    changed = replace(
-        usual if usual.momentum is None else usual.with_momentum(setting.copy_momentum),
-        num_prototypes=PROTOTYPES if usual.num_prototypes else 0,
+    return Momentum(
+        get_recipe(setting.recipe),
+        prototypes=PROTOTYPES if usual.prototypes else None,
+        copy_momentum=None if usual.copy_momentum is None else setting.copy_momentum,
         warmup_teacher_temp_epochs=0,
     )
-    return MomentumBranch(setting.objective, recipe, seed, device, changed, precision)
 
 
 def cached_store(config: MomentumBenchConfig, recipe: str) -> Path:

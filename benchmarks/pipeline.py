@@ -25,12 +25,17 @@ from rob.common.store.encodings import Encoding
 from rob.common.timing import Stopwatch
 from rob.common.views.loader import LoaderConfig, ViewLoader
 from rob.common.views.recipes import get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
+from rob.student_train.crops import Preparation, crop_sets
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig, plan_views
 from rob.student_train.students import StudentConfig, describe_student
-from rob.student_train.train import Preparation, TrainConfig, Trainer, crop_sets, epoch_order, timed
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.online import Online
+from rob.student_train.targets.pairing import PairingConfig, plan_views
+from rob.student_train.train import epoch_order, timed
+from rob.student_train.train_config import TrainConfig
+from rob.student_train.trainer import Trainer
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
@@ -88,8 +93,9 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         data=path,
         out=folder,
         student=config.student,
+        targets=Cached(cache.out),
         objective=ObjectiveConfig("embedding"),
-        pairing=PairingConfig("same", targets=1),
+        pairing=PairingConfig("same", step_targets=1),
         optimiser=OptimiserConfig(warmup_epochs=0),
         epochs=10_000,
         precision=config.precision,
@@ -97,14 +103,11 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         loader=loader,
     )
     teacher = load_teacher(config.teacher).to(device)
-    cached: TargetBranch = CachedTargets(cache.out, data, device)
-    online: TargetBranch = OnlineTeacher(
-        teacher, recipe, 0, config.views, config.teacher_size, device, config.precision
-    )
+    online = replace(training, targets=Online(teacher, recipe, config.views, config.teacher_size))
     sides = {
-        "cached": Side(training, data, cached, device, config.steps),
-        "online": Side(training, data, online, device, config.steps),
-        "student only": Side(training, data, cached, device, config.steps, in_memory=True),
+        "cached": Side(training, data, device, config.steps),
+        "online": Side(online, data, device, config.steps),
+        "student only": Side(training, data, device, config.steps, in_memory=True),
     }
     for _ in range(config.rounds):
         for side in sides.values():
@@ -143,12 +146,12 @@ class Side:
         self,
         config: TrainConfig,
         data: Beton,
-        branch: TargetBranch,
         device: torch.device,
         steps: int,
         in_memory: bool = False,
     ):
         steps_per_epoch = data.num_images // config.loader.batch_size
+        branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
         self.trainer = Trainer(config, branch.space, steps_per_epoch, device)
         branch.follow(self.trainer.model, steps_per_epoch, config.epochs)
         info = describe_student(config.student)
@@ -169,27 +172,27 @@ class Side:
         order = epoch_order(self.config, self.data.num_images, self.branch.window_blocks, epoch=0)[
             : size * (self.steps + 1)
         ]
-        crops = crop_sets(self.config, self.branch, plan)
+        crops = crop_sets(self.config, self.branch.recipe, plan)
         if self.in_memory:
             if not self.kept:
-                with self.branch.targets(order, size, plan) as targets:
+                with self.branch.targets(order, size, plan) as target_of:
                     for batch in self.loader.epoch(order, crops):
-                        self.kept.append((self.prepare(batch, crops), targets.next(batch)))
+                        self.kept.append((self.prepare(batch, crops), target_of(batch)))
             self.stopwatch.take()
             for images, target in self.kept[1:]:
                 self._train(images, target, pair_weights)
         else:
-            with self.branch.targets(order, size, plan) as targets:
+            with self.branch.targets(order, size, plan) as target_of:
                 batches = self.loader.epoch(order, crops + self.branch.view_sets(plan))
                 first = next(batches)
-                targets.next(first, self.prepare(first, crops))
+                target_of(first, self.prepare(first, crops))
                 self.stopwatch.take()
                 for batch in timed(batches, self.stopwatch):
                     with self.stopwatch("prepare"):
                         images = self.prepare(batch, crops)
                     with self.stopwatch("target"):
                         self.branch.before_step(self.step)
-                        target = targets.next(batch, images)
+                        target = target_of(batch, images)
                     self._train(images, target, pair_weights)
         self.rounds.append(self.stopwatch.take())
 
@@ -208,7 +211,7 @@ class Side:
             name: median(s.get(name, 0.0) / passed for s, passed in counted)
             for name in ("data", "prepare", "target", "student")
         }
-        is_online = isinstance(self.branch, OnlineTeacher)
+        is_online = self.branch.kind == "online"
         return {
             "images_per_second": median(images / passed for _, passed in counted),
             "waiting_for_data": shares["data"],

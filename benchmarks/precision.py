@@ -25,9 +25,9 @@ from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device
+from rob.common.teacher import embedder
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import get_recipe
-from rob.teacher_cache.embed import embedder
 from rob.teacher_cache.prototypes import PrototypeConfig, fit_prototypes
 from rob.teacher_cache.teachers import Teacher, load_teacher
 

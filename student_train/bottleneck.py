@@ -6,10 +6,10 @@ WORTH_TELLING = {"data": 0.05, "target": 0.05, "prepare": 0.15}
 """Shares of a step from which a part is worth the user's time; the student's own work is what a step is for."""
 
 REMEDIES = {
-    "data": "the loader does not keep up: give it more cores (--workers), fewer or smaller crops, or pack the images "
-    "again with --max-resolution",
+    "data": "the loader does not keep up: give it more cores (`workers`), fewer or smaller crops, or pack the images "
+    "again with `max_resolution`",
     "prepare": "copying views to the device and their colours take long: fewer or smaller crops, or a recipe without blur",
-    "cached target": "targets are read too late: a larger --window-mib, a faster disk, or --cache-in-memory",
+    "cached target": "targets are read too late: a larger `window_mib`, a faster disk, or `cache_in_memory`",
     "online target": "that is the teacher: run it once with rob cache-teacher, and train from its targets",
 }
 
@@ -42,7 +42,7 @@ def advise(shares: Mapping[str, float], targets: str) -> str:
     worth = {name: shares[name] for name, least in WORTH_TELLING.items() if shares[name] >= least}
     worth = {name: share for name, share in worth.items() if name != "target" or f"{targets} target" in REMEDIES}
     if not worth:
-        return "The student itself is the limit: --precision bf16, a smaller student or smaller crops are what is left."
+        return "The student itself is the limit: `precision` bf16, a smaller student or smaller crops are what is left."
     name = max(worth, key=worth.__getitem__)
     remedy = REMEDIES[f"{targets} target" if name == "target" else name]
     return f"{shares[name]:.0%} of the time went into {'targets' if name == 'target' else 'views'}: {remedy}."

@@ -48,7 +48,7 @@ def entropies(target: Target, temp: float, centre: Tensor | None) -> dict[str, T
         for part in rows.split(ROWS_AT_ONCE):
             logits = part.to(widened(part.dtype))
             if isinstance(target, EmbeddingTarget):
-                logits = logits @ target.prototypes.to(logits.dtype).T
+                logits = logits @ target.matrix.to(logits.dtype).T
             log_q = F.log_softmax((logits if centre is None else logits - centre) / temp, dim=1)
             q = log_q.exp()
             own.append(-(q * log_q).sum(1))
@@ -114,16 +114,16 @@ def remedies(kind: str, centre: str | None, sinkhorn: str | None, mean_entropy: 
     the objective's, None where it has no such option.
     """
     copied = kind == "momentum"
-    evened, sharpened = ["a higher --teacher-temp"], ["a lower --teacher-temp"]
+    evened, sharpened = ["a higher `teacher_temp`"], ["a lower `teacher_temp`"]
     if sinkhorn == "none":
-        evened += ["--sinkhorn batch" if centre is None else f"--sinkhorn batch in place of --centre-targets {centre}"]
-        evened += ["--centre-targets calibration"] if kind == "cached" and centre is None else []
+        evened += ["`sinkhorn` batch" if centre is None else f"`sinkhorn` batch in place of `centre_targets` {centre}"]
+        evened += ["`centre_targets` calibration"] if kind == "cached" and centre is None else []
     if copied:
-        evened += ["a higher --mean-entropy" if mean_entropy else "--mean-entropy 1"]
-        sharpened += ["a lower --lr", "one more of --freeze-prototypes", "fewer --prototypes"]
-    alike = "Lower --lr, lengthen --warmup-epochs, take --copy-momentum nearer 1, or a longer --queue."
+        evened += ["a higher `mean_entropy`" if mean_entropy else "`mean_entropy` 1"]
+        sharpened += ["a lower `lr`", "one more of `freeze_prototypes`", "fewer `prototypes`"]
+    alike = "Lower `lr`, lengthen `warmup_epochs`, take `copy_momentum` nearer 1, or a longer `queue`."
     of_a_teacher = (
-        "Look at them with rob inspect --sheet: is this the teacher's --checkpoint, and are these its images?"
+        "Look at them with rob inspect --sheet: is this the teacher's `checkpoint`, and are these its images?"
     )
     return {
         ONE_PROTOTYPE: f"Even them out: {_either(evened)}.",

@@ -21,10 +21,10 @@ from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
 from ..common.store.reader import TargetStore
 from ..common.store.writer import StoreWriter, begun_store
+from ..common.teacher import embedder
 from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
 from .config import CacheConfig
 from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
-from .embed import embedder
 from .fitted import with_prototypes, write_logits
 from .prototypes import PrototypeConfig, refuse_unsuitable
 from .teachers import Teacher, load_teacher

@@ -17,10 +17,10 @@ from ..common.run import autocast, pick_device
 from ..common.store.codec import decode
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
+from ..common.teacher import embedder
 from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet, geometry
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
-from .embed import embedder
 from .teachers import Teacher, load_teacher
 
 COMPUTE_ERROR = {"fp32": 0.03, "fp16": 0.05, "bf16": 0.25}

@@ -49,7 +49,7 @@ class _AllProbabilities:
         logits = out[: n * g]
         if isinstance(target, EmbeddingTarget):
             rows = target.embedding.reshape(n * g, -1).to(out.dtype) / temp
-            torch.mm(rows, target.prototypes.T, out=logits)
+            torch.mm(rows, target.matrix.T, out=logits)
         else:
             torch.mul(target.logits.reshape(n * g, -1).to(out.dtype), 1 / temp, out=logits)
         if centre is not None:
@@ -114,7 +114,7 @@ def loss_and_gradients(
     weights = pair_weights.to(dtype) / num_images
     centre = None if centre is None else centre.to(dtype)
     if isinstance(target, EmbeddingTarget):  # cast once, not once a chunk
-        target = EmbeddingTarget(target.embedding, target.prototypes.to(dtype))
+        target = EmbeddingTarget(target.embedding, target.matrix.to(dtype))
 
     dense_views = 0 if isinstance(target, TopKTarget) else g
     n = images_per_chunk(num_images, v + dense_views, k * dtype.itemsize, prototypes.device)

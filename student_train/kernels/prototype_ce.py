@@ -134,7 +134,7 @@ def _raise_unless_finite(loss: Tensor, embedding, prototypes, target, centre, pa
         rows["centre"] = centre
     match target:
         case EmbeddingTarget():
-            rows |= {"target.embedding": target.embedding, "target.prototypes": target.prototypes}
+            rows |= {"target.embedding": target.embedding, "target.prototypes": target.matrix}
         case TopKTarget():
             rows |= {"target.logits": target.logits, "target.tail": target.tail}
         case DenseTarget():  # -inf excludes a prototype, but one must be left

@@ -15,7 +15,7 @@ def target_probabilities(target: Target, temp: float, centre: Tensor | None = No
     """(B, G, K) q = softmax((t - centre) / temp) in float32, or float64 for a float64 target."""
     match target:
         case EmbeddingTarget():
-            logits = wide(target.embedding) @ wide(target.prototypes).T
+            logits = wide(target.embedding) @ wide(target.matrix).T
         case DenseTarget():
             logits = wide(target.logits)
         case _:

@@ -85,7 +85,7 @@ def _logits(target: EmbeddingTarget | DenseTarget, tile: slice) -> Tensor:
     if isinstance(target, DenseTarget):
         logits = target.logits[..., tile].flatten(0, 1)
         return logits.to(widened(logits.dtype), copy=True)
-    embedding, prototypes = target.embedding.flatten(0, 1), target.prototypes[tile]
+    embedding, prototypes = target.embedding.flatten(0, 1), target.matrix[tile]
     dtype = widened(torch.promote_types(embedding.dtype, prototypes.dtype))
     return embedding.to(dtype) @ prototypes.to(dtype).T
 

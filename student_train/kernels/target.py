@@ -49,23 +49,32 @@ class EmbeddingTarget(_Target):
     """The teacher's projected embedding and its prototypes: ``t = embedding @ prototypes.T``, recomputed inside the loss.
 
     embedding: (B, G, D) float, already L2-normalised if the teacher does so. D may differ from the student's.
-    prototypes: (K, D) float, the effective rows (weight norm applied).
+    prototypes: (K, D) float, the effective rows (weight norm applied); None where only embeddings are compared.
     """
 
     embedding: Tensor
-    prototypes: Tensor
+    prototypes: Tensor | None = None
     _per_image: ClassVar[tuple[str, ...]] = ("embedding",)
 
     def __post_init__(self):
-        if self.embedding.ndim != 3 or self.prototypes.ndim != 2 or self.embedding.shape[2] != self.prototypes.shape[1]:
+        rows, matrix = self.embedding.shape, None if self.prototypes is None else self.prototypes.shape
+        if len(rows) != 3 or (matrix is not None and (len(matrix) != 2 or rows[2] != matrix[1])):
+            given = tuple(rows), None if matrix is None else tuple(matrix)
             raise ValueError(
-                "EmbeddingTarget needs embedding (B, G, D) and prototypes (K, D), "
-                f"got {tuple(self.embedding.shape)} and {tuple(self.prototypes.shape)}"
+                "EmbeddingTarget needs embedding (B, G, D) and prototypes (K, D), got {} and {}".format(*given)
             )
 
     @property
+    def matrix(self) -> Tensor:
+        """The prototypes, for what cannot do without. ValueError: there are none."""
+        if self.prototypes is None:
+            raise ValueError("an EmbeddingTarget without prototypes has no logits")
+        return self.prototypes
+
+    @property
     def num_prototypes(self) -> int:
-        return self.prototypes.shape[0]
+        """K; 0 without prototypes."""
+        return 0 if self.prototypes is None else len(self.prototypes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,7 +87,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
             case EmbeddingTarget():
                 target_dtype = target.embedding.dtype if target.embedding.element_size() == 2 else dtype
                 rows = target.embedding.reshape(b * g, -1).to(target_dtype).contiguous()
-                keys = target.prototypes.to(target_dtype).contiguous()
+                keys = target.matrix.to(target_dtype).contiguous()
                 means, target_log_sums = _means(rows, keys, prototypes, teacher_temp, centre)
             case DenseTarget():
                 rows = target.logits.reshape(b * g, -1).contiguous()

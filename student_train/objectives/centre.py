@@ -12,22 +12,16 @@ All are a vector (K,): Sinkhorn's too, since its scaling of the rows is what a s
 A centre is a module ``(target, teacher_temp) -> (K,) or None``; what it has gathered is part of the checkpoint.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ...common.errors import MisuseError
-from ...common.ranks import mean_over_ranks, rank, world_size
+from ...common.ranks import current_ranks, mean_over_ranks
 from ..kernels.sinkhorn import over_ranks, sinkhorn_offsets
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
+from ..targets.space import TargetSpace
 from .queue import Queue
 
-if TYPE_CHECKING:
-    from ..branches import TargetSpace
-
-CENTRES = ("none", "checkpoint", "calibration", "running")
-SINKHORNS = ("none", "batch", "queue")
 CENTRE_MOMENTUM = 0.9
 
 
@@ -78,27 +72,27 @@ class SinkhornCentre(nn.Module):
     def forward(self, target: Target, teacher_temp: float) -> Tensor:
         assert isinstance(target, EmbeddingTarget | DenseTarget)
         rows = target.embedding if isinstance(target, EmbeddingTarget) else target.logits
-        balanced = rows.flatten(0, 1)
+        balanced, ranks = rows.flatten(0, 1), current_ranks()
         if self.queue is not None and self.queueing:
             if self.queue.full:  # each rank takes its share of the one queue
-                balanced = torch.cat([balanced, self.queue.rows[rank() :: world_size()].to(rows.dtype)])
+                balanced = torch.cat([balanced, self.queue.rows[ranks.rank :: ranks.world_size].to(rows.dtype)])
             self.queue.push(rows)
         offsets = sinkhorn_offsets(
             _with_rows(target, balanced.unsqueeze(1)),
             teacher_temp,
             self.iterations,
-            over_ranks if world_size() > 1 else None,
+            over_ranks if ranks.world_size > 1 else None,
             self.start,
         )
         return offsets.centre
 
 
-def build_centre(name: str, space: "TargetSpace") -> nn.Module:
+def build_centre(name: str, space: TargetSpace) -> nn.Module:
     """The centre called ``name``. MisuseError: these targets do not bring what it needs."""
     if name == "none":
         return FixedCentre()
     if name == "running":
-        _check_all_logits("--centre-targets running", space)
+        _check_all_logits("`centre_targets` running", space)
         return RunningCentre(space.num_prototypes)
     centre = space.centre if name == "checkpoint" else space.mean_logits
     if centre is None:
@@ -107,22 +101,22 @@ def build_centre(name: str, space: "TargetSpace") -> nn.Module:
             if name == "checkpoint"
             else "only a store knows: use running or none, or cache the targets"
         )
-        raise MisuseError(f"--centre-targets {name} is a mean of the teacher's logits that {cause}")
+        raise MisuseError(f"`centre_targets` {name} is a mean of the teacher's logits that {cause}")
     return FixedCentre(centre)
 
 
-def build_sinkhorn(space: "TargetSpace", start: str, queue_rows: int | None) -> SinkhornCentre:
+def build_sinkhorn(space: TargetSpace, start: str, queue_rows: int | None) -> SinkhornCentre:
     """Sinkhorn over the batch and a queue of ``queue_rows``, if any. MisuseError: the store has not all logits."""
-    _check_all_logits("--sinkhorn", space)
+    _check_all_logits("`sinkhorn`", space)
     width = space.dim if space.has_embedding else space.num_prototypes
     return SinkhornCentre(None if queue_rows is None else Queue(queue_rows, width), start=start)
 
 
-def _check_all_logits(option: str, space: "TargetSpace") -> None:
+def _check_all_logits(option: str, space: TargetSpace) -> None:
     if not space.has_all_logits:
         raise MisuseError(
-            f"{option} needs all the teacher's logits, but the store holds the top k: cache with --encoding embedding or "
-            "dense, or use --sinkhorn none and --centre-targets calibration"
+            f"{option} needs all the teacher's logits, but the store holds the top k: cache with `encoding` embedding or "
+            "dense, or use `sinkhorn` none and `centre_targets` calibration"
         )
 
 
@@ -136,4 +130,4 @@ def _mean_logits(target: Target) -> Tensor:
     if isinstance(target, DenseTarget):
         return target.logits.float().mean((0, 1))
     with torch.autocast(target.device.type, enabled=False):
-        return target.prototypes @ target.embedding.to(target.prototypes.dtype).mean((0, 1))
+        return target.matrix @ target.embedding.to(target.matrix.dtype).mean((0, 1))

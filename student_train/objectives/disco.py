@@ -5,15 +5,13 @@
 
 Student and teacher see the same views x_g (two of them in the paper), so that each term has its pairs. The student's head
 is D-2048-ReLU to the teacher's dimension: the wide hidden layer is the paper's answer to the "distilling bottleneck".
-``--only-consistency`` drops InfoNCE (the published ``--only-mse``).
+``only_consistency`` drops InfoNCE (the published ``--only-mse``).
 
 Against the published code: the squared distances are summed over the batch there, so that their weight follows the batch of
 a GPU (32 with its commands: a = 32), and here averaged; the keys are the teacher's, its branch being the one that replaces
 the other, where DisCo keeps a momentum copy of the student beside the teacher; and the teacher stays in eval mode, where the
 published training puts its BatchNorm in train mode.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,44 +20,33 @@ from ...common.errors import MisuseError
 from ..kernels.target import Target
 from .embedding import consistency
 from .moco import MocoObjective, info_nce
-from .prototypes import given
-
-if TYPE_CHECKING:
-    from ..branches import TargetSpace
-    from . import ObjectiveConfig
+from .objective import ObjectiveContext
 
 
-class DiscoObjective(MocoObjective):
-    """InfoNCE and consistency, for ``--pairing same``."""
+class DiscoObjective(MocoObjective, name="disco"):
+    """InfoNCE and consistency, of the same views."""
 
     options = MocoObjective.options | {"only_consistency", "consistency_weight"}
+    pairing, only_pairing, published = "same", True, None
 
-    def __init__(
-        self,
-        config: "ObjectiveConfig",
-        num_features: int,
-        space: "TargetSpace",
-        targets: int = 2,
-        num_images: int | None = None,
-    ) -> None:
-        """As ``build_objective``."""
-        super().__init__(config, num_features, space, targets, num_images)
-        self.only_consistency = bool(config.only_consistency)
-        self.consistency_weight = given(config.consistency_weight, 1.0)
-        if self.only_consistency:
-            for option, value in {"--queue": config.queue, "--student-temp": config.student_temp}.items():
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        config = context.config
+        self.consistency_weight = 1.0 if config.consistency_weight is None else config.consistency_weight
+        if config.only_consistency:
+            for option, value in {"queue": config.queue, "student_temp": config.student_temp}.items():
                 if value is not None:
                     raise MisuseError(
-                        f"{option} is InfoNCE's, and --only-consistency leaves that out: leave {option} out"
+                        f"`{option}` is InfoNCE's, and `only_consistency` leaves that out: leave `{option}` out"
                     )
-            del self.queue
+            self.queue = None
 
-    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         """features (B, G, F) of the target's own G views; pair_weights (G, G) is diagonal."""
         embedding, keys = self.embed(features), self.wanted(target)
-        views = target.num_views
+        views = keys.shape[1]
         loss = self.consistency_weight * views * consistency(embedding, keys, pair_weights)
-        if not self.only_consistency:
+        if self.queue is not None:
             other = 1 - torch.eye(views, device=keys.device) if views > 1 else pair_weights
             loss = loss + info_nce(embedding, keys, self.queue.rows, self.student_temp, other / other.sum())
             self.queue.push(keys)

@@ -2,71 +2,55 @@
 
     L = sum_{v,g} w[v,g] * mean_b || z_s[b,v] - z_t[b,g] ||^2        with unit vectors z, so 2 - 2 cos(z_s, z_t)
 
-Against the published code the sum over the batch is a mean: the loss does not grow with the batch. ``centre`` subtracts the
+Against the published code the sum over the batch is a mean: the loss does not grow with the batch. A centre subtracts the
 teacher's mean embedding first: features after a ReLU share a large part that says nothing about the image.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.errors import MisuseError
 from ...common.heads import ProjectionHead
 from ..collapse import spread
 from ..kernels.target import EmbeddingTarget, Target, widened
-from .prototypes import given
-
-if TYPE_CHECKING:
-    from ..branches import TargetSpace
-    from . import ObjectiveConfig
+from .objective import Objective, ObjectiveContext
 
 
-class EmbeddingObjective(nn.Module):
-    """The student's projected embedding regresses the teacher's, view by view. ``watching`` as ``PrototypeObjective``."""
+class EmbeddingObjective(Objective, name="embedding"):
+    """The student's projected embedding regresses the teacher's, view by view."""
 
-    options: ClassVar[frozenset[str]] = frozenset(("centre",))
-    """As ``PrototypeObjective`` has it."""
+    options = frozenset(("centre_targets",))
+    pairing = "same"
     head_norm: ClassVar[bool] = True
 
     mean_embedding: Tensor | None
 
-    def __init__(
-        self,
-        config: "ObjectiveConfig",
-        num_features: int,
-        space: "TargetSpace",
-        targets: int = 2,
-        num_images: int | None = None,
-    ) -> None:
-        """As ``build_objective``."""
-        super().__init__()
-        self.watching, self.targets_found = False, {}
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        config, space = context.config, context.space
         if not space.has_embedding:
             raise MisuseError(
-                f"--objective {config.name} needs the teacher's embedding, but the store holds logits: "
-                "cache with --encoding embedding"
+                f"`objective` {config.name} needs the teacher's embedding, but the store holds logits: "
+                "cache with `encoding` embedding"
             )
-        centre = config.centre or "none"
+        centre = config.centre_targets or "none"
         if centre not in ("none", "calibration"):
             raise MisuseError(
-                f"--centre-targets {centre} is a mean of logits, and --objective {config.name} compares embeddings: "
+                f"`centre_targets` {centre} is a mean of logits, and `objective` {config.name} compares embeddings: "
                 "use calibration or none"
             )
         if centre == "calibration" and space.mean_embedding is None:
             raise MisuseError(
-                "--centre-targets needs the teacher's mean embedding, which only a store has: leave it out, or cache"
+                "`centre_targets` needs the teacher's mean embedding, which only a store has: leave it out, or cache"
             )
         self.register_buffer("mean_embedding", None if centre == "none" else space.mean_embedding, persistent=False)
-        norm = given(config.head_norm, self.head_norm)
-        self.head = ProjectionHead(num_features, config.hidden_dim, space.dim, 2, "relu", norm)
+        norm = self.head_norm if config.head_norm is None else config.head_norm
+        self.head = ProjectionHead(context.num_features, config.hidden_dim, space.dim, 2, "relu", norm)
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Features (..., F) to (..., D) float32 unit rows, in the teacher's space."""
-        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
-
-    def wanted(self, target: Target) -> Tensor:
+    def wanted(self, target: Target | None) -> Tensor:
         """(B, G, D) unit rows in float32 or wider: the teacher's embedding, centred if asked."""
         assert isinstance(target, EmbeddingTarget)
         embedding = target.embedding.to(widened(target.embedding.dtype))
@@ -76,7 +60,7 @@ class EmbeddingObjective(nn.Module):
             self.targets_found = spread(embedding)
         return embedding
 
-    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""
         return consistency(self.embed(features), self.wanted(target), pair_weights)
 

@@ -3,14 +3,16 @@
     L = sum_{v,g} w[v,g] mean_b H( softmax((t[b,g] - c) / tau_t), softmax(s[b,v] / tau_s) )
 
 iBOT's other half, the loss of masked patches, is left out: it needs a target a patch, which no store keeps, and a student
-that is a ViT. Temperatures, head (no BatchNorm in iBOT's ViTs: ``--no-head-norm``), its start and centre are DINO's.
+that is a ViT. Temperatures, head (no BatchNorm in iBOT's ViTs: ``head_norm`` False), its start and centre are DINO's.
 """
 
 from .prototypes import PrototypeObjective
+from .without_teacher import CopySettings
 
 
-class IbotObjective(PrototypeObjective):
+class IbotObjective(PrototypeObjective, name="ibot"):
     """iBOT's class-token loss."""
 
     options = PrototypeObjective.options | {"norm_last_layer"}
     usual_head = "teacher"
+    published = CopySettings(prototypes=8192, warmup_teacher_temp_epochs=30, centre="running", freeze_prototypes=1)

@@ -6,7 +6,7 @@ z is the student's embedding, k the teacher's of the same image, n the teacher's
 for a small data set. T is .2, the head D-2048-ReLU without BatchNorm to the teacher's dimension (MoCo-v2: 128).
 """
 
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,38 +14,38 @@ from torch.nn import functional as F
 
 from ..kernels.target import Target
 from .embedding import EmbeddingObjective
-from .prototypes import given
+from .objective import ObjectiveContext
 from .queue import Queue, queue_length
-
-if TYPE_CHECKING:
-    from ..branches import TargetSpace
-    from . import ObjectiveConfig
+from .without_teacher import CopySettings
 
 QUEUE_LENGTH = 65536
 TEMPERATURE = 0.2
 
 
-class MocoObjective(EmbeddingObjective):
+class MocoObjective(EmbeddingObjective, name="moco"):
     """InfoNCE against the teacher's keys."""
 
-    options = frozenset(("student_temp", "centre", "queue"))
+    options = frozenset(("student_temp", "centre_targets", "queue"))
+    pairing = "cross"
     head_norm = False
+    published = CopySettings(copy_momentum=0.999, momentum_end=0.999)
 
-    def __init__(
-        self,
-        config: "ObjectiveConfig",
-        num_features: int,
-        space: "TargetSpace",
-        targets: int = 2,
-        num_images: int | None = None,
-    ) -> None:
-        """As ``build_objective``."""
-        super().__init__(config, num_features, space)
-        self.student_temp = given(config.student_temp, TEMPERATURE)
-        self.queue = Queue(queue_length(config.queue, QUEUE_LENGTH, num_images), space.dim)
+    queue: Queue | None
 
-    def forward(self, features: Tensor, target: Target, pair_weights: Tensor) -> Tensor:
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        config = context.config
+        self.student_temp = TEMPERATURE if config.student_temp is None else config.student_temp
+        self.queue = Queue(queue_length(config.queue, QUEUE_LENGTH, context.num_images), context.space.dim)
+
+    def copy_for_targets(self) -> Self:
+        copy = super().copy_for_targets()
+        copy.queue = None
+        return copy
+
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target.embedding (B, G, D) unit rows; pair_weights (V, G)."""
+        assert self.queue is not None, "a copy has no loss"
         keys = self.wanted(target)
         loss = info_nce(self.embed(features), keys, self.queue.rows, self.student_temp, pair_weights)
         self.queue.push(keys)

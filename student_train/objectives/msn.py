@@ -11,12 +11,17 @@ view an image against one further global and ten local crops.
 """
 
 from .prototypes import PrototypeObjective
+from .without_teacher import CopySettings
 
 
-class MsnObjective(PrototypeObjective):
+class MsnObjective(PrototypeObjective, name="msn"):
     """MSN's head, targets and mean-entropy term."""
 
     unit_prototypes = True
     sinkhorn_start = "probabilities"
     sinkhorn = "batch"
     mean_entropy = 1.0
+    target_views = 1
+    published = CopySettings(
+        prototypes=1024, teacher_temp=0.025, linear_momentum=True, momentum_runs=1.25, own_prototypes=True
+    )

@@ -9,7 +9,7 @@ override each. How RoB (2301.09451) itself pairs, centres and starts its head is
 """
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,32 +22,25 @@ from ...common.store.encodings import check_temperature
 from ..collapse import entropies
 from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
-from .centre import build_centre, build_sinkhorn
+from ..targets.space import TargetSpace
+from .centre import SinkhornCentre, build_centre, build_sinkhorn
+from .config import ObjectiveConfig
+from .objective import Objective, ObjectiveContext
 from .queue import queue_length
 
-if TYPE_CHECKING:
-    from ..branches import TargetSpace
-    from . import ObjectiveConfig
 
-HEADS = ("fresh", "teacher", "frozen")
-
-
-class PrototypeObjective(nn.Module):
+class PrototypeObjective(Objective):
     """The student's distribution over prototypes matches the teacher's.
 
-    ``teacher_temp`` may be set between steps, as a warm-up does. While ``watching``, a step leaves in ``targets_found`` what
-    ``collapse`` says of its targets. ``head`` "teacher" starts the student's prototypes at the teacher's, "frozen" keeps them
-    there too: the student's embedding then lives in the teacher's space, and has its width.
+    ``head`` "teacher" starts the student's prototypes at the teacher's, "frozen" keeps them there too: the student's
+    embedding then lives in the teacher's space, and has its width.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset(
-        ("student_temp", "teacher_temp", "centre", "sinkhorn", "queue", "mean_entropy", "head")
-    )
-    """Fields of ``ObjectiveConfig`` that this objective reads beside the head's widths."""
+    options = frozenset(("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "queue", "mean_entropy", "head"))
 
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
-    bottleneck: ClassVar[int] = 256
+    bottleneck = 256
     weight_norm: ClassVar[bool] = True
     unit_prototypes: ClassVar[bool] = False
     sinkhorn_start: ClassVar[str] = "exponentials"
@@ -57,62 +50,63 @@ class PrototypeObjective(nn.Module):
     usual_head: ClassVar[str] = "fresh"
     """Of targets whose prototypes are known."""
     student_temp: float = 0.1
-    sinkhorn: str = "none"
-    mean_entropy: float = 0.0
+    sinkhorn = "none"
+    mean_entropy = 0.0
 
-    def __init__(
-        self,
-        config: "ObjectiveConfig",
-        num_features: int,
-        space: "TargetSpace",
-        targets: int = 2,
-        num_images: int | None = None,
-    ) -> None:
-        """As ``build_objective``."""
-        super().__init__()
-        self.watching, self.targets_found = False, {}
+    prototypes: Prototypes  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher_temp: float  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        config, space = context.config, context.space
         if not space.num_prototypes:
             raise MisuseError(
-                f"--objective {config.name} needs prototype logits, but the teacher has no head: "
+                f"`objective` {config.name} needs prototype logits, but the teacher has no head: "
                 "fit prototypes on its cached embeddings with rob cache-teacher --prototypes K"
             )
         teacher_temp = config.teacher_temp or space.teacher_temp
         if teacher_temp is None:
-            raise MisuseError("the teacher has no temperature of its own: pass --teacher-temp (0.04 to 0.1)")
+            raise MisuseError("the teacher has no temperature of its own: pass `teacher_temp` (0.04 to 0.1)")
         if space.ladder:
             check_temperature(space.ladder, teacher_temp)
         self.teacher_temp, self.loss_impl = teacher_temp, config.loss_impl
-        self.student_temp = given(config.student_temp, self.student_temp)
-        self.mean_entropy = given(config.mean_entropy, self.mean_entropy)
-        self.sinkhorn = given(config.sinkhorn, self.sinkhorn)
-        self._build_head(config, num_features, space)  # first: a queue's random rows must not move it
-        self.centres = nn.ModuleList(self._centres(config, space, targets, num_images))
+        if config.student_temp is not None:
+            self.student_temp = config.student_temp
+        if config.mean_entropy is not None:
+            self.mean_entropy = config.mean_entropy
+        if config.sinkhorn is not None:
+            self.sinkhorn = config.sinkhorn
+        self._build_head(config, context.num_features, space)  # first: a queue's random rows must not move it
+        self.centres = nn.ModuleList(self._centres(context))
 
-    def _centres(
-        self, config: "ObjectiveConfig", space: "TargetSpace", targets: int, num_images: int | None
-    ) -> list[nn.Module]:
+    @classmethod
+    def embedding_dim(cls, config: ObjectiveConfig) -> int:
+        return config.bottleneck or cls.bottleneck
+
+    def _centres(self, context: ObjectiveContext) -> list[nn.Module]:
         """One for all target views, or one each."""
+        config, space = context.config, context.space
         if config.queue is not None and self.sinkhorn != "queue":
-            raise MisuseError(f"--queue is for --sinkhorn queue, and it is {self.sinkhorn}: leave one of them out")
+            raise MisuseError(f"`queue` is for `sinkhorn` queue, and it is {self.sinkhorn}: leave one of them out")
         if self.sinkhorn == "none":
-            return [build_centre(config.centre or space.usual_centre, space)]
-        if config.centre not in (None, "none"):
+            return [build_centre(config.centre_targets or space.usual_centre, space)]
+        if config.centre_targets not in (None, "none"):
             raise MisuseError(
-                f"--sinkhorn {self.sinkhorn} evens out the prototypes whatever the centre: "
-                f"leave out --centre-targets {config.centre}, or pass --sinkhorn none"
+                f"`sinkhorn` {self.sinkhorn} evens out the prototypes whatever the centre: "
+                f"leave out `centre_targets` {config.centre_targets}, or pass `sinkhorn` none"
             )
-        rows = queue_length(config.queue, self.queue_length, num_images) if self.sinkhorn == "queue" else None
-        number = targets if self.sinkhorn_by_view else 1
+        rows = queue_length(config.queue, self.queue_length, context.num_images) if self.sinkhorn == "queue" else None
+        number = context.target_views if self.sinkhorn_by_view else 1
         return [build_sinkhorn(space, self.sinkhorn_start, rows) for _ in range(number)]
 
-    def _build_head(self, config: "ObjectiveConfig", num_features: int, space: "TargetSpace") -> None:
+    def _build_head(self, config: ObjectiveConfig, num_features: int, space: TargetSpace) -> None:
         head = config.head or ("fresh" if space.prototypes is None else self.usual_head)
         rows = None if head == "fresh" else space.prototypes
         if rows is None and head != "fresh":
-            raise MisuseError(f"--head {head} needs a teacher with prototypes, and these targets have none: fresh")
+            raise MisuseError(f"`head` {head} needs a teacher with prototypes, and these targets have none: fresh")
         bottleneck = config.bottleneck or self.bottleneck if rows is None else space.dim
         self.head = ProjectionHead(
-            num_features, config.hidden_dim, bottleneck, self.num_layers, self.activation, given(config.head_norm, True)
+            num_features, config.hidden_dim, bottleneck, self.num_layers, self.activation, config.head_norm is not False
         )
         learn_gain = config.norm_last_layer is False
         self.prototypes = Prototypes(space.num_prototypes, bottleneck, self.weight_norm, learn_gain)
@@ -123,9 +117,15 @@ class PrototypeObjective(nn.Module):
         if head == "frozen":
             self.prototypes.requires_grad_(False)
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Features (..., F) to what is compared with the prototypes: (..., D) float32 unit rows."""
-        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+    def use_queue(self, serves: bool) -> None:
+        for centre in self.centres:
+            if isinstance(centre, SinkhornCentre):
+                centre.queueing = serves
+
+    def copy_for_targets(self) -> Self:
+        copy = super().copy_for_targets()
+        copy.centres = nn.ModuleList()
+        return copy
 
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         """features (B, V, F); target of G views an image; pair_weights (V, G).
@@ -161,8 +161,3 @@ class PrototypeObjective(nn.Module):
             entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks)
             loss = loss + self.mean_entropy * (math.log(len(prototypes)) - entropy)
         return loss
-
-
-def given(value: Any, usual: Any) -> Any:
-    """``value`` unless it is None: what the configuration says, or else the paper."""
-    return usual if value is None else value

@@ -20,7 +20,7 @@ def queue_length(asked: int | None, usual: int, num_images: int | None) -> int:
         return asked or usual
     if asked is not None and asked > num_images:
         raise MisuseError(
-            f"--queue {asked} is longer than the data set of {num_images} images, which would meet themselves in it: "
+            f"`queue` {asked} is longer than the data set of {num_images} images, which would meet themselves in it: "
             f"take at most {max(1, num_images // SMALLEST_SHARE)}"
         )
     return asked or max(1, min(usual, num_images // SMALLEST_SHARE))

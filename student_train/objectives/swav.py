@@ -5,9 +5,8 @@
 
 eps stands where others have a teacher temperature (SwAV's teachers: .05), tau_s is .1. Each target view's batch is balanced
 apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``, which begins to fill it
-in epoch 15; so does ``momentum.py``, while a frozen teacher's rows serve at once): a batch smaller than K cannot be spread
-evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
-every step.
+in epoch 15; so does a run without a teacher, while a frozen teacher's rows serve at once): a batch smaller than K cannot be
+spread evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before every step.
 """
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from ..kernels.target import Target
 from .prototypes import PrototypeObjective
+from .without_teacher import CopySettings
 
 
-class SwavObjective(PrototypeObjective):
+class SwavObjective(PrototypeObjective, name="swav"):
     """SwAV's head, and the cross-entropy against balanced codes."""
 
     num_layers = 2
@@ -28,6 +28,9 @@ class SwavObjective(PrototypeObjective):
     unit_prototypes = True
     sinkhorn_by_view = True
     sinkhorn = "queue"
+    published = CopySettings(
+        prototypes=3000, copy_momentum=None, teacher_temp=0.05, queue_from_epoch=15, freeze_prototypes=1
+    )
 
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         with torch.no_grad():

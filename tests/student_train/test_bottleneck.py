@@ -26,8 +26,8 @@ def test_every_share_is_told():
 @pytest.mark.parametrize(
     ("slow", "targets", "remedy"),
     [
-        ({"data": 0.4, "student": 0.55}, "cached", "--workers"),
-        ({"target": 0.3, "student": 0.65}, "cached", "--cache-in-memory"),
+        ({"data": 0.4, "student": 0.55}, "cached", "`workers`"),
+        ({"target": 0.3, "student": 0.65}, "cached", "`cache_in_memory`"),
         ({"target": 0.7, "student": 0.25}, "online", "rob cache-teacher"),
         ({"target": 0.3, "student": 0.65}, "momentum", "the student itself"),
         ({"prepare": 0.3, "student": 0.65}, "cached", "crops"),

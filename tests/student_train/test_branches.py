@@ -12,9 +12,11 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import Recipe, get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget
-from rob.student_train.pairing import PairingConfig, ViewPlan, plan_views
+from rob.student_train.targets.branch import RunContext, TargetBranch
+from rob.student_train.targets.cached import Cached, CachedTargets
+from rob.student_train.targets.online import Online, OnlineTargets
+from rob.student_train.targets.pairing import PairingConfig, ViewPlan, plan_views
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -44,25 +46,29 @@ def store(data, with_head, tmp_path_factory) -> TargetStore:
     return cached(tmp_path_factory.mktemp("store"), data, with_head, Encoding("embedding", "float32"))
 
 
-def online(teacher: TeacherConfig, store: TargetStore) -> OnlineTeacher:
+def online(teacher: TeacherConfig, store: TargetStore, data: Beton, views: int = VIEWS) -> OnlineTargets:
     """The branch that makes on the spot what ``store`` holds."""
     manifest = store.manifest
-    recipe = Recipe.from_dict(manifest.recipe)
-    return OnlineTeacher(load_teacher(teacher), recipe, manifest.seed, VIEWS, manifest.view_size, CPU)
+    config = Online(load_teacher(teacher), Recipe.from_dict(manifest.recipe), views, manifest.view_size)
+    return config.open(RunContext(data, CPU, seed=manifest.seed))
+
+
+def opened(path: Path, data: Beton, **settings) -> CachedTargets:
+    return Cached(path, **settings).open(RunContext(data, CPU))
 
 
 def answers(branch: TargetBranch, data: Beton, order: np.ndarray, plan: ViewPlan) -> list:
     """The targets of one epoch, batch by batch."""
     loader = ViewLoader(data, branch.recipe, branch.seed, LOADER)
     sets = branch.view_sets(plan) or (ViewSet(plan.globals, 8),)
-    with branch.targets(order, LOADER.batch_size, plan) as targets:
-        return [targets.next(batch) for batch in loader.epoch(order, sets)]
+    with branch.targets(order, LOADER.batch_size, plan) as target_of:
+        return [target_of(batch) for batch in loader.epoch(order, sets)]
 
 
 @pytest.fixture
 def plan() -> ViewPlan:
     """Views 2 and 0, in that order."""
-    return plan_views(PairingConfig("same", targets=2), VIEWS, epoch=1)
+    return plan_views(PairingConfig("same", step_targets=2), VIEWS, epoch=1)
 
 
 @pytest.fixture
@@ -71,7 +77,7 @@ def order() -> np.ndarray:
 
 
 def test_cached_targets_are_the_stores_rows_in_the_order_asked(store, data, plan, order):
-    targets = answers(CachedTargets(store.path, data, CPU), data, order, plan)
+    targets = answers(opened(store.path, data), data, order, plan)
     assert [len(target.embedding) for target in targets] == [8, 8, 8]
     rows = store.read(0, IMAGES)["embedding"]
     for target, ids in zip(targets, order.reshape(3, 8), strict=True):
@@ -81,17 +87,17 @@ def test_cached_targets_are_the_stores_rows_in_the_order_asked(store, data, plan
 
 
 def test_the_online_teacher_says_what_was_cached(store, data, with_head, plan, order):
-    from_cache = answers(CachedTargets(store.path, data, CPU), data, order, plan)
-    from_teacher = answers(online(with_head, store), data, order, plan)
+    from_cache = answers(opened(store.path, data), data, order, plan)
+    from_teacher = answers(online(with_head, store, data), data, order, plan)
     for one, other in zip(from_cache, from_teacher, strict=True):
         torch.testing.assert_close(one.embedding, other.embedding, rtol=0, atol=1e-5)
         torch.testing.assert_close(one.prototypes, other.prototypes)
-    elsewhere = answers(online(with_head, store), data, order[::-1].copy(), plan)[0].embedding
+    elsewhere = answers(online(with_head, store, data), data, order[::-1].copy(), plan)[0].embedding
     assert (elsewhere - from_cache[0].embedding).abs().max() > 0.01  # the comparison can fail
 
 
 def test_autograd_may_save_what_the_online_teacher_says(store, data, with_head, plan, order):
-    embedding = answers(online(with_head, store), data, order, plan)[0].embedding
+    embedding = answers(online(with_head, store, data), data, order, plan)[0].embedding
     weight = torch.ones(embedding.shape[-1], requires_grad=True)
     (embedding * weight).sum().backward()
     assert weight.grad is not None
@@ -101,7 +107,7 @@ def test_autograd_may_save_what_the_online_teacher_says(store, data, with_head, 
     ("encoding", "kind"), [(Encoding("topk", k=4), TopKTarget), (Encoding("dense"), DenseTarget)], ids=["topk", "dense"]
 )
 def test_logits_are_those_of_the_teacher(data, with_head, store, tmp_path, plan, order, encoding, kind):
-    branch = CachedTargets(cached(tmp_path, data, with_head, encoding).path, data, CPU)
+    branch = opened(cached(tmp_path, data, with_head, encoding).path, data)
     target = answers(branch, data, order, plan)[0]
     assert isinstance(target, kind)
     assert target.num_prototypes == PROTOTYPES
@@ -116,61 +122,61 @@ def test_logits_are_those_of_the_teacher(data, with_head, store, tmp_path, plan,
 def test_the_space_tells_what_the_targets_are(data, with_head, store, tmp_path):
     rows = torch.from_numpy(store.read(0, IMAGES)["embedding"])
     prototypes = torch.from_numpy(store.prototypes)
-    space = CachedTargets(store.path, data, CPU).space
+    space = opened(store.path, data).space
     assert (space.dim, space.num_prototypes, space.has_embedding) == (24, PROTOTYPES, True)
     torch.testing.assert_close(space.mean_embedding, rows.mean((0, 1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(space.mean_logits, (rows @ prototypes.T).mean((0, 1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(space.prototypes, prototypes)
 
-    logits = CachedTargets(cached(tmp_path, data, with_head, Encoding("dense")).path, data, CPU).space
+    logits = opened(cached(tmp_path, data, with_head, Encoding("dense")).path, data).space
     assert not logits.has_embedding
     assert space.has_all_logits and logits.has_all_logits
     torch.testing.assert_close(logits.mean_logits, space.mean_logits, rtol=0, atol=1e-5)
-    topk = CachedTargets(cached(tmp_path / "topk", data, with_head, Encoding("topk", k=4)).path, data, CPU).space
+    topk = opened(cached(tmp_path / "topk", data, with_head, Encoding("topk", k=4)).path, data).space
     assert not (topk.has_embedding or topk.has_all_logits)
-    on_the_spot = online(with_head, store).space
+    on_the_spot = online(with_head, store, data).space
     torch.testing.assert_close(on_the_spot.prototypes, prototypes)
     assert (on_the_spot.dim, on_the_spot.num_prototypes, on_the_spot.has_embedding) == (24, PROTOTYPES, True)
     assert on_the_spot.teacher_temp == space.teacher_temp == load_teacher(with_head).teacher_temp
 
 
 def test_one_branch_serves_epoch_after_epoch(store, data):
-    branch = CachedTargets(store.path, data, CPU, in_memory=True)
+    branch = opened(store.path, data, cache_in_memory=True)
     rows = store.read(0, IMAGES)["embedding"]
     for epoch in range(3):
-        plan = plan_views(PairingConfig("same", targets=1), VIEWS, epoch)
+        plan = plan_views(PairingConfig("same", step_targets=1), VIEWS, epoch)
         order = np.random.default_rng(epoch).permutation(IMAGES)
         found = torch.cat([target.embedding for target in answers(branch, data, order, plan)])
         np.testing.assert_array_equal(found[:, 0].numpy(), rows[order, epoch])
 
 
 def test_targets_of_other_images_than_the_batchs_never_pass(store, data, plan, order):
-    branch = CachedTargets(store.path, data, CPU)
-    with branch.targets(order, 8, plan) as targets, pytest.raises(AssertionError, match="same order"):
-        targets.next(Batch(order[:8][::-1].copy(), (), ()))
+    branch = opened(store.path, data)
+    with branch.targets(order, 8, plan) as target_of, pytest.raises(AssertionError, match="same order"):
+        target_of(Batch(order[:8][::-1].copy(), (), ()))
 
 
 def test_a_teacher_without_a_head_has_no_prototypes(data, tmp_path, plan, order):
     teacher = tiny_teacher_checkpoint(tmp_path)
     plain = cached(tmp_path, data, teacher, Encoding("embedding"))
-    for branch in (CachedTargets(plain.path, data, CPU), online(teacher, plain)):
+    for branch in (opened(plain.path, data), online(teacher, plain, data)):
         assert (branch.space.num_prototypes, branch.space.prototypes, branch.space.mean_logits) == (0, None, None)
         target = answers(branch, data, order, plan)[0]
         assert isinstance(target, EmbeddingTarget)
-        assert target.num_prototypes == 0
+        assert (target.prototypes, target.num_prototypes) == (None, 0)
 
 
 def test_a_store_of_another_data_set_is_refused(store, tmp_path):
     with pytest.raises(MisuseError, match="another data set"):
-        CachedTargets(store.path, tiny_beton(tmp_path, IMAGES, seed=1), CPU)
+        opened(store.path, tiny_beton(tmp_path, IMAGES, seed=1))
 
 
 def test_the_description_tells_teachers_views_and_ways_apart(store, data, with_head, tmp_path):
-    told = CachedTargets(store.path, data, CPU).description
+    told = opened(store.path, data).description
     assert told["weights_hash"] == load_teacher(with_head).weights_hash
-    branch = online(with_head, store)
+    branch = online(with_head, store, data)
     assert told["kind"] == "cached" != branch.description["kind"]
     other = tiny_teacher_checkpoint(tmp_path, seed=1, prototypes=PROTOTYPES)
-    assert online(other, store).description["weights_hash"] != branch.description["weights_hash"]
-    more = OnlineTeacher(branch.teacher, branch.recipe, branch.seed, VIEWS + 1, branch.view_size, CPU)
+    assert online(other, store, data).description["weights_hash"] != branch.description["weights_hash"]
+    more = online(with_head, store, data, VIEWS + 1)
     assert more.description["views"] == VIEWS + 1 != branch.description["views"]

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
-from rob.student_train.branches import TargetSpace
 from rob.student_train.collapse import FIELDS, GRACE, PATIENCE, CollapseWatch, entropies, remedies, spread
 from rob.student_train.kernels.target import DenseTarget, EmbeddingTarget, TopKTarget
-from rob.student_train.momentum import MomentumBranch, MomentumConfig, unread_options
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig
 from rob.student_train.students import StudentConfig
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.momentum import Momentum, MomentumTargets, unread_options
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import TrainConfig, TrainProgress, train_student
 from support.tiny import tiny_beton
 
-CPU = torch.device("cpu")
 K = 12
 ADVICE = remedies("momentum", None, "none", 0.0)
 
@@ -79,20 +79,19 @@ def test_remedies_are_options_that_the_run_takes_and_does_not_have(name, kind):
     usual = OBJECTIVES[name]
     advice = " ".join(remedies(kind, None, usual.sinkhorn, usual.mean_entropy).values())
     space = TargetSpace(8, K, True, 0.04, mean_logits=torch.zeros(K) if kind == "cached" else None)
-    asked = dict(re.findall(r"--(centre-targets|sinkhorn|mean-entropy) (\w+)", advice))
+    asked = dict(re.findall(r"`(centre_targets|sinkhorn|mean_entropy)` (\w+)", advice))
     for option, value in asked.items():
-        field = {"centre-targets": "centre", "sinkhorn": "sinkhorn", "mean-entropy": "mean_entropy"}[option]
-        value = float(value) if field == "mean_entropy" else value
-        assert getattr(usual, field, "none") != value
-        build_objective(ObjectiveConfig(name, **{field: value}), 16, space)  # refuses what it does not take
+        value = float(value) if option == "mean_entropy" else value
+        assert {"sinkhorn": usual.sinkhorn, "mean_entropy": usual.mean_entropy}.get(option, "none") != value
+        build_objective(ObjectiveConfig(name, **{option: value}), 16, space)  # refuses what it does not take
     centred = " ".join(remedies(kind, "checkpoint", usual.sinkhorn, usual.mean_entropy).values())
     assert "calibration" not in centred
-    assert ("in place of --centre-targets checkpoint" in centred) == ("--sinkhorn batch" in centred)
-    options = set(re.findall(r"--([a-z-]+)", advice))
+    assert ("in place of `centre_targets` checkpoint" in centred) == ("`sinkhorn` batch" in centred)
+    options = set(re.findall(r"`([a-z_]+)`", advice))
     if kind == "momentum":
-        assert not options & {option.replace("_", "-") for option in unread_options(name)} - {"copy-momentum"}
+        assert not options & unread_options(name).keys() - {"copy_momentum"}
     else:
-        assert not options & {"warmup-teacher-temp-epochs", "prototypes", "freeze-prototypes", "copy-momentum", "lr"}
+        assert not options & {"warmup_teacher_temp_epochs", "prototypes", "freeze_prototypes", "copy_momentum", "lr"}
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.98, True), (0.9, False)])
@@ -106,16 +105,27 @@ def test_a_teacher_too_warm_settles_just_below_uniform(share, warns):
 # ==== forced, in a run ====
 
 
-class ForcedBranch(MomentumBranch):
-    """A momentum branch whose copy says ``rows`` (n, D) of the batch's views in turn, against ``prototypes`` (K, D)."""
+class ForcedTargets(MomentumTargets):
+    """Of a copy that says ``rows`` (n, D) of the batch's views in turn, against ``known`` prototypes (K, D)."""
 
     rows: Tensor
-    prototypes: Tensor
+    known: Tensor | None
 
     def embed(self, crops: Tensor) -> EmbeddingTarget:
         count = len(crops) * crops.shape[1]
         rows = self.rows[torch.arange(count) % len(self.rows)]
-        return EmbeddingTarget(rows.unflatten(0, crops.shape[:2]), self.prototypes)
+        return EmbeddingTarget(rows.unflatten(0, crops.shape[:2]), self.known)
+
+
+@dataclass(frozen=True)
+class Forced(Momentum):
+    rows: Tensor = field(kw_only=True)
+    known: Tensor | None = field(kw_only=True)
+
+    def open(self, run: RunContext) -> ForcedTargets:
+        branch = ForcedTargets(self.recipe, self.settings(run.objective.name), run.objective, run)
+        branch.rows, branch.known = self.rows, self.known
+        return branch
 
 
 @pytest.fixture
@@ -124,7 +134,8 @@ def config(tmp_path) -> TrainConfig:
         data=tiny_beton(tmp_path, 16).path,
         out=tmp_path / "run",
         student=StudentConfig("test_resnet", 32, small_images=True),
-        pairing=PairingConfig("cross", targets=2, fresh=False),
+        targets=Momentum(),
+        pairing=PairingConfig("cross", step_targets=2, fresh=False),
         optimiser=OptimiserConfig(warmup_epochs=0),
         epochs=5,
         device="cpu",
@@ -133,13 +144,12 @@ def config(tmp_path) -> TrainConfig:
     )
 
 
-def trained(config: TrainConfig, rows: Tensor, prototypes: Tensor, objective: ObjectiveConfig) -> list[str]:
+def trained(config: TrainConfig, rows: Tensor, known: Tensor | None, objective: ObjectiveConfig) -> list[str]:
     """The notes of a run with these targets."""
-    momentum = MomentumConfig(len(prototypes), teacher_temp=0.04, warmup_teacher_temp_epochs=0)
-    branch = ForcedBranch(objective, get_recipe("dino"), 0, CPU, momentum)
-    branch.rows, branch.prototypes = rows, prototypes
+    prototypes, warmup = (None, None) if known is None else (len(known), 0)
+    forced = Forced(get_recipe("dino"), prototypes, None, warmup, rows=rows, known=known)
     notes: list[str] = []
-    train_student(replace(config, objective=objective), branch, TrainProgress(note=notes.append))
+    train_student(replace(config, objective=objective, targets=forced), TrainProgress(note=notes.append))
     return notes
 
 
@@ -148,7 +158,7 @@ def logged(config: TrainConfig) -> list[dict]:
 
 
 PROTOTYPES = torch.eye(K, 16)
-DINO = ObjectiveConfig("dino", hidden_dim=16, bottleneck=16)
+DINO = ObjectiveConfig("dino", teacher_temp=0.04, hidden_dim=16, bottleneck=16)
 MOCO = ObjectiveConfig("moco", hidden_dim=16, queue=8)
 ONE = PROTOTYPES[:1]
 NONE = F.normalize(torch.eye(16)[K:].sum(0, keepdim=True), dim=1)
@@ -162,15 +172,15 @@ KEYS = torch.eye(16, 128)
         (
             DINO,
             ONE,
-            r"nearly all images at one prototype \(target_entropy .*, mean_target_entropy .*\)\. .*--sinkhorn batch",
+            r"nearly all images at one prototype \(target_entropy .*, mean_target_entropy .*\)\. .*`sinkhorn` batch",
         ),
-        (DINO, NONE, r"all prototypes nearly alike .*\. Sharpen them: a lower --teacher-temp"),
-        (MOCO, KEYS[:1], r"nearly the same embedding for every image \(target_std .*\)\. Lower --lr"),
+        (DINO, NONE, r"all prototypes nearly alike .*\. Sharpen them: a lower `teacher_temp`"),
+        (MOCO, KEYS[:1], r"nearly the same embedding for every image \(target_std .*\)\. Lower `lr`"),
     ],
     ids=["one prototype", "all alike", "one embedding"],
 )
 def test_each_collapse_is_told_once_with_its_remedy(config, objective, rows, message):
-    prototypes = PROTOTYPES if objective is DINO else torch.empty(0, 128)
+    prototypes = PROTOTYPES if objective is DINO else None
     (note,) = trained(config, rows, prototypes, objective)
     assert re.match(rf"step \d+: the targets near collapse, with {message}", note), note
     assert [line["warning"] for line in logged(config) if "warning" in line] == [note]
@@ -187,7 +197,7 @@ def test_targets_that_differ_are_logged_without_a_warning(config):
     assert ", mean target entropy " in (config.out / "train.log").read_text()
 
     other = replace(config, out=config.out.with_name("moco"))
-    assert trained(other, KEYS, torch.empty(0, 128), MOCO) == []
+    assert trained(other, KEYS, None, MOCO) == []
     assert all(line["target_std"] == pytest.approx(math.sqrt(15 / 16), abs=0.01) for line in logged(other))
 
 

@@ -3,7 +3,7 @@
 import math
 import signal
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,33 +17,41 @@ from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
 from rob.student_train.checkpoint import load_student
-from rob.student_train.momentum import PUBLISHED, MomentumBranch, MomentumConfig
-from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig
+from rob.student_train.objectives import OBJECTIVES, CopySettings, ObjectiveConfig
 from rob.student_train.objectives.centre import RunningCentre
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig, plan_views
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, Trainer, TrainProgress, train_student
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.momentum import Momentum, MomentumTargets
+from rob.student_train.targets.pairing import PairingConfig, plan_views
+from rob.student_train.train import TrainProgress, train_student
+from rob.student_train.train_config import TrainConfig
+from rob.student_train.trainer import Trainer
 from support.tiny import tiny_beton
 
 CPU = torch.device("cpu")
 IMAGES, STEPS, STEPS_PER_EPOCH, EPOCHS, PROTOTYPES = 4, 3, 2, 4, 12
-MOMENTUM = MomentumConfig(PROTOTYPES, 0.9, 1.0, 0.07, 0.04, warmup_teacher_temp_epochs=2)
+MOMENTUM = CopySettings(PROTOTYPES, 0.9, 1.0, 0.07, 0.04, warmup_teacher_temp_epochs=2)
+PUBLISHED = {name: objective.published for name, objective in OBJECTIVES.items() if objective.published}
 
 
-def training(objective: ObjectiveConfig, momentum: MomentumConfig, drop_path: float = 0.0, **changes):
+def branch_of(objective: ObjectiveConfig, settings: CopySettings) -> MomentumTargets:
+    return MomentumTargets(get_recipe("dino"), settings, objective, RunContext(None, CPU, objective=objective))
+
+
+def training(objective: ObjectiveConfig, momentum: CopySettings, drop_path: float = 0.0, **changes):
     """A trainer and its branch in float64, four epochs of two steps, before the first."""
     config = TrainConfig(
-        *(Path("data"), Path("out"), StudentConfig("test_resnet", 32, True, drop_path)),
+        *(Path("data"), Path("out"), StudentConfig("test_resnet", 32, True, drop_path), Momentum()),
         objective=replace(objective, hidden_dim=16),
-        pairing=PairingConfig("cross", targets=2, num_local=2, fresh=False),
+        pairing=PairingConfig("cross", step_targets=2, num_local=2, fresh=False),
         optimiser=OptimiserConfig("sgd", lr=0.5, weight_decay=0.0, warmup_epochs=0),
         epochs=EPOCHS,
         clip_grad=0.0,
         loader=LoaderConfig(batch_size=256),
         **changes,
     )
-    branch = MomentumBranch(objective, get_recipe("dino"), 0, CPU, momentum)
+    branch = branch_of(objective, momentum)
     trainer = Trainer(config, branch.space, STEPS_PER_EPOCH, CPU)
     trainer.model.double()
     for layer in trainer.model.objective.head.mlp:  # DINO's start of .02 makes all images one
@@ -80,7 +88,7 @@ class PlainNetwork:
 
 
 def last_layer(model: nn.Module) -> list[Tensor]:
-    prototypes = getattr(model.objective, "prototypes", None)
+    prototypes = model.objective.prototypes
     return [] if prototypes is None else [next(prototypes.parameters())]
 
 
@@ -89,7 +97,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return [*model.backbone.parameters(), *model.objective.head.parameters(), *last_layer(model)]
 
 
-def follow_plainly(objective: ObjectiveConfig, momentum: MomentumConfig, algorithm, **settings) -> Trainer:
+def follow_plainly(objective: ObjectiveConfig, momentum: CopySettings, algorithm, **settings) -> Trainer:
     """Steps of the trainer beside ``algorithm(student, slow, crops, epoch) -> loss`` and SGD; all is equal after each."""
     trainer, branch = training(objective, momentum, **settings)
     student, slow = PlainNetwork(trainer.model), PlainNetwork(trainer.model)
@@ -111,9 +119,9 @@ def follow_plainly(objective: ObjectiveConfig, momentum: MomentumConfig, algorit
                 v.mul_(0.9).add_(gradient)
                 p.sub_(rate * v)
         branch.after_step(step)
-        if momentum.momentum is not None:
-            m = 1 - (1 - momentum.momentum) * (math.cos(math.pi * step / (STEPS_PER_EPOCH * EPOCHS)) + 1) / 2
-            m = m if momentum.momentum_end == 1 else momentum.momentum
+        if momentum.copy_momentum is not None:
+            m = 1 - (1 - momentum.copy_momentum) * (math.cos(math.pi * step / (STEPS_PER_EPOCH * EPOCHS)) + 1) / 2
+            m = m if momentum.momentum_end == 1 else momentum.copy_momentum
             with torch.no_grad():
                 for p, k in zip(student.parameters, slow.parameters, strict=True):
                     k.copy_(m * k + (1 - m) * p)
@@ -148,7 +156,7 @@ def test_dino():
         centre = centre * 0.9 + t.mean((0, 1)) * 0.1
         return loss
 
-    trainer = follow_plainly(ObjectiveConfig("dino", centre="running", bottleneck=10), MOMENTUM, algorithm)
+    trainer = follow_plainly(ObjectiveConfig("dino", centre_targets="running", bottleneck=10), MOMENTUM, algorithm)
     torch.testing.assert_close(trainer.model.objective.centres[0].centre, centre, rtol=1e-8, atol=1e-10)
 
 
@@ -172,7 +180,7 @@ def test_moco():
             queue.append(row)
         return total / pairs
 
-    objective, momentum = ObjectiveConfig("moco", queue=20), MomentumConfig(0, 0.9, 0.9)
+    objective, momentum = ObjectiveConfig("moco", queue=20), CopySettings(0, 0.9, 0.9)
     trainer, _ = training(objective, momentum)
     queue.extend(trainer.model.objective.queue.rows)
     trainer = follow_plainly(objective, momentum, algorithm)
@@ -206,7 +214,7 @@ def test_swav(queue_from):
                 queues[g] += list(z[:, g].detach())
         return over_pairs(torch.stack(codes, dim=1), s, 0.1)
 
-    momentum = MomentumConfig(PROTOTYPES, None, teacher_temp=0.05, queue_from_epoch=queue_from)
+    momentum = CopySettings(PROTOTYPES, None, teacher_temp=0.05, queue_from_epoch=queue_from)
     follow_plainly(ObjectiveConfig("swav", queue=6, bottleneck=10), momentum, algorithm)
 
 
@@ -222,7 +230,7 @@ def test_msn():
 
     follow_plainly(
         ObjectiveConfig("msn", bottleneck=10),
-        replace(MOMENTUM, teacher_temp=0.025, warmup_teacher_temp=0.025),
+        replace(MOMENTUM, teacher_temp=0.025, warmup_teacher_temp=0.025, own_prototypes=True),
         algorithm,
     )
 
@@ -232,7 +240,7 @@ def test_msn():
 
 def test_the_schedules_are_dinos():
     """main_dino.py: numpy's linspace by epoch, and a cosine over all steps."""
-    branch = MomentumBranch(ObjectiveConfig("dino"), get_recipe("dino"), 0, CPU, PUBLISHED["dino"])
+    branch = branch_of(ObjectiveConfig("dino"), PUBLISHED["dino"])
     branch.total_steps = 1000
     temps = [branch.teacher_temp(epoch) for epoch in range(60)]
     expected = [*torch.linspace(0.04, 0.07, 50, dtype=torch.float64).tolist(), *[0.07] * 10]
@@ -244,13 +252,13 @@ def test_the_schedules_are_dinos():
 
 def test_a_sharp_temperature_is_not_warmed_down():
     """A warm-up from .04 to .02 would leave a short run at .03."""
-    branch = MomentumBranch(ObjectiveConfig("dino", teacher_temp=0.02), get_recipe("dino"), 0, CPU, PUBLISHED["dino"])
+    branch = branch_of(ObjectiveConfig("dino", teacher_temp=0.02), PUBLISHED["dino"])
     assert {branch.teacher_temp(epoch) for epoch in range(60)} == {0.02}
 
 
 def test_msns_copy_slows_down_in_a_line_that_the_run_does_not_finish():
     """msn_train.py: equal steps from .996 that would reach 1 after 1.25 runs."""
-    branch = MomentumBranch(ObjectiveConfig("msn"), get_recipe("msn"), 0, CPU, PUBLISHED["msn"])
+    branch = branch_of(ObjectiveConfig("msn"), PUBLISHED["msn"])
     branch.total_steps = 1000
     increment = (1.0 - 0.996) / (1000 * 1.25)
     found = [branch.momentum(step) for step in (0, 1, 500, 1000)]
@@ -272,11 +280,26 @@ def test_prototypes_stay_still_for_the_epochs_asked():
     moved = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
     assert health[1].item() == pytest.approx(torch.cat(moved).norm().item())
 
-    with pytest.raises(MisuseError, match="--freeze-prototypes: --objective moco has none"):
+    with pytest.raises(MisuseError, match="`freeze_prototypes`: `objective` moco has none"):
         training(ObjectiveConfig("moco"), MOMENTUM, freeze_prototypes=1)
 
 
 # ==== runs ====
+
+
+@dataclass(frozen=True)
+class Few(Momentum):
+    """Twelve prototypes where there are some; keeps what it opened."""
+
+    opened: list[MomentumTargets] = field(default_factory=list)
+
+    def settings(self, objective: str) -> CopySettings:
+        settings = super().settings(objective)
+        return replace(settings, prototypes=min(12, settings.prototypes))
+
+    def open(self, run: RunContext) -> MomentumTargets:
+        self.opened.append(super().open(run))
+        return self.opened[-1]
 
 
 @pytest.fixture
@@ -285,7 +308,8 @@ def config(tmp_path) -> TrainConfig:
         data=tiny_beton(tmp_path, 24).path,
         out=tmp_path / "run",
         student=StudentConfig("test_resnet", 32, small_images=True),
-        pairing=PairingConfig("cross", targets=2, num_local=1, fresh=False),
+        targets=Few(),
+        pairing=PairingConfig("cross", step_targets=2, num_local=1, fresh=False),
         optimiser=OptimiserConfig(warmup_epochs=0),
         epochs=4,
         device="cpu",
@@ -294,19 +318,13 @@ def config(tmp_path) -> TrainConfig:
     )
 
 
-def branch_for(config: TrainConfig) -> MomentumBranch:
-    momentum = PUBLISHED[config.objective.name]
-    small = replace(momentum, num_prototypes=min(12, momentum.num_prototypes))
-    return MomentumBranch(config.objective, get_recipe("dino"), 0, CPU, small)
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_two_epochs_and_two_are_four(config, name, tmp_path):
     objective = ObjectiveConfig(
-        name, hidden_dim=16, **({"bottleneck": 10, "centre": "running"} if name == "dino" else {})
+        name, hidden_dim=16, **({"bottleneck": 10, "centre_targets": "running"} if name == "dino" else {})
     )
     config = replace(config, objective=objective)
-    train_student(config, branch_for(config))
+    train_student(config)
 
     def stop(line: dict, total: int) -> None:
         if line["step"] == 5:
@@ -314,8 +332,8 @@ def test_two_epochs_and_two_are_four(config, name, tmp_path):
 
     halves = replace(config, out=tmp_path / "halves")
     with pytest.raises(KeyboardInterrupt):
-        train_student(halves, branch_for(halves), TrainProgress(log=stop))
-    train_student(halves, branch_for(halves))
+        train_student(halves, TrainProgress(log=stop))
+    train_student(halves)
     one, other = (load_file(run.out / "student.safetensors") for run in (config, halves))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     one, other = (torch.load(run.out / "checkpoint.pt", weights_only=True)["state"] for run in (config, halves))
@@ -327,7 +345,7 @@ def test_two_epochs_and_two_are_four(config, name, tmp_path):
 def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypatch):
     """The EMA of the weights that a run went through, replayed from outside, is what it exports."""
     config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
-    branch, temps, weights = branch_for(config), [], []
+    temps, weights = [], []
     take_step = Trainer.step
 
     def watched(trainer: Trainer, number: int, *rest):
@@ -339,7 +357,8 @@ def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypa
         return found
 
     monkeypatch.setattr(Trainer, "step", watched)
-    train_student(config, branch)
+    train_student(config)
+    (branch,) = config.targets.opened
     steps_per_epoch = 24 // 8
     assert temps == [branch.teacher_temp(step // steps_per_epoch) for step in range(4 * steps_per_epoch)]
     assert len(set(temps)) == 4
@@ -355,21 +374,21 @@ def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypa
 def test_ctrl_c_while_the_copy_makes_its_targets_waits_for_the_step(config, monkeypatch, tmp_path):
     """Or the copy's BatchNorm would have seen the batch, and would see it again in the run that goes on."""
     config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
-    train_student(config, branch_for(config))
-    halves, embed, calls = replace(config, out=tmp_path / "halves"), MomentumBranch.embed, []
+    train_student(config)
+    halves, embed, calls = replace(config, out=tmp_path / "halves"), MomentumTargets.embed, []
 
-    def interrupted(branch: MomentumBranch, crops: Tensor):
+    def interrupted(branch: MomentumTargets, crops: Tensor):
         target = embed(branch, crops)
         calls.append(True)
         if len(calls) == 5:
             signal.raise_signal(signal.SIGINT)
         return target
 
-    monkeypatch.setattr(MomentumBranch, "embed", interrupted)
+    monkeypatch.setattr(MomentumTargets, "embed", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_student(halves, branch_for(halves))
+        train_student(halves)
     assert len(calls) == 5
-    train_student(halves, branch_for(halves))
+    train_student(halves)
     for name in ("student.safetensors", "student_average.safetensors"):
         one, other = (load_file(run.out / name) for run in (config, halves))
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -377,22 +396,22 @@ def test_ctrl_c_while_the_copy_makes_its_targets_waits_for_the_step(config, monk
 
 def test_what_needs_a_teacher_or_other_views_is_refused(config):
     for name in OBJECTIVES.keys() - PUBLISHED.keys():
-        with pytest.raises(MisuseError, match=f"--objective {name} needs a teacher"):
-            MomentumBranch(ObjectiveConfig(name), get_recipe("dino"), 0, CPU)
+        with pytest.raises(MisuseError, match=f"`objective` {name} needs a teacher"):
+            train_student(replace(config, objective=ObjectiveConfig(name)))
     config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 2))
-    with pytest.raises(MisuseError, match="both branches see the same views: leave out --fresh"):
-        train_student(config, branch_for(config))
+    with pytest.raises(MisuseError, match="both branches see the same views: leave out `fresh`"):
+        train_student(config)
     for pairing in ("same", "all"):
         config = replace(config, pairing=PairingConfig(pairing, 2))
-        with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out --pairing"):
-            train_student(config, branch_for(config))
+        with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out `pairing`"):
+            train_student(config)
     assert not config.out.exists()
 
 
 def test_the_copy_is_exported_as_the_students_average(config):
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre="running"))
-    branch = branch_for(config)
-    train_student(config, branch)
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre_targets="running"))
+    train_student(config)
+    (branch,) = config.targets.opened
     average, info = load_student(config.out / "student_average.safetensors")
     torch.testing.assert_close(average.state_dict(), branch.copy.backbone.state_dict(), rtol=0, atol=0)
     assert info.name == "test_resnet"
@@ -400,24 +419,21 @@ def test_the_copy_is_exported_as_the_students_average(config):
     assert not torch.equal(next(average.parameters()), next(student.parameters()))
 
     twice = replace(config, out=config.out.with_name("twice"), average=0.99)
-    with pytest.raises(MisuseError, match="leave --average out"):
-        train_student(twice, branch_for(twice))
+    with pytest.raises(MisuseError, match="leave `average` out"):
+        train_student(twice)
     assert not twice.out.exists()
     without_copy = replace(config, out=config.out.with_name("swav"), objective=ObjectiveConfig("swav", hidden_dim=16))
-    train_student(without_copy, branch_for(without_copy))
+    train_student(without_copy)
     assert not (without_copy.out / "student_average.safetensors").exists()
 
 
 def test_a_queue_that_never_serves_is_refused_before_anything_is_written(config):
     objective = ObjectiveConfig("swav", queue=6, bottleneck=10)
     asked = replace(config, objective=objective, epochs=15, out=config.out.with_name("swav"))
-    branch = MomentumBranch(
-        objective, get_recipe("swav"), 0, CPU, replace(PUBLISHED["swav"], num_prototypes=PROTOTYPES)
-    )
     with pytest.raises(
-        MisuseError, match="begins to fill in epoch 15, and the last of --epochs 15 is 14: leave --queue out"
+        MisuseError, match="begins to fill in epoch 15, and the last of `epochs` 15 is 14: leave `queue` out"
     ):
-        train_student(asked, branch)
+        train_student(asked)
     assert not asked.out.exists()
 
 

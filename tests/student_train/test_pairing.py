@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rob.common.errors import MisuseError
 from rob.common.views.drawing import LOCAL
 from rob.common.views.recipes import get_recipe
-from rob.student_train.pairing import PAIRINGS, PairingConfig, ViewPlan, choose_pairing, plan_views
+from rob.student_train.targets.pairing import PAIRINGS, PairingConfig, ViewPlan, choose_pairing, plan_views
 
 
 @st.composite
@@ -16,7 +16,7 @@ def pairings(draw: st.DrawFn) -> PairingConfig:
     """Any pairing that is allowed."""
     settings = {
         "pairing": draw(st.sampled_from(PAIRINGS)),
-        "targets": draw(st.integers(1, 5)),
+        "step_targets": draw(st.integers(1, 5)),
         "num_local": draw(st.integers(0, 4)),
         "fresh": draw(st.booleans()),
         "global_weight": draw(st.none() | st.floats(0, 1)),
@@ -34,16 +34,16 @@ def epochs_of(config: PairingConfig, cached_views: int, epochs: int) -> list[Vie
 
 @given(pairings(), st.integers(0, 5), st.integers(1, 12))
 def test_targets_rotate_evenly_over_the_cached_views(config, more, epochs):
-    views = config.targets + more
+    views = config.step_targets + more
     plans = epochs_of(config, views, epochs)
     used = [view for plan in plans for view in plan.targets]
-    assert used == [n % views for n in range(epochs * config.targets)]
-    assert all(len(set(plan.targets)) == config.targets for plan in plans)
+    assert used == [n % views for n in range(epochs * config.step_targets)]
+    assert all(len(set(plan.targets)) == config.step_targets for plan in plans)
 
 
 @given(pairings(), st.integers(0, 5))
 def test_what_is_fresh_never_repeats_and_is_never_a_cached_view(config, more):
-    views = config.targets + more
+    views = config.step_targets + more
     plans = epochs_of(config, views, 6)
     fresh = [view for plan in plans for view in plan.globals if plan.globals != plan.targets]
     locals_ = [view for plan in plans for view in plan.locals]
@@ -56,9 +56,9 @@ def test_what_is_fresh_never_repeats_and_is_never_a_cached_view(config, more):
 
 @given(pairings(), st.integers(0, 5), st.integers(0, 1000))
 def test_weights_sum_to_one_over_the_pairs_that_may_meet(config, more, epoch):
-    plan = plan_views(config, config.targets + more, epoch)
+    plan = plan_views(config, config.step_targets + more, epoch)
     student = plan.globals + plan.locals
-    assert plan.pair_weights.shape == (len(student), config.targets)
+    assert plan.pair_weights.shape == (len(student), config.step_targets)
     assert plan.pair_weights.dtype == torch.float32
     assert plan.pair_weights.sum().item() == pytest.approx(1)
     assert (plan.pair_weights >= 0).all()
@@ -69,21 +69,21 @@ def test_weights_sum_to_one_over_the_pairs_that_may_meet(config, more, epoch):
 
 
 def test_same_is_each_view_against_its_own_target():
-    plan = plan_views(PairingConfig("same", targets=3), cached_views=4, epoch=1)
+    plan = plan_views(PairingConfig("same", step_targets=3), cached_views=4, epoch=1)
     assert plan.globals == plan.targets == (3, 0, 1)
     torch.testing.assert_close(plan.pair_weights, torch.eye(3) / 3)
 
 
 def test_cross_replayed_skips_the_diagonal_as_dino_does():
-    plan = plan_views(PairingConfig("cross", targets=2, num_local=2, fresh=False), cached_views=2, epoch=0)
+    plan = plan_views(PairingConfig("cross", step_targets=2, num_local=2, fresh=False), cached_views=2, epoch=0)
     assert plan.globals == plan.targets == (0, 1)
     torch.testing.assert_close(plan.pair_weights, torch.tensor([[0.0, 1], [1, 0], [1, 1], [1, 1]]) / 6)
 
 
 def test_cross_with_fresh_views_and_all_use_every_pair():
-    fresh = plan_views(PairingConfig("cross", targets=2), cached_views=3, epoch=2)
+    fresh = plan_views(PairingConfig("cross", step_targets=2), cached_views=3, epoch=2)
     assert (fresh.targets, fresh.globals) == ((1, 2), (7, 8))
-    replayed = plan_views(PairingConfig("all", targets=2), cached_views=3, epoch=2)
+    replayed = plan_views(PairingConfig("all", step_targets=2), cached_views=3, epoch=2)
     assert replayed.globals == replayed.targets == (1, 2)
     for plan in (fresh, replayed):
         torch.testing.assert_close(plan.pair_weights, torch.full((2, 2), 0.25))
@@ -91,7 +91,7 @@ def test_cross_with_fresh_views_and_all_use_every_pair():
 
 def test_global_weight_is_sslights_alpha_and_beta():
     """alpha times the mean over global-global pairs plus beta times the mean over global-local ones (2210.02808)."""
-    config = PairingConfig("cross", targets=2, num_local=6, fresh=False, global_weight=0.4)
+    config = PairingConfig("cross", step_targets=2, num_local=6, fresh=False, global_weight=0.4)
     weights = plan_views(config, cached_views=2, epoch=0).pair_weights
     torch.testing.assert_close(weights[:2], torch.tensor([[0.0, 1], [1, 0]]) * 0.4 / 2)
     torch.testing.assert_close(weights[2:], torch.full((6, 2), 0.6 / 12))
@@ -107,21 +107,21 @@ def test_uniform_weights_are_sslights_baseline():
 
 
 def test_too_few_cached_views_are_refused():
-    with pytest.raises(MisuseError, match=r"holds 1 views .* uses 2: pass --step-targets 1, or .* --views 2"):
-        plan_views(PairingConfig("cross", targets=2), cached_views=1, epoch=0)
+    with pytest.raises(MisuseError, match=r"holds 1 views .* uses 2: pass `step_targets` 1, or .* --views 2"):
+        plan_views(PairingConfig("cross", step_targets=2), cached_views=1, epoch=0)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"pairing": "crosss"}, "unknown pairing 'crosss': did you mean cross"),
-        ({"targets": 0}, "at least 1 target view"),
+        ({"step_targets": 0}, "at least 1 target view"),
         ({"num_local": -1}, "0 local crops"),
         ({"pairing": "same", "num_local": 2}, "no target for a local crop"),
-        ({"targets": 1, "fresh": False}, "leaves no pair"),
+        ({"step_targets": 1, "fresh": False}, "leaves no pair"),
         ({"num_local": 2, "global_weight": 1.5}, "from 0 to 1"),
         ({"global_weight": 0.4}, "there are none"),
-        ({"targets": 1, "num_local": 2, "fresh": False, "global_weight": 1.0}, "leaves no pair"),
+        ({"step_targets": 1, "num_local": 2, "fresh": False, "global_weight": 1.0}, "leaves no pair"),
     ],
 )
 def test_combinations_that_cannot_be(settings, message):
@@ -135,23 +135,25 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("dino", dino, views=4) == PairingConfig("cross", 2, dino.num_local)
     assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
-    assert choose_pairing("msn", dino, views=4, fresh=False).targets == 2  # else no global crop would meet a target
+    assert (
+        choose_pairing("msn", dino, views=4, fresh=False).step_targets == 2
+    )  # else no global crop would meet a target
     assert choose_pairing("dino", moco, views=1) == PairingConfig("cross", 1, 0)
     sslight = get_recipe("sslight")
     assert choose_pairing("dino", sslight, views=4) == PairingConfig("cross", 2, 10, global_weight=0.4)
     assert choose_pairing("dino", sslight, views=4, global_weight=0.7).global_weight == 0.7
     assert choose_pairing("dino", sslight, views=4, num_local=0).global_weight is None
-    chosen = choose_pairing("dino", dino, 4, "cross", targets=3, num_local=0, fresh=False)
+    chosen = choose_pairing("dino", dino, 4, "cross", step_targets=3, num_local=0, fresh=False)
     assert chosen == PairingConfig("cross", 3, 0, fresh=False)
 
 
 def test_disco_is_of_the_same_views():
-    with pytest.raises(MisuseError, match="--objective disco compares the same views: leave out --pairing"):
+    with pytest.raises(MisuseError, match="`objective` disco compares the same views: leave out `pairing`"):
         choose_pairing("disco", get_recipe("dino"), 4, "cross")
 
 
-@pytest.mark.parametrize(("fresh", "option"), [(True, "--fresh"), (False, "--replay")])
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("pairing", ["same", "all"])
-def test_fresh_and_replay_are_for_cross_only(pairing, fresh, option):
-    with pytest.raises(MisuseError, match=f"^{option} is for --pairing cross"):
+def test_fresh_and_replay_are_for_cross_only(pairing, fresh):
+    with pytest.raises(MisuseError, match=r"^`fresh` is for `pairing` cross"):
         choose_pairing("embedding", get_recipe("moco-v2"), 2, pairing, fresh=fresh)

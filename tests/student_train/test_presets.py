@@ -17,8 +17,8 @@ from rob.common.errors import MisuseError
 from rob.common.views.recipes import get_recipe
 from rob.student_train.momentum import MomentumConfig
 from rob.student_train.objectives import build_objective
-from rob.student_train.pairing import plan_views
 from rob.student_train.presets import PRESETS, get_preset
+from rob.student_train.targets.pairing import plan_views
 from rob.student_train.train import TrainConfig, crop_sets
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -267,7 +267,7 @@ def test_what_is_given_beats_the_preset_which_beats_the_defaults(train):
     config, text = train("--preset", "sslight-cnn", "--prototypes", 12, "--copy-momentum", 0.9, "--lr", 0.1)
     assert config["objective"]["name"] == "dino"
     assert config["branch"]["kind"] == "momentum"
-    assert (config["branch"]["num_prototypes"], config["branch"]["momentum"]) == (12, 0.9)
+    assert (config["branch"]["prototypes"], config["branch"]["copy_momentum"]) == (12, 0.9)
     assert config["branch"]["warmup_teacher_temp_epochs"] == 50
     optimiser = config["optimiser"]
     assert (optimiser["name"], optimiser["lr"], optimiser["weight_decay"]) == ("lars", 0.1, 1e-6)
@@ -331,15 +331,15 @@ def test_a_store_keeps_its_views_and_gets_the_presets_local_crops(train, tmp_pat
 
 def test_another_objective_leaves_out_what_it_does_not_read_of_the_preset(train, tmp_path):
     swav, text = train("--preset", "dino-cnn", "--objective", "swav", "--prototypes", 12, "--epochs", 1)
-    assert (swav["objective"]["name"], swav["branch"]["momentum"]) == ("swav", None)
+    assert (swav["objective"]["name"], swav["branch"]["copy_momentum"]) == ("swav", None)
     assert swav["branch"]["warmup_teacher_temp_epochs"] == 0
     assert "--copy-momentum │ 0.996 │ not used: swav does not read it" in text
     assert "--warmup-teacher-temp-epochs │ 50 │ not used: swav does not read it" in text
     assert text.count("not used") == 2
 
     moco, text = train("--preset", "dino-cnn", "--objective", "moco", "--epochs", 1)
-    assert (moco["objective"]["name"], moco["branch"]["num_prototypes"], moco["freeze_prototypes"]) == ("moco", 0, 0)
-    assert moco["branch"]["momentum"] == 0.996  # what it can read is the preset's
+    assert (moco["objective"]["name"], moco["branch"]["prototypes"], moco["freeze_prototypes"]) == ("moco", 0, 0)
+    assert moco["branch"]["copy_momentum"] == 0.996  # what it can read is the preset's
     assert "--prototypes │ 4096 │ not used: moco does not read it" in text
 
     teacher = tiny_teacher_checkpoint(tmp_path, prototypes=12)

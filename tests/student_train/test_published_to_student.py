@@ -19,7 +19,9 @@ from rob.student_train.checkpoint import load_student
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, train_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.cache import cache_teacher
 from rob.teacher_cache.registry import TEACHERS
 from rob.teacher_cache.teachers import Teacher, TeacherConfig
@@ -73,7 +75,8 @@ def test_every_teacher_trains_a_student(name: str, data: Beton, tmp_path: Path) 
 
     student = StudentConfig("test_resnet", image_size=32, small_images=False)
     training = TrainConfig(
-        data.path, tmp_path / "run", student, config.out, ObjectiveConfig(OBJECTIVES.get(method, "embedding"), hidden_dim=16),
+        data.path, tmp_path / "run", student, Cached(config.out),
+        objective=ObjectiveConfig(OBJECTIVES.get(method, "embedding"), hidden_dim=16),
         optimiser=OptimiserConfig(warmup_epochs=0), epochs=2, loader=LOADER, device="cpu",
     )  # fmt: skip
     trained = train_student(training)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rob.common.ranks import normalise_together
+from rob.common.ranks import Ranks, normalise_together
 from rob.common.store.codec import decode
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 import torch
 import rob
-from rob.common.images.beton import Beton
 from rob.student_train import train
-from rob.student_train.branches import CachedTargets
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached, CachedTargets
 
 data, store, out = map(Path, sys.argv[1:4])
 seen = []
@@ -46,12 +46,16 @@ def recording(batches, stopwatch):
         yield batch
 train.timed = recording
 
+class Checked(Cached):
+    def open(self, run: RunContext) -> Checking:
+        return Checking(self, run)
+
 config = rob.TrainConfig(
-    data, out, rob.StudentConfig("test_resnet", 32, True), store,
+    data, out, rob.StudentConfig("test_resnet", 32, True), Checked(store),
     pairing=rob.PairingConfig("same", 1), optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
     loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu",
 )
-train.train_student(config, Checking(store, Beton(data), torch.device("cpu")))
+train.train_student(config)
 rank = torch.distributed.get_rank()
 weights = {name: value.clone() for name, value in trainers[-1].model.backbone.named_parameters()}
 torch.save({"seen": seen, "weights": weights}, out.parent / f"rank{rank}.pt")
@@ -70,21 +74,20 @@ from rob.student_train import train
 
 data, store, out = map(Path, sys.argv[1:4])
 own = store.name == "momentum"
+copies = []
+class Kept(rob.Momentum):
+    def open(self, run):
+        copies.append(super().open(run))
+        return copies[-1]
+targets = Kept(prototypes=12, copy_momentum=0.9, warmup_teacher_temp_epochs=0) if own else rob.Cached(store)
 objective = rob.ObjectiveConfig("dino" if own else "embedding", hidden_dim=16)
 whole = rob.TrainConfig(
-    data, out, rob.StudentConfig("test_resnet", 32, True, drop_path=0.5), None if own else store, objective,
+    data, out, rob.StudentConfig("test_resnet", 32, True, drop_path=0.5), targets, objective,
     pairing=rob.PairingConfig("cross", 2, fresh=False) if own else rob.PairingConfig("same", 1),
     optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
     loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu", log_every=1,
 )
-copies = []
-def branch():
-    if not own:
-        return None
-    few = rob.MomentumConfig(num_prototypes=12, momentum=0.9)
-    copies.append(rob.MomentumBranch(objective, rob.get_recipe("dino"), 0, torch.device("cpu"), few))
-    return copies[-1]
-train.train_student(whole, branch())
+train.train_student(whole)
 
 original = train.Trainer.step
 def step(self, number, *arguments):
@@ -101,13 +104,13 @@ def interrupted(batches, stopwatch):
 train.timed = interrupted
 halves = replace(whole, out=out.with_name("halves"))
 try:
-    train.train_student(halves, branch())
+    train.train_student(halves)
     raise AssertionError("not interrupted")
 except KeyboardInterrupt:
     assert reached == [5]
     torch.distributed.barrier()
 train.Trainer.step, train.timed = original, timed
-train.train_student(halves, branch())
+train.train_student(halves)
 for copy in copies[:1] + copies[2:]:
     for parameter in copy.copy.parameters():
         lowest, highest = parameter.detach().clone(), parameter.detach().clone()
@@ -151,7 +154,7 @@ def test_batchnorm_goes_by_the_joined_batch_on_gpus(monkeypatch) -> None:
     alone = timm.create_model("mobilenetv2_035")
     normalise_together(alone, torch.device("cuda"))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
-    monkeypatch.setattr("rob.common.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("rob.common.ranks.current_ranks", lambda: Ranks(0, 2))
     for device, joined in (("cpu", False), ("cuda", True)):
         model = timm.create_model("mobilenetv2_035")
         normalise_together(model, torch.device(device))

@@ -21,16 +21,22 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import Recipe, get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetSpace
 from rob.student_train.checkpoint import load_student
+from rob.student_train.crops import crop_sets
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.objectives.embedding import EmbeddingObjective
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.pairing import PairingConfig, plan_views
 from rob.student_train.run_folder import RunFolder
 from rob.student_train.students import StudentConfig
-from rob.student_train.train import TrainConfig, Trainer, TrainProgress, TrainResult, crop_sets, train_student
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.online import Online, OnlineTargets
+from rob.student_train.targets.pairing import PairingConfig, plan_views
+from rob.student_train.targets.space import TargetSpace
+from rob.student_train.train import TrainProgress, TrainResult, train_student
+from rob.student_train.train_config import TrainConfig
+from rob.student_train.trainer import Trainer
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -67,9 +73,9 @@ def config(data, store, tmp_path) -> TrainConfig:
         data=data.path,
         out=tmp_path / "run",
         student=STUDENT,
-        targets=store.path,
+        targets=Cached(store.path),
         objective=ObjectiveConfig(hidden_dim=32, bottleneck=16),
-        pairing=PairingConfig("same", targets=1),
+        pairing=PairingConfig("same", step_targets=1),
         optimiser=NO_WARM_UP,
         epochs=4,
         device="cpu",
@@ -87,16 +93,16 @@ def curve(out: Path) -> list[tuple]:
     return [tuple(line[name] for name in ("step", "epoch", "loss", "gradient_norm", "lr")) for line in log_of(out)]
 
 
-def online(teacher: TeacherConfig, store: TargetStore, **changes: Any) -> OnlineTeacher:
-    """The branch that makes on the spot what ``store`` holds."""
+def online(teacher: TeacherConfig, store: TargetStore, recipe: Recipe | None = None) -> Online:
+    """What makes on the spot what ``store`` holds, of the same seed."""
     manifest = store.manifest
-    settings = {
-        "recipe": Recipe.from_dict(manifest.recipe),
-        "seed": manifest.seed,
-        "views": len(manifest.view_ids),
-        "view_size": manifest.view_size,
-    }
-    return OnlineTeacher(load_teacher(teacher), **(settings | changes), device=CPU)
+    recipe = recipe or Recipe.from_dict(manifest.recipe)
+    return Online(load_teacher(teacher), recipe, len(manifest.view_ids), manifest.view_size)
+
+
+class OfOtherViews(Online):
+    def open(self, run: RunContext) -> OnlineTargets:
+        return super().open(replace(run, seed=run.seed + 1))
 
 
 # ==== the cache changes nothing ====
@@ -105,24 +111,24 @@ def online(teacher: TeacherConfig, store: TargetStore, **changes: Any) -> Online
 @pytest.mark.parametrize(
     ("objective", "pairing"),
     [
-        ("embedding", PairingConfig("same", targets=2)),
-        ("dino", PairingConfig("cross", targets=2, num_local=1)),
-        ("dino", PairingConfig("cross", targets=2, fresh=False)),
-        ("ibot", PairingConfig("all", targets=2)),
-        ("swav", PairingConfig("cross", targets=2)),
-        ("msn", PairingConfig("cross", targets=1, num_local=2)),
-        ("moco", PairingConfig("cross", targets=2)),
-        ("disco", PairingConfig("same", targets=2)),
+        ("embedding", PairingConfig("same", step_targets=2)),
+        ("dino", PairingConfig("cross", step_targets=2, num_local=1)),
+        ("dino", PairingConfig("cross", step_targets=2, fresh=False)),
+        ("ibot", PairingConfig("all", step_targets=2)),
+        ("swav", PairingConfig("cross", step_targets=2)),
+        ("msn", PairingConfig("cross", step_targets=1, num_local=2)),
+        ("moco", PairingConfig("cross", step_targets=2)),
+        ("disco", PairingConfig("same", step_targets=2)),
     ],
 )
 def test_from_the_cache_the_curve_is_that_of_the_online_teacher(config, teacher, store, tmp_path, objective, pairing):
     config = replace(config, objective=replace(config.objective, name=objective), pairing=pairing, epochs=2)
     cached, on_the_spot = (
         replace(config, out=tmp_path / "cached"),
-        replace(config, out=tmp_path / "online", targets=None),
+        replace(config, out=tmp_path / "online", targets=online(teacher, store)),
     )
     train_student(cached)
-    train_student(on_the_spot, online(teacher, store))
+    train_student(on_the_spot)
     losses, expected = (torch.tensor(curve(run.out))[:, 2:] for run in (cached, on_the_spot))
     assert len(losses) == 6
     torch.testing.assert_close(losses[:3], expected[:3], rtol=1e-4, atol=1e-6)
@@ -133,9 +139,9 @@ def test_the_fast_loader_agrees_with_the_online_teacher_too(config, data, teache
     loader = LoaderConfig("auto", batch_size=8, workers=1)
     encoding = Encoding("embedding", "float32")
     fast = tiny_store(tmp_path / "targets.zarr", data, teacher, encoding=encoding, loader=loader)
-    config = replace(config, loader=loader, epochs=1, pairing=PairingConfig("same", targets=2))
-    train_student(replace(config, out=tmp_path / "cached", targets=fast.path))
-    train_student(replace(config, out=tmp_path / "online", targets=None), online(teacher, fast))
+    config = replace(config, loader=loader, epochs=1, pairing=PairingConfig("same", step_targets=2))
+    train_student(replace(config, out=tmp_path / "cached", targets=Cached(fast.path)))
+    train_student(replace(config, out=tmp_path / "online", targets=online(teacher, fast)))
     losses, expected = (torch.tensor(curve(tmp_path / name))[:, 2:] for name in ("cached", "online"))
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
 
@@ -144,20 +150,22 @@ def test_other_views_are_another_curve(config, teacher, store, tmp_path):
     """What the comparison above would show if the two branches' views were not the same."""
     config = replace(config, epochs=1)
     train_student(config)
-    train_student(replace(config, out=tmp_path / "other", targets=None), online(teacher, store, seed=1))
+    same = online(teacher, store)
+    other_views = OfOtherViews(same.teacher, same.recipe, same.views, same.view_size)
+    train_student(replace(config, out=tmp_path / "other", targets=other_views))
     losses, other = (torch.tensor(curve(out))[:, 2] for out in (config.out, tmp_path / "other"))
     assert (losses / other - 1).abs().max() > 1e-3
 
 
 def test_pixels_of_two_loaders_are_a_note(config, data, teacher, tmp_path):
     fast = LoaderConfig("auto", batch_size=8, workers=1)
-    if fast.geometry == LOADER.geometry:
+    if fast.geometry == geometry(LOADER):
         pytest.skip("ffcv is not installed here: there is one loader")
     other = tiny_store(tmp_path / "targets.zarr", data, teacher, loader=fast)
     notes: list[str] = []
-    train_student(replace(config, targets=other.path, epochs=1), progress=TrainProgress(note=notes.append))
+    train_student(replace(config, targets=Cached(other.path), epochs=1), progress=TrainProgress(note=notes.append))
     assert len(notes) == 1
-    assert "use the same --loader" in notes[0]
+    assert "use the same `loader`" in notes[0]
 
 
 # ==== what comes out ====
@@ -252,7 +260,7 @@ def test_two_epochs_and_two_are_four(stochastic, tmp_path):
     [
         {"name": "moco", "queue": 20},
         {"name": "swav", "queue": 10},
-        {"name": "dino", "centre": "running"},
+        {"name": "dino", "centre_targets": "running"},
         {"name": "disco", "queue": 20},
         {"name": "msn"},
     ],
@@ -260,7 +268,7 @@ def test_two_epochs_and_two_are_four(stochastic, tmp_path):
 )
 def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
     """A queue in the middle of its ring, or a running centre, three steps into the second epoch's end."""
-    pairing = PairingConfig("same" if settings["name"] == "disco" else "cross", targets=2)
+    pairing = PairingConfig("same" if settings["name"] == "disco" else "cross", step_targets=2)
     config = replace(config, objective=replace(config.objective, **settings), pairing=pairing)
     halves = replace(config, out=tmp_path / "halves")
     train_student(config)
@@ -330,12 +338,12 @@ def test_another_teacher_store_or_setting_is_refused_on_resume(config, data, tea
         (replace(config, seed=1), "seed = 0, this run has seed = 1"),
         (replace(config, optimiser=replace(NO_WARM_UP, lr=1e-3)), r"optimiser\.lr = 0\.0005"),
         (replace(config, loader=replace(LOADER, batch_size=4)), "batch_size = 8, this run has batch_size = 4"),
-        (replace(config, targets=other_store.path), r"branch\.weights_hash = "),
+        (replace(config, targets=Cached(other_store.path)), r"branch\.weights_hash = "),
     ]:
         with pytest.raises(MisuseError, match=field):
             train_student(changed)
     with pytest.raises(MisuseError, match=r"branch\.kind = cached, this run has branch\.kind = online"):
-        train_student(replace(config, targets=None), online(teacher, store))
+        train_student(replace(config, targets=online(teacher, store)))
     train_student(replace(config, loader=replace(LOADER, workers=2), log_every=5))  # these move no weight
 
 
@@ -374,7 +382,7 @@ def test_the_teachers_batch_norm_stays_as_it_is_whatever_the_students_mode(confi
     save_file(model.state_dict(), weights)
     frozen = load_teacher(TeacherConfig("test_resnet", weights))
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
-    branch = OnlineTeacher(frozen, get_recipe("moco-v2"), seed=0, views=2, view_size=32, device=CPU)
+    live = Online(frozen, get_recipe("moco-v2"), views=2, view_size=32)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     said = frozen(images)
 
@@ -387,7 +395,7 @@ def test_the_teachers_batch_norm_stays_as_it_is_whatever_the_students_mode(confi
 
     Both().train()
     disco = replace(config.objective, name="disco", queue=20)
-    train_student(replace(config, targets=None, objective=disco, pairing=PairingConfig("same"), epochs=1), branch)
+    train_student(replace(config, targets=live, objective=disco, pairing=PairingConfig("same"), epochs=1))
     assert not any(module.training for module in frozen.modules())
     torch.testing.assert_close(dict(frozen.state_dict()), before, rtol=0, atol=0)
     torch.testing.assert_close(frozen(images), said, rtol=0, atol=0)
@@ -402,7 +410,7 @@ def test_a_rate_far_too_high_is_one_sentence(config, objective):
     config = replace(
         config,
         objective=replace(config.objective, name=objective),
-        pairing=PairingConfig("cross", targets=1),
+        pairing=PairingConfig("cross", step_targets=1),
         optimiser=OptimiserConfig("sgd", lr=1e38, warmup_epochs=0),
         clip_grad=0.0,
     )
@@ -422,13 +430,15 @@ def test_a_rate_far_too_high_is_one_sentence(config, objective):
         {"optimiser": OptimiserConfig("lars", weight_decay=1e-6, warmup_epochs=0)},
         {"optimiser": OptimiserConfig(warmup_epochs=0.5, weight_decay_end=0.4)},
         {"precision": "bf16"},
-        {"pairing": PairingConfig("all", targets=2)},
-        {"cache_in_memory": True},
+        {"pairing": PairingConfig("all", step_targets=2)},
+        {"targets": {"cache_in_memory": True}},
         {"student": StudentConfig("test_vit", 32, small_images=True)},
     ],
     ids=lambda changes: "-".join(map(str, changes.values()))[:40],
 )
 def test_variants_take_steps(config, changes):
+    if "targets" in changes:
+        changes = {"targets": replace(config.targets, **changes["targets"])}
     before = build(replace(config, **changes)).model.backbone.state_dict()
     train_student(replace(config, **changes, epochs=1))
     after = load_file(config.out / "student.safetensors")
@@ -447,7 +457,7 @@ def some_step(config: TrainConfig, space: TargetSpace | None = None) -> tuple[Tr
     trainer = build(config, space)
     random = torch.Generator().manual_seed(0)
     crops = [torch.randn(4, 1, 3, config.student.image_size, config.student.image_size, generator=random)]
-    target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1), torch.empty(0, 24))
+    target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1))
     health, _ = trainer.step(0, crops, target, torch.ones(1, 1))
     return trainer, health
 
@@ -507,7 +517,7 @@ def test_local_crops_take_steps_with_dino(config, monkeypatch):
         return original(self, at, crops, *rest)
 
     monkeypatch.setattr(Trainer, "step", step)
-    pairing = PairingConfig("cross", targets=2, num_local=2, global_weight=0.4)
+    pairing = PairingConfig("cross", step_targets=2, num_local=2, global_weight=0.4)
     vit = StudentConfig("test_vit", 32, small_images=True)
     objective = replace(config.objective, name="dino")
     train_student(replace(config, student=vit, objective=objective, pairing=pairing, epochs=1))
@@ -526,12 +536,9 @@ def test_local_crops_take_steps_with_dino(config, monkeypatch):
         (StudentConfig("resnet18", 32, True), "dino", 17, 17),
     ],
 )
-def test_local_crops_are_in_the_recipes_proportion_in_whole_patches(
-    config, teacher, store, student, recipe, given, side
-):
-    branch = online(teacher, store, recipe=get_recipe(recipe))
+def test_local_crops_are_in_the_recipes_proportion_in_whole_patches(config, student, recipe, given, side):
     plan = plan_views(PairingConfig("cross", 2, num_local=3), cached_views=2, epoch=0)
-    global_set, local_set = crop_sets(replace(config, student=student, local_size=given), branch, plan)
+    global_set, local_set = crop_sets(replace(config, student=student, local_size=given), get_recipe(recipe), plan)
     assert (global_set.size, local_set.size) == (student.image_size, side)
     assert (len(global_set.ids), len(local_set.ids)) == (2, 3)
 
@@ -539,16 +546,19 @@ def test_local_crops_are_in_the_recipes_proportion_in_whole_patches(
 # ==== refused before anything is written ====
 
 
-def refused(config: TrainConfig, message: str, branch: OnlineTeacher | None = None) -> None:
+def refused(config: TrainConfig, message: str) -> None:
     with pytest.raises(MisuseError, match=message):
-        train_student(config, branch)
+        train_student(config)
     assert not config.out.exists()
 
 
 def test_settings_that_cannot_be_leave_no_folder(config, teacher, store):
-    refused(replace(config, targets=None), "no targets: pass --targets")
-    refused(replace(config, loader=replace(LOADER, batch_size=25)), "--batch-size 25 is more than the 24 images")
-    refused(replace(config, pairing=PairingConfig("same", targets=3)), "holds 2 views .* uses 3: pass --step-targets 2")
+    with pytest.raises(MisuseError, match=r"`targets` is a path: give Cached\(.*, or Online or Momentum"):
+        replace(config, targets=store.path)
+    refused(replace(config, loader=replace(LOADER, batch_size=25)), "`batch_size` 25 is more than the 24 images")
+    refused(
+        replace(config, pairing=PairingConfig("same", step_targets=3)), "holds 2 views .* uses 3: pass `step_targets` 2"
+    )
     refused(replace(config, student=StudentConfig("resnet19")), "unknown student 'resnet19': did you mean resnet")
     vit = StudentConfig("test_vit", 30, small_images=True)
     refused(replace(config, student=vit), "cannot take images of 30 x 30 px")
@@ -559,27 +569,28 @@ def test_settings_that_cannot_be_leave_no_folder(config, teacher, store):
     refused(replace(config, precision="fp8"), "unknown precision 'fp8': did you mean fp")
     refused(replace(config, precision="fp16"), "fp16 needs a GPU")
     refused(replace(config, device="gpu"), "unknown device 'gpu'")
-    branch = online(teacher, store, recipe=get_recipe("moco-v2"))
-    refused(replace(config, pairing=PairingConfig(num_local=2)), "recipe moco-v2 .* has no local crops", branch)
-    with pytest.raises(MisuseError, match="--epochs is 0"):
+    live = online(teacher, store, get_recipe("moco-v2"))
+    local = replace(config, pairing=PairingConfig(num_local=2), targets=live)
+    refused(local, "recipe moco-v2 .* has no local crops")
+    with pytest.raises(MisuseError, match="`epochs` is 0"):
         replace(config, epochs=0)
 
 
 def test_logits_do_not_serve_the_embedding_objective(config, data, teacher, tmp_path):
     logits = tiny_store(tmp_path / "topk.zarr", data, teacher, encoding=Encoding("topk", k=4), loader=LOADER)
-    refused(replace(config, targets=logits.path), "the store holds logits: cache with --encoding embedding")
-    dino = replace(config, targets=logits.path, objective=replace(config.objective, name="dino"), epochs=1)
+    refused(replace(config, targets=Cached(logits.path)), "the store holds logits: cache with `encoding` embedding")
+    dino = replace(config, targets=Cached(logits.path), objective=replace(config.objective, name="dino"), epochs=1)
     assert isinstance(train_student(replace(dino, pairing=PairingConfig())), TrainResult)
 
 
 def test_a_teacher_without_a_head_does_not_serve_dino(config, data, tmp_path):
     plain = tiny_store(tmp_path / "plain.zarr", data, tiny_teacher_checkpoint(tmp_path), loader=LOADER)
     dino = replace(config.objective, name="dino")
-    refused(replace(config, targets=plain.path, objective=dino), "fit prototypes .* --prototypes K")
+    refused(replace(config, targets=Cached(plain.path), objective=dino), "fit prototypes .* --prototypes K")
     fitted = tiny_store(tmp_path / "fitted.zarr", data, tiny_teacher_checkpoint(tmp_path), prototypes=8, loader=LOADER)
-    centred = replace(dino, centre="calibration")
-    train_student(replace(config, targets=fitted.path, objective=centred, pairing=PairingConfig(), epochs=1))
-    assert CachedTargets(fitted.path, data, CPU).space.teacher_temp is not None
+    centred = replace(dino, centre_targets="calibration")
+    train_student(replace(config, targets=Cached(fitted.path), objective=centred, pairing=PairingConfig(), epochs=1))
+    assert Cached(fitted.path).open(RunContext(data, CPU)).space.teacher_temp is not None
 
 
 def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch):
@@ -589,7 +600,7 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
 
     given: list[TrainConfig] = []
 
-    def note_down(config, branch, progress):
+    def note_down(config, progress):
         given.append(config)
         raise SystemExit
 
@@ -600,7 +611,7 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
         monkeypatch.setattr(sys, "argv", ["rob", "train-student", *map(str, words)])
         with pytest.raises(SystemExit):
             cli.main()
-        said = TrainConfig(config.data, out, StudentConfig("resnet18"), store.path, ObjectiveConfig(objective))
+        said = TrainConfig(config.data, out, StudentConfig("resnet18"), Cached(store.path), ObjectiveConfig(objective))
         pairing = given[-1].pairing
         assert replace(given[-1], pairing=None) == said
         tiny = replace(config, out=out, objective=replace(config.objective, name=objective), epochs=1)
@@ -610,7 +621,7 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
 def test_an_average_that_is_none(config, decay):
-    with pytest.raises(MisuseError, match=f"--average is {decay:g}, expected a value between 0 and 1"):
+    with pytest.raises(MisuseError, match=f"`average` is {decay:g}, expected a value between 0 and 1"):
         replace(config, average=decay)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
 from rob.common.views.recipes import Crop, Recipe, RecipeOverrides, get_recipe
-from rob.student_train.pairing import choose_pairing, plan_views
+from rob.student_train.targets.pairing import choose_pairing, plan_views
 
 SIDES = np.full(500, 400)
 

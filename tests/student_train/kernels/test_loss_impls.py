@@ -6,7 +6,7 @@ import pytest
 
 import rob
 from rob.student_train.kernels import prototype_ce
-from rob.student_train.pairing import PairingConfig
+from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.train import TrainProgress, train_student
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -31,9 +31,9 @@ def test_training_with_auto_follows_the_curve_of_the_plain_formula(
             data.path,
             tmp_path / impl,
             rob.StudentConfig("test_resnet", 32, True),
-            store.path,
+            rob.Cached(store.path),
             rob.ObjectiveConfig("dino", hidden_dim=32, bottleneck=32, loss_impl=impl),
-            PairingConfig("cross", targets=2),
+            PairingConfig("cross", step_targets=2),
             rob.OptimiserConfig(lr=1e-2, warmup_epochs=0),
             epochs=3,
             loader=rob.LoaderConfig(batch_size=16, workers=1),

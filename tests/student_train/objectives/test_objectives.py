@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rob.common.errors import MisuseError
-from rob.student_train.branches import TargetSpace
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget, entropy, mean_entropy, reference
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from rob.student_train.objectives.queue import Queue
+from rob.student_train.targets.space import TargetSpace
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES = 6, 3, 2, 20, 8, 12
 SMALL = {"hidden_dim": 16, "bottleneck": 10}
@@ -40,7 +40,7 @@ def same_heads():
 @pytest.mark.parametrize("centre", [False, True])
 def test_embedding_is_the_squared_distance_of_unit_vectors(centre):
     objective = build_objective(
-        ObjectiveConfig("embedding", centre="calibration" if centre else None, hidden_dim=16), FEATURES, SPACE
+        ObjectiveConfig("embedding", centre_targets="calibration" if centre else None, hidden_dim=16), FEATURES, SPACE
     )
     loss = objective(FEATURE_ROWS, EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES), WEIGHTS)
     student = objective.head(FEATURE_ROWS.flatten(0, 1)).unflatten(0, (IMAGES, VIEWS)).double()
@@ -87,7 +87,7 @@ def entropies_by_hand(
 @pytest.mark.parametrize("kind", ["embedding", "dense", "topk of all"])
 @pytest.mark.parametrize("centre", [False, True])
 def test_dino_is_the_cross_entropy_of_the_two_softmaxes(kind, centre):
-    config = ObjectiveConfig("dino", student_temp=0.2, centre="calibration" if centre else None, **SMALL)
+    config = ObjectiveConfig("dino", student_temp=0.2, centre_targets="calibration" if centre else None, **SMALL)
     objective = build_objective(config, FEATURES, SPACE)
     teacher = TARGET_ROWS.double() @ TARGET_PROTOTYPES.double().T
     logits, ids = teacher.float().sort(descending=True)
@@ -129,7 +129,7 @@ def test_half_precision_keeps_the_cosine_in_single():
 
 @pytest.mark.parametrize("name", ["embedding", "dino"])
 def test_targets_and_teacher_are_not_trained(name):
-    objective = build_objective(ObjectiveConfig(name, centre="calibration", **SMALL), FEATURES, SPACE)
+    objective = build_objective(ObjectiveConfig(name, centre_targets="calibration", **SMALL), FEATURES, SPACE)
     target = EmbeddingTarget(TARGET_ROWS.clone().requires_grad_(), TARGET_PROTOTYPES.clone().requires_grad_())
     if name == "embedding":
         target = EmbeddingTarget(TARGET_ROWS, TARGET_PROTOTYPES)
@@ -147,17 +147,17 @@ def test_targets_and_teacher_are_not_trained(name):
         (
             ObjectiveConfig("embedding"),
             TargetSpace(DIM, PROTOTYPES, has_embedding=False),
-            "the store holds logits: cache with --encoding embedding",
+            "the store holds logits: cache with `encoding` embedding",
         ),
         (ObjectiveConfig("dino"), TargetSpace(DIM, 0, True), "the teacher has no head: .* --prototypes K"),
-        (ObjectiveConfig("dino"), TargetSpace(DIM, PROTOTYPES, True), "pass --teacher-temp"),
+        (ObjectiveConfig("dino"), TargetSpace(DIM, PROTOTYPES, True), "pass `teacher_temp`"),
         (
-            ObjectiveConfig("embedding", centre="calibration"),
+            ObjectiveConfig("embedding", centre_targets="calibration"),
             replace(SPACE, mean_embedding=None),
-            "--centre-targets needs the teacher's mean embedding",
+            "`centre_targets` needs the teacher's mean embedding",
         ),
         (
-            ObjectiveConfig("dino", centre="calibration"),
+            ObjectiveConfig("dino", centre_targets="calibration"),
             replace(SPACE, mean_logits=None),
             "calibration .* only a store knows",
         ),
@@ -172,18 +172,18 @@ def test_targets_that_cannot_serve_are_refused(config, space, message):
     ("settings", "message"),
     [
         ({"name": "dinno"}, "unknown objective 'dinno': did you mean dino"),
-        ({"name": "dino", "centre": "calibrated"}, "unknown centre 'calibrated': did you mean calibration"),
+        ({"name": "dino", "centre_targets": "calibrated"}, "unknown centre 'calibrated': did you mean calibration"),
         ({"name": "dino", "sinkhorn": "batches"}, "unknown Sinkhorn 'batches': did you mean batch"),
         ({"name": "dino", "head": "teachers"}, "unknown head 'teachers': did you mean teacher"),
         (
             {"name": "moco", "sinkhorn": "batch"},
-            "--sinkhorn means nothing to --objective moco: it is for dino, ibot, swav, msn",
+            "`sinkhorn` means nothing to `objective` moco: it is for dino, ibot, msn, swav",
         ),
-        ({"name": "embedding", "teacher_temp": 0.1}, "--teacher-temp means nothing to --objective embedding"),
-        ({"name": "dino", "only_consistency": True}, "--only-consistency .* it is for disco"),
-        ({"name": "embedding", "queue": 5}, "--queue .* it is for disco, moco, dino"),
-        ({"name": "moco", "queue": 0}, "--queue is 0, expected more than 0"),
-        ({"name": "dino", "student_temp": -1.0}, "--student-temp is -1.0, expected more than 0"),
+        ({"name": "embedding", "teacher_temp": 0.1}, "`teacher_temp` means nothing to `objective` embedding"),
+        ({"name": "dino", "only_consistency": True}, "`only_consistency` .* it is for disco"),
+        ({"name": "embedding", "queue": 5}, "`queue` .* it is for dino, moco, disco"),
+        ({"name": "moco", "queue": 0}, "`queue` is 0, expected more than 0"),
+        ({"name": "dino", "student_temp": -1.0}, "`student_temp` is -1.0, expected more than 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -194,15 +194,15 @@ def test_settings_that_cannot_be(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "dino", "centre": "running", "sinkhorn": "batch"}, "leave out --centre-targets running"),
-        ({"name": "swav", "sinkhorn": "batch", "queue": 10}, "--queue is for --sinkhorn queue, and it is batch"),
-        ({"name": "dino", "centre": "checkpoint"}, "teacher's file has to bring"),
+        ({"name": "dino", "centre_targets": "running", "sinkhorn": "batch"}, "leave out `centre_targets` running"),
+        ({"name": "swav", "sinkhorn": "batch", "queue": 10}, "`queue` is for `sinkhorn` queue, and it is batch"),
+        ({"name": "dino", "centre_targets": "checkpoint"}, "teacher's file has to bring"),
         (
-            {"name": "moco", "centre": "running"},
-            "running is a mean of logits, and --objective moco compares embeddings",
+            {"name": "moco", "centre_targets": "running"},
+            "running is a mean of logits, and `objective` moco compares embeddings",
         ),
-        ({"name": "moco", "queue": 101}, "--queue 101 is longer than the data set of 100 images.*at most 12"),
-        ({"name": "dino", "head": "teacher"}, "--head teacher needs a teacher with prototypes"),
+        ({"name": "moco", "queue": 101}, "`queue` 101 is longer than the data set of 100 images.*at most 12"),
+        ({"name": "dino", "head": "teacher"}, "`head` teacher needs a teacher with prototypes"),
     ],
 )
 def test_settings_that_the_targets_cannot_serve(settings, message):
@@ -256,7 +256,7 @@ def test_a_default_queue_suits_the_data_set():
     for num_images, rows in ((None, 65536), (10_000_000, 65536), (50_000, 6250), (5, 1)):
         objective = build_objective(ObjectiveConfig("moco", **SMALL), FEATURES, SPACE, num_images=num_images)
         assert objective.queue.rows.shape == (rows, DIM)
-    swav = build_objective(ObjectiveConfig("swav", **SMALL), FEATURES, SPACE, targets=3, num_images=50_000)
+    swav = build_objective(ObjectiveConfig("swav", **SMALL), FEATURES, SPACE, target_views=3, num_images=50_000)
     assert [len(centre.queue.rows) for centre in swav.centres] == [3840] * 3
 
 
@@ -290,7 +290,7 @@ def test_discos_consistency_does_not_grow_with_the_batch_unless_its_weight_does(
 @pytest.mark.parametrize("option", ["queue", "student_temp"])
 def test_only_consistency_refuses_what_is_infonces(option):
     config = ObjectiveConfig("disco", only_consistency=True, **SMALL, **{option: 4})
-    with pytest.raises(MisuseError, match=f"--{option.replace('_', '-')} is InfoNCE's"):
+    with pytest.raises(MisuseError, match=f"`{option}` is InfoNCE's"):
         build_objective(config, FEATURES, SPACE)
 
 

@@ -13,10 +13,12 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import Recipe, get_recipe
-from rob.student_train.branches import CachedTargets, OnlineTeacher, TargetBranch
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from rob.student_train.objectives.prototypes import PrototypeObjective
-from rob.student_train.pairing import PairingConfig, plan_views
+from rob.student_train.targets.branch import RunContext, TargetBranch
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.online import Online
+from rob.student_train.targets.pairing import PairingConfig, plan_views
 from rob.teacher_cache.teachers import Teacher, TeacherConfig, load_teacher
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
@@ -43,8 +45,8 @@ CASES: list[tuple[str, dict, tuple[str, ...]]] = [
     ("disco", {"only_consistency": True}, WITH_EMBEDDING),
     ("dino", {}, (*ALL_LOGITS, "topk")),
     ("dino", {"head": "teacher"}, (*ALL_LOGITS, "topk")),
-    ("dino", {"centre": "running"}, ALL_LOGITS),
-    ("dino", {"centre": "checkpoint"}, (*ALL_LOGITS, "topk")),
+    ("dino", {"centre_targets": "running"}, ALL_LOGITS),
+    ("dino", {"centre_targets": "checkpoint"}, (*ALL_LOGITS, "topk")),
     ("dino", {"sinkhorn": "batch"}, ALL_LOGITS),
     ("ibot", {}, (*ALL_LOGITS, "topk")),
     ("swav", {}, ALL_LOGITS),
@@ -82,29 +84,33 @@ def stored(data, teacher, tmp_path_factory) -> Callable[[str], TargetStore]:
     return store
 
 
-def online(teacher: Teacher, store: TargetStore) -> OnlineTeacher:
+def online(teacher: Teacher, store: TargetStore, data: Beton) -> TargetBranch:
     manifest = store.manifest
-    recipe = Recipe.from_dict(manifest.recipe)
-    return OnlineTeacher(teacher, recipe, manifest.seed, len(manifest.view_ids), manifest.view_size, CPU)
+    config = Online(teacher, Recipe.from_dict(manifest.recipe), len(manifest.view_ids), manifest.view_size)
+    return config.open(RunContext(data, CPU, seed=manifest.seed))
+
+
+def cached(path: Path, data: Beton) -> TargetBranch:
+    return Cached(path).open(RunContext(data, CPU))
 
 
 def losses(branch: TargetBranch, data: Beton, config: ObjectiveConfig) -> tuple[Tensor, nn.Module]:
     """Of the three steps of one epoch on made-up features of the student, and the objective after them."""
     torch.manual_seed(0)
-    objective = build_objective(config, FEATURES, branch.space, targets=2, num_images=IMAGES)
+    objective = build_objective(config, FEATURES, branch.space, target_views=2, num_images=IMAGES)
     for layer in objective.head.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.5, generator=torch.Generator().manual_seed(1))
-    pairing = PairingConfig("same" if config.name in ("embedding", "disco") else "cross", targets=2)
+    pairing = PairingConfig("same" if config.name in ("embedding", "disco") else "cross", step_targets=2)
     plan = plan_views(pairing, branch.views, epoch=0)
     loader = ViewLoader(data, branch.recipe, branch.seed, LOADER)
     sets, order = branch.view_sets(plan) or (ViewSet(plan.globals, 8),), torch.arange(IMAGES).numpy()
     student = torch.randn(IMAGES, 2, FEATURES, generator=torch.Generator().manual_seed(2))
     found = []
-    with branch.targets(order, LOADER.batch_size, plan) as targets:
+    with branch.targets(order, LOADER.batch_size, plan) as target_of:
         for batch in loader.epoch(order, sets):
             rows = student[torch.from_numpy(batch.image_ids)]
-            found.append(objective(rows, targets.next(batch), plan.pair_weights).detach())
+            found.append(objective(rows, target_of(batch), plan.pair_weights).detach())
     return torch.stack(found), objective
 
 
@@ -116,10 +122,10 @@ def losses(branch: TargetBranch, data: Beton, config: ObjectiveConfig) -> tuple[
 def test_the_same_losses_from_the_store_and_from_the_teacher(data, teacher, stored, name, settings, encoding):
     config = ObjectiveConfig(name, hidden_dim=16, **settings)
     store = stored(encoding)
-    cached, objective = losses(CachedTargets(store.path, data, CPU), data, config)
-    expected, other = losses(online(teacher, store), data, config)
-    torch.testing.assert_close(cached, expected, rtol=CLOSE[encoding], atol=0)
-    assert cached.unique().numel() == 3
+    from_store, objective = losses(cached(store.path, data), data, config)
+    expected, other = losses(online(teacher, store, data), data, config)
+    torch.testing.assert_close(from_store, expected, rtol=CLOSE[encoding], atol=0)
+    assert from_store.unique().numel() == 3
     if encoding == "float32":
         for part, value in objective.state_dict().items():  # queues and centres too
             torch.testing.assert_close(value, other.state_dict()[part], rtol=1e-4, atol=1e-5)
@@ -133,35 +139,35 @@ def test_every_objective_is_compared():
 @pytest.mark.parametrize("encoding", ["dense", "topk"])
 def test_encodings_that_do_not_serve_are_refused_in_one_sentence(data, stored, name, encoding):
     serves = any(encoding in serve for case, settings, serve in CASES if case == name and not settings)
-    branch = CachedTargets(stored(encoding).path, data, CPU)
+    branch = cached(stored(encoding).path, data)
     if serves:
         build_objective(ObjectiveConfig(name), FEATURES, branch.space)
         return
     over_prototypes = issubclass(OBJECTIVES[name], PrototypeObjective)
     remedy = "embedding or dense" if over_prototypes else "embedding$"
-    with pytest.raises(MisuseError, match=rf"needs .*the store holds .* cache with --encoding {remedy}"):
+    with pytest.raises(MisuseError, match=rf"needs .*the store holds .* cache with `encoding` {remedy}"):
         build_objective(ObjectiveConfig(name), FEATURES, branch.space)
 
 
 def test_the_running_centre_needs_all_logits(data, stored):
-    space = CachedTargets(stored("topk").path, data, CPU).space
-    with pytest.raises(MisuseError, match="--centre-targets running needs all the teacher's logits"):
-        build_objective(ObjectiveConfig("dino", centre="running"), FEATURES, space)
+    space = cached(stored("topk").path, data).space
+    with pytest.raises(MisuseError, match="`centre_targets` running needs all the teacher's logits"):
+        build_objective(ObjectiveConfig("dino", centre_targets="running"), FEATURES, space)
 
 
 def test_the_store_keeps_the_centre_of_the_teachers_file(data, teacher, stored):
     for encoding in ENCODINGS:
-        space = CachedTargets(stored(encoding).path, data, CPU).space
+        space = cached(stored(encoding).path, data).space
         torch.testing.assert_close(space.centre, teacher.centre)
         assert not torch.allclose(space.centre, space.mean_logits)
 
 
 def test_a_teacher_without_prototypes_serves_embeddings_only(data, tmp_path: Path):
     plain = tiny_store(tmp_path / "t.zarr", data, tiny_teacher_checkpoint(tmp_path), loader=LOADER)
-    space = CachedTargets(plain.path, data, CPU).space
+    space = cached(plain.path, data).space
     for name, objective in OBJECTIVES.items():
         if issubclass(objective, PrototypeObjective):
-            with pytest.raises(MisuseError, match=f"--objective {name} needs prototype logits.* --prototypes K"):
+            with pytest.raises(MisuseError, match=f"`objective` {name} needs prototype logits.* --prototypes K"):
                 build_objective(ObjectiveConfig(name), FEATURES, space)
         else:
             build_objective(ObjectiveConfig(name), FEATURES, space)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rob.student_train.branches import TargetSpace
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, Target
 from rob.student_train.objectives import ObjectiveConfig, build_objective
+from rob.student_train.targets.space import TargetSpace
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES, QUEUE = 7, 3, 2, 20, 8, 12, 24
 TEACHER_TEMP = 0.07
@@ -60,7 +60,7 @@ class Plain:
     def __init__(self, objective: nn.Module) -> None:
         self.mlp = deepcopy(objective.head.mlp).double()
         self.matrix = None
-        if hasattr(objective, "prototypes"):
+        if objective.prototypes is not None:
             self.matrix = objective.prototypes.matrix().detach().double().requires_grad_()
 
     def embed(self, rows: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_dino_and_ibot(name, centre, kind):
         running = 0.9 * running + 0.1 * t.mean((0, 1))
         return cross_entropy(CROSS, torch.softmax((t - c) / TEACHER_TEMP, dim=-1), plain.logits(rows), 0.1)
 
-    agree(build(name, centre=centre), CROSS, formula, steps=3, kind=kind)
+    agree(build(name, centre_targets=centre), CROSS, formula, steps=3, kind=kind)
 
 
 def swav_sinkhorn(logits: Tensor, eps: float) -> Tensor:
@@ -257,7 +257,7 @@ class OldestOut:
 
 @pytest.mark.parametrize("centre", [None, "calibration"])
 def test_moco(centre):
-    objective = build("moco", queue=QUEUE, centre=centre)
+    objective = build("moco", queue=QUEUE, centre_targets=centre)
     queue = OldestOut(objective.queue.rows.double())
 
     def formula(plain: Plain, rows: Tensor, step: int) -> Tensor:
@@ -311,7 +311,7 @@ def test_embedding(centre):
             for g in range(TARGETS)
         )  # type: ignore[return-value]
 
-    agree(build("embedding", centre=centre), CROSS, formula)
+    agree(build("embedding", centre_targets=centre), CROSS, formula)
 
 
 # ==== prototypes' gradients ====

@@ -9,16 +9,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rob.student_train.branches import TargetSpace
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from rob.student_train.targets.space import TargetSpace
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES, STEPS = 8, 2, 2, 20, 8, 12, 4
 CASES = {
     "embedding": {},
     "moco": {"queue": 20},
     "disco": {"queue": 20},
-    "dino": {"centre": "running"},
+    "dino": {"centre_targets": "running"},
     "ibot": {"sinkhorn": "batch"},
     "swav": {"queue": 13},  # an odd number of rows for two ranks to share
     "msn": {},

@@ -1,0 +1,105 @@
+"""What training relies on in every objective."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor, nn
+
+from ...common.heads import Prototypes
+from ..kernels.target import Target
+from ..targets.space import TargetSpace
+from .config import READ, ObjectiveConfig
+from .without_teacher import CopySettings
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveContext:
+    """What an objective is built from: its ``config``, for a student of ``num_features``, against targets of ``space``, in
+    steps of ``target_views`` views of each image. ``num_images`` of the data set, where known, keeps a queue short enough.
+    """
+
+    config: ObjectiveConfig
+    num_features: int
+    space: TargetSpace
+    target_views: int = 2
+    num_images: int | None = None
+
+
+class Objective(nn.Module):
+    """Owns the student's ``head`` (a subclass makes it, (N, F) -> (N, D)), and whatever it gathers from step to step.
+
+    A paper is a subclass with a name, which is then an objective of ``ObjectiveConfig``::
+
+        class MyObjective(Objective, name="mine"):
+            ...
+
+    Its class attributes are what the paper has. While ``watching``, a step leaves in ``targets_found`` what ``collapse`` says
+    of its targets, scalars by name. ``teacher_temp`` may be set between steps, as a warm-up does.
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Fields of ``ObjectiveConfig`` that it reads beside the head's widths, and that others do not."""
+    pairing: ClassVar[str] = "cross"
+    """Which views meet in the paper (``targets.pairing``)."""
+    only_pairing: ClassVar[bool] = False
+    """Whether it has no other."""
+    target_views: ClassVar[int] = 2
+    """Of an image in a step."""
+    published: ClassVar[CopySettings | None] = None
+    """Training without a teacher; None: it needs one."""
+    bottleneck: ClassVar[int] = 128
+    """Width of the student's embedding, where no teacher's has to be met."""
+
+    head: nn.Module
+    prototypes: Prototypes | None
+    teacher_temp: float | None = None
+    sinkhorn: str | None = None
+    mean_entropy: float | None = None
+    """The last two: None where it has no such option."""
+
+    def __init_subclass__(cls, name: str | None = None, **others: object) -> None:
+        super().__init_subclass__(**others)
+        if name is not None:
+            OBJECTIVES[name], READ[name] = cls, cls.options
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__()
+        self.watching = False
+        self.targets_found: dict[str, Tensor] = {}
+        self.centre_targets = context.config.centre_targets
+        self.prototypes = None
+
+    @classmethod
+    def embedding_dim(cls, config: ObjectiveConfig) -> int:
+        """D without a teacher."""
+        return cls.bottleneck
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Features (..., F) to (..., D) float32 unit rows: what meets the targets, or the prototypes."""
+        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
+        """The loss, a scalar: features (B, V, F), target of G views an image, pair_weights (V, G).
+
+        Without a target the student's own first G views are it; only objectives whose ``published`` say so are asked.
+        """
+        raise NotImplementedError
+
+    def use_queue(self, serves: bool) -> None:
+        """Whether the queue of Sinkhorn, if there is one, fills and serves in the steps that follow."""
+
+    def copy_for_targets(self) -> Self:
+        """A copy that only embeds: without what the student's gathers."""
+        return deepcopy(self)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""By name, every named subclass of ``Objective``."""
+
+
+def build_objective(
+    config: ObjectiveConfig, num_features: int, space: TargetSpace, target_views: int = 2, num_images: int | None = None
+) -> Objective:
+    """The objective of such an ``ObjectiveContext``. MisuseError: the targets cannot serve it."""
+    return OBJECTIVES[config.name](ObjectiveContext(config, num_features, space, target_views, num_images))

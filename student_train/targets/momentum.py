@@ -1,0 +1,198 @@
+"""The target branch as self-supervised learning has it: no teacher, but the student itself, or a slow copy of it.
+
+==========  ==========================================  ==========================  =================================
+objective   who makes the target                        temperature                 source
+==========  ==========================================  ==========================  =================================
+dino, ibot  a copy, momentum .996 to 1 (cosine)         .04 to .07 over 50 epochs   2104.14294, section 3.1; SSLight's
+                                                        (ibot 30)                   ``dino_cnn_baseline.yaml``
+msn         a copy, momentum .996 to .9992 (linear);    .025                        2204.07141, section 3;
+            prototypes are the student's own                                        msn ``msn_train.py``
+swav        the student itself, without gradient        .05                         2006.09882, section 3
+moco        a copy, momentum .999                                                   2003.04297, DisCo's .999
+==========  ==========================================  ==========================  =================================
+
+The objectives are those of distillation and do not notice. Both branches see the same views of a step, new in every epoch, and
+a view never meets itself. The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...common.errors import MisuseError
+from ...common.run import autocast
+from ...common.views.batch import Batch, ViewSet
+from ...common.views.recipes import Recipe, get_recipe
+from ..kernels.target import EmbeddingTarget, Target
+from ..objectives import OBJECTIVES, CopySettings, ObjectiveConfig
+from ..student_with_head import StudentWithHead
+from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
+from .pairing import ViewPlan
+from .space import TargetSpace
+
+UNBOUNDED = 1 << 20
+"""Target views that there are of an image: more than any training uses."""
+
+
+def published(objective: str) -> CopySettings:
+    """The paper's values. MisuseError: an objective that needs a frozen teacher."""
+    settings = OBJECTIVES[objective].published
+    if settings is None:
+        able = ", ".join(name for name, kind in OBJECTIVES.items() if kind.published is not None)
+        raise MisuseError(f"`objective` {objective} needs a teacher: with `targets` momentum there is {able}")
+    return settings
+
+
+def unread_options(objective: str) -> dict[str, str]:
+    """The fields of ``Momentum`` that the objective has no use for, and why. MisuseError as ``published``."""
+    usual = published(objective)
+    reasons = {
+        "prototypes": "" if usual.prototypes else "has none",
+        "copy_momentum": "" if usual.copy_momentum is not None else "makes its targets without a copy",
+        "warmup_teacher_temp_epochs": "" if usual.warmup_teacher_temp_epochs else "has no warm-up",
+    }
+    return {option: reason for option, reason in reasons.items() if reason}
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """No teacher. What is None is as the objective's paper has it: the number of ``prototypes`` K, the ``copy_momentum`` at the
+    start, and the epochs in which the teacher's temperature rises (0: it is what it is from the start)."""
+
+    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    prototypes: int | None = None
+    copy_momentum: float | None = None
+    warmup_teacher_temp_epochs: int | None = None
+
+    def open(self, run: RunContext) -> "MomentumTargets":
+        """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""
+        objective = run.objective or ObjectiveConfig(USUAL_OVER_PROTOTYPES)
+        return MomentumTargets(self.recipe, self.settings(objective.name), objective, run)
+
+    def settings(self, objective: str) -> CopySettings:
+        """The published values with those that are given."""
+        usual = published(objective)
+        warmup = self.warmup_teacher_temp_epochs
+        given = {
+            "prototypes": self.prototypes,
+            "copy_momentum": self.copy_momentum,
+            "warmup_teacher_temp_epochs": warmup or None,
+        }
+        for option, reason in unread_options(objective).items():
+            if given[option] is not None:
+                raise MisuseError(f"`{option}`: `objective` {objective} {reason}, leave it out")
+        return replace(
+            usual if self.copy_momentum is None else usual.with_momentum(self.copy_momentum),
+            prototypes=self.prototypes or usual.prototypes,
+            warmup_teacher_temp_epochs=usual.warmup_teacher_temp_epochs if warmup is None else warmup,
+        )
+
+
+class MomentumTargets(TargetBranch):
+    """Targets from the student's global crops, by a momentum copy of it or by itself."""
+
+    kind = source = "momentum"
+    from_student = True
+    window_blocks = 256
+    """65,536 images: no store has to follow, and batches of few classes would bias centres, queues and BatchNorm."""
+    views = UNBOUNDED
+
+    def __init__(self, recipe: Recipe, settings: CopySettings, objective: ObjectiveConfig, run: RunContext) -> None:
+        self.settings = replace(settings, teacher_temp=objective.teacher_temp or settings.teacher_temp)
+        self.recipe, self.seed, self.device, self.precision = recipe, run.seed, run.device, run.precision
+        self.queue = objective.queue
+        self.space = TargetSpace(
+            OBJECTIVES[objective.name].embedding_dim(objective),
+            self.settings.prototypes,
+            has_embedding=True,
+            teacher_temp=self.settings.teacher_temp,
+            usual_centre=self.settings.centre,
+        )
+        self.freeze_prototypes = self.settings.freeze_prototypes
+        self.description = {"kind": self.kind, "seed": self.seed, **asdict(self.settings)}
+        self.model: StudentWithHead
+        self.copy: StudentWithHead | None = None
+
+    # ==== as every branch ====
+
+    def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
+        if plan.globals != plan.targets:
+            raise MisuseError("with `targets` momentum both branches see the same views: leave out `fresh`")
+        if plan.pair_weights.diagonal().any():
+            raise MisuseError(
+                "with `targets` momentum a view that meets itself has nothing to learn: leave out `pairing`, which is cross"
+            )
+        return ()
+
+    def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
+        return self.embed(crops[0])
+
+    # ==== beside the training ====
+
+    def follow(self, model: StudentWithHead, steps_per_epoch: int, epochs: int) -> None:
+        """Start as ``model`` is now. MisuseError: a queue is asked for that never serves."""
+        start = self.settings.queue_from_epoch
+        if self.queue is not None and epochs <= start:
+            raise MisuseError(
+                f"`queue` {self.queue}: without a teacher it begins to fill in epoch {start}, and the last of `epochs` {epochs} "
+                f"is {epochs - 1}: leave `queue` out, or train longer"
+            )
+        self.model, self.steps_per_epoch, self.total_steps = model, steps_per_epoch, steps_per_epoch * epochs
+        if self.settings.copy_momentum is not None:
+            self.copy = model.copy_for_targets()
+
+    @property
+    def state(self) -> dict[str, nn.Module]:
+        return {} if self.copy is None else {"momentum": self.copy}
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The copy's backbone: what DINO evaluates."""
+        return None if self.copy is None else self.copy.backbone
+
+    def before_step(self, step: int) -> None:
+        """Set the temperature of step number ``step`` (from 0), and whether Sinkhorn's queue takes part in it."""
+        epoch = step // self.steps_per_epoch
+        self.model.objective.teacher_temp = self.teacher_temp(epoch)
+        self.model.objective.use_queue(epoch >= self.settings.queue_from_epoch)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the copy towards the student; BatchNorm's statistics are its own."""
+        if self.copy is None:
+            return
+        momentum = self.momentum(step)
+        for slow, fast in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+            slow.mul_(momentum).add_(fast, alpha=1 - momentum)
+
+    def teacher_temp(self, epoch: int) -> float:
+        """DINO's schedule: equal steps from epoch 0, the last value at the end of the warm-up. It only ever rises: a sharper last
+        value holds from the start.
+        """
+        last, epochs = self.settings.teacher_temp, self.settings.warmup_teacher_temp_epochs
+        if epoch >= epochs:
+            return last
+        first = min(self.settings.warmup_teacher_temp, last)
+        return first + epoch / max(1, epochs - 1) * (last - first)
+
+    def momentum(self, step: int) -> float:
+        """From the first value at step 0 towards the last: DINO's cosine, or MSN's line."""
+        start, end = self.settings.copy_momentum, self.settings.momentum_end
+        assert start is not None
+        done = step / (self.total_steps * self.settings.momentum_runs)
+        left = 1 - done if self.settings.linear_momentum else 0.5 * (1 + math.cos(math.pi * done))
+        return end + (start - end) * left
+
+    @torch.no_grad()
+    def embed(self, crops: Tensor) -> Target | None:
+        """What the copy says of the student's global crops (B, G, 3, S, S); None leaves it to the student."""
+        if self.copy is None:
+            return None
+        with autocast(self.device, self.precision):
+            embedding = self.copy.objective.embed(self.copy.features(crops))
+        source = self.model if self.settings.own_prototypes else self.copy
+        prototypes = source.objective.prototypes
+        return EmbeddingTarget(embedding, None if prototypes is None else prototypes.matrix().detach())

@@ -1,0 +1,28 @@
+"""What targets are made of."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSpace:
+    """What a branch's targets are made of, for the objective to fit its head to.
+
+    ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits,
+    ``has_all_logits`` for one of the top k alone, which serves temperatures within its ``ladder``. Where known:
+    ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
+    ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off.
+    """
+
+    dim: int
+    num_prototypes: int
+    has_embedding: bool
+    teacher_temp: float | None = None
+    mean_embedding: Tensor | None = None
+    mean_logits: Tensor | None = None
+    centre: Tensor | None = None
+    prototypes: Tensor | None = None
+    has_all_logits: bool = True
+    ladder: tuple[float, ...] | None = None
+    usual_centre: str = "none"

@@ -1,0 +1,79 @@
+"""One step of training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.errors import MisuseError
+from ..common.ranks import ALONE, Ranks, normalise_together
+from ..common.run import autocast, seed_everything
+from .kernels.target import Target
+from .objectives import build_objective
+from .optimiser import Schedule, build_average, build_optimiser
+from .student_with_head import StudentWithHead
+from .students import build_student
+from .targets.space import TargetSpace
+from .train_config import TrainConfig
+
+
+class Trainer:
+    """The student, its optimiser and schedule: everything that one step changes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        space: TargetSpace,
+        steps_per_epoch: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        num_images: int | None = None,
+    ) -> None:
+        seed_everything(config.seed)
+        assert config.objective is not None and config.pairing is not None, "train_student chooses them"
+        backbone = build_student(config.student)
+        features: int = backbone.num_features  # type: ignore[assignment]
+        self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
+        self.model = StudentWithHead(backbone, self.objective).to(device).train()
+        normalise_together(self.model, device)
+        # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
+        alone = ranks.world_size == 1
+        self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
+        self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.average = build_average(self.model.backbone, config.average) if config.average else None
+        if config.freeze_prototypes and self.objective.prototypes is None:
+            raise MisuseError(f"`freeze_prototypes`: `objective` {config.objective.name} has none, leave it out")
+        self.steps_with_still_prototypes = (config.freeze_prototypes or 0) * steps_per_epoch
+        self.clip_grad, self.precision, self.device = config.clip_grad or float("inf"), config.precision, device
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, by name."""
+        parts = {"model": self.model, "optimiser": self.optimiser, "scaler": self.scaler}
+        return parts | ({"average": self.average.module} if self.average else {})
+
+    def step(
+        self, number: int, crops: list[Tensor], target: Target | None, pair_weights: Tensor
+    ) -> tuple[Tensor, float]:
+        """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
+        rate = self.schedule.step(number)
+        with autocast(self.device, self.precision):
+            loss = self.parallel(crops, target, pair_weights)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
+        prototypes = self.objective.prototypes
+        if prototypes is not None and number < self.steps_with_still_prototypes:
+            for parameter in prototypes.parameters():  # before the norm: what does not move has no part in it
+                parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.model.backbone, number)
+        if self.scaler.is_enabled():  # fp16 skips a step whose gradient overflowed: no reason to stop
+            norm = torch.where(norm.isfinite(), norm, 0.0)
+        return torch.stack([loss.detach(), norm]), rate
