@@ -8,14 +8,16 @@ from typer.testing import CliRunner
 
 import conftest  # noqa: F401  (one thread, and no network, before torch works)
 from rob.cli import app
-from rob.common.augment import augment
-from rob.common.beton import Beton
-from rob.common.loader import LoaderConfig, ViewLoader, ViewSet, ffcv_path
-from rob.common.store import TargetStore
-from rob.common.views import LOCAL, RECIPES, view_parameters
+from rob.common.images.beton import Beton
+from rob.common.store.codec import decode
+from rob.common.store.reader import TargetStore
+from rob.common.views.colours import apply_colours
+from rob.common.views.drawing import LOCAL, view_parameters
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, ffcv_backend
+from rob.common.views.recipes import RECIPES
 
 FIRST_LOCAL_ID = LOCAL
-HAS_COMPILED_LOADER = ffcv_path is not None
+HAS_COMPILED_LOADER = ffcv_backend is not None
 
 
 def rob(*arguments: object) -> str:
@@ -51,11 +53,11 @@ def network_inputs(
 def augmented(images: np.ndarray, colour: np.ndarray, blur_scale: float, normal: tuple) -> np.ndarray:
     """(N, 3, S, S) uint8 images with (N, 8) colour parameters as a network takes them."""
     mean, std = map(torch.tensor, normal)
-    return augment(torch.from_numpy(images), torch.from_numpy(colour), blur_scale, mean, std).numpy()
+    return apply_colours(torch.from_numpy(images), torch.from_numpy(colour), blur_scale, mean, std).numpy()
 
 
 def stored_targets(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None, dict[str, np.ndarray]]:
     """Of a store: the decoded arrays of all rows, the prototypes, the statistics."""
     store = TargetStore.open(path)
-    arrays = store.encoding.decode(store.read(0, store.manifest.num_images))
+    arrays = decode(store.encoding, store.read(0, store.manifest.num_images))
     return {name: values.numpy() for name, values in arrays.items()}, store.prototypes, store.statistics
