@@ -62,7 +62,7 @@ def test_a_long_run_reaches_the_regularised_optimum():
 
 def test_the_sweep_chooses_by_validation_and_tests_that_head():
     train, test = gaussian_classes(600, seed=1), gaussian_classes(1000, seed=2)
-    result = linear(train, test, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(0.0, 1.0)))
+    result = linear(train, test, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(0.0, 100.0)))
     assert (result.chosen.learning_rate, result.chosen.weight_decay) == (0.03, 0.0)
     assert result.chosen.validation_top1 == max(setting.validation_top1 for setting in result.sweep)
     assert (result.num_train, result.num_validation, result.num_test) == (540, 60, 1000)
