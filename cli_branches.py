@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rob.cli import note
 from rob.common.errors import MisuseError
+from rob.common.screen import note
 
 if TYPE_CHECKING:
     import torch

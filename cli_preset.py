@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from rob.cli import console
+from rob.common.screen import console
 from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_ITS_RECIPE, OF_THE_COPY, get_preset
 
 

@@ -7,8 +7,9 @@ import typer
 
 from rob import cli_branches as b
 from rob import cli_options as o
-from rob.cli import app, bar, note, say_which_loader
+from rob.cli import app
 from rob.cli_preset import PresetCommand, use_preset
+from rob.common.screen import bar, note, note_slow_loader
 
 
 @app.command("train-student", cls=PresetCommand)
@@ -376,7 +377,7 @@ def train_student(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
     )
-    say_which_loader(config.loader)
+    note_slow_loader(config.loader)
     with bar("training", "steps") as update:
 
         def log(line: dict[str, Any], total: int) -> None:

@@ -99,6 +99,9 @@ def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
     annotation = parameter.annotation
     config = _configuration(annotation)
     if config is None:
-        return values[parameter.name]
+        value = values[parameter.name]
+        if value is None and parameter.default is not parameter.empty:
+            return parameter.default
+        return tuple(value) if isinstance(value, list) else value
     known = partial(config, **given_fields(config, values, instead=words_of(annotation)))
     return known if get_origin(setting_of(annotation)[0]) is partial else known()

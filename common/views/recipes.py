@@ -203,6 +203,10 @@ def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     recipe, o = RECIPES[name], overrides or RecipeOverrides()
+    if o.local_scale is not None and recipe.local_crop is None:
+        raise MisuseError(
+            f"`local_scale`: recipe {name} has no local crops, take dino, sslight, swav, sslight-swav or msn"
+        )
 
     def changed(crop: Crop, scale: tuple[float, float] | None) -> Crop:
         new = {k: v for k in ("flip", "grey", "blur", "solarise") if (v := getattr(o, k)) is not None}

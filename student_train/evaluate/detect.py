@@ -14,42 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
-from ...common.errors import FailureError, MisuseError, unknown_name
+from ...common.errors import FailureError
 from ...common.files import replacing
 from ...common.run import pick_device, seed_everything
 from ...common.weights import hash_weights
 from ..checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
 from ..optimiser import cosine_decay
 from ..students import create_student
+from .config import DetectConfig
 from .detect_data import DetectionData, DetectionTensors, open_detection
 from .detect_model import build_detector
 from .detect_score import AveragePrecision, average_precision
-
-INITS = ("student", "random")
-
-
-@dataclass(frozen=True)
-class DetectConfig:
-    """Fine-tuning of all layers with AdamW: a linear warm-up over the first tenth (500 steps at most), a cosine to 0.
-
-    ``run`` is a run folder or a weights file; ``init`` "random" takes its architecture alone. ``side`` in pixels is the
-    shorter one that images are scaled to. ``lr`` is for any batch size.
-    """
-
-    run: Path
-    data: Path
-    train: str = "train"
-    test: str = "test"
-    init: str = "student"
-    side: int = 800
-    channels: int = 256
-    epochs: int = 12
-    batch_size: int = 4
-    lr: float = 2e-4
-    weight_decay: float = 0.05
-    seed: int = 0
-    workers: int = 0
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -85,10 +60,6 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     being a number.
     """
     progress = progress or DetectProgress()
-    if config.init not in INITS:
-        raise unknown_name("initialisation", config.init, INITS)
-    if config.epochs < 1 or config.batch_size < 1:
-        raise MisuseError("detection needs at least one epoch and one image a batch")
     device = pick_device(config.device)
     train = open_detection(config.data, config.train)
     test = open_detection(config.data, config.test).with_classes_of(train)

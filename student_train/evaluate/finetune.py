@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ...common.files import replacing
 from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
 from ..optimiser import cosine_decay
+from .config import FinetuneConfig
 from .crops import RandomCrops
 from .features import Features
 from .labelled import LabelledImages
@@ -25,15 +26,6 @@ from .network import FrozenNetwork
 
 HEAD_RATE = 10.0
 """The classifier's learning rate over the network's."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """AdamW with a cosine to 0 over ``epochs`` of the subset. ``lr`` is the network's, for any batch size."""
-
-    epochs: int = 30
-    lr: float = 1e-4
-    weight_decay: float = 0.05
 
 
 class Classifier(nn.Module):

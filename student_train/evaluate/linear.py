@@ -14,24 +14,9 @@ from torch import Tensor
 
 from ...common.errors import MisuseError
 from ..optimiser import cosine_decay
+from .config import LinearConfig
 from .features import Features, same_classes
 from .subsets import hold_out
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """SGD with momentum and a cosine to 0, for every pair of ``learning_rates`` and ``weight_decays`` (>= 0).
-
-    Rates are for standardised features. ``validation`` in (0, 1) is the share of each class kept for choosing.
-    """
-
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
-    weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
-    epochs: int = 100
-    batch_size: int = 256
-    momentum: float = 0.9
-    validation: float = 0.1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,13 +67,14 @@ class LinearHeads:
 def linear(
     train: Features,
     test: Features,
-    config: LinearConfig = LinearConfig(),
+    config: LinearConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearResult:
     """Sweep, choose, test. Runs on the device the features are on; ``progress`` is called with (epochs done, all).
 
     MisuseError: a test class that the training set lacks, or a class with fewer than two training images.
     """
+    config = config or LinearConfig()
     test = same_classes(train, test)
     fit_rows, held_out = split_validation(train, config)
     fit, validation = train.rows(fit_rows), train.rows(held_out)
@@ -143,8 +129,8 @@ class HeadSweep:
     """
 
     def __init__(self, train: Features, config: LinearConfig) -> None:
-        if config.epochs < 1 or not config.learning_rates or not config.weight_decays:
-            raise MisuseError("a linear evaluation needs at least one epoch, one learning rate and one weight decay")
+        if not config.learning_rates or not config.weight_decays:
+            raise MisuseError("a linear evaluation needs at least one learning rate and one weight decay")
         self.mean = train.features.mean(0)
         self.scale = 1 / train.features.std(0).clamp_min(1e-6)
         rates, decays = torch.tensor(

@@ -411,13 +411,13 @@ def test_a_data_set_that_is_missing_or_truncated(refused, made, tmp_path):
         ),
         ("--recipe", "dinno", r"unknown recipe 'dinno': did you mean dino\? \(known: dino, moco-v2, "),
         ("--encoding", "tpok", "unknown encoding 'tpok': .*topk"),
-        ("--store-dtype", "float8", "'float8': known are float32, float16, int8"),
+        ("--store-dtype", "float8", r"unknown store dtype 'float8': .*known: float16, float32, int8"),
         ("--precision", "bf8", "unknown precision 'bf8': did you mean bf16"),
         ("--device", "cud", "unknown device 'cud': did you mean cuda"),
-        ("--loader", "fcv", "--loader is 'fcv', expected auto, ffcv, torch or gpu"),
+        ("--loader", "fcv", r"unknown loader 'fcv': did you mean ffcv\? \(known: auto, ffcv, gpu, torch\)"),
         ("--global-scale", (0.5, 0.2), "scale is .*expected 0 < low <= high"),
         ("--checkpoint", "nowhere.pth", "checkpoint nowhere.pth does not exist"),
-        ("--encoding", "dense", "dense needs prototype logits, but .* has no head: add --prototypes K"),
+        ("--encoding", "dense", "dense needs prototype logits, but .* has no head: give a number of --prototypes"),
     ],
 )
 def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):

@@ -12,8 +12,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from rob.cli import console, main
+from rob.cli import main
 from rob.common.errors import MisuseError
+from rob.common.screen import console
 from rob.teacher_cache import backbones
 from rob.teacher_cache.registry import STAND_IN, TEACHERS, teacher_table
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher

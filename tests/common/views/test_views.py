@@ -10,6 +10,7 @@ from numpy.lib.recfunctions import repack_fields
 from torchvision.transforms import RandomResizedCrop
 
 from rob.common.errors import MisuseError
+from rob.common.views import drawing
 from rob.common.views.drawing import (
     BRIGHTNESS,
     CONTRAST,
@@ -189,7 +190,7 @@ def test_the_order_of_a_crops_fields_does_not_matter(monkeypatch):
     expected = draw(DINO, [0, 1, LOCAL], 100)
     table, names = crop_table(DINO), [field.name for field in fields(Crop)]
     assert list(table.dtype.names) == names
-    monkeypatch.setattr(Recipe, "table", lambda self: repack_fields(table[names[::-1]]))
+    monkeypatch.setattr(drawing, "crop_table", lambda recipe: repack_fields(table[names[::-1]]))
     for reordered, original in zip(draw(DINO, [0, 1, LOCAL], 100), expected, strict=True):
         np.testing.assert_array_equal(reordered, original)
 

@@ -256,8 +256,8 @@ def test_students_and_settings_that_do_not_fit(tmp_path):
     with pytest.raises(MisuseError, match=r"the student cannot take images of other sizes than it was made for: .*224"):
         detect(DetectConfig(fixed, voc, side=64, device="cpu"))
     run = make_run(tmp_path / "run")
-    with pytest.raises(MisuseError, match="unknown initialisation 'randomly': did you mean random"):
+    with pytest.raises(MisuseError, match="unknown init 'randomly': did you mean random"):
         detect(DetectConfig(run, voc, init="randomly"))
-    with pytest.raises(MisuseError, match="at least one epoch"):
+    with pytest.raises(MisuseError, match="`epochs` is 0, expected at least 1"):
         detect(DetectConfig(run, voc, epochs=0))
     assert not re.search("eval", " ".join(map(str, run.iterdir())))

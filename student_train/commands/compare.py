@@ -1,27 +1,22 @@
-"""rob compare."""
+"""``rob compare``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
-from rob.cli import app, bar, note
-from rob.cli_eval import show_accuracies
-from rob.common.errors import MisuseError
+from ...common.errors import MisuseError
+from ...common.screen import Cell, accuracies, bar, note
+from ...common.settings import Setting
 
 
-@app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders that rob eval has measured.")],
-    out: Annotated[Path, typer.Option(help="The plot to draw; its numbers go beside it as .json.")] = Path(
-        "compare.png"
-    ),
+    runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN...")],
+    out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
 ) -> None:
     """Runs side by side: every result, with parameters, MACs, measured latency and training speed."""
-    from rob.student_train.evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
+    from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
 
     if out.suffix != ".png":
-        raise MisuseError(f"--out {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
+        raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
     summaries = []
     with bar("measuring", "runs") as update:
         for run in runs:
@@ -29,7 +24,7 @@ def compare(
             update(len(summaries), len(runs))
     tasks = all_tasks(summaries)
     write_comparison(summaries, out)
-    rows: list[tuple[str, list[Any]]] = [
+    rows: list[tuple[str, list[Cell]]] = [
         ("student", [s.student for s in summaries]),
         ("parameters, M", [s.parameters / 1e6 for s in summaries]),
         ("MACs, M", [s.macs / 1e6 for s in summaries]),
@@ -38,9 +33,7 @@ def compare(
         ("training images/s", [s.train_images_per_second for s in summaries]),
         *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
     ]
-    show_accuracies(
-        "runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)]
-    )
+    accuracies("runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)])
     for sentence in check_comparable(summaries):
         note(sentence)
     note(f"drawn to {out}")
