@@ -87,7 +87,7 @@ class CachedTargets(TargetBranch):
     @contextmanager
     def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., Target]]:
         prefetcher, columns = self._prefetch(batch_size), np.array(plan.targets)
-        prefetcher.columns = lambda image_ids: columns
+        prefetcher.columns = columns
         batches = prefetcher.epoch(order)
 
         def target(batch: Batch, crops: Sequence[Tensor] = ()) -> Target:
