@@ -19,7 +19,9 @@ from rob.common.settings import Setting
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
+from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.sweep import sweep
+from rob.student_train.commands.train import train_student
 from rob.teacher_cache.commands import cache_teacher, teachers, verify
 
 if TYPE_CHECKING:
@@ -120,11 +122,10 @@ evaluate = typer.Typer(
 for function in (pack, views, inspect):
     app.command()(command(function))
 app.command("cache-teacher")(command(cache_teacher))
+app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
 for function in (teachers, verify, sweep, compare, demo, bench):
     app.command()(command(function))
 for function in (knn, linear, lowshot, transfer):
     evaluate.command()(command(function, load_teacher=load_teacher))
 evaluate.command()(command(detect))
 app.add_typer(evaluate, name="eval")
-
-from rob import cli_train  # noqa: E402, F401

@@ -12,14 +12,14 @@ parameter with a setting is an option of its own.
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, is_dataclass
+from dataclasses import MISSING
 from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from .errors import FailureError, MisuseError
-from .settings import Described, described, given_fields, setting_of, words_of
+from .settings import Described, described, given_fields, is_configuration, setting_of, words_of
 
 SPELLING: dict[str, str] = {}
 """Field or parameter -> option, of every command that has been made."""
@@ -54,10 +54,12 @@ def given(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def refuse(names: Iterable[str], reason: str) -> None:
-    """MisuseError naming the first of these settings."""
+def refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """MisuseError naming the first of these settings that the command line gives."""
+    present = given(context)
     for name in names:
-        raise MisuseError(f"`{name}` {reason}: leave `{name}` out")
+        if name in present:
+            raise MisuseError(f"`{name}` {reason}: leave `{name}` out")
 
 
 def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
@@ -92,7 +94,7 @@ def _configuration(annotation: Any) -> type | None:
     """``PackConfig`` of ``PackConfig`` and of ``partial[PackConfig]``; None: it is another type."""
     kind, _ = setting_of(annotation)
     kind = get_args(kind)[0] if get_origin(kind) is partial else kind
-    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+    return kind if is_configuration(kind) else None
 
 
 def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:

@@ -104,15 +104,12 @@ def described(config: type, defaults: Any = None, instead: Words = MappingProxyT
     ``defaults``, an instance, has other defaults than the class. ``instead`` has other words for some fields, or None for one
     that is no option here; of a configuration in a field it is a note: ``Annotated[LoaderConfig, {"batch_size": Setting(...)}]``.
     """
-    for field in fields(config):
-        annotation, default = _annotations(config)[field.name], _default(field, defaults)
-        kind, setting = setting_of(annotation)
-        if is_dataclass(kind) and isinstance(kind, type):
-            yield from described(kind, None if default is MISSING else default, words_of(annotation))
+    for field, kind, setting, words in _fields(config, instead):
+        default = _default(field, defaults)
+        if is_configuration(kind):
+            yield from described(kind, None if default is MISSING else default, words)
         elif setting is not None:
-            setting = instead.get(field.name, setting)
-            if setting is not None:
-                yield Described(field.name, option_name(field.name, setting), kind, setting, default)
+            yield Described(field.name, option_name(field.name, setting), kind, setting, default)
 
 
 def given_fields(
@@ -120,20 +117,31 @@ def given_fields(
 ) -> dict[str, Any]:
     """The fields of a configuration out of values by the names of options; None leaves a field at its default."""
     found: dict[str, Any] = {}
-    for field in fields(config):
-        annotation, default = _annotations(config)[field.name], _default(field, defaults)
-        kind, setting = setting_of(annotation)
-        if is_dataclass(kind) and isinstance(kind, type):
-            nested = None if default is MISSING else default
-            found[field.name] = kind(**given_fields(kind, options, nested, words_of(annotation)))
-            continue
-        setting = instead.get(field.name, setting)
+    for field, kind, setting, words in _fields(config, instead):
+        default = _default(field, defaults)
         value = None if setting is None else options.get(option_name(field.name, setting))
-        if value is not None:
+        if is_configuration(kind):
+            found[field.name] = kind(**given_fields(kind, options, None if default is MISSING else default, words))
+        elif value is not None:
             found[field.name] = tuple(value) if isinstance(value, list) else value
         elif default is not MISSING:
             found[field.name] = default
     return found
+
+
+def is_configuration(kind: Any) -> bool:
+    """Whether it is a dataclass, whose settings are options, too."""
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
+def _fields(config: type, instead: Words) -> Iterator[tuple[Field, Any, Setting | None, Words]]:
+    """Those that are not left out, each with its type, its setting, and the words for what is in it."""
+    for field in fields(config):
+        annotation = _annotations(config)[field.name]
+        kind, setting = setting_of(annotation)
+        setting = instead.get(field.name, setting)
+        if field.name not in instead or setting is not None:
+            yield field, kind, setting, words_of(annotation)
 
 
 def _default(field: Field, defaults: Any) -> Any:

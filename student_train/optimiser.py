@@ -1,7 +1,6 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +10,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.errors import MisuseError, unknown_name
+from ..common.errors import MisuseError
+from .config import OptimiserConfig
 
 TIMM_NAMES = {"adamw": "adamw", "sgd": "momentum", "lars": "lars"}
 """Our names and timm's. timm's own "sgd" is Nesterov's; the published recipes use plain momentum."""
@@ -20,35 +20,13 @@ LR_BATCH_SIZE = 256
 """Images a step that ``OptimiserConfig.lr`` is quoted for, as in DINO, SwAV, MoCo-v2 and SSLight."""
 
 
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """Optimiser and schedule; the defaults are DINO's for a small ViT.
-
-    ``lr`` is the peak for a batch of 256 images and is scaled linearly to the batch at hand; ``min_lr`` is not scaled.
-    ``weight_decay`` follows a cosine to ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS. ``trust`` is
-    LARS's alone, 0.001 unless given: a step moves a layer's weights by ``lr`` x ``trust`` of their norm, and what has no decay
-    by ``lr`` x its gradient. So both given together set the two rates apart.
-    """
-
-    name: str = "adamw"
-    lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 10
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = None
-    momentum: float = 0.9
-    trust: float | None = None
-
-
 def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) -> Optimizer:
     """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks.
 
     Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
-    gives them no adaptive rate. MisuseError: an unknown name, LARS with no weight decay, a ``trust`` that is not LARS's or not
+    gives them no adaptive rate. MisuseError: LARS with no weight decay, a ``trust`` that is not LARS's or not
     above 0.
     """
-    if config.name not in TIMM_NAMES:
-        raise unknown_name("optimiser", config.name, TIMM_NAMES)
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
     if config.trust is not None and config.name != "lars":
@@ -74,9 +52,10 @@ class Schedule:
         self.optimiser = optimiser
         self.config = config
         self.total_steps = steps_per_epoch * epochs
-        warmup_steps = round(steps_per_epoch * config.warmup_epochs)
+        warmup = config.warmup(epochs)
+        warmup_steps = round(steps_per_epoch * warmup)
         if warmup_steps >= self.total_steps:
-            raise MisuseError(f"a warm-up of {config.warmup_epochs:g} epochs leaves nothing of a run of {epochs}")
+            raise MisuseError(f"a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}")
         self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
         self._cosine = CosineLRScheduler(
             optimiser,

@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
+from .config import StudentConfig
 
 VIT_PATCH_SMALL = 4
 """Pixels a side of a small-image ViT's patch: 8 x 8 tokens at 32 px, 4 x 4 in a 16 px crop."""
@@ -47,16 +48,6 @@ VIT_FAMILIES = ("vision_transformer", "deit")
 MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Which student to build: ``image_size`` is the side of the global crops in pixels, ``drop_path`` in [0, 1)."""
-
-    name: str
-    image_size: int = 224
-    small_images: bool = False
-    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
 from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
+from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .objectives import ObjectiveConfig
 from .run_folder import RunFolder
@@ -73,9 +74,10 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     check_loader(config.loader, device)
     data = Beton(config.data)
     branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
-    fresh = False if branch.from_student else None
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
+    pairing = config.pairing
+    if not isinstance(pairing, PairingConfig):
+        pairing = choose_pairing(objective.name, branch.recipe, branch.views, pairing, branch.from_student)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
     if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):

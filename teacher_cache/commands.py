@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..common.config import RecipeName
 from ..common.errors import unknown_name
-from ..common.options import given, refuse
+from ..common.options import refuse
 from ..common.screen import bar, console, facts, note, note_slow_loader
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
@@ -31,9 +31,9 @@ def cache_teacher(
     full = config(recipe=get_recipe(recipe, overrides))
     kind = full.encoding.kind
     if kind != "topk":
-        refuse(given(context) & {"topk"}, f"is for --encoding topk, and this is {kind}")
+        refuse(context, ("topk",), f"is for --encoding topk, and this is {kind}")
     if kind != "embedding":
-        refuse(given(context) & {"store_dtype"}, f"is for --encoding embedding, and this is {kind}")
+        refuse(context, ("store_dtype",), f"is for --encoding embedding, and this is {kind}")
     note_slow_loader(full.loader)
 
     def show(plan: CachePlan) -> None:

@@ -27,6 +27,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
 from support.pinned import (
     FIRST_LOCAL_ID,
     HAS_COMPILED_LOADER,

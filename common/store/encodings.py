@@ -36,11 +36,9 @@ class Encoding:
     ] = "embedding"
     dtype: Annotated[
         str,
-        Setting("Of embeddings: float32, float16 (default) or int8.", choices=EMBEDDING_DTYPES, option="--store-dtype"),
+        Setting("Of embeddings: float32, float16 or int8.", choices=EMBEDDING_DTYPES, option="--store-dtype"),
     ] = "float16"
-    k: Annotated[
-        int, Setting("Prototypes kept a view with --encoding topk, 64 by default.", low=1, option="--topk")
-    ] = 64
+    k: Annotated[int, Setting("Prototypes kept a view with --encoding topk.", low=1, option="--topk")] = 64
     temps: tuple[float, ...] = LADDER
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ...common.options import given, refuse
+from ...common.options import refuse
 from ...common.screen import accuracies, bar
 from ...common.settings import Setting
 from ..evaluate.config import FinetuneConfig, LinearConfig
@@ -13,6 +13,7 @@ from .subject import LoadTeacher, Subject, SubjectConfig, Test, Train, What
 
 
 def knn(
+    context: typer.Context,
     what: What,
     data: Train,
     test: Test = None,
@@ -30,7 +31,7 @@ def knn(
     """Weighted k-nearest-neighbour accuracy, as DINO defines it."""
     from ..evaluate.knn import knn_sweep
 
-    subject = Subject(what, config, load_teacher)
+    subject = Subject(context, what, config, load_teacher)
     train, held_out = subject.images(data, test)
     results = knn_sweep(train.features, held_out.features, list(k), temperature)
     accuracies(
@@ -43,6 +44,7 @@ def knn(
 
 
 def linear(
+    context: typer.Context,
     what: What,
     data: Train,
     training: LinearConfig,
@@ -61,7 +63,7 @@ def linear(
     from ..evaluate.linear import linear
     from ..evaluate.linear_augmented import linear_augmented
 
-    subject = Subject(what, config, load_teacher)
+    subject = Subject(context, what, config, load_teacher)
     network = subject.network
     task = "linear-augment" if augment else "linear"
     train, held_out = subject.images(data, test)
@@ -112,10 +114,10 @@ def lowshot(
     from ..evaluate.lowshot import lowshot as frozen_lowshot
 
     if not finetune:
-        refuse(sorted(given(context) & {"epochs", "lr"}), "is for --finetune")
+        refuse(context, ("epochs", "lr"), "is for --finetune")
     percents = percent or (() if per_class else (1.0, 10.0))
     shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class]
-    subject = Subject(what, config, load_teacher)
+    subject = Subject(context, what, config, load_teacher)
     network = subject.network
     train, held_out = subject.images(data, test)
     settings = {"epochs": tuning.epochs, "lr": tuning.lr} if finetune else {"regularisation": REGULARISATION}
@@ -151,6 +153,7 @@ OF_THE_TASK = {
 
 
 def transfer(
+    context: typer.Context,
     what: What,
     task: Annotated[
         str,
@@ -177,7 +180,7 @@ def transfer(
     from ..evaluate.linear import linear
     from ..evaluate.transfer import packed_task
 
-    subject = Subject(what, config, load_teacher)
+    subject = Subject(context, what, config, load_teacher)
     with bar("packing", "images") as update:
         paths = packed_task(
             task,

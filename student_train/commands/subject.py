@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from ...common.config import Checkpoint, Device
 from ...common.errors import MisuseError
 from ...common.options import refuse
@@ -50,7 +52,9 @@ class SubjectConfig:
 class Subject:
     """The network, its images, and the folder that keeps features and results (None: nothing is kept)."""
 
-    def __init__(self, what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> None:
+    def __init__(self, context: typer.Context, what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> None:
+        if what != "teacher":
+            refuse(context, ("teacher", "checkpoint"), f"is for a teacher, and WHAT is {what}")
         note_slow_loader(config.loader)
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
@@ -90,10 +94,6 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
     from ..evaluate.network import FrozenNetwork
 
     size, device = config.size, pick_device(config.device)
-    if what != "teacher":
-        of_a_teacher = {"teacher": config.teacher, "checkpoint": config.checkpoint}
-        given = [name for name, value in of_a_teacher.items() if value is not None]
-        refuse(given, f"is for a teacher, and WHAT is {what}")
     if config.init == "random":
         if what in ("pixels", "teacher"):
             raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")

@@ -41,12 +41,10 @@ class LinearConfig:
 class FinetuneConfig:
     """AdamW with a cosine to 0 over ``epochs`` of the subset. ``lr`` is the network's, for any batch size."""
 
-    epochs: Annotated[int, Setting("With --finetune, 30 by default.", low=1)] = 30
+    epochs: Annotated[int, Setting("With --finetune.", low=1)] = 30
     lr: Annotated[
         float,
-        Setting(
-            "With --finetune, of the network, 1e-4 by default; its classifier's is 10 times that.", low=1e-8, high=10
-        ),
+        Setting("With --finetune, of the network; its classifier's is 10 times that.", low=1e-8, high=10),
     ] = 1e-4
     weight_decay: float = 0.05
 

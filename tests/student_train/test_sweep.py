@@ -25,7 +25,7 @@ from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.views.recipes import get_recipe
 from rob.student_train import sweep as sweep_module
-from rob.student_train.commands.sweep import training_flags
+from rob.student_train.commands.sweep import options_of, training_flags
 from rob.student_train.sweep import (
     SweepConfig,
     SweepRow,
@@ -38,7 +38,7 @@ from rob.student_train.sweep import (
 )
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
-OPTIONS = typer.main.get_group(app).commands["train-student"].params
+OPTIONS = options_of(typer.main.get_group(app).commands["train-student"])
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
 
 

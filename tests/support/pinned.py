@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+import conftest  # noqa: F401  (one thread, and no network, before torch works)
 import numpy as np
 import torch
 from typer.testing import CliRunner
 
-import conftest  # noqa: F401  (one thread, and no network, before torch works)
 from rob.cli import app
 from rob.common.images.beton import Beton
 from rob.common.store.codec import decode

@@ -1,5 +1,5 @@
-"""How ``--preset`` meets the other options of a command: as their defaults, so that any option that is given beats it, and
-without what the run has no use for.
+"""How ``--preset`` meets the other options of ``rob train-student``: as their defaults, so that any option that is given beats
+it, and without what the run has no use for.
 """
 
 from typing import Any
@@ -8,14 +8,23 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from rob.common.screen import console
-from rob.student_train.presets import OF_ITS_OWN_VIEWS, OF_ITS_RECIPE, OF_THE_COPY, get_preset
+from ...common.options import given
+from ...common.screen import console
+
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
+"""Options of a preset that are for ``--targets momentum`` alone."""
+OF_ITS_OWN_VIEWS = ("recipe", "global_scale")
+"""Those that a store of targets has settled already."""
+OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
+"""Those that say more of the preset's recipe, and nothing of another one."""
 
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
     """Callback of the eager option: the preset's values become the defaults of the options parsed after it."""
+    from ..presets import get_preset
+
     if name is not None:
-        context.default_map = {**(context.default_map or {}), **get_preset(name).options}
+        context.default_map = {**(context.default_map or {}), **get_preset(name).options()}
     return name
 
 
@@ -30,21 +39,16 @@ class PresetCommand(TyperCommand):
         return super().invoke(ctx)
 
 
-def explicit(context: typer.Context) -> set[str]:
-    """Names of the parameters that the command line gives."""
-    names = context.params
-    return {name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-
-
 def unused_options(context: typer.Context) -> dict[str, str]:
     """The preset's options that neither these targets nor this objective nor these crops read, and why.
 
     What is typed is never among them: that is refused where it means nothing.
     """
-    from rob.common.views.recipes import RECIPES
-    from rob.student_train.objectives import OBJECTIVES
+    from ...common.views.recipes import RECIPES
+    from ..objectives import OBJECTIVES
+    from ..presets import get_preset
 
-    values, given = context.params, explicit(context)
+    values, typed = context.params, given(context)
     objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
     reasons: dict[str, str] = {}
     usual_pairing = "cross"
@@ -57,20 +61,20 @@ def unused_options(context: typer.Context) -> dict[str, str]:
         reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
         recipe = None
     preset = get_preset(values["preset"])
-    if "recipe" in given and values["recipe"] != preset.options.get("recipe"):
+    if "recipe" in typed and values["recipe"] != preset.recipe:
         reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
     same = (values["pairing"] or usual_pairing) == "same"
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
         reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
         reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
-    return {name: reasons[name] for name in preset.options if name in reasons.keys() - given}
+    return {name: reasons[name] for name in preset.options() if name in reasons.keys() - typed}
 
 
 def _unread_by(objective: str) -> set[str]:
-    from rob.student_train.objectives import OBJECTIVES
-    from rob.student_train.objectives.config import read_by_some
-    from rob.student_train.objectives.prototypes import PrototypeObjective
-    from rob.student_train.targets.momentum import unread_options
+    from ..config import read_by_some
+    from ..objectives import OBJECTIVES
+    from ..objectives.prototypes import PrototypeObjective
+    from ..targets.momentum import unread_options
 
     unread = read_by_some() - OBJECTIVES[objective].options
     if not issubclass(OBJECTIVES[objective], PrototypeObjective):
@@ -82,17 +86,18 @@ def _unread_by(objective: str) -> set[str]:
 
 def show_preset(context: typer.Context, unused: dict[str, str]) -> None:
     """Print the preset in force, with what the command line changed in it and what of it is ``unused``."""
-    from rob.student_train.optimiser import LR_BATCH_SIZE
+    from ..optimiser import LR_BATCH_SIZE
+    from ..presets import get_preset
 
-    name, given = context.params["preset"], explicit(context)
+    name, typed = context.params["preset"], given(context)
     preset = get_preset(name)
     table = Table(title=f"preset {name}: {preset.source}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_column()
-    for option, value in preset.options.items():
+    for option, value in preset.options().items():
         remark = f"not used: {unused[option]}" if option in unused else ""
-        if option in given:
+        if option in typed:
             remark = f"given: {_text(context.params[option])}"
         if option == "lr":
             lr, batch_size = context.params["lr"], context.params["batch_size"]
