@@ -1,9 +1,10 @@
-"""The map in CONTRIBUTING.md names every file of the product, each once and with a description, and no other."""
+"""The texts name what is there: CONTRIBUTING.md's map every file of the product, benchmarks/README.md every result and note."""
 
 import re
 from collections import Counter
 from collections.abc import Iterator
 
+import pytest
 from test_packaging import ROOT, modules
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -32,6 +33,22 @@ def test_every_file_of_the_map_exists():
 
 def test_no_file_is_on_the_map_twice():
     assert [path for path, count in Counter(mapped()).items() if count > 1] == []
+
+
+def test_every_result_and_note_is_named_beside_it():
+    text = (ROOT / "benchmarks/README.md").read_text()
+    there = {path.name for kind in ("results/*.json", "*notes*.md") for path in (ROOT / "benchmarks").glob(kind)}
+    assert set(re.findall(r"\w+_\d{8}\.json|\w*notes\w*\.md", text)) == there
+
+
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(text):
+    """To a file, and to a heading as GitHub spells it in addresses."""
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / text).read_text()):
+        target = (ROOT / text).parent / path if path else ROOT / text
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]
 
 
 def test_readme_is_short():
