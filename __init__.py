@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .common.views.recipes import Recipe, RecipeOverrides, get_recipe
     from .student_train.checkpoint import load_student
     from .student_train.config import PairingChoice
-    from .student_train.evaluate.detect import DetectConfig, detect
+    from .student_train.evaluate.detection.detect import DetectConfig, detect
     from .student_train.evaluate.knn import knn
     from .student_train.evaluate.labelled import labelled_images
     from .student_train.evaluate.linear import LinearConfig, linear
@@ -49,7 +49,7 @@ _HOME = {
     "common.store.reader": ("TargetStore",),
     "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
     "student_train.checkpoint": ("load_student",),
-    "student_train.evaluate.detect": ("DetectConfig", "detect"),
+    "student_train.evaluate.detection.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
     "student_train.evaluate.labelled": ("labelled_images",),
     "student_train.evaluate.linear": ("LinearConfig", "linear"),

@@ -188,7 +188,7 @@ def settings(config: MomentumBenchConfig, table: str) -> dict[str, Any]:
         "train": Beton(config.train).manifest.fingerprint,
         "test": Beton(config.test).manifest.fingerprint,
         "device": pick_device(config.device).type,
-        **{name: getattr(config, name) for name in numbers},
+        **{name: asdict(config)[name] for name in numbers},
         "teacher": TEACHER.name,
         "prototypes": PROTOTYPES,
         "copy_momentum": COPY_MOMENTUM,

@@ -8,12 +8,12 @@ On a real teacher's embeddings (cached in the run, or a store of embeddings that
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter, thread_time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import zarr
-from numcodecs import Blosc, Zstd
 from torch import Tensor
 
+from rob.benchmarks.codecs import codec_rows
 from rob.benchmarks.fidelity import fidelity, restored
 from rob.benchmarks.report import Report, median_of
 from rob.common.images.pack import PackConfig, pack
@@ -97,7 +97,9 @@ def run(config: StoreBenchConfig) -> Report:
             for encoding in ENCODINGS:
                 rows.append({"what": f"{name}: {label(encoding)}"} | _encoding_row(case, prototypes, encoding, config))
         for encoding in PACKED:
-            rows += _codec_rows(case, prototypes, encoding, config)
+            some = case[:1024]
+            arrays = encode(encoding, some, some @ prototypes.T)
+            rows += codec_rows(label(encoding), arrays, some[..., 0].numel(), encoding.shuffle, config.rounds)
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
         for encoding in READ:
@@ -232,58 +234,6 @@ def _tail_error(embedding: Tensor, prototypes: Tensor, encoding: Encoding) -> fl
     assert isinstance(target, TopKTarget)
     rest = logits.scatter(-1, logits.topk(encoding.k).indices, -torch.inf)
     return max((log_tail(target, temp) - (rest / temp).logsumexp(-1)).abs().max().item() for temp in OFF_LADDER)
-
-
-# ---- codecs ----
-
-
-def _codecs(chosen: int) -> Iterator[tuple[str, Any]]:
-    """Each codec to compare; ``chosen`` is the shuffle that the store uses for the encoding."""
-    for level in (1, 3, 6):
-        yield f"blosc zstd {level}, shuffle {chosen}", Blosc("zstd", level, chosen)
-    for shuffle in {Blosc.NOSHUFFLE, Blosc.SHUFFLE, Blosc.BITSHUFFLE} - {chosen}:
-        yield f"blosc zstd 3, shuffle {shuffle}", Blosc("zstd", 3, shuffle)
-    yield "blosc lz4 5, shuffle 2", Blosc("lz4", 5, Blosc.BITSHUFFLE)
-    yield "plain zstd 3", Zstd(3)
-    yield "none", Blosc("lz4", 0, Blosc.NOSHUFFLE)
-
-
-def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, config: StoreBenchConfig) -> Iterator[Row]:
-    """Bytes and speed (of one core) of each codec at 256 rows a chunk, and of the chosen one at other sizes."""
-    some = embedding[:1024]
-    arrays, chosen = encode(encoding, some, some @ prototypes.T), getattr(Blosc, encoding.shuffle.upper())
-    settings = [(256, name, codec) for name, codec in _codecs(chosen)]
-    settings += [(rows, f"blosc zstd 3, shuffle {chosen}", Blosc("zstd", 3, chosen)) for rows in (64, 1024)]
-    for rows, name, codec in settings:
-        chunks = [np.ascontiguousarray(a[i : i + rows]) for a in arrays.values() for i in range(0, len(some), rows)]
-        encoded = [codec.encode(chunk) for chunk in chunks]
-        outs = [np.empty_like(chunk) for chunk in chunks]
-
-        def compress(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
-            for chunk in chunks:
-                codec.encode(chunk)
-
-        def decompress(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
-            for data, out in zip(encoded, outs, strict=True):
-                codec.decode(data, out)
-
-        views = some[..., 0].numel()
-        yield {
-            "what": f"{label(encoding)}, {rows} rows: {name}",
-            "bytes_per_view": sum(len(data) for data in encoded) / views,
-            "decode_views_per_second": views / _cpu_seconds(decompress, 4 * config.rounds),
-            "encode_views_per_second": views / _cpu_seconds(compress, config.rounds),
-        }
-
-
-def _cpu_seconds(work: Callable[[], None], repeats: int) -> float:
-    """Median CPU seconds of this thread: what codecs cost, whatever else the machine is doing."""
-    seconds = []
-    for _ in range(repeats):
-        start = thread_time()
-        work()
-        seconds.append(thread_time() - start)
-    return median(seconds)
 
 
 # ---- reading ----

@@ -1,7 +1,8 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
+from collections.abc import Iterable
 from math import cos, pi
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -94,10 +95,17 @@ def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
     return ModelEmaV3(student, decay=decay, use_warmup=True)
 
 
+@runtime_checkable
+class _NamesUndecayed(Protocol):
+    """timm's way of saying which parameters of a backbone should not decay."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+
 def _no_weight_decay(model: nn.Module) -> list[str]:
     """Full names of the parameters that the backbones inside ``model`` ask not to decay."""
     names = []
     for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]  # pyright: ignore
+        if isinstance(module, _NamesUndecayed):
+            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]
     return names

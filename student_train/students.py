@@ -27,7 +27,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import MixedConv2d
-from timm.models import model_entrypoint
+from timm.models import EfficientNet, MobileNetV3, ResNet, model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
     EdgeResidual,
@@ -122,11 +122,11 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
 
 def adapt_stem(backbone: nn.Module) -> nn.Module:
     """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
-    if hasattr(backbone, "conv_stem"):  # MobileNets, EfficientNets
+    if isinstance(backbone, (EfficientNet, MobileNetV3)):
         for layer in _halving_layers(backbone)[:2]:
             for conv in layer:
                 conv.stride = (1, 1)
-    elif hasattr(backbone, "maxpool"):  # ResNets
+    elif isinstance(backbone, ResNet):
         backbone.maxpool = nn.Identity()
         if isinstance(backbone.conv1, nn.Conv2d):
             stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)

@@ -7,7 +7,7 @@ from .subject import Out
 
 def detect(config: DetectConfig, out: Out = None) -> None:
     """Box and mask AP of a Faster or Mask R-CNN with the student as its backbone, all of it fine-tuned."""
-    from ..evaluate.detect import DetectProgress, detect
+    from ..evaluate.detection.detect import DetectProgress, detect
     from ..evaluate.results import write_result
 
     folder = out or (config.run if config.run.is_dir() else None)

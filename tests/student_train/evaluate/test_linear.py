@@ -80,7 +80,7 @@ def test_the_test_set_plays_no_part_in_the_choice():
 
 def test_a_diverging_head_leaves_the_others_alone():
     train = gaussian_classes(300, seed=1)
-    heads = train_heads(train, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(1.0,), epochs=5))
+    heads = train_heads(train, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(1.0,), epochs=10))
     assert not heads.head(0).weights.isfinite().all()
     assert heads.head(1).weights.isfinite().all()
     assert top_k_accuracy(heads, gaussian_classes(500, seed=2), 1)[1] > 40

@@ -16,11 +16,11 @@ from pycocotools.cocoeval import COCOeval
 from rob import cli
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
-from rob.student_train.evaluate import detect as stage
-from rob.student_train.evaluate.detect import DetectConfig, detect
-from rob.student_train.evaluate.detect_data import DetectionTensors, open_detection
-from rob.student_train.evaluate.detect_model import Pyramid, build_detector
-from rob.student_train.evaluate.detect_score import average_precision
+from rob.student_train.evaluate.detection import detect as stage
+from rob.student_train.evaluate.detection.data import DetectionTensors, open_detection
+from rob.student_train.evaluate.detection.detect import DetectConfig, detect
+from rob.student_train.evaluate.detection.model import Pyramid, build_detector
+from rob.student_train.evaluate.detection.score import average_precision
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import coco_shapes, voc_shapes
 

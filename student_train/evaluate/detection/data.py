@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...common.errors import FailureError, MisuseError
+from ....common.errors import FailureError, MisuseError
 
 ROUNDING = 1.0
 """Pixels that a box may reach over its image's edge, from rounding or a convention of counting: it is cut off."""

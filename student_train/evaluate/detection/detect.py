@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
-from ...common.errors import FailureError
-from ...common.files import replacing
-from ...common.run import pick_device, seed_everything
-from ...common.weights import hash_weights
-from ..checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
-from ..optimiser import cosine_decay
-from ..students import create_student
-from .config import DetectConfig
-from .detect_data import DetectionData, DetectionTensors, open_detection
-from .detect_model import build_detector
-from .detect_score import AveragePrecision, average_precision
+from ....common.errors import FailureError
+from ....common.files import replacing
+from ....common.run import pick_device, seed_everything
+from ....common.weights import hash_weights
+from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
+from ...optimiser import cosine_decay
+from ...students import create_student
+from ..config import DetectConfig
+from .data import DetectionData, DetectionTensors, open_detection
+from .model import build_detector
+from .score import AveragePrecision, average_precision
 
 
 @dataclass(frozen=True)

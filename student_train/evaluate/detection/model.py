@@ -11,8 +11,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from ...common.errors import MisuseError
-from ..students import StudentInfo
+from ....common.errors import MisuseError
+from ...students import StudentInfo
 
 FINEST, COARSEST = 4, 64
 """Strides of a pyramid's levels in pixels: from one to the other by doubling, as in FPN; a student whose stages are
