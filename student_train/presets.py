@@ -190,13 +190,15 @@ def preset(name: str, data: Path, out: Path, targets: TargetsConfig | None = Non
     MisuseError: an unknown name, or a paper that has a teacher, without ``targets``.
     """
     found = get_preset(name)
-    if targets is None and found.momentum is None:
-        raise MisuseError(f"preset {name} needs `targets`: give Cached(path), or Online(teacher)")
+    if targets is None:
+        if found.momentum is None:
+            raise MisuseError(f"preset {name} needs `targets`: give Cached(path), or Online(teacher)")
+        targets = replace(found.momentum, recipe=found.drawn())
     return TrainConfig(
         data=data,
         out=out,
         student=found.student,
-        targets=targets or replace(found.momentum, recipe=found.drawn()),
+        targets=targets,
         objective=found.objective,
         pairing=found.pairing,
         optimiser=found.optimiser,

@@ -65,4 +65,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All but the targets, of which the branch says more, as plain values."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "targets"}
-        return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}
+        return {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in values.items()
+        }

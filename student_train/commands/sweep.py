@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from ...common.config import Device
 from ...common.errors import unknown_name
@@ -69,11 +69,12 @@ def training_options(context: typer.Context) -> list[TyperOption]:
     """Those of rob train-student."""
     application = context.find_root().command
     assert isinstance(application, TyperGroup)
-    return options_of(application.commands["train-student"])
+    return options_of(application.commands["train-student"].params)
 
 
-def options_of(command: TyperCommand) -> list[TyperOption]:
-    return [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
+def options_of(parameters: Iterable[object]) -> list[TyperOption]:
+    """The options among a command's parameters."""
+    return [parameter for parameter in parameters if isinstance(parameter, TyperOption)]
 
 
 def check_names(options: Iterable[TyperOption], names: Iterable[str]) -> None:

@@ -104,14 +104,14 @@ def train_student(
     filling: TargetsConfig
     if targets != "momentum":
         refuse(context, OF_THE_COPY, "is for --targets momentum; a teacher has its own")
-    if targets in ("momentum", "online"):
-        drawn = get_recipe(recipe or "dino", overrides)
     if targets == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
+        drawn = get_recipe(recipe or "dino", overrides)
         filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
     elif targets == "online":
         if teacher is None:
             raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
+        drawn = get_recipe(recipe or "dino", overrides)
         filling = Online(load_teacher(teacher, checkpoint).to(pick_device(device)), drawn, views, view_size)
     else:
         refuse(context, (*OF_A_TEACHER, "recipe"), f"is for --targets online; the store {targets} has its own")

@@ -14,7 +14,7 @@ from rob.student_train.sweep import (
 )
 
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
-OPTIONS = options_of(typer.main.get_group(app).commands["train-student"])
+OPTIONS = options_of(typer.main.get_group(app).commands["train-student"].params)
 
 
 @pytest.mark.parametrize(
