@@ -13,14 +13,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .common.encodings import Encoding
     from .common.errors import FailureError, MisuseError
-    from .common.images import PackConfig, pack
-    from .common.loader import LoaderConfig
-    from .common.store import TargetStore
-    from .common.views import Recipe, RecipeOverrides, get_recipe
+    from .common.images.pack import PackConfig, pack
+    from .common.store.encodings import Encoding
+    from .common.store.reader import TargetStore
+    from .common.views.loader import LoaderConfig
+    from .common.views.recipes import Recipe, RecipeOverrides, get_recipe
     from .student_train.checkpoint import load_student
-    from .student_train.evaluate.detect import DetectConfig, detect
+    from .student_train.config import PairingChoice
+    from .student_train.evaluate.detection.detect import DetectConfig, detect
     from .student_train.evaluate.knn import knn
     from .student_train.evaluate.labelled import labelled_images
     from .student_train.evaluate.linear import LinearConfig, linear
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .student_train.evaluate.network import FrozenNetwork
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
+    from .student_train.presets import preset
     from .student_train.students import StudentConfig
     from .student_train.targets.cached import Cached
     from .student_train.targets.momentum import Momentum
@@ -47,12 +49,13 @@ _HOME = {
     "common.store.reader": ("TargetStore",),
     "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
     "student_train.checkpoint": ("load_student",),
-    "student_train.evaluate.detect": ("DetectConfig", "detect"),
+    "student_train.evaluate.detection.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
     "student_train.evaluate.labelled": ("labelled_images",),
     "student_train.evaluate.linear": ("LinearConfig", "linear"),
     "student_train.evaluate.lowshot": ("Share", "lowshot"),
     "student_train.evaluate.network": ("FrozenNetwork",),
+    "student_train.config": ("PairingChoice",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
     "student_train.students": ("StudentConfig",),
@@ -60,6 +63,7 @@ _HOME = {
     "student_train.targets.momentum": ("Momentum",),
     "student_train.targets.online": ("Online",),
     "student_train.targets.pairing": ("PairingConfig",),
+    "student_train.presets": ("preset",),
     "student_train.train": ("train_student",),
     "student_train.train_config": ("TrainConfig",),
     "teacher_cache.cache": ("CacheConfig", "cache_teacher"),
@@ -83,6 +87,7 @@ __all__ = [
     "Online",
     "OptimiserConfig",
     "PackConfig",
+    "PairingChoice",
     "PairingConfig",
     "Recipe",
     "RecipeOverrides",
@@ -102,6 +107,7 @@ __all__ = [
     "load_teacher",
     "lowshot",
     "pack",
+    "preset",
     "train_student",
     "verify",
 ]

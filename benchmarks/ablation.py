@@ -136,7 +136,7 @@ def settings(config: AblationConfig) -> dict[str, Any]:
         "train": Beton(config.train).manifest.fingerprint,
         "test": Beton(config.test).manifest.fingerprint,
         "device": pick_device(config.device).type,
-        **{name: getattr(config, name) for name in ("epochs", "views", "teacher_size", "prototypes")},
+        **{name: asdict(config)[name] for name in ("epochs", "views", "teacher_size", "prototypes")},
         "teacher": TEACHER.name,
         "schedules": SCHEDULES,
         "average": AVERAGE,

@@ -27,8 +27,8 @@ from rob.common.views.recipes import get_recipe
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.targets.branch import TargetsConfig
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.config import TargetsConfig
 from rob.student_train.targets.momentum import Momentum
 from rob.student_train.targets.online import Online
 from rob.student_train.targets.pairing import PairingConfig

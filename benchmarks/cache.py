@@ -26,9 +26,10 @@ from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device
+from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
-from rob.common.views.augment import augment
+from rob.common.views.colours import apply_colours
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
@@ -98,7 +99,7 @@ def _compare(case: Case, config: CacheBenchConfig, device: torch.device, folder:
     views = ViewLoader(data, recipe, 0, loader)
     for batch in views.epoch(np.arange(data.num_images), [ViewSet(tuple(range(config.views)), case.view_size)]):
         pixels, colour = batch.views[0].to(device).flatten(0, 1), batch.colour[0].flatten(0, 1)
-        ready.append(augment(pixels, colour, case.view_size / recipe.global_crops[0].size, mean, std))
+        ready.append(apply_colours(pixels, colour, case.view_size / recipe.global_crops[0].size, mean, std))
 
     def bare() -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
@@ -127,7 +128,7 @@ def _compare(case: Case, config: CacheBenchConfig, device: torch.device, folder:
         cache_teacher(cache, CacheProgress(rows=lambda done, total: started.append(time.perf_counter())))
         seconds = time.perf_counter() - started[0]
         found = TargetStore.open(store)
-        return seconds, found.encoding.decode(found.read(0, data.num_images))["embedding"].flatten(0, 1)
+        return seconds, decode(found.encoding, found.read(0, data.num_images))["embedding"].flatten(0, 1)
 
     times: dict[str, list[float]] = {"bare": [], "caching": []}
     for number in range(config.rounds):

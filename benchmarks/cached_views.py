@@ -25,8 +25,9 @@ from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.targets.branch import RunContext, TargetsConfig
+from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached, CachedTargets
+from rob.student_train.targets.config import TargetsConfig
 from rob.student_train.targets.online import Online
 from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.train import train_student

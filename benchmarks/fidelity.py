@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
 from rob.student_train.kernels.reference import target_probabilities
 from rob.student_train.kernels.target import Target
@@ -11,7 +12,7 @@ from rob.student_train.targets.cached import stored_target
 
 def restored(encoding: Encoding, embedding: Tensor, prototypes: Tensor) -> Target:
     """Embeddings (R, V, D) float32 over ``prototypes`` (K, D), encoded and decoded again."""
-    arrays = encoding.decode(encoding.encode(embedding, embedding @ prototypes.T))
+    arrays = decode(encoding, encode(encoding, embedding, embedding @ prototypes.T))
     return stored_target(encoding, arrays, prototypes, len(prototypes))
 
 

@@ -1,6 +1,7 @@
 """Images to views, against its peers and its floor: the same photographs, the same crops, in one run.
 
     rob bench loader
+    python -m rob.benchmarks.loader cifar10     and what an image costs among 2,000 and among all
 
 500 x 375 JPEGs (quality 90) to 2 views of 224 and 6 of 96 pixels, geometry only, on all cores. The sides take turns, round by
 round, so that the machine's noise falls on all alike; the first round warms up (ffcv compiles in it). Our views must be within
@@ -12,7 +13,7 @@ bytes read and written. Without one the report says so; these rows have not been
 
 import multiprocessing
 import os
-import tarfile
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,15 +43,22 @@ from rob.benchmarks.photographs import HEIGHT, WIDTH, make_photographs
 from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
-from rob.common.views.augment import augment
-from rob.common.views.decode import FACTOR_X, FACTOR_Y, SCALE, decode_planes, decoder_handle, plane_starts
+from rob.common.views.colours import apply_colours
+from rob.common.views.decode import (
+    FACTOR_X,
+    FACTOR_Y,
+    LAYOUT_COLUMNS,
+    SCALE,
+    decode_planes,
+    decoder_handle,
+    plane_starts,
+)
+from rob.common.views.drawing import CROP_HEIGHT, CROP_WIDTH
 from rob.common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from rob.common.views.pillow_backend import render_view
+from rob.common.views.pillow_backend import resize_view
 from rob.common.views.recipes import RecipeOverrides, get_recipe
 
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)
-CIFAR10 = Path(__file__).parents[1] / "../shared/data/cifar10-jpeg.tar.xz"
-"""60,000 JPEGs of 32 x 32, for the rows that show a flat cost; left out where it is missing."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class LoaderBenchConfig:
     batch_size: int = 64
     psnr_images: int = 96
     """How many images' views are compared with Pillow's."""
+    small_images: str | None = None
+    """A folder or a named data set of 10,000s of small images, for the rows that show a flat cost."""
 
 
 def run(config: LoaderBenchConfig) -> Report:
@@ -74,8 +84,8 @@ def run(config: LoaderBenchConfig) -> Report:
         assert worst > 38, f"a view is only within {worst:.1f} dB of Pillow's"
         rows = compare(data, config)
         of_copy = kernel_rows(data, config, rows) if torch.cuda.is_available() else None
-        if CIFAR10.exists():
-            rows += linear_cost(folder)
+        if config.small_images:
+            rows += linear_cost(folder, config.small_images)
     speed = {row["side"]: row["images_per_second"] for row in rows if "images_per_second" in row}
     best_resize = max(speed["one decode, cv2 INTER_AREA"], speed["one decode, torchvision uint8"])
     ratios = {
@@ -104,7 +114,7 @@ def worst_psnr(data: Beton, config: LoaderBenchConfig) -> float:
         for b, i in enumerate(batch.image_ids):
             image, views = Image.fromarray(data.image(i)), [view for s in batch.views for view in s[b]]
             for view, crop, size in zip(views, geometry[i].tolist(), SIZES, strict=True):
-                error = view.permute(1, 2, 0).numpy().astype(float) - render_view(image, crop, size)
+                error = view.permute(1, 2, 0).numpy().astype(float) - resize_view(image, crop, size)
                 worst = min(worst, 10 * np.log10(255**2 / max(1e-9, np.mean(error**2))))
     return float(worst)
 
@@ -165,7 +175,7 @@ def rob_side(data: Beton, config: LoaderBenchConfig, colours: bool = False) -> C
             done += len(batch.image_ids)
             if colours:
                 for views, colour in zip(batch.views, batch.colour, strict=True):
-                    augment(views.flatten(0, 1), colour.flatten(0, 1), 1.0, mean, std)
+                    apply_colours(views.flatten(0, 1), colour.flatten(0, 1), 1.0, mean, std)
         return done
 
     return epoch
@@ -179,7 +189,7 @@ def planes_side(data: Beton, threads: int) -> Callable[[], int]:
         handle, scales = decoder_handle(), np.ones(len(ids), np.int64)
         starts = plane_starts(data.heights[ids], data.widths[ids], scales)
         planes = scratch.setdefault(handle, np.empty(starts[-1], np.uint8))
-        layout = np.empty((len(ids), 6), np.int32)
+        layout = np.empty((len(ids), LAYOUT_COLUMNS), np.int32)
         decode_planes(
             handle, data.memory, data.pointers, data.sizes, data.modes, data.heights, data.widths,
             ids, scales, starts, planes, layout,
@@ -225,18 +235,20 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
     mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
     layout, geometry = batch.planes.layout.cpu().double(), batch.planes.geometry.cpu().double()
     plane_bytes = 1 + 2 / (layout[:, FACTOR_Y] * layout[:, FACTOR_X])
-    read = (geometry[..., 2] * geometry[..., 3] * (plane_bytes / layout[:, SCALE] ** 2)[:, None]).sum()
+    read = (
+        geometry[..., CROP_HEIGHT] * geometry[..., CROP_WIDTH] * (plane_bytes / layout[:, SCALE] ** 2)[:, None]
+    ).sum()
     written = len(batch.image_ids) * sum(3 * 2 * size**2 for size in SIZES)
     source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
-    def render() -> None:
+    def make_views() -> None:
         for number in range(len(VIEWS)):
             batch.augment(number, 1.0, mean, std, torch.bfloat16)
 
     speeds = {}
     for side, work, count in (
-        ("view kernel alone", render, float(read) + written),
+        ("view kernel alone", make_views, float(read) + written),
         ("copy on the GPU", lambda: target.copy_(source), 2.0 * source.numel()),
     ):
         milliseconds: Any = do_bench(work, return_mode="median")
@@ -248,14 +260,12 @@ def kernel_rows(data: Beton, config: LoaderBenchConfig, rows: list[dict[str, Any
 # --- cost against the number of images ---
 
 
-def linear_cost(folder: Path) -> list[dict[str, Any]]:
-    """Epochs in random order over 2,000, 10,000 and 60,000 images of CIFAR-10, two views of 32 pixels."""
-    with tarfile.open(CIFAR10) as archive:
-        archive.extractall(folder / "cifar10", filter="data")
+def linear_cost(folder: Path, source: str) -> list[dict[str, Any]]:
+    """Epochs in random order over 2,000, 10,000 and at most 60,000 images of ``source``, two views of 32 pixels."""
     rows, sets = [], [ViewSet((0, 1), 32)]
     for count in (2_000, 10_000, 60_000):
-        path = folder / f"cifar{count}.beton"
-        pack(PackConfig(str(folder / "cifar10"), path, limit=count))
+        path = folder / f"small{count}.beton"
+        count = pack(PackConfig(source, path, limit=count)).num_images
         loader, order = ViewLoader(Beton(path), RECIPE, SEED, LoaderConfig("ffcv", 256)), np.random.default_rng(0)
         speeds = []
         for _ in range(4):
@@ -264,12 +274,16 @@ def linear_cost(folder: Path) -> list[dict[str, Any]]:
                 done += sum(len(batch.image_ids) for batch in loader.epoch(order.permutation(count), sets))
             speeds.append(done / (time.perf_counter() - start))
         rows.append(
-            {"side": f"rob, CIFAR-10, {count:,} images", "images": count, "images_per_second": median(speeds[1:])}
+            {
+                "side": f"rob, {Path(source).name}, {count:,} images",
+                "images": count,
+                "images_per_second": median(speeds[1:]),
+            }
         )
     return rows
 
 
 if __name__ == "__main__":
-    report = run(LoaderBenchConfig())
+    report = run(LoaderBenchConfig(small_images=sys.argv[1] if sys.argv[1:] else None))
     report.show()
     print(report.write())

@@ -34,13 +34,15 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
+from rob.student_train.config import PairingChoice
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.targets.branch import RunContext, TargetsConfig
+from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.config import TargetsConfig
 from rob.student_train.targets.momentum import Momentum, published
 from rob.student_train.targets.pairing import choose_pairing
 from rob.student_train.train import train_student
@@ -186,7 +188,7 @@ def settings(config: MomentumBenchConfig, table: str) -> dict[str, Any]:
         "train": Beton(config.train).manifest.fingerprint,
         "test": Beton(config.test).manifest.fingerprint,
         "device": pick_device(config.device).type,
-        **{name: getattr(config, name) for name in numbers},
+        **{name: asdict(config)[name] for name in numbers},
         "teacher": TEACHER.name,
         "prototypes": PROTOTYPES,
         "copy_momentum": COPY_MOMENTUM,
@@ -225,7 +227,9 @@ def one_run(config: MomentumBenchConfig, table: str, student: str, setting: Sett
         student=student_config(config, student),
         targets=targets,
         objective=setting.objective,
-        pairing=choose_pairing(setting.objective.name, branch.recipe, branch.views, num_local=num_local, fresh=fresh),
+        pairing=choose_pairing(
+            setting.objective.name, branch.recipe, branch.views, PairingChoice(num_local=num_local, fresh=fresh)
+        ),
         optimiser=replace(setting.optimiser, warmup_epochs=max(1, config.epochs / 10)),
         epochs=config.epochs,
         freeze_prototypes=0 if setting.objective.name == "moco" else 1,

@@ -8,12 +8,12 @@ On a real teacher's embeddings (cached in the run, or a store of embeddings that
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter, thread_time
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,15 @@ import timm
 import torch
 import torch.nn.functional as F
 import zarr
-from numcodecs import Blosc, Zstd
 from torch import Tensor
 
+from rob.benchmarks.codecs import codec_rows
 from rob.benchmarks.fidelity import fidelity, restored
 from rob.benchmarks.report import Report, median_of
 from rob.common.images.pack import PackConfig, pack
 from rob.common.order import block_shuffled_order
 from rob.common.run import pick_device
+from rob.common.store.codec import decode, encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import SHARD_CHUNKS, StoreManifest
 from rob.common.store.prefetch import TargetPrefetcher, window_blocks
@@ -85,7 +86,7 @@ def run(config: StoreBenchConfig) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         source = TargetStore.open(config.targets or _cache(config, Path(folder)))
         stored = source.read(0, min(config.images, source.manifest.num_images))
-        embedding = source.encoding.decode(stored)["embedding"]
+        embedding = decode(source.encoding, stored)["embedding"]
         if not source.manifest.num_prototypes:
             embedding = F.normalize(embedding, dim=-1)
         cases = {"pooled": embedding, f"PCA to {config.bottleneck}": _reduced(embedding, config.bottleneck)}
@@ -96,11 +97,13 @@ def run(config: StoreBenchConfig) -> Report:
             for encoding in ENCODINGS:
                 rows.append({"what": f"{name}: {label(encoding)}"} | _encoding_row(case, prototypes, encoding, config))
         for encoding in PACKED:
-            rows += _codec_rows(case, prototypes, encoding, config)
+            some = case[:1024]
+            arrays = encode(encoding, some, some @ prototypes.T)
+            rows += codec_rows(label(encoding), arrays, some[..., 0].numel(), encoding.shuffle, config.rounds)
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
         for encoding in READ:
-            arrays = encoding.encode(case, case @ prototypes.T)
+            arrays = encode(encoding, case, case @ prototypes.T)
             path = Path(folder) / f"{encoding.kind}.zarr"
             _write(path, encoding, arrays, prototypes, config.rows_read)
             speeds = _reading_speeds(TargetStore.open(path), device, config)
@@ -211,7 +214,7 @@ def _encoding_row(embedding: Tensor, prototypes: Tensor, encoding: Encoding, con
     some = embedding[:1024] if encoding.kind == "dense" else embedding
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.zarr"
-        _write(path, encoding, encoding.encode(some, some @ prototypes.T), prototypes, len(some))
+        _write(path, encoding, encode(encoding, some, some @ prototypes.T), prototypes, len(some))
         on_disk = sum(
             file.stat().st_size for name in TargetStore.open(path).arrays for file in path.glob(f"{name}/**/0")
         )
@@ -233,58 +236,6 @@ def _tail_error(embedding: Tensor, prototypes: Tensor, encoding: Encoding) -> fl
     return max((log_tail(target, temp) - (rest / temp).logsumexp(-1)).abs().max().item() for temp in OFF_LADDER)
 
 
-# ---- codecs ----
-
-
-def _codecs(chosen: int) -> Iterator[tuple[str, Any]]:
-    """Each codec to compare; ``chosen`` is the shuffle that the store uses for the encoding."""
-    for level in (1, 3, 6):
-        yield f"blosc zstd {level}, shuffle {chosen}", Blosc("zstd", level, chosen)
-    for shuffle in {Blosc.NOSHUFFLE, Blosc.SHUFFLE, Blosc.BITSHUFFLE} - {chosen}:
-        yield f"blosc zstd 3, shuffle {shuffle}", Blosc("zstd", 3, shuffle)
-    yield "blosc lz4 5, shuffle 2", Blosc("lz4", 5, Blosc.BITSHUFFLE)
-    yield "plain zstd 3", Zstd(3)
-    yield "none", Blosc("lz4", 0, Blosc.NOSHUFFLE)
-
-
-def _codec_rows(embedding: Tensor, prototypes: Tensor, encoding: Encoding, config: StoreBenchConfig) -> Iterator[Row]:
-    """Bytes and speed (of one core) of each codec at 256 rows a chunk, and of the chosen one at other sizes."""
-    some = embedding[:1024]
-    arrays, chosen = encoding.encode(some, some @ prototypes.T), getattr(Blosc, encoding.shuffle.upper())
-    settings = [(256, name, codec) for name, codec in _codecs(chosen)]
-    settings += [(rows, f"blosc zstd 3, shuffle {chosen}", Blosc("zstd", 3, chosen)) for rows in (64, 1024)]
-    for rows, name, codec in settings:
-        chunks = [np.ascontiguousarray(a[i : i + rows]) for a in arrays.values() for i in range(0, len(some), rows)]
-        encoded = [codec.encode(chunk) for chunk in chunks]
-        outs = [np.empty_like(chunk) for chunk in chunks]
-
-        def encode(codec: Any = codec, chunks: list[np.ndarray] = chunks) -> None:
-            for chunk in chunks:
-                codec.encode(chunk)
-
-        def decode(codec: Any = codec, encoded: list[Any] = encoded, outs: list[np.ndarray] = outs) -> None:
-            for data, out in zip(encoded, outs, strict=True):
-                codec.decode(data, out)
-
-        views = some[..., 0].numel()
-        yield {
-            "what": f"{label(encoding)}, {rows} rows: {name}",
-            "bytes_per_view": sum(len(data) for data in encoded) / views,
-            "decode_views_per_second": views / _cpu_seconds(decode, 4 * config.rounds),
-            "encode_views_per_second": views / _cpu_seconds(encode, config.rounds),
-        }
-
-
-def _cpu_seconds(work: Callable[[], None], repeats: int) -> float:
-    """Median CPU seconds of this thread: what codecs cost, whatever else the machine is doing."""
-    seconds = []
-    for _ in range(repeats):
-        start = thread_time()
-        work()
-        seconds.append(thread_time() - start)
-    return median(seconds)
-
-
 # ---- reading ----
 
 
@@ -300,7 +251,7 @@ def _reading_speeds(store: TargetStore, device: torch.device, config: StoreBench
     pool = ThreadPoolExecutor(config.threads)
 
     def use(arrays: Mapping[str, np.ndarray]) -> None:
-        store.encoding.decode({name: torch.from_numpy(values).to(device) for name, values in arrays.items()})
+        decode(store.encoding, {name: torch.from_numpy(values).to(device) for name, values in arrays.items()})
 
     def sequential(read: Callable[[int, Mapping[str, np.ndarray]], None], threads: int = 1) -> int:
         def part(thread: int) -> None:

@@ -3,7 +3,7 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,20 +49,36 @@ def lock(descriptor: int) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes ``path``'s place only once all of it is on disk. FailureError: it cannot be written."""
+def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file that is at ``path`` once all of it is on disk, and not before, even after a power cut.
+
+    Until then it is ``temporary`` (``path`` with ``.tmp`` behind it), which a killed process leaves and the next one writes
+    over. OSError is the caller's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save wraps a failed write in a RuntimeError
-            raise
+        raise
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """`whole_file` for the files of a run. FailureError: it cannot be written, and whether there is an earlier one."""
+    try:
+        with whole_file(path) as file:
+            yield file
+    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in a RuntimeError
         kept = f"; the earlier {path.name} is kept" if path.exists() else ""
         raise FailureError(f"cannot write {path}: {_first_line(error)}{kept}") from error
 
@@ -75,40 +91,19 @@ def _first_line(error: BaseException) -> str:
     return cause.strerror or str(cause) if isinstance(cause, OSError) else str(error).splitlines()[0]
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first field that differs, or None; of an object in a list, too.
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field that differs, also in objects of a list, which go by their number.
 
     A field that is missing is None: an option added since has None for what was always done.
     """
-    if isinstance(old, list) and isinstance(new, list) and any(isinstance(value, dict) for value in old):
-        old, new = ({str(n): value for n, value in enumerate(values)} for values in (old, new))
+    if isinstance(old, list) and isinstance(new, list) and any(isinstance(entry, dict) for entry in (*old, *new)):
+        old, new = ({str(number): entry for number, entry in enumerate(entries)} for entries in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
-            inner = f"{name}.{key}" if name else key
-            difference = first_difference(old.get(key), new.get(key), inner)
-            if difference:
-                return difference
-        return None
-    return None if old == new else (name, old, new)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One phrase for each value of ``asked`` that ``stored`` does not have."""
-    for name, value in asked.items():
-        old, new = _numbered(stored.get(name)), _numbered(value)
-        if isinstance(new, Mapping) and isinstance(old, Mapping):
-            yield from differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name} is {_short(old)} in the store, not {_short(new)}"
-
-
-def _numbered(value: Any) -> Any:
-    """A list of objects, such as a recipe's crops, as an object of them by number."""
-    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
-        return {str(number): entry for number, entry in enumerate(value)}
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:40]} ... {text[-30:]}"
+def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    return next(differences(old, new), None)

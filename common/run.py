@@ -29,18 +29,18 @@ def pick_device(name: str) -> torch.device:
         raise unknown_name("device", name, DEVICES)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MisuseError(
-            f"--device {name}: torch finds no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
+            f"`device` {name}: torch finds no CUDA device here; use `device` cpu, or check the driver with nvidia-smi"
         )
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
             raise MisuseError(
-                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
+                f"`device` {device}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
             )
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise MisuseError("--device mps: torch finds no Apple GPU here; use --device cpu")
+        raise MisuseError("`device` mps: torch finds no Apple GPU here; use `device` cpu")
     return device
 
 
@@ -52,7 +52,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     if dtype is None:
         return nullcontext()
     if dtype == torch.float16 and device.type == "cpu":
-        raise MisuseError("--precision fp16 needs a GPU: on a CPU use fp32, or bf16 where the processor has it")
+        raise MisuseError("`precision` fp16 needs a GPU: on a CPU use fp32, or bf16 where the processor has it")
     return torch.autocast(device.type, dtype)
 
 

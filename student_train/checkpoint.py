@@ -142,9 +142,6 @@ def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu")
     return backbone.to(device).eval(), info
 
 
-# ==== files ====
-
-
 # ==== configurations ====
 
 

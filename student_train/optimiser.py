@@ -1,8 +1,8 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from math import cos, pi
+from typing import Any, Protocol, runtime_checkable
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -10,7 +10,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.errors import MisuseError, unknown_name
+from ..common.errors import MisuseError
+from .config import OptimiserConfig
 
 TIMM_NAMES = {"adamw": "adamw", "sgd": "momentum", "lars": "lars"}
 """Our names and timm's. timm's own "sgd" is Nesterov's; the published recipes use plain momentum."""
@@ -19,41 +20,19 @@ LR_BATCH_SIZE = 256
 """Images a step that ``OptimiserConfig.lr`` is quoted for, as in DINO, SwAV, MoCo-v2 and SSLight."""
 
 
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """Optimiser and schedule; the defaults are DINO's for a small ViT.
-
-    ``lr`` is the peak for a batch of 256 images and is scaled linearly to the batch at hand; ``min_lr`` is not scaled.
-    ``weight_decay`` follows a cosine to ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS. ``trust`` is
-    LARS's alone, 0.001 unless given: a step moves a layer's weights by ``lr`` x ``trust`` of their norm, and what has no decay
-    by ``lr`` x its gradient. So both given together set the two rates apart.
-    """
-
-    name: str = "adamw"
-    lr: float = 5e-4
-    min_lr: float = 1e-6
-    warmup_epochs: float = 10
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = None
-    momentum: float = 0.9
-    trust: float | None = None
-
-
 def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) -> Optimizer:
     """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks.
 
     Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
-    gives them no adaptive rate. MisuseError: an unknown name, LARS with no weight decay, a ``trust`` that is not LARS's or not
+    gives them no adaptive rate. MisuseError: LARS with no weight decay, a ``trust`` that is not LARS's or not
     above 0.
     """
-    if config.name not in TIMM_NAMES:
-        raise unknown_name("optimiser", config.name, TIMM_NAMES)
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
     if config.trust is not None and config.name != "lars":
-        raise MisuseError(f"--trust is for --optimiser lars, and it is {config.name}: leave it out")
+        raise MisuseError(f"`trust` is for `optimiser` lars, and it is {config.name}: leave it out")
     if config.trust is not None and config.trust <= 0:
-        raise MisuseError(f"--trust is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
+        raise MisuseError(f"`trust` is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
     # A decay of 0 at the start would mark no group as one that decays.
     weight_decay = config.weight_decay or config.weight_decay_end or 0.0
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
@@ -73,9 +52,10 @@ class Schedule:
         self.optimiser = optimiser
         self.config = config
         self.total_steps = steps_per_epoch * epochs
-        warmup_steps = round(steps_per_epoch * config.warmup_epochs)
+        warmup = config.warmup(epochs)
+        warmup_steps = round(steps_per_epoch * warmup)
         if warmup_steps >= self.total_steps:
-            raise MisuseError(f"a warm-up of {config.warmup_epochs:g} epochs leaves nothing of a run of {epochs}")
+            raise MisuseError(f"a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}")
         self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
         self._cosine = CosineLRScheduler(
             optimiser,
@@ -99,7 +79,12 @@ class Schedule:
         start, end = self.config.weight_decay, self.config.weight_decay_end
         if end is None:
             return start
-        return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / self.total_steps))
+        return end + (start - end) * cosine_decay(step, self.total_steps)
+
+
+def cosine_decay(step: float, total: float) -> float:
+    """From 1 at step 0 to 0 at ``total``, along half a cosine."""
+    return 0.5 * (1 + cos(pi * step / total))
 
 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
@@ -110,10 +95,17 @@ def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
     return ModelEmaV3(student, decay=decay, use_warmup=True)
 
 
+@runtime_checkable
+class _NamesUndecayed(Protocol):
+    """timm's way of saying which parameters of a backbone should not decay."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+
 def _no_weight_decay(model: nn.Module) -> list[str]:
     """Full names of the parameters that the backbones inside ``model`` ask not to decay."""
     names = []
     for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]  # pyright: ignore
+        if isinstance(module, _NamesUndecayed):
+            names += [f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()]
     return names

@@ -1,6 +1,6 @@
-"""A paper's settings in one word: ``rob train-student --preset NAME``.
+"""A paper's settings in one word: ``rob train-student --preset NAME``, or ``rob.preset(NAME, data, out)``.
 
-Each preset is a set of options of ``rob train-student``; an option that the user gives beats it. Learning rates are for a
+An option that the user gives beats it, and ``dataclasses.replace`` what ``rob.preset`` gives. Learning rates are for a
 batch of 256 and are scaled to the batch at hand, as the papers do. What a preset leaves out is the same in the paper as by
 default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, temperatures, the lengths of queues.
 
@@ -22,95 +22,157 @@ With ``--targets CACHE.zarr`` a preset sets the same, but for what concerns the 
 those that the targets were cached with. With another ``--objective`` it sets what that one reads.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ..common.errors import unknown_name
+from ..common.errors import MisuseError, unknown_name
+from ..common.settings import described
+from ..common.views.config import LoaderConfig
+from ..common.views.recipes import Recipe, RecipeOverrides, get_recipe
+from .config import OptimiserConfig, PairingChoice, StudentConfig
+from .objectives import ObjectiveConfig
+from .targets.config import TargetsConfig
+from .targets.momentum import Momentum
+from .train_config import TrainConfig
 
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
-"""Options of a preset that are for ``--targets momentum`` alone."""
-
-OF_ITS_OWN_VIEWS = ("recipe", "global_scale")
-"""Those that a store of targets has settled already."""
-
-OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
-"""Those that say more of the preset's recipe, and nothing of another one."""
+AS_THE_RECIPE, AS_THE_PAPER = RecipeOverrides(), PairingChoice()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """``options``: of ``rob train-student``, by the names of its parameters; ``source`` is where the values stand."""
+    """What a paper sets; what is None is as by default. ``source`` is where the values stand.
+
+    Views are drawn as ``recipe`` says, with ``areas`` instead of its own. ``momentum`` None: the paper has a teacher.
+    """
 
     source: str
-    options: Mapping[str, Any]
+    student: StudentConfig
+    objective: ObjectiveConfig
+    momentum: Momentum | None
+    optimiser: OptimiserConfig
+    recipe: str
+    areas: RecipeOverrides = AS_THE_RECIPE
+    pairing: PairingChoice = AS_THE_PAPER
+    freeze_prototypes: int | None = None
+    epochs: int = 200
+    batch_size: int = 1024
+    clip_grad: float = 0.0
+
+    def drawn(self) -> Recipe:
+        """How it draws views."""
+        return get_recipe(self.recipe, self.areas)
+
+    def options(self) -> dict[str, Any]:
+        """What it sets of ``rob train-student``, by the names of the parameters."""
+        named = {"objective": self.objective.name, "recipe": self.recipe, "freeze_prototypes": self.freeze_prototypes}
+        named |= {"epochs": self.epochs, "batch_size": self.batch_size, "clip_grad": self.clip_grad}
+        named |= {"targets": None if self.momentum is None else "momentum"}
+        for part in (self.student, self.objective, self.momentum, self.optimiser, self.areas, self.pairing):
+            if part is not None:
+                named |= {setting.name: setting.default for setting in described(type(part), part)}
+        return {name: value for name, value in named.items() if value is not None}
 
 
-COPY = {"targets": "momentum", "copy_momentum": 0.996, "freeze_prototypes": 1}
-LARS = {"optimiser": "lars", "lr": 0.48, "min_lr": 0.0048, "weight_decay": 1e-6}
-ADAMW = {"optimiser": "adamw", "lr": 5e-4, "min_lr": 1e-5, "weight_decay": 0.04, "weight_decay_end": 0.4}
-SGD = {"optimiser": "sgd", "lr": 0.03, "min_lr": 0.0, "weight_decay": 1e-4, "warmup_epochs": 0.0}
-LENGTH = {"epochs": 200, "batch_size": 1024, "clip_grad": 0.0}
+LARS = OptimiserConfig("lars", lr=0.48, min_lr=0.0048, weight_decay=1e-6)
+ADAMW = OptimiserConfig("adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4)
+SGD = OptimiserConfig("sgd", lr=0.03, min_lr=0.0, weight_decay=1e-4, warmup_epochs=0.0)
+CNN_AREAS = RecipeOverrides(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14))
+SIX, TEN = PairingChoice(num_local=6), PairingChoice(num_local=10)
+SSLIGHT_SIX, SSLIGHT_TEN = replace(SIX, global_weight=0.4), replace(TEN, global_weight=0.4)
 
-DINO_CNN = {"student": "resnet18", "objective": "dino", "prototypes": 4096, "head_norm": True}
-DINO_CNN = DINO_CNN | COPY | {"warmup_teacher_temp_epochs": 50} | LARS | LENGTH
-DINO_VIT = {"student": "vit_tiny_patch16_224", "drop_path": 0.1, "objective": "dino"}
-DINO_VIT = DINO_VIT | {"prototypes": 65536, "head_norm": False, "norm_last_layer": False}
-DINO_VIT = DINO_VIT | COPY | {"warmup_teacher_temp_epochs": 30} | ADAMW | LENGTH
-SWAV_CNN = {
-    "student": "mobilenetv2_100",
-    "objective": "swav",
-    "prototypes": 3000,
-    "hidden_dim": 4096,
-    "head_norm": True,
-}
-SWAV_CNN = SWAV_CNN | {"targets": "momentum", "freeze_prototypes": 1} | LARS | {"lr": 0.3} | LENGTH
-MOCO_CNN = {"student": "mobilenetv2_100", "objective": "moco", "head_norm": False}
-MOCO_CNN = MOCO_CNN | {"targets": "momentum", "copy_momentum": 0.999} | LARS | LENGTH
-MOCO_V2 = {"student": "resnet50", "objective": "moco", "head_norm": False}
-MOCO_V2 = MOCO_V2 | {"targets": "momentum", "copy_momentum": 0.999} | SGD | LENGTH | {"batch_size": 256}
-MSN_VIT = {"student": "deit_small_patch16_224", "objective": "msn", "prototypes": 1024, "head_norm": True}
-MSN_VIT = MSN_VIT | COPY | {"freeze_prototypes": 0, "step_targets": 2} | ADAMW | {"lr": 2.5e-4, "min_lr": 1e-6}
-MSN_VIT = MSN_VIT | LENGTH | {"epochs": 800, "clip_grad": 3.0}
-DISCO = {"student": "resnet18", "objective": "disco", "head_norm": False, "consistency_weight": 32.0}
-DISCO = DISCO | SGD | LENGTH | {"batch_size": 256}
+DINO_CNN = Preset(
+    "SSLight's baseline, saic-fi/SSLight: dino_cnn_baseline.yaml",
+    StudentConfig("resnet18"),
+    ObjectiveConfig("dino", head_norm=True),
+    Momentum(prototypes=4096, copy_momentum=0.996, warmup_teacher_temp_epochs=50),
+    LARS,
+    recipe="dino",
+    areas=CNN_AREAS,
+    pairing=SIX,
+    freeze_prototypes=1,
+)
+DINO_VIT = Preset(
+    "SSLight's baseline, saic-fi/SSLight: dino_vit_baseline.yaml",
+    StudentConfig("vit_tiny_patch16_224", drop_path=0.1),
+    ObjectiveConfig("dino", head_norm=False, norm_last_layer=False),
+    Momentum(prototypes=65536, copy_momentum=0.996, warmup_teacher_temp_epochs=30),
+    ADAMW,
+    recipe="dino",
+    pairing=TEN,
+    freeze_prototypes=1,
+)
+SWAV_CNN = Preset(
+    "SSLight's baseline, saic-fi/SSLight: swav_cnn_baseline.yaml",
+    StudentConfig("mobilenetv2_100"),
+    ObjectiveConfig("swav", hidden_dim=4096, head_norm=True),
+    Momentum(prototypes=3000),
+    replace(LARS, lr=0.3),
+    recipe="swav",
+    pairing=SIX,
+    freeze_prototypes=1,
+)
+MOCO_CNN = Preset(
+    "SSLight's baseline, saic-fi/SSLight: moco_cnn_baseline.yaml",
+    StudentConfig("mobilenetv2_100"),
+    ObjectiveConfig("moco", head_norm=False),
+    Momentum(copy_momentum=0.999),
+    LARS,
+    recipe="dino",
+    areas=CNN_AREAS,
+    pairing=SIX,
+)
+MOCO_V2 = Preset(
+    "MoCo-v2 (2003.04297), facebookresearch/moco: README.md",
+    StudentConfig("resnet50"),
+    ObjectiveConfig("moco", head_norm=False),
+    Momentum(copy_momentum=0.999),
+    SGD,
+    recipe="moco-v2",
+    pairing=PairingChoice(num_local=0),
+    batch_size=256,
+)
+MSN_VIT = Preset(
+    "MSN (2204.07141), facebookresearch/msn: msn_vits16.yaml, whose rate of .001 is for a batch of 1024",
+    StudentConfig("deit_small_patch16_224"),
+    ObjectiveConfig("msn", head_norm=True),
+    Momentum(prototypes=1024, copy_momentum=0.996),
+    replace(ADAMW, lr=2.5e-4, min_lr=1e-6),
+    recipe="msn",
+    pairing=PairingChoice(step_targets=2, num_local=10),
+    freeze_prototypes=0,
+    epochs=800,
+    clip_grad=3.0,
+)
+DISCO = Preset(
+    "DisCo (2104.09124), Yuting-Gao/DisCo-pytorch, where squared distances are summed over the 32 images of a GPU",
+    StudentConfig("resnet18"),
+    ObjectiveConfig("disco", head_norm=False, consistency_weight=32.0),
+    None,
+    SGD,
+    recipe="moco-v2",
+    batch_size=256,
+)
 
-CNN_VIEWS = {"recipe": "dino", "global_scale": (0.14, 1.0), "local_scale": (0.05, 0.14), "num_local": 6}
-SSLIGHT_VIEWS = {"recipe": "sslight", "global_weight": 0.4}
-SSLIGHT_SWAV_VIEWS = {"recipe": "sslight-swav", "global_weight": 0.4, "num_local": 6}
+
+def sslight(baseline: Preset, file: str, recipe: str, pairing: PairingChoice) -> Preset:
+    """The baseline with SSLight's views and their weight."""
+    source = f"SSLight (2210.02808), saic-fi/SSLight: {file}"
+    return replace(baseline, source=source, recipe=recipe, areas=AS_THE_RECIPE, pairing=pairing)
+
 
 PRESETS: dict[str, Preset] = {
-    "dino-cnn": Preset("SSLight's baseline, saic-fi/SSLight: dino_cnn_baseline.yaml", DINO_CNN | CNN_VIEWS),
-    "dino-vit": Preset(
-        "SSLight's baseline, saic-fi/SSLight: dino_vit_baseline.yaml", DINO_VIT | {"recipe": "dino", "num_local": 10}
-    ),
-    "sslight-cnn": Preset(
-        "SSLight (2210.02808), saic-fi/SSLight: dino_cnn_sslight.yaml", DINO_CNN | SSLIGHT_VIEWS | {"num_local": 6}
-    ),
-    "sslight-vit": Preset(
-        "SSLight (2210.02808), saic-fi/SSLight: dino_vit_sslight.yaml", DINO_VIT | SSLIGHT_VIEWS | {"num_local": 10}
-    ),
-    "swav-cnn": Preset(
-        "SSLight's baseline, saic-fi/SSLight: swav_cnn_baseline.yaml", SWAV_CNN | {"recipe": "swav", "num_local": 6}
-    ),
-    "sslight-swav-cnn": Preset(
-        "SSLight (2210.02808), saic-fi/SSLight: swav_cnn_sslight.yaml", SWAV_CNN | SSLIGHT_SWAV_VIEWS
-    ),
-    "moco-cnn": Preset("SSLight's baseline, saic-fi/SSLight: moco_cnn_baseline.yaml", MOCO_CNN | CNN_VIEWS),
-    "sslight-moco-cnn": Preset(
-        "SSLight (2210.02808), saic-fi/SSLight: moco_cnn_sslight.yaml", MOCO_CNN | SSLIGHT_VIEWS | {"num_local": 6}
-    ),
-    "moco-v2": Preset(
-        "MoCo-v2 (2003.04297), facebookresearch/moco: README.md", MOCO_V2 | {"recipe": "moco-v2", "num_local": 0}
-    ),
-    "msn-vit": Preset(
-        "MSN (2204.07141), facebookresearch/msn: msn_vits16.yaml, whose rate of .001 is for a batch of 1024",
-        MSN_VIT | {"recipe": "msn", "num_local": 10},
-    ),
-    "disco": Preset(
-        "DisCo (2104.09124), Yuting-Gao/DisCo-pytorch, where squared distances are summed over the 32 images of a GPU",
-        DISCO | {"recipe": "moco-v2"},
-    ),
+    "dino-cnn": DINO_CNN,
+    "dino-vit": DINO_VIT,
+    "sslight-cnn": sslight(DINO_CNN, "dino_cnn_sslight.yaml", "sslight", SSLIGHT_SIX),
+    "sslight-vit": sslight(DINO_VIT, "dino_vit_sslight.yaml", "sslight", SSLIGHT_TEN),
+    "swav-cnn": SWAV_CNN,
+    "sslight-swav-cnn": sslight(SWAV_CNN, "swav_cnn_sslight.yaml", "sslight-swav", SSLIGHT_SIX),
+    "moco-cnn": MOCO_CNN,
+    "sslight-moco-cnn": sslight(MOCO_CNN, "moco_cnn_sslight.yaml", "sslight", SSLIGHT_SIX),
+    "moco-v2": MOCO_V2,
+    "msn-vit": MSN_VIT,
+    "disco": DISCO,
 }
 """The student is one of the paper's own; any other may be given."""
 
@@ -120,3 +182,26 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
+
+
+def preset(name: str, data: Path, out: Path, targets: TargetsConfig | None = None) -> TrainConfig:
+    """A paper's settings for ``dataclasses.replace`` and ``train_student``, against other ``targets`` than its own where given.
+
+    MisuseError: an unknown name, or a paper that has a teacher, without ``targets``.
+    """
+    found = get_preset(name)
+    if targets is None and found.momentum is None:
+        raise MisuseError(f"preset {name} needs `targets`: give Cached(path), or Online(teacher)")
+    return TrainConfig(
+        data=data,
+        out=out,
+        student=found.student,
+        targets=targets or replace(found.momentum, recipe=found.drawn()),
+        objective=found.objective,
+        pairing=found.pairing,
+        optimiser=found.optimiser,
+        epochs=found.epochs,
+        clip_grad=found.clip_grad,
+        freeze_prototypes=found.freeze_prototypes,
+        loader=LoaderConfig(batch_size=found.batch_size),
+    )

@@ -47,9 +47,9 @@ class RunFolder:
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
     ) -> None:
         if out.exists() and not out.is_dir():
-            raise MisuseError(f"--out {out} is a file: give the folder to train in")
+            raise MisuseError(f"`out` {out} is a file: give the folder to train in")
         if (out / "zarr.json").exists():
-            raise MisuseError(f"--out {out} is a target store: give the run a folder of its own")
+            raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self.log_every: int = config["log_every"]
         self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
@@ -68,7 +68,7 @@ class RunFolder:
         MisuseError: it is of other settings, or another process trains here.
         """
         if self.ranks.is_main:
-            taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another --out"
+            taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
             self._unlock = weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
         step = 0
         if self.checkpoint.exists():
@@ -160,8 +160,8 @@ class RunFolder:
             )
             loss, norm = values[bad[0]].tolist()
             raise FailureError(
-                f"step {at}: the loss is {loss:g} with gradient norm {norm:g}; {kept}. Lower --lr, lengthen --warmup-epochs, "
-                "or use --precision fp32 or bf16"
+                f"step {at}: the loss is {loss:g} with gradient norm {norm:g}; {kept}. Lower `lr`, lengthen `warmup_epochs`, "
+                "or use `precision` fp32 or bf16"
             )
         return values
 

@@ -27,7 +27,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import MixedConv2d
-from timm.models import model_entrypoint
+from timm.models import EfficientNet, MobileNetV3, ResNet, model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
     EdgeResidual,
@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
+from .config import StudentConfig
 
 VIT_PATCH_SMALL = 4
 """Pixels a side of a small-image ViT's patch: 8 x 8 tokens at 32 px, 4 x 4 in a 16 px crop."""
@@ -47,16 +48,6 @@ VIT_FAMILIES = ("vision_transformer", "deit")
 MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Which student to build: ``image_size`` is the side of the global crops in pixels, ``drop_path`` in [0, 1)."""
-
-    name: str
-    image_size: int = 224
-    small_images: bool = False
-    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     if config.small_images and family not in SMALL_IMAGE_FAMILIES:
         raise MisuseError(
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
-            "choose one of those, or pass --no-small-images"
+            "choose one of those, or turn `small_images` off"
         )
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
@@ -118,7 +109,7 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
         if "drop_path_rate" not in str(error):
             raise
         raise MisuseError(
-            f"--drop-path {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
+            f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
         ) from None
     if info.small_images:
         adapt_stem(backbone)
@@ -131,11 +122,11 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
 
 def adapt_stem(backbone: nn.Module) -> nn.Module:
     """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
-    if hasattr(backbone, "conv_stem"):  # MobileNets, EfficientNets
+    if isinstance(backbone, (EfficientNet, MobileNetV3)):
         for layer in _halving_layers(backbone)[:2]:
             for conv in layer:
                 conv.stride = (1, 1)
-    elif hasattr(backbone, "maxpool"):  # ResNets
+    elif isinstance(backbone, ResNet):
         backbone.maxpool = nn.Identity()
         if isinstance(backbone.conv1, nn.Conv2d):
             stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)

@@ -17,10 +17,11 @@ from ..common.ranks import ALONE, Ranks, join_ranks, whole_steps
 from ..common.run import autocast, pick_device, seed_step, versions
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views.loader import Batch, ViewLoader
+from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
 from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
+from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .objectives import ObjectiveConfig
 from .run_folder import RunFolder
@@ -70,17 +71,18 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)
-    config.loader.check_device(device)
+    check_loader(config.loader, device)
     data = Beton(config.data)
     branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
-    fresh = False if branch.from_student else None
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    pairing = config.pairing or choose_pairing(objective.name, branch.recipe, branch.views, fresh=fresh)
+    pairing = config.pairing
+    if not isinstance(pairing, PairingConfig):
+        pairing = choose_pairing(objective.name, branch.recipe, branch.views, pairing, branch.from_student)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
-    if pairing.pairing != "cross" and branch.geometry not in (None, config.loader.geometry):
+    if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
         progress.note(
-            f"the targets were cached with the {branch.geometry} loader and are read with {config.loader.geometry}: "
+            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
             "the student's pixels differ slightly from the teacher's; use the same `loader` for exact pairs"
         )
     if config.loader.batch_size % ranks.world_size:

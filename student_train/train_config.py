@@ -2,52 +2,61 @@
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ..common.config import Data, Device, Precision, Seed
 from ..common.errors import MisuseError
-from ..common.views.loader import LoaderConfig
-from .objectives import ObjectiveConfig
-from .optimiser import OptimiserConfig
-from .students import StudentConfig
-from .targets.branch import TargetsConfig
-from .targets.pairing import PairingConfig
+from ..common.settings import Setting, check
+from ..common.views.config import LoaderConfig
+from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig, StudentConfig
+from .targets.config import TargetsConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train, on what, against which ``targets``, and how.
 
-    ``objective`` None is the usual one of such targets, ``pairing`` None what the objective's paper has (``choose_pairing``).
-    ``local_size`` None scales the recipe's local size with the student's image size. ``average`` keeps an exponential moving
-    average of the student with that decay beside it. ``clip_grad`` bounds the gradient's norm, 0 leaves it alone.
-    ``freeze_prototypes`` keeps the student's prototypes still for so many epochs; None: one where DINO and SwAV do it.
-    ``checkpoint_every`` is in epochs.
+    ``objective`` None is the usual one of such targets; what ``pairing`` leaves open is as the objective's paper has it.
     """
 
-    data: Path
-    out: Path
+    data: Data
+    out: Annotated[Path, Setting("The run folder. A run that was killed goes on from its checkpoint there.")]
     student: StudentConfig
     targets: TargetsConfig
     objective: ObjectiveConfig | None = None
-    pairing: PairingConfig | None = None
+    pairing: PairingConfig | PairingChoice | None = None
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    epochs: int = 100
-    local_size: int | None = None
-    clip_grad: float = 3.0
-    freeze_prototypes: int | None = None
-    average: float | None = None
-    seed: int = 0
-    precision: str = "fp32"
-    device: str = "auto"
-    loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=256))
-    log_every: int = 10
-    checkpoint_every: int = 1
+    epochs: Annotated[int, Setting("Passes over the images.", low=1)] = 100
+    local_size: Annotated[
+        int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
+    ] = None
+    clip_grad: Annotated[float, Setting("Largest gradient norm; 0: no limit.", low=0)] = 3.0
+    freeze_prototypes: Annotated[
+        int | None,
+        Setting(
+            "Epochs at the start in which the student's prototypes stay. Default 1 with --targets momentum and "
+            "dino, ibot or swav, else 0. A loss that stays at log K: one more.",
+            low=0,
+        ),
+    ] = None
+    average: Annotated[
+        float | None,
+        Setting("Decay of a moving average of the student, exported beside it (0.99 to 0.9999).", low=0, high=1),
+    ] = None
+    seed: Seed = 0
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    loader: Annotated[LoaderConfig, {"batch_size": Setting("Images a step. Lower it when memory runs out.", low=2)}] = (
+        field(default_factory=lambda: LoaderConfig(batch_size=256))
+    )
+    log_every: Annotated[int, Setting("Steps per log line.", low=1)] = 10
+    checkpoint_every: Annotated[
+        int,
+        Setting("Epochs per checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not.", low=1),
+    ] = 1
 
     def __post_init__(self) -> None:
-        counts = {"epochs": self.epochs, "log_every": self.log_every, "checkpoint_every": self.checkpoint_every}
-        for name, value in counts.items():
-            if value < 1:
-                raise MisuseError(f"`{name}` is {value}, expected at least 1")
+        check(self)
         if isinstance(self.targets, str | Path):
             raise MisuseError(f"`targets` is a path: give Cached({str(self.targets)!r}), or Online or Momentum")
         if self.average is not None and not 0 < self.average < 1:

@@ -64,7 +64,9 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
         raise MisuseError(f"timm can't build {name}: {error}") from error
     except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise MisuseError(f"the weights of {name} can't be downloaded ({reason}); pass --checkpoint FILE") from error
+        raise MisuseError(
+            f"the weights of {name} can't be downloaded ({reason}); pass a file as `checkpoint`"
+        ) from error
     # timm counts the features of MobileNetV3, MobileNetV4 and GhostNet before the last layer of their heads.
     backbone.num_features = backbone.head_hidden_size
     return backbone
@@ -73,7 +75,7 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
 def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """``build_backbone`` with timm's pretrained weights, from its cache or downloaded."""
     if not timm.is_model_pretrained(name):
-        raise MisuseError(f"timm has no pretrained weights for {name}; pass --checkpoint FILE")
+        raise MisuseError(f"timm has no pretrained weights for {name}; pass a file as `checkpoint`")
     hub = huggingface_hub.constants
     was_offline = hub.HF_HUB_OFFLINE
     # Without a network the hub's client would try again for most of a minute before it looked into its cache.

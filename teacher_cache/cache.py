@@ -4,10 +4,9 @@ data.beton -> loader -> augment -> teacher -> encode -> targets.zarr
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,73 +14,23 @@ import torch
 from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import differences, locked
 from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device, versions
+from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
-from ..common.store.manifest import StoreManifest
-from ..common.store.reader import TargetStore, add_prototypes
+from ..common.store.manifest import StoreManifest, differing
+from ..common.store.reader import TargetStore
 from ..common.store.writer import StoreWriter, begun_store
 from ..common.teacher import embedder
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
-from ..common.views.recipes import Recipe, get_recipe
-from .prototypes import PrototypeConfig, fit_prototypes, refuse_unsuitable
-from .teachers import Teacher, TeacherConfig, load_teacher
+from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
+from .config import CacheConfig
+from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
+from .fitted import with_prototypes, write_logits
+from .prototypes import PrototypeConfig, refuse_unsuitable
+from .teachers import Teacher, load_teacher
 
 TEMPORARY = Encoding("embedding", dtype="float16")
 """Of the embeddings that lie beside a store of logits until prototypes are fitted to them."""
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """What to cache. ``views`` a image get ids 0 .. views-1; ``view_size`` None is the teacher's own size in pixels.
-
-    ``prototypes`` > 0 fits that many for a teacher without a head. ``batch_size`` counts images, each with all its views.
-    """
-
-    data: Path
-    out: Path
-    teacher: TeacherConfig
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
-    views: int = 4
-    seed: int = 0
-    encoding: Encoding = field(default_factory=lambda: Encoding("embedding"))
-    view_size: int | None = None
-    prototypes: int = 0
-    precision: str = "fp32"
-    device: str = "auto"
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-
-    def __post_init__(self) -> None:
-        if self.views < 1:
-            raise MisuseError(f"--views is {self.views}, expected at least 1")
-        if self.prototypes < 0:
-            raise MisuseError(f"--prototypes is {self.prototypes}, expected 0 (none) or more")
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What caching will cost: bytes before compression, and seconds at the speed of a trial batch.
-
-    ``temporary_bytes_per_view`` are those of the embeddings that lie beside the store until prototypes are fitted to them.
-    """
-
-    num_images: int
-    views: int
-    bytes_per_view: int
-    temporary_bytes_per_view: int
-    free_bytes: int
-    rows_done: int
-    views_per_second: float
-
-    @property
-    def total_bytes(self) -> int:
-        return self.num_images * self.views * (self.bytes_per_view + self.temporary_bytes_per_view)
-
-    @property
-    def seconds(self) -> float:
-        """Of the rows still to do."""
-        return (self.num_images - self.rows_done) * self.views / self.views_per_second
 
 
 @dataclass(frozen=True)
@@ -101,16 +50,17 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     progress = progress or CacheProgress()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
-    config.loader.check_device(device)
+    check_loader(config.loader, device)
     data = Beton(config.data)
     teacher = load_teacher(config.teacher).to(device)
     _check(config, data, teacher)
 
+    fitting = PrototypeConfig(config.prototypes, seed=config.seed)
     embeddings = _temporary_store(config)
     if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
         if config.prototypes:
-            _with_prototypes(config.out, config, progress)
+            with_prototypes(config.out, fitting, progress.note)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
@@ -118,7 +68,9 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     if not _is_complete(config.out, manifest, "teacher_temp"):
         begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
-        _reencode(_with_prototypes(embeddings, config, progress), config, data, teacher, progress)
+        source = with_prototypes(embeddings, fitting, progress.note)
+        progress.note(f"encoding {config.encoding.kind} targets")
+        write_logits(source, config.out, replace(manifest, teacher_temp=source.manifest.teacher_temp), progress.rows)
     shutil.rmtree(embeddings, ignore_errors=True)
     return TargetStore.open(config.out).manifest
 
@@ -132,12 +84,12 @@ def _temporary_store(config: CacheConfig) -> Path | None:
 def _check(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
     if config.prototypes and teacher.num_prototypes:
         raise MisuseError(
-            f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out --prototypes"
+            f"teacher {teacher.name} has {teacher.num_prototypes} prototypes of its own: leave out `prototypes`"
         )
     if config.encoding.needs_logits and not (teacher.num_prototypes or config.prototypes):
         raise MisuseError(
-            f"--encoding {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
-            "add --prototypes K to fit some, or use --encoding embedding"
+            f"`encoding` {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
+            "give a number of `prototypes` to fit, or use `encoding` embedding"
         )
     if config.prototypes:
         refuse_unsuitable(config.prototypes, data.num_images * config.views)
@@ -161,7 +113,7 @@ def _manifest(
         teacher_temp=teacher.teacher_temp,
         encoding=encoding.to_dict(),
         precision=config.precision,
-        geometry=config.loader.geometry,
+        geometry=geometry(config.loader),
         versions=versions("rob", "torch", "timm", "zarr", "numcodecs"),
     )
 
@@ -172,7 +124,7 @@ def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
         return False
     stored = TargetStore.open(path).manifest.to_json()
     asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
-    different = "; ".join(differences(stored, asked))
+    different = "; ".join(differing(stored, asked))
     if different:
         raise MisuseError(
             f"{path} is already there and complete, with other settings ({different}): give another path, or delete it first"
@@ -195,8 +147,12 @@ def _write_store(
         progress.note(f"{path} is complete already: nothing to do")
         return
     begun_store(path, manifest)  # refuses what is in the way, before the teacher runs
-    _refuse_what_will_not_fit(config, data, teacher)
-    plan = _plan(config, data, teacher, device)  # nothing is begun with a view size that the teacher can't take
+    store_bytes = _bytes_per_view(config, teacher)
+    views = data.num_images * config.views
+    refuse_what_will_not_fit(config.out, {path: views * bytes_ for path, bytes_ in store_bytes.items()})
+    embed = embedder(teacher, config.recipe, manifest.view_size, device, config.precision)
+    # Tried before anything is begun: the teacher may not take views of this size.
+    speed = views_per_second(embed, config.loader.batch_size, config.views, manifest.view_size)
     writer = StoreWriter.open_or_resume(path, manifest)
     batch_size = _batch_size(config, manifest.chunk_rows)
     if batch_size != config.loader.batch_size:
@@ -204,7 +160,9 @@ def _write_store(
             f"batches of {batch_size} images, not {config.loader.batch_size}: "
             f"a batch size must divide the {manifest.chunk_rows} images of a chunk"
         )
-    progress.plan(replace(plan, rows_done=writer.rows_done))
+    own, *beside = store_bytes.values()
+    free = free_bytes(config.out)
+    progress.plan(CachePlan(data.num_images, config.views, own, sum(beside), free, writer.rows_done, speed))
     progress.rows(writer.rows_done, data.num_images)
 
     dead = 0
@@ -216,12 +174,12 @@ def _write_store(
         statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy()}
         if logits is not None:
             statistics["usage"] = torch.bincount(logits.argmax(-1).flatten(), minlength=teacher.num_prototypes).numpy()
-        writer.append(encoding.encode(embedding, logits), statistics)
+        writer.append(encode(encoding, embedding, logits), statistics)
         return writer.rows_done
 
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[int] | None = None
-        for embedding, logits in _chunks(config, data, teacher, device, writer.rows_done, manifest.chunk_rows):
+        for embedding, logits in _chunks(config, data, teacher, embed, writer.rows_done, manifest):
             if writing is not None:
                 progress.rows(writing.result(), data.num_images)
             writing = pool.submit(write, embedding, logits)
@@ -230,7 +188,7 @@ def _write_store(
     if dead:
         progress.note(
             f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
-            f"a --view-size above {manifest.view_size} leaves the teacher more to see"
+            f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
     statistics = writer.statistics
     if teacher.centre is not None:
@@ -245,26 +203,30 @@ def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:
         named = ", ".join(map(str, image_ids[:5])) + (" ..." if len(image_ids) > 5 else "")
         raise FailureError(
             f"the teacher's output for {len(image_ids)} of {len(embedding)} images is NaN or infinite (image ids {named}): "
-            "check its weights, its --precision and these images"
+            "check its weights, its `precision` and these images"
         )
 
 
 def _chunks(
-    config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device, first_row: int, chunk_rows: int
+    config: CacheConfig,
+    data: Beton,
+    teacher: Teacher,
+    embed: Callable[[Batch], Tensor],
+    first_row: int,
+    manifest: StoreManifest,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on the CPU.
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
-    loader_config = replace(config.loader, batch_size=_batch_size(config, chunk_rows))
+    loader_config = replace(config.loader, batch_size=_batch_size(config, manifest.chunk_rows))
     loader = ViewLoader(data, config.recipe, config.seed, loader_config)
-    size = config.view_size or teacher.view_size
-    embed = embedder(teacher, config.recipe, size, device, config.precision)
+    views = ViewSet(manifest.view_ids, manifest.view_size)
     parts: list[Tensor] = []
-    for batch in loader.epoch(np.arange(first_row, data.num_images), [ViewSet(tuple(range(config.views)), size)]):
+    for batch in loader.epoch(np.arange(first_row, data.num_images), [views]):
         parts.append(embed(batch))
         rows = sum(map(len, parts))
-        if rows == chunk_rows or batch.image_ids[-1] == data.num_images - 1:
+        if rows == manifest.chunk_rows or batch.image_ids[-1] == data.num_images - 1:
             embedding = torch.cat(parts)
             parts = []
             logits = None if teacher.prototypes is None else teacher.logits(embedding)
@@ -283,93 +245,3 @@ def _bytes_per_view(config: CacheConfig, teacher: Teacher) -> dict[Path, int]:
         stores[temporary] = TEMPORARY
     num_prototypes = teacher.num_prototypes or config.prototypes
     return {path: encoding.bytes_per_view(teacher.dim, num_prototypes) for path, encoding in stores.items()}
-
-
-def _refuse_what_will_not_fit(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
-    needed = 0
-    for path, bytes_per_view in _bytes_per_view(config, teacher).items():
-        done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.exists() else 0
-        needed += max(0, data.num_images * config.views * bytes_per_view - done)
-    free = shutil.disk_usage(_existing_parent(config.out)).free
-    if needed > free:
-        beside = "" if _temporary_store(config) is None else ", with the embeddings beside it until it is done,"
-        raise MisuseError(
-            f"{config.out}{beside} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
-            "take fewer --views, a smaller encoding (--encoding topk, or embedding with --store-dtype int8), or another disk"
-        )
-
-
-def _existing_parent(path: Path) -> Path:
-    return path if path.exists() else _existing_parent(path.absolute().parent)
-
-
-def _plan(config: CacheConfig, data: Beton, teacher: Teacher, device: torch.device) -> CachePlan:
-    """Times the teacher alone on one small batch of noise, after one to warm up."""
-    size = config.view_size or teacher.view_size
-    embed = embedder(teacher, config.recipe, size, device, config.precision)
-    images = min(config.loader.batch_size, max(1, 32 // config.views))
-    noise = torch.randint(0, 256, (images, config.views, 3, size, size), dtype=torch.uint8)
-    plain = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).expand(images, config.views, 8)
-    batch = Batch(np.arange(images), (noise,), (plain,))
-    for _ in range(2):
-        start = time.perf_counter()
-        embed(batch).cpu()
-        seconds = time.perf_counter() - start
-    bytes_per_view, *temporary = _bytes_per_view(config, teacher).values()
-    return CachePlan(
-        data.num_images,
-        config.views,
-        bytes_per_view,
-        sum(temporary),
-        shutil.disk_usage(_existing_parent(config.out)).free,
-        0,
-        images * config.views / seconds,
-    )
-
-
-def _with_prototypes(path: Path, config: CacheConfig, progress: CacheProgress) -> TargetStore:
-    """The complete store of embeddings at ``path`` with prototypes, which are fitted to it unless it has them already."""
-    if TargetStore.open(path).manifest.num_prototypes != config.prototypes:
-        with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
-            _fit(TargetStore.open(path), config, progress)
-    return TargetStore.open(path)
-
-
-def _fit(store: TargetStore, config: CacheConfig, progress: CacheProgress) -> None:
-    if store.manifest.num_prototypes == config.prototypes:
-        return  # by the process that held the lock until now
-    if store.manifest.num_prototypes:
-        raise MisuseError(
-            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, --prototypes asks for "
-            f"{config.prototypes}: give another path to cache to"
-        )
-
-    def read(start: int, stop: int) -> Tensor:
-        return store.encoding.decode(store.read(start, stop))["embedding"]
-
-    progress.note(f"fitting {config.prototypes} prototypes on the cached embeddings")
-    fitted = fit_prototypes(read, store.manifest.num_images, PrototypeConfig(config.prototypes, seed=config.seed))
-    progress.note(
-        f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
-        f"teacher temperature {fitted.teacher_temp:.3g}"
-    )
-    add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
-
-
-def _reencode(source: TargetStore, config: CacheConfig, data: Beton, teacher: Teacher, progress: CacheProgress) -> None:
-    """Turn a store of embeddings with prototypes into the store of logits ``config.out``, chunk by chunk."""
-    assert source.prototypes is not None
-    prototypes = torch.from_numpy(source.prototypes)
-    manifest = _manifest(config, config.encoding, data, teacher, len(prototypes))
-    manifest = replace(manifest, teacher_temp=source.manifest.teacher_temp)
-    writer = StoreWriter.open_or_resume(config.out, manifest)
-    progress.note(f"encoding {config.encoding.kind} targets")
-    while (start := writer.rows_done) < data.num_images:
-        stop = min(start + writer.manifest.chunk_rows, data.num_images)
-        embedding = source.encoding.decode(source.read(start, stop))["embedding"]
-        logits = embedding @ prototypes.T
-        usage = torch.bincount(logits.argmax(-1).flatten(), minlength=len(prototypes)).numpy()
-        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "usage": usage}
-        writer.append(config.encoding.encode(embedding, logits), statistics)
-        progress.rows(stop, data.num_images)
-    writer.finish(source.prototypes)

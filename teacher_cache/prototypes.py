@@ -5,19 +5,9 @@ share of it; each embedding then goes to the prototype with its largest share, a
 the decaying sum of what it was given. Moving by the soft shares instead, as SwAV's loss does, lets prototypes drift
 together where embeddings are dense.
 
-One number sets the scale: the spread, the standard deviation of the cosine between embeddings of different images. It
-is .08 for the pooled features of a ReLU network and several times that for a trained projection. Measured with
-EfficientNet-Lite0 on 6,000 views of 3,000 CIFAR-10 images (D = 1280, spread .078, K = 256 and 1024, 8 passes), evenness
-being the entropy of the use over log K:
-
-- plain spherical k-means: all prototypes used, evenness .974 and .972; balanced: all used, .998 and .994. On made-up
-  data with nine in ten embeddings in one narrow cone (K = 64): plain .953, balanced .996, balanced with soft shares .12
-  and three in four unused.
-- the softness of the balancing hardly matters: from half the spread to a sixteenth of it the evenness stays above .985.
-- teacher temperature: at .04 the softmax over the prototypes spreads over 29 of 256 and 39 of 1024 of them (perplexity)
-  and its largest probability is about .3; at .02 over 5 and 3, close to a label; at .07 over 109 and 354, close to
-  nothing. Half the spread is .04. Nearest neighbours by these distributions agree as often on the class (.53) from .03
-  to .1.
+One number sets the scale of both temperatures: the spread, the standard deviation of the cosine between embeddings of
+different images, which is several times larger for a trained projection than for the pooled features of a ReLU network.
+``benchmarks/notes_prototypes.md`` has what was measured.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +24,9 @@ ReadRows = Callable[[int, int], np.ndarray | Tensor]
 """``read(start, stop)``: the embeddings of rows start..stop-1, (n, D) or (n, V, D)."""
 
 EPSILON_OF_SPREAD = 0.25
+"""Softness of the balancing over the spread; from a half to a sixteenth it hardly matters."""
 TEMP_OF_SPREAD = 0.5
+"""Teacher temperature over the spread: half of this is close to a label, twice is close to nothing."""
 
 EMBEDDINGS_EACH = 4
 """Least number of embeddings for each prototype: with fewer, prototypes are images."""
@@ -124,7 +116,7 @@ def refuse_unsuitable(num: int, num_embeddings: int) -> None:
     remedy = (
         f"give from 2 to {most}, one for every {EMBEDDINGS_EACH} at most" if most >= 2 else "they are too few for any"
     )
-    raise MisuseError(f"--prototypes {num} does not suit {num_embeddings} embeddings: {remedy}")
+    raise MisuseError(f"`prototypes` {num} does not suit {num_embeddings} embeddings: {remedy}")
 
 
 def balanced_assignment(similarity: Tensor, epsilon: float, iterations: int = 3) -> Tensor:

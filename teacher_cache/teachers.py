@@ -1,10 +1,8 @@
 """Teachers by name: a frozen backbone with its published head and prototypes, loaded from a file or from timm."""
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import timm
 import timm.data
@@ -17,23 +15,11 @@ from ..common.heads import ProjectionHead
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Parts, read_tensors, take_apart
+from .config import TeacherConfig
 from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_BACKBONE, STAND_IN_PACKAGE, TEACHERS, Entry
 
 DINO_FINAL_TEMP = 0.07
 """Teacher temperature of a file in DINO's layout that no entry describes: where DINO's published schedules end."""
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Which teacher, from which file."""
-
-    name: str
-    """A name of ``registry.TEACHERS``, or any of timm's (``resnet50``, ``vit_small_patch16_224.dino``)."""
-    checkpoint: Path | None = None
-    """Local weights; without them timm's pretrained ones are used where there are some."""
-    backbone_args: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
-    patch_size=4``)."""
 
 
 class Teacher(nn.Module):
@@ -105,7 +91,7 @@ class Teacher(nn.Module):
         """Similarities (N, K) of embeddings (N, dim) to the prototypes, before centre and temperature."""
         if self.prototypes is None:
             raise MisuseError(
-                f"teacher {self.name} has no prototypes; fit some with --prototypes K, or use the embeddings"
+                f"teacher {self.name} has no prototypes; fit some with `prototypes`, or use the embeddings"
             )
         return embedding @ self.prototypes.T
 
@@ -125,7 +111,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         parts = _parts(config.name, config.checkpoint, entry, backbone)
     elif entry.head:
         raise MisuseError(
-            f"teacher {config.name} needs its file: pass --checkpoint with {entry.file} ({entry.licence})"
+            f"teacher {config.name} needs its file: pass `checkpoint` with {entry.file} ({entry.licence})"
         )
     else:
         backbone, parts = pretrained_backbone(entry.backbone, arguments), Parts()

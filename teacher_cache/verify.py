@@ -6,7 +6,6 @@ manifest. What may differ is bounded: the rounding of the encoding, exactly, and
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +14,14 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
 from ..common.run import autocast, pick_device
+from ..common.store.codec import decode
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import embedder
-from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet, geometry
 from ..common.views.recipes import Recipe
-from .teachers import Teacher, TeacherConfig, load_teacher
+from .config import VerifyConfig
+from .teachers import Teacher, load_teacher
 
 COMPUTE_ERROR = {"fp32": 0.03, "fp16": 0.05, "bf16": 0.25}
 """How far a unit embedding may move (Euclidean distance) when the batch, the device or a library is another.
@@ -33,34 +34,6 @@ HALF_STEP = 2.0**-11
 """Largest relative error of rounding to float16."""
 INT8_STEP = 0.57
 """Largest error of an int8 value in units of its scale: half a step, and what rounding the scale cuts off the largest value."""
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """What to verify, against which data and teacher. ``precision`` None is the one that the store was cached with.
-
-    ``samples`` views are drawn without replacement by ``seed``; more than there are means all. ``tolerance`` is the Euclidean
-    distance that arithmetic may move a unit embedding, None ``COMPUTE_ERROR`` of the precision; on one machine 1e-4 will do.
-    """
-
-    store: Path
-    data: Path
-    teacher: TeacherConfig
-    samples: int = 256
-    seed: int = 0
-    device: str = "auto"
-    precision: str | None = None
-    tolerance: float | None = None
-    batch_size: int = 64
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise MisuseError(f"--samples is {self.samples}, expected at least 1")
-        if self.tolerance is not None and not 0 < self.tolerance < 2:
-            raise MisuseError(
-                f"--tolerance is {self.tolerance}, expected a distance of unit vectors: above 0 and below 2"
-            )
 
 
 @dataclass(frozen=True)
@@ -124,12 +97,12 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
     _check_chunks(store, progress)
 
-    if manifest.geometry != "pillow" and LoaderConfig().geometry == "pillow":
+    if manifest.geometry != "pillow" and geometry(LoaderConfig()) == "pillow":
         raise MisuseError(f"{store.path} was cached with ffcv, which is not installed here: verify it where it is")
-    path = "torch" if manifest.geometry == "pillow" else "ffcv"
+    backend = "torch" if manifest.geometry == "pillow" else "ffcv"
     if manifest.geometry == "planes-gpu" and device.type == "cuda":
-        path = "gpu"
-    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(path, config.batch_size, config.workers))
+        backend = "gpu"
+    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(backend, config.batch_size, config.workers))
     embed = embedder(teacher, recipe, manifest.view_size, device, precision)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)
@@ -141,7 +114,7 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
             embedding = embed(batch)[:, 0].cpu()
             stored = {name: rows[:, column] for name, rows in store.rows(batch.image_ids).items()}
             for image_id, values in zip(
-                batch.image_ids, compare(store.encoding.decode(stored), embedding), strict=True
+                batch.image_ids, compare(decode(store.encoding, stored), embedding), strict=True
             ):
                 samples.append(Sample(int(image_id), view_id, *values))
             progress.samples(len(samples), total)
@@ -155,7 +128,7 @@ def _refuse_another_teacher(store: TargetStore, teacher: Teacher) -> None:
     if (teacher.name, teacher.weights_hash) != (manifest.teacher, manifest.weights_hash):
         raise MisuseError(
             f"{store.path} was cached from teacher {manifest.teacher} with weights {manifest.weights_hash[:12]}, this is "
-            f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the --teacher and --checkpoint it was made with"
+            f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the `teacher` and `checkpoint` it was made with"
         )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import FailureError, MisuseError
-from ..files import lock
+from ..files import flush_to_disk, lock, whole_file
 
 FORMAT_VERSION = 1
 """Of the manifest, and of what the fingerprint covers."""
@@ -131,7 +131,6 @@ class BetonWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        self._temporary_manifest = manifest_path(self._temporary)
         self._file = self._temporary.open("wb", buffering=1 << 20)
         lock(self._file.fileno())
         self._end = self._file.seek(ROWS_AT + self._rows.nbytes)
@@ -147,7 +146,6 @@ class BetonWriter:
                 raise
         finally:
             self._temporary.unlink(missing_ok=True)
-            self._temporary_manifest.unlink(missing_ok=True)
 
     def append(self, image: StoredImage, label: int = -1) -> None:
         """Adds the next row. ``label`` is -1 where there is none."""
@@ -206,18 +204,11 @@ class BetonWriter:
         self._file.write(self._allocations[: self._num_rows].tobytes())
         self._file.seek(0)
         self._file.write(header.tobytes() + descriptors.tobytes() + self._rows[: self._num_rows].tobytes())
-        _flush_to_disk(self._file)
-        with self._temporary_manifest.open("w", encoding="utf-8") as file:
-            json.dump(manifest.to_dict(), file)
-            _flush_to_disk(file)
-        self._temporary_manifest.replace(manifest_path(self.path))
+        flush_to_disk(self._file)
+        with whole_file(manifest_path(self.path), manifest_path(self._temporary)) as file:
+            file.write(json.dumps(manifest.to_dict()).encode())
         self._temporary.replace(self.path)
         return manifest
-
-
-def _flush_to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _remove_stale(path: Path) -> None:

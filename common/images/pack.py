@@ -9,9 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,37 +18,11 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from ..errors import FailureError, MisuseError
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
+from .config import PackConfig
 from .sources import Source, open_source
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """What ``rob pack`` takes."""
-
-    source: str
-    """A folder, flat or with one sub-folder a class, or a name of ``sources.NAMED``."""
-    out: Path
-    """The ``.beton`` to write; the manifest is written to the same name with ``.json`` added."""
-    max_resolution: int | None = None
-    """Longest side in pixels; larger images are made smaller (Lanczos), smaller ones stay."""
-    jpeg_quality: int = 95
-    """1 to 100, with 4:2:0 chroma as photographs have it. JPEG files that need no change are kept byte for byte."""
-    raw: bool = False
-    """Keep pixels, not JPEGs: lossless and fastest to read, 3 bytes a pixel. Best up to about 64 px."""
-    workers: int = 0
-    """Decoding threads (Pillow decodes outside the GIL), 0 = all cores. The result does not depend on them."""
-    skip_bad: bool = False
-    """Leave broken images out and list them in the manifest, instead of stopping."""
-    split: str = "train"
-    """Of a named data set."""
-    limit: int | None = None
-    """At most so many images, spread evenly over the source's order."""
-    shuffle: bool = True
-    """Rows in an order of their own, always the same: training shuffles inside windows of neighbouring rows, and a folder has
-    one class, day or camera behind the other."""
 
 
 class _BadImage(Exception):
@@ -98,7 +70,7 @@ def pack(
                     skipped.append(path)
                 else:
                     place = f"{config.source.rstrip('/')}/{path}"
-                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or pass --skip-bad")
+                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or set `skip_bad`")
                 if progress:
                     progress(len(paths) + len(skipped), total)
             if not paths:
@@ -123,14 +95,6 @@ def _check(config: PackConfig) -> None:
         raise MisuseError(
             f"{config.out}: expected a name that ends with .beton, such as {config.out.with_suffix('.beton')}"
         )
-    if config.workers < 0:
-        raise MisuseError(f"--workers {config.workers}: expected 0 (every core) or more")
-    if not 1 <= config.jpeg_quality <= 100:
-        raise MisuseError(f"--jpeg-quality {config.jpeg_quality}: expected 1 to 100")
-    for option in ("max_resolution", "limit"):
-        value = getattr(config, option)
-        if value is not None and value < 1:
-            raise MisuseError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
 
 
 def _map_in_order(
@@ -173,7 +137,7 @@ def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage
 def _store(pixels: Image.Image, config: PackConfig) -> StoredImage:
     width, height = pixels.size
     if max(width, height) > MAX_SIDE:
-        raise _BadImage(f"{width} x {height} pixels, the format holds {MAX_SIDE:,} a side: use --max-resolution")
+        raise _BadImage(f"{width} x {height} pixels, the format holds {MAX_SIDE:,} a side: use `max_resolution`")
     if config.raw:
         data, mode = pixels.tobytes(), RAW
     else:
@@ -181,7 +145,7 @@ def _store(pixels: Image.Image, config: PackConfig) -> StoredImage:
         pixels.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling="4:2:0")
         data, mode = buffer.getvalue(), JPEG
     if len(data) > MAX_IMAGE_BYTES:
-        raise _BadImage(f"{width} x {height} pixels are too many for one image: use --max-resolution")
+        raise _BadImage(f"{width} x {height} pixels are too many for one image: use `max_resolution`")
     return StoredImage(data, height, width, mode)
 
 

@@ -125,23 +125,28 @@ def open_named(name: str, split: str) -> Source:
 
     Image paths are made up: ``train/00017`` is item 17. Raises as ``open_source``.
     """
-    class_name, splits = NAMED[name]
-    if split not in splits:
-        raise unknown_name(f"split of {name}", split, splits)
+    if split not in NAMED[name][1]:
+        raise unknown_name(f"split of {name}", split, NAMED[name][1])
     if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
         return _open_debian_fashion_mnist(split)
-
-    from torchvision import datasets  # seconds to import, and folders need none of it
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):  # torchvision prints which mirror it tries
-            dataset = getattr(datasets, class_name)(root=str(folder), download=True, **splits[split])
+            return open_torchvision(name, split, folder, download=True)
     except (OSError, RuntimeError) as error:
         raise FailureError(
             f"could not download {name} to {folder} ({error}): check the network, or pack a folder of images instead"
         ) from error
+
+
+def open_torchvision(name: str, split: str, folder: Path, download: bool) -> Source:
+    """A split of a named data set that lies in ``folder`` as torchvision keeps it. Raises what torchvision raises."""
+    from torchvision import datasets  # seconds to import, and folders need none of it
+
+    class_name, splits = NAMED[name]
+    dataset = getattr(datasets, class_name)(root=str(folder), download=download, **splits[split])
     # ImageNet-like data sets give each class as a tuple of synonyms.
     classes = [label if isinstance(label, str) else ", ".join(label) for label in getattr(dataset, "classes", ())]
 

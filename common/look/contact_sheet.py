@@ -4,7 +4,6 @@ A ``.beton``'s sheet shows what a recipe does to its images. A target store's sh
 with its nearest neighbours by the cached targets: when the neighbours make no sense, no student will learn any.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
@@ -16,12 +15,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from ..errors import MisuseError
 from ..images.beton import Beton
 from ..store.reader import TargetStore
-from ..views.drawing import LOCAL, view_parameters
+from ..views.drawing import CROP_HEIGHT, CROP_WIDTH, LEFT, LOCAL, TOP, view_parameters
 from ..views.loader import LoaderConfig, ViewLoader, ViewSet
 from ..views.recipes import Recipe, get_recipe
+from .config import SheetConfig
 from .neighbours import nearest
 from .pair_ratios import pair_ratios, weighted_median
 
@@ -30,8 +29,6 @@ MARGIN, GAP, LINE = 0.18, 0.07, 0.15
 """Inches: around the sheet, between tiles, and a line of small text."""
 CHART_WIDTH, CHART_HEIGHT, CHARTS_WIDTH = 2.6, 2.2, 7.0
 """Inches: a chart, with the lines above and below it, and both with the longer line above the second."""
-MOST_IMAGES = 64
-"""Images on a sheet: a picture of more is too tall to be drawn or looked at."""
 RATIO_IMAGES = 2000
 """Images whose pairs are in the histograms."""
 TILE, IMAGE = 1.0, 1.6
@@ -50,39 +47,6 @@ LOCAL_COLOURS = (
     "#666666",
 )
 INK, FAINT, SAME_CLASS = "#1a1a1a", "#6e6e6e", "#00785a"
-
-
-@dataclass(frozen=True)
-class SheetConfig:
-    """What to show. Without ``store``, the views that ``recipe`` and ``seed`` draw of ``data``; with it, the store's own views.
-
-    ``images`` are the first of the data set, or ``spread`` evenly over it. ``views`` bounds those shown of a store;
-    ``neighbours`` are searched among its first ``search`` rows, or as many spread over it.
-    """
-
-    data: Path
-    out: Path
-    store: Path | None = None
-    images: int = 6
-    spread: bool = False
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
-    seed: int = 0
-    views: int = 4
-    neighbours: int = 6
-    search: int = 10_000
-    ratios: bool = False
-    """Whether to add histograms of how much the paired views differ in scale, beside those of recipe dino."""
-
-    def __post_init__(self) -> None:
-        for name in ("images", "views", "neighbours", "search"):
-            if getattr(self, name) < 1:
-                raise MisuseError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        if self.images > MOST_IMAGES:
-            raise MisuseError(f"--images is {self.images}, expected at most {MOST_IMAGES}: a sheet is looked at by eye")
-        if self.out.suffix.lower() != ".png":
-            raise MisuseError(
-                f"{self.out}: expected a name that ends with .png, such as {self.out.with_suffix('.png')}"
-            )
 
 
 def contact_sheet(config: SheetConfig) -> Path:
@@ -115,7 +79,7 @@ def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sh
     sets = [(recipe.global_crops[0].size, global_ids)]
     if recipe.local_crop and local_ids:
         sets.append((recipe.local_crop.size, local_ids))
-    pixels = render_views(data, recipe, config.seed, "auto", image_ids, sets)
+    pixels = load_views(data, recipe, config.seed, "auto", image_ids, sets)
 
     small = (IMAGE - GAP) / 2
     per_row = -(-len(local_ids) // 2)
@@ -188,9 +152,9 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     chunks = _choose(manifest.num_chunks, wanted_chunks, config.spread)
     found = nearest(store, image_ids, columns, chunks.tolist(), config.neighbours)
 
-    path = "torch" if manifest.geometry == "pillow" else "auto"
+    backend = "torch" if manifest.geometry == "pillow" else "auto"
     shown = np.unique(np.concatenate([image_ids, found.image_ids.ravel()]))
-    pixels = render_views(data, recipe, manifest.seed, path, shown, [(manifest.view_size, manifest.view_ids)])
+    pixels = load_views(data, recipe, manifest.seed, backend, shown, [(manifest.view_size, manifest.view_ids)])
 
     view_at, first_at = IMAGE + 2 * GAP, IMAGE + TILE + 6 * GAP
     row_height = TILE + LINE + GAP
@@ -225,11 +189,11 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     return sheet
 
 
-def render_views(
-    data: Beton, recipe: Recipe, seed: int, path: str, image_ids: np.ndarray, sets: list[tuple[int, tuple[int, ...]]]
+def load_views(
+    data: Beton, recipe: Recipe, seed: int, backend: str, image_ids: np.ndarray, sets: list[tuple[int, tuple[int, ...]]]
 ) -> dict[tuple[int, int], np.ndarray]:
     """(image id, view id) -> (S, S, 3) uint8 as networks see it before normalisation, for ``sets`` of (size S, view ids)."""
-    loader = ViewLoader(data, recipe, seed, LoaderConfig(path, batch_size=16, workers=2))
+    loader = ViewLoader(data, recipe, seed, LoaderConfig(backend, batch_size=16, workers=2))
     pixels = {}
     for batch in loader.epoch(image_ids, [ViewSet(ids, size) for size, ids in sets]):
         for number, (size, ids) in enumerate(sets):
@@ -295,7 +259,8 @@ class Sheet:
         n, (height, width) = len(view_ids), pixels.shape[:2]
         heights, widths = np.full(n, height), np.full(n, width)
         crops = view_parameters(recipe, seed, np.full(n, image_id), np.array(view_ids), heights, widths).geometry
-        for view_id, (y, x, tall, wide, _) in zip(view_ids, crops.tolist(), strict=True):
+        columns = (LEFT, TOP, CROP_WIDTH, CROP_HEIGHT)
+        for view_id, (x, y, wide, tall) in zip(view_ids, crops[:, columns].tolist(), strict=True):
             line = 0.9 if view_id >= LOCAL else 1.8
             halo = [withStroke(linewidth=line + 0.8, foreground="white")]
             axes.add_patch(

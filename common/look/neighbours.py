@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..store.codec import decode
 from ..store.reader import TargetStore
 
 
@@ -27,7 +28,7 @@ def nearest(store: TargetStore, image_ids: np.ndarray, columns: int, chunks: Ite
     or the kept logits with zeros for the others. Where there are fewer other images than ``count``, cosines are -inf.
     """
     manifest, rows = store.manifest, store.manifest.chunk_rows
-    decoded = store.encoding.decode(store.rows(image_ids))
+    decoded = decode(store.encoding, store.rows(image_ids))
     queries = _dense({name: values[:, :columns] for name, values in decoded.items()}, manifest.num_prototypes).flatten(
         0, 1
     )
@@ -38,7 +39,7 @@ def nearest(store: TargetStore, image_ids: np.ndarray, columns: int, chunks: Ite
     ]
     for chunk in chunks:
         start, stop = chunk * rows, min((chunk + 1) * rows, manifest.num_images)
-        cosines, nearest_column = _cosines(queries, store.encoding.decode(store.read(start, stop))).max(2)
+        cosines, nearest_column = _cosines(queries, decode(store.encoding, store.read(start, stop))).max(2)
         ids = torch.arange(start, stop).expand_as(cosines)
         cosines = cosines.masked_fill(ids == own[:, None], -torch.inf)
         merged = [torch.cat(pair, dim=1) for pair in zip(best, (cosines, ids, nearest_column), strict=True)]

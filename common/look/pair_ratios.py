@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..views.drawing import LOCAL, view_parameters
+from ..views.drawing import CROP_HEIGHT, CROP_WIDTH, LOCAL, view_parameters
 from ..views.recipes import Recipe
 
 
@@ -13,7 +13,7 @@ class PairRatios(NamedTuple):
 
     area: the larger crop's area over the smaller one's, 1 or more: how much of what one view sees the other can see.
     magnification: by how much larger a thing appears in the view where it appears larger, 1 or more. That depends on the sizes
-    in pixels at which the views are rendered, too: a larger local view magnifies more.
+    in pixels of the views, too: a larger local view magnifies more.
     weight: its share of the loss over all these images, where both global views are targets of all other views.
     """
 
@@ -29,7 +29,7 @@ def pair_ratios(recipe: Recipe, seed: int, heights: np.ndarray, widths: np.ndarr
     sizes = np.where(view_ids < LOCAL, recipe.global_crops[0].size, local_size)
     image_ids = np.arange(len(heights))[:, None]
     drawn = view_parameters(recipe, seed, image_ids, view_ids[None], heights[:, None], widths[:, None])
-    areas = drawn.geometry[..., 2].astype(float) * drawn.geometry[..., 3]
+    areas = drawn.geometry[..., CROP_HEIGHT].astype(float) * drawn.geometry[..., CROP_WIDTH]
     magnifications = sizes / np.sqrt(areas)
     pairs = [(g, v) for g in range(recipe.num_global) for v in range(len(view_ids)) if v > g]
     left, right = np.array(pairs, np.int64).reshape(-1, 2).T

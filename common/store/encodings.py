@@ -1,20 +1,16 @@
-"""What a cached target is made of: a teacher's embedding or its prototype logits <-> the arrays of the store.
-
-Shapes: R rows (images), V cached views, D embedding dimensions, K prototypes, k kept prototypes, T ladder temperatures.
-"""
+"""How targets are stored: as embeddings, as the largest prototype logits, or as all of them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from math import prod
+from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..errors import FailureError, MisuseError
+from ..errors import MisuseError
+from ..settings import Setting, check
 
 KINDS = ("embedding", "topk", "dense")
 EMBEDDING_DTYPES = ("float32", "float16", "int8")
+ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint16": 2, "uint32": 4}
 
 LADDER = (0.025, 0.04, 0.055, 0.07, 0.1)
 """Teacher temperatures at which a `topk` tail is stored: MSN's effective .025, DINO's .04 to .07, and SwAV's .1."""
@@ -30,19 +26,23 @@ class Encoding:
     - ``dense``: every logit as fp16, for small K.
     """
 
-    kind: str
-    dtype: str = "float16"
-    k: int = 64
+    kind: Annotated[
+        str,
+        Setting(
+            "embedding (exact logits later), topk (smallest for large K), dense (small K).",
+            choices=KINDS,
+            option="--encoding",
+        ),
+    ] = "embedding"
+    dtype: Annotated[
+        str,
+        Setting("Of embeddings: float32, float16 or int8.", choices=EMBEDDING_DTYPES, option="--store-dtype"),
+    ] = "float16"
+    k: Annotated[int, Setting("Prototypes kept a view with --encoding topk.", low=1, option="--topk")] = 64
     temps: tuple[float, ...] = LADDER
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise MisuseError(f"unknown encoding {self.kind!r}: known are {', '.join(KINDS)}")
-        if self.dtype not in EMBEDDING_DTYPES:
-            known = ", ".join(EMBEDDING_DTYPES)
-            raise MisuseError(f"an embedding cannot be stored as {self.dtype!r}: known are {known}")
-        if self.k < 1:
-            raise MisuseError(f"topk needs at least 1 prototype a view, not k={self.k}")
+        check(self)
         if not self.temps or min(self.temps) <= 0 or len(set(self.temps)) != len(self.temps):
             raise MisuseError(f"the ladder of temperatures must be distinct and positive, not {self.temps}")
 
@@ -60,7 +60,7 @@ class Encoding:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether `encode` reads the logits (and the teacher therefore needs prototypes)."""
+        """Whether ``codec.encode`` reads the logits (and the teacher therefore needs prototypes)."""
         return self.kind != "embedding"
 
     @property
@@ -70,76 +70,25 @@ class Encoding:
         """
         return "noshuffle" if self.kind == "embedding" else "bitshuffle"
 
-    def layout(self, dim: int, num_prototypes: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Stored array name -> (shape of one view's entry, dtype)."""
+    def layout(self, dim: int, num_prototypes: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Stored array name -> (shape of one view's entry, name of the dtype)."""
         if self.kind == "embedding":
-            arrays = {"embedding": ((dim,), np.dtype(self.dtype))}
-            return arrays | {"scale": ((), np.dtype("float16"))} if self.dtype == "int8" else arrays
+            arrays = {"embedding": ((dim,), self.dtype)}
+            return arrays | {"scale": ((), "float16")} if self.dtype == "int8" else arrays
         if self.kind == "dense":
-            return {"logits": ((num_prototypes,), np.dtype("float16"))}
+            return {"logits": ((num_prototypes,), "float16")}
         kept = min(self.k, num_prototypes)
-        id_dtype = np.dtype("uint16" if num_prototypes <= 1 << 16 else "uint32")
+        id_dtype = "uint16" if num_prototypes <= 1 << 16 else "uint32"
         return {
             "ids": ((kept,), id_dtype),
-            "logits": ((kept,), np.dtype("float16")),
-            "tail": ((len(self.temps),), np.dtype("float32")),
+            "logits": ((kept,), "float16"),
+            "tail": ((len(self.temps),), "float32"),
         }
 
     def bytes_per_view(self, dim: int, num_prototypes: int) -> int:
         """Bytes of one view before compression."""
         layout = self.layout(dim, num_prototypes)
-        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
-
-    def encode(
-        self, embedding: Tensor | np.ndarray | None, logits: Tensor | np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
-        """Embedding (..., D) and raw logits (..., K), float32 on any device -> the arrays to store, see `layout`.
-
-        Only what the kind stores is read; the other may be None. Raises FailureError when a value is NaN, infinite, or
-        too large for what stores it.
-        """
-        values = torch.as_tensor(logits if self.needs_logits else embedding).detach().float()
-        if self.kind == "embedding":
-            arrays = self._encode_embedding(values)
-        else:
-            arrays = {"logits": values.half()} if self.kind == "dense" else self._encode_topk(values)
-        if not all(torch.isfinite(stored).all() for name, stored in arrays.items() if name != "tail"):
-            raise FailureError(
-                f"the teacher's output is NaN, infinite, or too large for the {self.kind} encoding: check its weights, "
-                "its precision and its input normalisation"
-            )
-        layout = self.layout(values.shape[-1], values.shape[-1])
-        return {name: stored.cpu().numpy().astype(layout[name][1], copy=False) for name, stored in arrays.items()}
-
-    def decode(self, arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-        """Stored arrays -> what the loss reads, on the arrays' own device: floats as float32, ids as int64.
-
-        ``embedding`` gives {embedding}, ``topk`` {ids, logits, tail}, ``dense`` {logits}.
-        """
-        tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
-        decoded = {name: _widen(values) for name, values in tensors.items() if name != "scale"}
-        if "scale" in tensors:
-            decoded["embedding"] *= tensors["scale"].float()[..., None]
-        return decoded
-
-    def _encode_embedding(self, embedding: Tensor) -> dict[str, Tensor]:
-        if self.dtype != "int8":
-            return {"embedding": embedding.to(getattr(torch, self.dtype))}
-        # Quantised by the scale as stored, so that rounding the scale to fp16 costs nothing.
-        scale = (embedding.abs().amax(-1) / 127).half()
-        steps = torch.nan_to_num(embedding / scale.float()[..., None]).round().clamp(-127, 127)
-        return {"embedding": steps.to(torch.int8), "scale": scale}
-
-    def _encode_topk(self, logits: Tensor) -> dict[str, Tensor]:
-        kept, ids = logits.topk(min(self.k, logits.shape[-1]), dim=-1, sorted=True)
-        rest = logits.scatter(-1, ids, -torch.inf)  # a whole row of -inf when K <= k: the tail is then -inf
-        tail = torch.stack([torch.logsumexp(rest / temp, dim=-1) for temp in self.temps], dim=-1)
-        return {"ids": ids, "logits": kept.half(), "tail": tail}
-
-
-def _widen(values: Tensor) -> Tensor:
-    """float32 for stored floats and int8 steps, int64 for ids."""
-    return values.to(torch.int64 if values.dtype in (torch.uint16, torch.uint32) else torch.float32)
+        return sum(prod(shape) * ITEM_BYTES[dtype] for shape, dtype in layout.values())
 
 
 def check_temperature(ladder: tuple[float, ...], temp: float) -> None:
@@ -147,5 +96,5 @@ def check_temperature(ladder: tuple[float, ...], temp: float) -> None:
     if not min(ladder) * 0.999 <= temp <= max(ladder) * 1.001:
         raise MisuseError(
             f"teacher temperature {temp:g} is outside of the store's ladder {min(ladder):g} to {max(ladder):g}: "
-            "take one within, or cache the targets again with --encoding embedding, which serves any"
+            "take one within, or cache the targets again with `encoding` embedding, which serves any"
         )

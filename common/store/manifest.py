@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from ..errors import FailureError, MisuseError
+from ..files import differences
 from .encodings import Encoding
 from .shards import ShardedArray
 
@@ -53,7 +56,7 @@ class StoreManifest:
         encoding, views = Encoding.from_dict(self.encoding), len(self.view_ids)
         return {
             name: ShardedArray(
-                (self.num_images, views, *shape), dtype, self.chunk_rows, self.shard_chunks, encoding.shuffle
+                (self.num_images, views, *shape), np.dtype(dtype), self.chunk_rows, self.shard_chunks, encoding.shuffle
             )
             for name, (shape, dtype) in encoding.layout(self.dim, self.num_prototypes).items()
         }
@@ -80,6 +83,17 @@ class StoreManifest:
         known: dict[str, Any] = {field.name: attributes[field.name] for field in fields(cls)}
         known["view_ids"] = tuple(known["view_ids"])
         return cls(**known)
+
+
+def differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """A phrase for each value of the manifest fields ``asked`` that a store has otherwise; both as `to_json` has them."""
+    found = differences({name: stored.get(name) for name in asked}, dict(asked))
+    return [f"{name} is {_short(old)} in the store, not {_short(new)}" for name, old, new in found]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-30:]}"
 
 
 def read_json(store: Path, name: str) -> dict[str, Any]:

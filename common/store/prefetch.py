@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MisuseError
+from .codec import decode
 from .reader import TargetStore
 
 READY_BATCHES = 3
@@ -45,8 +46,8 @@ def _slots(store: TargetStore, window_mib: float) -> int:
 class TargetPrefetcher:
     """Hands out the targets of `batch_size` images at a time, in any order that is near-sequential within the window.
 
-    - ``columns(image_ids (B,))`` -> which cached views a batch needs, as positions along the store's views: (G,) for all
-      images alike or (B, G). A pure function, so that a run can be resumed. Default: all views.
+    - ``columns``: which cached views a batch needs, as positions (G,) along the store's views. None: all of them. May be set
+      anew from one epoch to the next.
     - ``window_mib``: the most memory that decompressed chunks take. Ignored with ``cache_in_memory``, which keeps every
       chunk from one epoch to the next; MisuseError when the machine's memory cannot hold the store.
 
@@ -58,7 +59,7 @@ class TargetPrefetcher:
         store: TargetStore,
         batch_size: int,
         *,
-        columns: Callable[[np.ndarray], np.ndarray] | None = None,
+        columns: np.ndarray | None = None,
         window_mib: float = 256,
         threads: int = 2,
         device: torch.device | str = "cpu",
@@ -74,7 +75,7 @@ class TargetPrefetcher:
             if slots * store.chunk_bytes > 0.8 * memory:
                 raise MisuseError(
                     f"{store.path} takes {slots * store.chunk_bytes / 2**30:.1f} GiB in memory, and this machine has "
-                    f"{memory / 2**30:.1f}: leave out --cache-in-memory"
+                    f"{memory / 2**30:.1f}: leave out `cache_in_memory`"
                 )
         self.buffer = store.empty(slots)  # the system commits its pages as chunks arrive
         self.slot_of = np.full(store.manifest.num_chunks, -1)  # chunk -> its slot, or -1
@@ -115,7 +116,7 @@ class TargetPrefetcher:
         chunk_rows, num_views = self.store.manifest.chunk_rows, len(self.store.manifest.view_ids)
         entries = self.slot_of[image_ids // chunk_rows] * chunk_rows + image_ids % chunk_rows
         if self.columns is not None:  # single views instead of an image's views in one piece
-            entries = entries[:, None] * num_views + np.asarray(self.columns(image_ids))
+            entries = entries[:, None] * num_views + self.columns
         gathered = {}
         for name, values in self.buffer.items():
             source = values.reshape(-1, *values.shape[2 if self.columns is None else 3 :])
@@ -205,9 +206,9 @@ class _Epoch:
             slots = min(2 * in_use + 3, owner.store.manifest.num_chunks)
             mib = owner.store.chunk_bytes / 2**20
             raise MisuseError(
-                f"--window-mib holds {len(owner.free)} chunks of {owner.store.path} ({mib:,.1f} MiB each), and the order of "
-                f"training needs {in_use} at once: give --window-mib {int(np.ceil(slots * mib))}, smaller batches, or "
-                "--cache-in-memory"
+                f"`window_mib` holds {len(owner.free)} chunks of {owner.store.path} ({mib:,.1f} MiB each), and the order of "
+                f"training needs {in_use} at once: give `window_mib` {int(np.ceil(slots * mib))}, smaller batches, or "
+                "`cache_in_memory`"
             )
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -265,7 +266,7 @@ class _Epoch:
     def _decode(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         encoding = self.owner.store.encoding
         if self.stream is None:
-            return encoding.decode(stored)
+            return decode(encoding, stored)
         with torch.cuda.stream(self.stream):  # compact bytes cross the bus, and are widened on the device
             moved = {name: values.to(self.owner.device, non_blocking=True) for name, values in stored.items()}
-            return encoding.decode(moved)
+            return decode(encoding, moved)

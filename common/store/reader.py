@@ -5,7 +5,7 @@
       embedding/ scale/     or ids/ logits/ tail/, or logits/: what the encoding stores, (N, V, ...), sharded
       prototypes/           (K, D) float32, when the teacher has them
       statistics/*          sums that the objectives need later, gathered in the same pass
-      pending/              only while being written, see store_writer.py
+      pending/              only while being written, see writer.py
 
 A chunk is `chunk_rows` consecutive rows with all their views, compressed, with its own crc32c.
 """
@@ -21,9 +21,8 @@ import numpy as np
 import zarr
 
 from ..errors import FailureError, MisuseError
-from ..files import differences
 from .encodings import Encoding
-from .manifest import AGAIN, StoreManifest, read_json
+from .manifest import AGAIN, StoreManifest, differing, read_json
 from .shards import ChunkError
 from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
 
@@ -71,7 +70,7 @@ class TargetStore:
         ``data_fingerprint``, ``recipe`` (a dict), ``seed``, ``teacher``.
         """
         plain = json.loads(json.dumps(expected))
-        different = list(differences(self.manifest.to_json(), plain))
+        different = differing(self.manifest.to_json(), plain)
         if different:
             what = {"data_fingerprint": "another data set", "recipe": "another recipe", "teacher": "another teacher"}
             kind = next((text for name, text in what.items() if different[0].startswith(name)), "other settings")

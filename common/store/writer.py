@@ -20,9 +20,9 @@ import numpy as np
 import zarr
 
 from ..errors import FailureError, MisuseError
-from ..files import differences, lock_file
+from ..files import lock_file, whole_file
 from .encodings import Encoding
-from .manifest import AGAIN, StoreManifest, read_json
+from .manifest import AGAIN, StoreManifest, differing, read_json
 from .shards import small_array_files, zarr_files
 
 
@@ -42,19 +42,9 @@ def disk_full_is_a_failure(path: Path, needed: int) -> Iterator[None]:
 
 
 def _replace(root: Path, name: str, data: bytes) -> None:
-    """Write ``root/name`` so that it is there whole or not at all, even after a power cut."""
-    # One temporary name for all: what a killed run leaves of it, the next write renames away.
-    temporary, target = root / ".part", root / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, target)
+    """Write ``root/name``, whole or not at all. One temporary name for all files: a killed run leaves one at most."""
+    with whole_file(root / name, root / ".part") as file:
+        file.write(data)
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -212,7 +202,7 @@ def begun_store(path: Path, manifest: StoreManifest, *may_differ: str) -> StoreM
             raise MisuseError(f"{path} is already there and is not a target store: give another path")
         return None
     asked = {name: value for name, value in manifest.to_json().items() if name not in ("versions", *may_differ)}
-    different = "; ".join(differences(begun.to_json(), asked))
+    different = "; ".join(differing(begun.to_json(), asked))
     if different:
         raise MisuseError(f"{path} was begun with other settings ({different}): give another path, or delete it first")
     return begun

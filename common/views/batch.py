@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import augment
+from .colours import apply_colours
 from .planes import Planes
 
 
 @dataclass(frozen=True)
 class ViewSet:
-    """Some views of every image, by view id, all rendered at the same ``size`` in pixels. Global and local ids may be
+    """Some views of every image, by view id, all made at the same ``size`` in pixels. Global and local ids may be
     mixed."""
 
     ids: tuple[int, ...]
@@ -34,10 +34,10 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of images' views: rendered, or the planes that a GPU renders them from.
+    """A batch of images' views: cropped and resized, or the planes that a GPU makes them from.
 
     image_ids: (B,) int64. views: for each ViewSet (B, n, 3, size, size) uint8 RGB; empty where there are ``planes``.
-    colour: for each ViewSet (B, n, 8) float32 on the CPU, the parameters for ``augment``. The memory is reused: a batch is
+    colour: for each ViewSet (B, n, 8) float32 on the CPU, the parameters for ``apply_colours``. The memory is reused: a batch is
     valid until the next one is asked for.
     """
 
@@ -49,7 +49,7 @@ class Batch:
     planes: Planes | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its views or planes on ``device``; colour stays on the CPU, where ``augment`` wants it.
+        """The batch with its views or planes on ``device``; colour stays on the CPU, where ``apply_colours`` wants it.
 
         To a GPU the copy runs beside the computation, on a stream of its own that the caller's stream waits for.
         """
@@ -74,11 +74,11 @@ class Batch:
     ) -> Tensor:
         """The views of the set ``number`` as a network takes them: (B, n, 3, size, size) of ``dtype``, on mean's device.
 
-        mean, std: (3,) float32, blur_scale: as for ``augment``, which this is where the loader has rendered the views.
+        mean, std: (3,) float32, blur_scale: as for ``apply_colours``, which this is where the loader has resized the views.
         """
         colour = self.colour[number]
         if self.planes is None:
-            images = augment(
+            images = apply_colours(
                 self.views[number].to(mean.device).flatten(0, 1), colour.flatten(0, 1), blur_scale, mean, std
             )
             return images.to(dtype).unflatten(0, colour.shape[:2])

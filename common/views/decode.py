@@ -18,8 +18,10 @@ import numpy as np
 from numba import njit, types
 
 from ..images.beton import RAW
+from .drawing import CROP_HEIGHT, CROP_WIDTH
 
-KIND, SCALE, HEIGHT, WIDTH, FACTOR_Y, FACTOR_X = range(6)
+LAYOUT_COLUMNS = 6
+KIND, SCALE, HEIGHT, WIDTH, FACTOR_Y, FACTOR_X = range(LAYOUT_COLUMNS)
 """Columns of a layout row: what ``decode_planes`` made of an image.
 
 Three planes lie one behind another without gaps: (HEIGHT, WIDTH), then twice (HEIGHT / FACTOR_Y, WIDTH / FACTOR_X).
@@ -76,7 +78,8 @@ def decode_scales(geometry: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
     geometry: (B, V, 5) of ViewParameters. sizes: (V,) sides of the views in pixels.
     """
-    excess = (geometry[:, :, 2:4].min(axis=2) // (MARGIN * sizes)).min(axis=1)
+    crops = np.minimum(geometry[..., CROP_HEIGHT], geometry[..., CROP_WIDTH])
+    excess = (crops // (MARGIN * sizes)).min(axis=1)
     return np.select([excess >= 8, excess >= 4, excess >= 2], [8, 4, 2], 1)
 
 

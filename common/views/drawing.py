@@ -4,23 +4,29 @@ View ids 0, 1, 2 ... are global crops, and the cached views are the first V of t
 crops.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .recipes import Recipe
+from .recipes import Crop, Recipe
 
 LOCAL = 1 << 30
 """View ids from here on are local crops; below, global ones."""
 
-
-FLIP = 4
-"""Column of ``ViewParameters.geometry`` that holds the flip; the four before it are top, left, height, width."""
-
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARISE = range(8)
+GEOMETRY_COLUMNS, COLOUR_COLUMNS = 5, 8
+TOP, LEFT, CROP_HEIGHT, CROP_WIDTH, FLIP = range(GEOMETRY_COLUMNS)
+"""Columns of ``ViewParameters.geometry``."""
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARISE = range(COLOUR_COLUMNS)
 """Columns of ``ViewParameters.colour``."""
+UNCHANGED = tuple(float(column in (BRIGHTNESS, CONTRAST, SATURATION)) for column in range(COLOUR_COLUMNS))
+"""The row of ``ViewParameters.colour`` that leaves a view as it is."""
+
+
+CROP = np.dtype([(f.name, np.float64, (2,) if isinstance(f.default, tuple) else ()) for f in fields(Crop)])
+"""A crop as the compiled draw reads it, by the names of its fields. A draw compiled for other fields, or for another order
+of them, is none of this type: numba compiles it anew instead of taking it from its cache on disk."""
 
 
 class ViewParameters(NamedTuple):
@@ -46,11 +52,18 @@ def view_parameters(
     """
     arrays = np.broadcast_arrays(image_ids, view_ids, heights, widths)
     images, views, heights, widths = (array.astype(np.int64).ravel() for array in arrays)
-    geometry, colour = np.empty((len(images), 5), np.int32), np.empty((len(images), 8), np.float32)
+    geometry = np.empty((len(images), GEOMETRY_COLUMNS), np.int32)
+    colour = np.empty((len(images), COLOUR_COLUMNS), np.float32)
     kinds = len(recipe.global_crops)
-    _draw_views(recipe.table(), kinds, np.uint64(seed % 2**64), images, views, heights, widths, geometry, colour)
+    _draw_views(crop_table(recipe), kinds, np.uint64(seed % 2**64), images, views, heights, widths, geometry, colour)
     shape = arrays[0].shape
-    return ViewParameters(geometry.reshape(*shape, 5), colour.reshape(*shape, 8))
+    return ViewParameters(geometry.reshape(*shape, GEOMETRY_COLUMNS), colour.reshape(*shape, COLOUR_COLUMNS))
+
+
+def crop_table(recipe: Recipe) -> np.ndarray:
+    """The kinds of crop, the local one last: (kinds + 1,) of CROP."""
+    crops = (*recipe.global_crops, recipe.local_crop or recipe.global_crops[0])
+    return np.array([tuple(getattr(crop, name) for name in CROP.names or ()) for crop in crops], CROP)
 
 
 @njit(cache=True, nogil=True)
@@ -105,19 +118,18 @@ def _draw_views(table, kinds, seed, image_ids, view_ids, heights, widths, geomet
 @njit(cache=True, nogil=True)
 def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, colour):
     """Fill ``geometry`` (5,) and ``colour`` (8,) for one view. The crop is torchvision's RandomResizedCrop.get_params."""
-    kind = kinds if view_id >= LOCAL else view_id % kinds
-    row = table[kind]
+    crop = table[kinds if view_id >= LOCAL else view_id % kinds]
     key = _key(seed, image_id, view_id)
-    scale_low, scale_high, ratio_low, ratio_high, centre, flip = row[1], row[2], row[3], row[4], row[5], row[6]
 
-    if centre > 0.0:
-        side = max(1, int(np.floor(centre * min(height, width) + 0.5)))
+    if crop.centre > 0.0:
+        side = max(1, int(np.floor(crop.centre * min(height, width) + 0.5)))
         crop_height, crop_width = side, side
         top, left = (height - side) // 2, (width - side) // 2
     else:
+        ratio_low, ratio_high = crop.ratio[0], crop.ratio[1]
         crop_height, crop_width, top, left = 0, 0, 0, 0
         for attempt in range(10):
-            area = height * width * _uniform(key, 16 + 4 * attempt, scale_low, scale_high)
+            area = height * width * _uniform(key, 16 + 4 * attempt, crop.scale[0], crop.scale[1])
             ratio = _exp(_uniform(key, 17 + 4 * attempt, _log(ratio_low), _log(ratio_high)))
             w = int(np.floor(np.sqrt(area * ratio) + 0.5))
             h = int(np.floor(np.sqrt(area / ratio) + 0.5))
@@ -133,18 +145,17 @@ def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, c
             elif width > ratio_high * height:
                 crop_width = max(1, int(np.floor(height * ratio_high + 0.5)))
             top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    geometry[0], geometry[1], geometry[2], geometry[3] = top, left, crop_height, crop_width
-    geometry[4] = 1 if _uniform(key, 0, 0.0, 1.0) < flip else 0
+    geometry[TOP], geometry[LEFT], geometry[CROP_HEIGHT], geometry[CROP_WIDTH] = top, left, crop_height, crop_width
+    geometry[FLIP] = 1 if _uniform(key, 0, 0.0, 1.0) < crop.flip else 0
 
-    jitter, brightness, contrast, saturation, hue, grey = row[7], row[8], row[9], row[10], row[11], row[12]
-    blur, sigma_low, sigma_high, solarise = row[13], row[14], row[15], row[16]
-    colour[0], colour[1], colour[2], colour[3] = 1.0, 1.0, 1.0, 0.0
-    colour[4] = np.floor(_uniform(key, 6, 0.0, 24.0))
-    if _uniform(key, 1, 0.0, 1.0) < jitter:
-        colour[0] = _uniform(key, 2, max(0.0, 1.0 - brightness), 1.0 + brightness)
-        colour[1] = _uniform(key, 3, max(0.0, 1.0 - contrast), 1.0 + contrast)
-        colour[2] = _uniform(key, 4, max(0.0, 1.0 - saturation), 1.0 + saturation)
-        colour[3] = _uniform(key, 5, -hue, hue)
-    colour[5] = 1.0 if _uniform(key, 7, 0.0, 1.0) < grey else 0.0
-    colour[6] = _uniform(key, 9, sigma_low, sigma_high) if _uniform(key, 8, 0.0, 1.0) < blur else 0.0
-    colour[7] = 1.0 if _uniform(key, 10, 0.0, 1.0) < solarise else 0.0
+    colour[BRIGHTNESS], colour[CONTRAST], colour[SATURATION], colour[HUE] = 1.0, 1.0, 1.0, 0.0
+    colour[ORDER] = np.floor(_uniform(key, 6, 0.0, 24.0))
+    if _uniform(key, 1, 0.0, 1.0) < crop.jitter:
+        colour[BRIGHTNESS] = _uniform(key, 2, max(0.0, 1.0 - crop.brightness), 1.0 + crop.brightness)
+        colour[CONTRAST] = _uniform(key, 3, max(0.0, 1.0 - crop.contrast), 1.0 + crop.contrast)
+        colour[SATURATION] = _uniform(key, 4, max(0.0, 1.0 - crop.saturation), 1.0 + crop.saturation)
+        colour[HUE] = _uniform(key, 5, -crop.hue, crop.hue)
+    colour[GREY] = 1.0 if _uniform(key, 7, 0.0, 1.0) < crop.grey else 0.0
+    blurred = _uniform(key, 8, 0.0, 1.0) < crop.blur
+    colour[SIGMA] = _uniform(key, 9, crop.sigma[0], crop.sigma[1]) if blurred else 0.0
+    colour[SOLARISE] = 1.0 if _uniform(key, 10, 0.0, 1.0) < crop.solarise else 0.0

@@ -20,11 +20,11 @@ from numba import types
 
 from ..images.beton import Beton
 from .batch import Batch, ViewSet
+from .fetcher import BATCHES_AHEAD, PlaneFetcher, ViewFetcher
 from .recipes import Recipe
-from .renderer import BATCHES_AHEAD, PlaneReader, Renderer
 
 GEOMETRY, GEOMETRY_ON_GPU = "planes", "planes-gpu"
-"""Names of these resize paths in a store's manifest."""
+"""Names of these ways to resize in a store's manifest."""
 
 _bytes = types.Array(types.uint8, 1, "C", readonly=True)
 _memory_type = types.Tuple([_bytes, types.uint64[::1], types.uint64[::1]])
@@ -45,17 +45,17 @@ def _compile_reader(_manager: OSCacheManager) -> Any:
 OSCacheManager.compile_reader = _compile_reader  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class FfcvPath:
-    """ffcv's Loader, its traversal order and its thread, around a ``Renderer``, or a ``PlaneReader`` for a GPU."""
+class FfcvBackend:
+    """ffcv's Loader, its traversal order and its thread, around a ``ViewFetcher``, or a ``PlaneFetcher`` for a GPU."""
 
     def __init__(
         self, data: Beton, recipe: Recipe, seed: int, batch_size: int, threads: int, planes: bool = False
     ) -> None:
-        self.renderer = (PlaneReader if planes else Renderer)(data, recipe, seed, batch_size, threads)
+        self.fetcher = (PlaneFetcher if planes else ViewFetcher)(data, recipe, seed, batch_size, threads)
         self.running = None
         # Our operation is compiled already, and cached on disk; ffcv would compile for seconds in every process.
         Compiler.set_enabled(False)
-        pipelines: Any = {"image": [_RenderViews(self.renderer)], "label": None}
+        pipelines: Any = {"image": [_Fetch(self.fetcher)], "label": None}
         try:
             self.loader: Any = Loader(
                 str(data.path),
@@ -74,7 +74,7 @@ class FfcvPath:
         self._stop()
         if not len(order):
             return
-        self.renderer.set_views(sets)
+        self.fetcher.set_views(sets)
         self.loader.traversal_order = _Order(order)
         self.loader.first_traversal_order = order  # what its length is taken from
         self.loader.num_workers = _torch_threads()
@@ -95,7 +95,7 @@ class FfcvPath:
         running, self.running = self.running, None
         if running is None:
             return
-        running.iter_ixes = iter(())  # left alone it would render until its queue is full
+        running.iter_ixes = iter(())  # left alone it would make batches until its queue is full
         while running.is_alive():
             with suppress(queue.Empty):
                 running.output_queue.get(timeout=0.05)
@@ -106,7 +106,7 @@ class FfcvPath:
 
 
 def _torch_threads() -> int:
-    """The thread count to hand to ffcv. It renders on our threads, but sets torch's and numba's for everybody to its
+    """The thread count to hand to ffcv. Batches are made on our threads, but sets torch's and numba's for everybody to its
     own number."""
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -121,21 +121,21 @@ class _Order:
         return self.order
 
 
-class _RenderViews(SimpleRGBImageDecoder):
-    """The ffcv operation. Its result is a Batch, or the exception that rendering raised."""
+class _Fetch(SimpleRGBImageDecoder):
+    """The ffcv operation. Its result is a Batch, or the exception that making it raised."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, fetcher: ViewFetcher) -> None:
         super().__init__()
-        self.renderer = renderer
+        self.fetcher = fetcher
 
     def declare_state_and_memory(self, previous_state):
         return replace(previous_state, jit_mode=True, shape=(), dtype=np.dtype("u1")), None
 
     def generate_code(self):
-        def render(image_ids, _memory, _metadata, _storage):
+        def fetch(image_ids, _memory, _metadata, _storage):
             try:
-                return self.renderer(np.asarray(image_ids, np.int64))
+                return self.fetcher(np.asarray(image_ids, np.int64))
             except BaseException as error:  # ffcv's thread would die with it, and its consumer wait for ever
                 return error
 
-        return render
+        return fetch

@@ -1,7 +1,7 @@
 """Planes to views on a GPU, in Triton: crop, antialiased resize, flip, colours and normalisation, each pixel written once.
 
 A resize is two matrix products, ``down @ plane @ along.T``. The matrices hold the triangle's weights (``_triangle``, the
-filter of ``render.py``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
+filter of ``resize.py``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
 is made in registers where it is used. Bytes and weights fit float16, sums are float32. A blur has the same form, with
 Gaussian weights that fold the reflected border back in.
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import decode, drawing
-from .augment_compiled import ORDERS
+from .colours_compiled import ORDERS
 from .planes import Planes
 
 TILE = 32
@@ -39,7 +39,11 @@ _WIDTH, _FACTOR_Y, _FACTOR_X = tl.constexpr(decode.WIDTH), tl.constexpr(decode.F
 _BRIGHTNESS, _CONTRAST = tl.constexpr(drawing.BRIGHTNESS), tl.constexpr(drawing.CONTRAST)
 _SATURATION, _HUE, _ORDER = tl.constexpr(drawing.SATURATION), tl.constexpr(drawing.HUE), tl.constexpr(drawing.ORDER)
 _GREY, _SIGMA, _SOLARISE = tl.constexpr(drawing.GREY), tl.constexpr(drawing.SIGMA), tl.constexpr(drawing.SOLARISE)
-_FLIP = tl.constexpr(drawing.FLIP)
+_TOP, _LEFT, _FLIP = tl.constexpr(drawing.TOP), tl.constexpr(drawing.LEFT), tl.constexpr(drawing.FLIP)
+_CROP_HEIGHT, _CROP_WIDTH = tl.constexpr(drawing.CROP_HEIGHT), tl.constexpr(drawing.CROP_WIDTH)
+_LAYOUT_COLUMNS = tl.constexpr(decode.LAYOUT_COLUMNS)
+_GEOMETRY_COLUMNS = tl.constexpr(drawing.GEOMETRY_COLUMNS)
+_COLOUR_COLUMNS = tl.constexpr(drawing.COLOUR_COLUMNS)
 
 
 def views_from_planes(
@@ -52,7 +56,7 @@ def views_from_planes(
     std: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What ``view_reference.views_from_planes`` says, for planes on a CUDA device. Waits for nothing."""
+    """What ``reference.views_from_planes`` says, for planes on a CUDA device. Waits for nothing."""
     images, count = colour.shape[:2]
     num_views, device = images * count, planes.pixels.device
     tiles = triton.cdiv(size, TILE) ** 2
@@ -124,7 +128,7 @@ def _triangle(place, tap, end, parameters):
 
 @triton.jit
 def _box(start, length, limit, factor, place, first, last, size):
-    """How the view's pixels ``place``, from first to last, are made of ``limit`` pixels: the filter of ``render._filter``."""
+    """How the view's pixels ``place``, from first to last, are made of ``limit`` pixels: the filter of ``resize._filter``."""
     start, length = start / factor, length / factor
     scale = length / size
     support = tl.maximum(scale, 1.0)
@@ -161,7 +165,7 @@ def _gaussian(place, tap, end, parameters):
     return tl.where(tap < end, weight, 0.0)
 
 
-# --- colours: the formulas of augment.py on a tile's red, green and blue ---
+# --- colours: the formulas of colours.py on a tile's red, green and blue ---
 
 
 @triton.jit
@@ -252,7 +256,7 @@ def view_kernel(
     view, tiles, top, left = _tile(program, size, TILE)
     image = view // count
     row = image * all_views + first_view + view % count
-    colour += row * 8
+    colour += row * _COLOUR_COLUMNS
     contrast = tl.load(colour + _CONTRAST)
     if MEASURE and contrast == 1.0:
         return
@@ -263,16 +267,17 @@ def view_kernel(
     bottom, right = tl.minimum(top + TILE, size) - 1, tl.minimum(left + TILE, size) - 1
     source_y, source_x = tl.minimum(y, bottom), tl.minimum(x, right)
     first_x, last_x = left, right
-    geometry += row * 5
+    geometry += row * _GEOMETRY_COLUMNS
     if tl.load(geometry + _FLIP) == 1:
         source_x, first_x, last_x = size - 1 - source_x, size - 1 - right, size - 1 - left
 
-    layout += image * 6
+    layout += image * _LAYOUT_COLUMNS
     height, width = tl.load(layout + _HEIGHT), tl.load(layout + _WIDTH)
     factor_y, factor_x = tl.load(layout + _FACTOR_Y), tl.load(layout + _FACTOR_X)
     scale = tl.load(layout + _SCALE)
-    box_top, box_left = tl.load(geometry) / scale, tl.load(geometry + 1) / scale
-    box_height, box_width = tl.load(geometry + 2) / scale, tl.load(geometry + 3) / scale
+    box_top, box_left = tl.load(geometry + _TOP) / scale, tl.load(geometry + _LEFT) / scale
+    box_height = tl.load(geometry + _CROP_HEIGHT) / scale
+    box_width = tl.load(geometry + _CROP_WIDTH) / scale
     chroma_height, chroma_width = height // factor_y, width // factor_x
 
     luma = planes + tl.load(starts + image)
@@ -351,7 +356,7 @@ def blur_kernel(
     place = tl.load(places + view)
     if place < 0:
         return
-    colour += (view // count * all_views + first_view + view % count) * 8
+    colour += (view // count * all_views + first_view + view % count) * _COLOUR_COLUMNS
     sigma = tl.load(colour + _SIGMA) * blur_scale
     radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), size - 1)
     y, x = top + tl.arange(0, TILE), left + tl.arange(0, TILE)

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import FailureError
 from ..images.beton import Beton
 from .batch import Batch, ViewSet
-from .drawing import view_parameters
+from .drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP, view_parameters
 from .recipes import Recipe
 
 GEOMETRY = "pillow"
-"""Name of this resize path in a store's manifest."""
+"""Name of this way to resize in a store's manifest."""
 
 
 @dataclass(frozen=True)
-class PillowPath:
-    """Renders batches in ``workers`` processes, or in the caller's when it is 1."""
+class PillowBackend:
+    """Makes batches in ``workers`` processes, or in the caller's when it is 1."""
 
     data: Beton
     recipe: Recipe
@@ -74,7 +74,7 @@ class _Batches(Dataset):
                 return error
             for crops, parameters in zip(views, drawn, strict=True):
                 for v, geometry in enumerate(parameters.geometry[b].tolist()):
-                    crops[b, v] = render_view(image, geometry, crops.shape[2])
+                    crops[b, v] = resize_view(image, geometry, crops.shape[2])
         return Batch(
             ids,
             tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
@@ -82,8 +82,9 @@ class _Batches(Dataset):
         )
 
 
-def render_view(image: Image.Image, geometry: Sequence[int], size: int) -> np.ndarray:
+def resize_view(image: Image.Image, geometry: Sequence[int], size: int) -> np.ndarray:
     """(size, size, 3) uint8: crop, antialiased bilinear resize, flip. ``geometry`` is one row of ViewParameters."""
-    top, left, height, width, flip = geometry
-    crop = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)
+    top, left = geometry[TOP], geometry[LEFT]
+    box = (left, top, left + geometry[CROP_WIDTH], top + geometry[CROP_HEIGHT])
+    crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(crop)[:, ::-1] if geometry[FLIP] else np.asarray(crop)

@@ -8,12 +8,11 @@ View ids 0, 1, 2 ... are global crops, and the cached views are the first V of t
 crops.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
-
-import numpy as np
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 from ..errors import MisuseError, unknown_name
+from ..settings import Setting, check
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Crop:
 
     ``scale`` is the area of the crop as a fraction of the image, ``ratio`` its width over height (drawn log-uniformly). With
     ``centre`` > 0 the crop is not random but the centred square of that fraction of the shorter side. ``size`` is the side in
-    pixels at which the paper renders the crop: blur radii refer to it, and it is the default output size.
+    pixels to which the paper resizes the crop: blur radii refer to it, and it is the default output size.
     """
 
     size: int
@@ -53,10 +52,6 @@ class Crop:
         if not 0.0 <= self.hue <= 0.5 or min(self.brightness, self.contrast, self.saturation) < 0.0 or self.size < 1:
             raise MisuseError("view colour strengths must be at least 0 (hue at most 0.5) and sizes at least 1 px")
 
-    def row(self) -> np.ndarray:
-        """The crop as float64 values in field order, pairs flattened: what the compiled draw reads."""
-        return np.array([x for f in fields(self) for x in np.atleast_1d(getattr(self, f.name))], dtype=np.float64)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -81,12 +76,8 @@ class Recipe:
             )
         if self.num_local and self.local_crop is None:
             raise MisuseError(
-                f"recipe {self.name} has no local crop: leave out --num-local or take a recipe that has (dino, swav ...)"
+                f"recipe {self.name} has no local crop: leave out `num_local` or take a recipe that has (dino, swav ...)"
             )
-
-    def table(self) -> np.ndarray:
-        """One row a kind of crop, the local kind last: (kinds + 1, fields) float64."""
-        return np.stack([c.row() for c in (*self.global_crops, self.local_crop or self.global_crops[0])])
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -167,20 +158,44 @@ def evaluation_recipe(centre: float) -> Recipe:
     return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1)
 
 
+Share = tuple[float, float]
+"""A part of the image's area, low and high."""
+
+
 @dataclass(frozen=True)
 class RecipeOverrides:
     """What a user may change of a named recipe; None keeps the recipe's own value. ``colour`` scales all jitter strengths."""
 
-    num_global: int | None = None
-    num_local: int | None = None
-    global_scale: tuple[float, float] | None = None
-    local_scale: tuple[float, float] | None = None
-    centre: float | None = None
-    colour: float | None = None
-    flip: float | None = None
-    grey: float | None = None
-    blur: float | None = None
-    solarise: float | None = None
+    num_global: Annotated[int | None, Setting("Global crops an image; default the recipe's.", low=1)] = None
+    num_local: Annotated[int | None, Setting("Local crops an image; default the recipe's.", low=0)] = None
+    global_scale: Annotated[
+        Share | None,
+        Setting(
+            "Area of a global crop as a fraction of the image, LOW HIGH; default the recipe's. Small objects want a high LOW."
+        ),
+    ] = None
+    local_scale: Annotated[Share | None, Setting("Area of a local crop, LOW HIGH; default the recipe's.")] = None
+    centre: Annotated[
+        float | None,
+        Setting("Centred square of this share of the shorter side instead of a random crop.", low=0, high=1),
+    ] = None
+    colour: Annotated[
+        float | None,
+        Setting("Factor on the recipe's colour jitter; 0 where colour is the signal (stains, dyes).", low=0),
+    ] = None
+    flip: Annotated[
+        float | None,
+        Setting("Probability of a mirrored view; 0 where left and right differ (text, digits).", low=0, high=1),
+    ] = None
+    grey: Annotated[float | None, Setting("Probability of a grey view.", low=0, high=1)] = None
+    blur: Annotated[
+        float | None,
+        Setting("Probability of blur in every kind of view; 0 where detail is the signal.", low=0, high=1),
+    ] = None
+    solarise: Annotated[float | None, Setting("Probability of solarising in every kind of view.", low=0, high=1)] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
@@ -188,6 +203,10 @@ def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     recipe, o = RECIPES[name], overrides or RecipeOverrides()
+    if o.local_scale is not None and recipe.local_crop is None:
+        raise MisuseError(
+            f"`local_scale`: recipe {name} has no local crops, take dino, sslight, swav, sslight-swav or msn"
+        )
 
     def changed(crop: Crop, scale: tuple[float, float] | None) -> Crop:
         new = {k: v for k in ("flip", "grey", "blur", "solarise") if (v := getattr(o, k)) is not None}

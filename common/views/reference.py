@@ -1,12 +1,13 @@
-"""Planes to views in plain torch, on any device: the reference of ``view_kernel``, and its stand-in where there is no Triton."""
+"""Planes to views in plain torch, on any device: the reference of ``kernel.py``, and its stand-in where there is no GPU."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .augment import augment_torch
+from .colours import apply_colours_torch
 from .decode import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, WIDTH, YCC
+from .drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP
 from .planes import Planes
 
 
@@ -23,7 +24,7 @@ def views_from_planes(
     """The views first .. first + n of every image, as the network takes them.
 
     planes: on any device. colour: their part (B, n, 8) of ``planes.colour``, on the CPU. size, blur_scale, mean, std: as for
-    ``augment``; mean and std are on the planes' device. Returns (B, n, 3, size, size) of ``dtype``.
+    ``apply_colours``; mean and std are on the planes' device. Returns (B, n, 3, size, size) of ``dtype``.
     """
     layout, starts, geometry = (t.tolist() for t in (planes.layout, planes.starts, planes.geometry))
     resized = [
@@ -31,20 +32,23 @@ def views_from_planes(
         for start, row, crops in zip(starts[:-1], layout, geometry, strict=True)
     ]
     images = torch.stack([view for image in resized for view in image])
-    return augment_torch(images, colour.flatten(0, 1), blur_scale, mean, std).to(dtype).unflatten(0, colour.shape[:2])
+    return (
+        apply_colours_torch(images, colour.flatten(0, 1), blur_scale, mean, std)
+        .to(dtype)
+        .unflatten(0, colour.shape[:2])
+    )
 
 
 def _resized(pixels: Tensor, layout: list[int], geometry: list[int], size: int) -> Tensor:
     """One view before its colours: (3, size, size) float32, RGB from 0 to 255."""
-    *box, flip = geometry
-    top, left, box_height, box_width = (value / layout[SCALE] for value in box)
+    top, left, box_height, box_width = (geometry[n] / layout[SCALE] for n in (TOP, LEFT, CROP_HEIGHT, CROP_WIDTH))
     planes, at = [], 0
     for factor_y, factor_x in ((1, 1), (layout[FACTOR_Y], layout[FACTOR_X]), (layout[FACTOR_Y], layout[FACTOR_X])):
         height, width = layout[HEIGHT] // factor_y, layout[WIDTH] // factor_x
         plane = pixels[at : at + height * width].view(height, width).float()
         down = _triangle(top / factor_y, box_height / factor_y, height, size, factor_y).to(plane)
         along = _triangle(left / factor_x, box_width / factor_x, width, size, factor_x).to(plane)
-        planes.append(down @ plane @ (along.flip(0) if flip else along).T)
+        planes.append(down @ plane @ (along.flip(0) if geometry[FLIP] else along).T)
         at += height * width
     if layout[KIND] == YCC:  # JFIF's full range
         luma, blue, red = planes[0], planes[1] - 128, planes[2] - 128
@@ -53,7 +57,7 @@ def _resized(pixels: Tensor, layout: list[int], geometry: list[int], size: int) 
 
 
 def _triangle(start: float, length: float, limit: int, size: int, factor: int) -> Tensor:
-    """(size, limit) float64: by which weights source pixels make the view's. The filter that ``render._filter`` explains."""
+    """(size, limit) float64: by which weights source pixels make the view's. The filter that ``resize._filter`` explains."""
     scale = length / size
     support = max(scale, 1.0) if factor == 1 else math.hypot(1.0, max(scale, 1 / factor))
     centres = start + (torch.arange(size, dtype=torch.float64) + 0.5) * scale

@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
 from .decode import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, SLACK, WIDTH, YCC
+from .drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP
 
 intrinsic: Any = numba_intrinsic  # untyped: called with one argument less than it is written with
 
@@ -192,7 +193,7 @@ def _to_rgb(luma, blue, red, out):
 
 
 @njit(cache=True, nogil=True)
-def render_views(planes, plane_starts, layout, geometry, sizes, view_starts, first_image, out):
+def resize_views(planes, plane_starts, layout, geometry, sizes, view_starts, first_image, out):
     """Every view of n decoded images.
 
     planes: (bytes,) uint8, plane_starts: (n + 1,) and layout: (n, 6) int32, of ``decode_planes``. geometry: (n, V, 5)
@@ -207,9 +208,9 @@ def render_views(planes, plane_starts, layout, geometry, sizes, view_starts, fir
         chroma_height, chroma_width = height // factor_y, width // factor_x
         for v in range(len(sizes)):
             size = sizes[v]
-            top, left = geometry[i, v, 0] / scale, geometry[i, v, 1] / scale
-            box_height, box_width = geometry[i, v, 2] / scale, geometry[i, v, 3] / scale
-            flip = geometry[i, v, 4] == 1
+            view = geometry[i, v]
+            top, left, flip = view[TOP] / scale, view[LEFT] / scale, view[FLIP] == 1
+            box_height, box_width = view[CROP_HEIGHT] / scale, view[CROP_WIDTH] / scale
             rows = _filter(top, box_height, height, size, 1, False)
             columns = _filter(left, box_width, width, size, 1, flip)
             stride = (size + LANES - 1) // LANES * LANES
@@ -225,8 +226,8 @@ def render_views(planes, plane_starts, layout, geometry, sizes, view_starts, fir
                 plane_width = width if plane == 0 else chroma_width
                 _resize(planes, at, plane_width, rows, columns, resized[plane].ravel(), stride)
             begin = view_starts[v, 0] + (first_image + i) * view_starts[v, 1]
-            view = out[begin : begin + 3 * size * size].reshape(3, size, size)
+            pixels = out[begin : begin + 3 * size * size].reshape(3, size, size)
             if layout[i, KIND] == YCC:
-                _to_rgb(resized[0], resized[1], resized[2], view)
+                _to_rgb(resized[0], resized[1], resized[2], pixels)
             else:
-                view[:] = resized[:, :size, :size]
+                pixels[:] = resized[:, :size, :size]

@@ -35,6 +35,10 @@ class Features:
         """Columns that a classifier needs: the class names, or one more than the greatest label."""
         return len(self.classes) if self.classes else int(self.labels.max()) + 1
 
+    def class_name(self, label: int) -> str:
+        """A label as a sentence names it: the class in quotes, or the number where classes have no names."""
+        return repr(self.classes[label]) if self.classes and label < len(self.classes) else str(label)
+
     def rows(self, indices: Tensor | np.ndarray) -> "Features":
         """The chosen rows, in the order given."""
         chosen = torch.as_tensor(indices, device=self.labels.device)
@@ -66,15 +70,13 @@ def extract_features(
     batches: Iterable[tuple[Tensor, Tensor]],
     start: int,
     stop: int,
-    *,
-    device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features (stop - start, D), float32 on the CPU, of image ids start ... stop - 1 whatever the order of arrival.
 
-    ``batches`` yields image ids (B,) int64 and normalised images (B, 3, S, S). A backbone that is a module runs in eval
-    mode and is left in the mode it had. ``progress`` is called with the number of images of each batch. FailureError:
-    the batches did not cover every image.
+    ``batches`` yields image ids (B,) int64 and normalised images (B, 3, S, S) on the backbone's device. A backbone that is
+    a module runs in eval mode and is left in the mode it had. ``progress`` is called with the number of images of each
+    batch. FailureError: the batches did not cover every image.
     """
     features = torch.empty(0)
     seen = torch.zeros(stop - start, dtype=torch.bool)
@@ -83,7 +85,7 @@ def extract_features(
         backbone.eval()
     try:
         for image_ids, images in batches:
-            output = backbone(images.to(device)).float().cpu()
+            output = backbone(images).float().cpu()
             if not len(features):
                 features = output.new_empty(stop - start, output.shape[1])
             rows = image_ids.cpu() - start
@@ -161,7 +163,5 @@ def same_classes(train: Features, test: Features) -> Features:
         labels = renumbered[labels]
     absent = labels[~torch.isin(labels, train.labels.unique())]
     if len(absent):
-        label = int(absent[0])
-        name = repr(train.classes[label]) if train.classes and label < len(train.classes) else label
-        raise MisuseError(f"class {name} of the test set has no image in the training set")
+        raise MisuseError(f"class {train.class_name(int(absent[0]))} of the test set has no image in the training set")
     return Features(test.features, labels, train.classes)

@@ -4,8 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from math import cos, pi
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,24 +15,17 @@ from ...common.errors import MisuseError
 from ...common.files import replacing
 from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
+from ..optimiser import cosine_decay
+from .config import FinetuneConfig
+from .crops import RandomCrops
 from .features import Features
 from .labelled import LabelledImages
 from .logistic import fit_logistic
 from .lowshot import REGULARISATION, LowshotResult, Share
 from .network import FrozenNetwork
-from .views import TrainingBatches, evaluation_batches
 
 HEAD_RATE = 10.0
 """The classifier's learning rate over the network's."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """AdamW with a cosine to 0 over ``epochs`` of the subset. ``lr`` is the network's, for any batch size."""
-
-    epochs: int = 30
-    lr: float = 1e-4
-    weight_decay: float = 0.05
 
 
 class Classifier(nn.Module):
@@ -116,11 +108,11 @@ def finetune(
         {"params": model.head.parameters(), "lr": HEAD_RATE * config.lr},
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: 0.5 * (1 + cos(pi * epoch / config.epochs)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: cosine_decay(epoch, config.epochs))
     labels = subset.labels_by_id().to(network.device)
-    batches = TrainingBatches(Beton(train.path), network.size, network.mean, network.std, network.device, loader, seed)
+    crops = RandomCrops(network, Beton(train.path), loader, seed)
     for epoch in range(config.epochs):
-        for image_ids, images in batches.epoch(subset.image_ids, epoch):
+        for image_ids, images in crops.epoch(subset.image_ids, epoch):
             optimiser.zero_grad()
             F.cross_entropy(model(images), labels[image_ids.to(network.device)]).backward()
             optimiser.step()
@@ -132,8 +124,6 @@ def finetune(
 def _top1(model: nn.Module, network: FrozenNetwork, test: LabelledImages, loader: LoaderConfig) -> float:
     """Percent of the images of ``test`` that get their label."""
     labels = test.labels_by_id()
-    batches = evaluation_batches(
-        Beton(test.path), network.size, network.mean, network.std, network.device, loader, test.image_ids.numpy()
-    )
+    batches = network.centred(Beton(test.path), loader, test.image_ids.numpy())
     hits = sum(int((model(images).argmax(1).cpu() == labels[ids]).sum()) for ids, images in batches)
     return 100 * hits / len(test.image_ids)

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...common.errors import MisuseError
 from ...common.views.loader import LoaderConfig
 from .features import Features, same_classes
 from .network import FrozenNetwork
-from .subsets import balanced_subset
+from .subsets import hold_out
 
 HELD_OUT = 0.2
 """Share of each class that is tested on where there is no test set; the same images for every network."""
@@ -60,13 +59,5 @@ def labelled_images(
         held_out = read(test)
         features = same_classes(stored.features, held_out.features)
         return stored, LabelledImages(held_out.path, features, held_out.image_ids, held_out.num_stored)
-    labels = stored.features.labels
-    rows = balanced_subset(labels, fraction=HELD_OUT, seed=0)
-    kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[rows] = False
-    lone = labels[rows][~torch.isin(labels[rows], labels[kept])]
-    if len(lone):
-        classes = stored.features.classes
-        name = repr(classes[int(lone[0])]) if classes else int(lone[0])
-        raise MisuseError(f"{train}: class {name} has one image, none is left to train on: add some, or pass --test")
-    return stored.rows(kept.nonzero().flatten()), stored.rows(rows)
+    kept, tested = hold_out(stored.features, HELD_OUT, 0, f"add some to {train}, or give `test`")
+    return stored.rows(kept), stored.rows(tested)

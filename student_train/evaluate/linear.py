@@ -7,31 +7,16 @@ for all of them. A validation part of the training set chooses the setting; the 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ..optimiser import cosine_decay
+from .config import LinearConfig
 from .features import Features, same_classes
-from .subsets import balanced_subset
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """SGD with momentum and a cosine to 0, for every pair of ``learning_rates`` and ``weight_decays`` (>= 0).
-
-    Rates are for standardised features. ``validation`` in (0, 1) is the share of each class kept for choosing.
-    """
-
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
-    weight_decays: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
-    epochs: int = 100
-    batch_size: int = 256
-    momentum: float = 0.9
-    validation: float = 0.1
-    seed: int = 0
+from .subsets import hold_out
 
 
 @dataclass(frozen=True)
@@ -82,13 +67,14 @@ class LinearHeads:
 def linear(
     train: Features,
     test: Features,
-    config: LinearConfig = LinearConfig(),
+    config: LinearConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearResult:
     """Sweep, choose, test. Runs on the device the features are on; ``progress`` is called with (epochs done, all).
 
     MisuseError: a test class that the training set lacks, or a class with fewer than two training images.
     """
+    config = config or LinearConfig()
     test = same_classes(train, test)
     fit_rows, held_out = split_validation(train, config)
     fit, validation = train.rows(fit_rows), train.rows(held_out)
@@ -101,21 +87,11 @@ def split_validation(train: Features, config: LinearConfig) -> tuple[Tensor, Ten
 
     MisuseError: a class that would have nothing left to train on.
     """
-    held_out = balanced_subset(train.labels, fraction=config.validation, seed=config.seed)
-    kept = torch.ones(len(train), dtype=torch.bool, device=train.labels.device)
-    kept[held_out] = False
-    rows = kept.nonzero().flatten()
-    labels = train.labels[held_out]
-    lone = labels[~torch.isin(labels, train.labels[rows])]
-    if len(lone):
-        label = int(lone[0])
-        name = repr(train.classes[label]) if train.classes else label
-        raise MisuseError(f"class {name} has one training image, linear wants at least 2: one to choose by")
-    return rows, held_out
+    return hold_out(train, config.validation, config.seed, "linear wants at least 2, one to choose by")
 
 
 def choose_and_test(
-    heads: "LinearHeads", validation: Features, test: Features, config: LinearConfig, num_train: int
+    heads: LinearHeads, validation: Features, test: Features, config: LinearConfig, num_train: int
 ) -> LinearResult:
     """The setting that is best on ``validation``, the first of equals, and its accuracies on ``test``."""
     accuracies = top_k_accuracy(heads, validation, 1).tolist()
@@ -153,8 +129,8 @@ class HeadSweep:
     """
 
     def __init__(self, train: Features, config: LinearConfig) -> None:
-        if config.epochs < 1 or not config.learning_rates or not config.weight_decays:
-            raise MisuseError("a linear evaluation needs at least one epoch, one learning rate and one weight decay")
+        if not config.learning_rates or not config.weight_decays:
+            raise MisuseError("a linear evaluation needs at least one learning rate and one weight decay")
         self.mean = train.features.mean(0)
         self.scale = 1 / train.features.std(0).clamp_min(1e-6)
         rates, decays = torch.tensor(
@@ -186,7 +162,7 @@ class HeadSweep:
 
         self.weight_momentum.mul_(self.momentum).addcmul_(self.weights, self.decays).addmm_(x.T, gradient)
         self.bias_momentum.mul_(self.momentum).add_(gradient.sum(0))
-        step_sizes = self.rates * -(0.5 * (1 + cos(pi * self.steps_done / self.num_steps)))
+        step_sizes = self.rates * -cosine_decay(self.steps_done, self.num_steps)
         self.weights.addcmul_(self.weight_momentum, step_sizes)
         self.biases.addcmul_(self.bias_momentum, step_sizes)
         self.steps_done += 1
@@ -197,14 +173,19 @@ class HeadSweep:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.STATE}
+        """What a resumed sweep goes on from; the rest follows from the features and the configuration."""
+        return {
+            "weights": self.weights,
+            "biases": self.biases,
+            "weight_momentum": self.weight_momentum,
+            "bias_momentum": self.bias_momentum,
+            "steps_done": self.steps_done,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in self.STATE:
-            setattr(self, name, state[name])
-
-    STATE = ("weights", "biases", "weight_momentum", "bias_momentum", "steps_done")
-    """What a resumed sweep goes on from; the rest follows from the features and the configuration."""
+        self.weights, self.biases = state["weights"], state["biases"]
+        self.weight_momentum, self.bias_momentum = state["weight_momentum"], state["bias_momentum"]
+        self.steps_done = state["steps_done"]
 
 
 def top_k_accuracy(heads: LinearHeads, test: Features, k: int) -> Tensor:

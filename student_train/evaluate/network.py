@@ -1,6 +1,6 @@
 """A frozen network and the pixels it expects: a student, a teacher, or the pixels themselves. What every evaluation measures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError, is_out_of_memory
 from ...common.images.beton import Beton
-from ...common.views.loader import LoaderConfig
+from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from ...common.views.recipes import evaluation_recipe
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
 from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
 from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
-from .views import evaluation_batches
+
+SMALL_SIDE = 64
+"""Data sets whose images are at most this many pixels a side are seen whole; from others 7/8 of the shorter side is cut,
+as usual.
+"""
 
 
 class TeacherWithBackbone(Protocol):
@@ -110,10 +115,8 @@ class FrozenNetwork:
         def extract(start: int, stop: int) -> Tensor:
             nonlocal done
             done = start
-            batches = evaluation_batches(
-                data, self.size, self.mean, self.std, self.device, loader, np.arange(start, stop)
-            )
-            return extract_features(self.embed, batches, start, stop, device=self.device, progress=count)
+            batches = self.centred(data, loader, np.arange(start, stop))
+            return extract_features(self.embed, batches, start, stop, progress=count)
 
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
         try:
@@ -125,8 +128,22 @@ class FrozenNetwork:
                 raise
             raise MisuseError(
                 f"not enough memory for {loader.batch_size} images of {self.size} x {self.size} px at a time: "
-                "lower --batch-size or --size"
+                "lower `batch_size` or `size`"
             ) from error
         if progress:
             progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
         return label_features(features, data.labels, data.manifest.classes)
+
+    def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """``batches`` of the middle of each image."""
+        small = max(int(data.heights.max()), int(data.widths.max())) <= SMALL_SIDE
+        return self.batches(ViewLoader(data, evaluation_recipe(1.0 if small else 0.875), 0, loader), image_ids, 0)
+
+    def batches(self, views: ViewLoader, image_ids: np.ndarray, view_id: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One view of each image, in the order given: ids (B,) int64 on the CPU, and images (B, 3, size, size) float32 as the
+        network takes them, on its device.
+        """
+        mean, std = torch.tensor(self.mean, device=self.device), torch.tensor(self.std, device=self.device)
+        for batch in views.epoch(image_ids, [ViewSet((view_id,), self.size)]):
+            images = batch.to(self.device).augment(0, 1.0, mean, std).flatten(0, 1)
+            yield torch.from_numpy(batch.image_ids.copy()), images

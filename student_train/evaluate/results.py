@@ -35,7 +35,7 @@ def write_result(
             by_labels = {entry["labels"]: entry for entry in [*earlier.get("results", []), *result["results"]]}
             result = {**result, "results": list(by_labels.values())}
     if different:
-        note(f"{path}: an earlier result with {different[0]} is replaced; --out keeps results apart")
+        note(f"{path}: an earlier result with {different[0]} is replaced; another folder keeps results apart")
     with replacing(path) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
     return path

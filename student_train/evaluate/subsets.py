@@ -1,10 +1,11 @@
-"""Class-balanced subsets of a labelled data set, the same on every machine for a seed."""
+"""Class-balanced subsets of labelled images, the same on every machine for a seed."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from .features import Features
 
 
 def balanced_subset(
@@ -32,3 +33,20 @@ def balanced_subset(
         order = np.random.RandomState([seed, label]).permutation(len(rows))[:count]
         chosen.append(rows[torch.from_numpy(order).to(rows.device)])
     return torch.cat(chosen).sort().values
+
+
+def hold_out(data: Features, fraction: float, seed: int, remedy: str) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, ascending: ``balanced_subset``'s ``fraction`` of each class are held out.
+
+    MisuseError, which ends in ``remedy``: a class of which nothing would be left to train on.
+    """
+    held_out = balanced_subset(data.labels, fraction=fraction, seed=seed)
+    kept = torch.ones(len(data), dtype=torch.bool, device=data.labels.device)
+    kept[held_out] = False
+    rows = kept.nonzero().flatten()
+    labels = data.labels[held_out]
+    lone = labels[~torch.isin(labels, data.labels[rows])]
+    if len(lone):
+        name = data.class_name(int(lone[0]))
+        raise MisuseError(f"class {name} has one image, none is left to train on: {remedy}")
+    return rows, held_out

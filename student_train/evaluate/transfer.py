@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...common.errors import MisuseError, unknown_name
 from ...common.images.beton import Beton
 from ...common.images.pack import PackConfig, pack
-from ...common.images.sources import Source, open_folder
+from ...common.images.sources import Source, open_folder, open_torchvision
 
 CLEVR_COUNTS = range(3, 11)
 """Objects in a scene: the eight classes of Clevr/Count."""
@@ -35,7 +34,7 @@ class TransferTask:
 
     name: str
     open: Callable[[Path, bool], Sources]
-    where: str
+    needs: str
     """What is needed, from where, and how it lies below the root."""
     can_download: bool = True
 
@@ -50,13 +49,13 @@ def open_task(name: str, root: Path, download: bool = False) -> Sources:
         raise unknown_name("transfer task", name, TASKS)
     task = TASKS[name]
     if download and not task.can_download:
-        raise MisuseError(f"{name} has no download that rob could make. {task.where}")
+        raise MisuseError(f"{name} has no download that rob could make. {task.needs}")
     try:
         return task.open(root, download)
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # absent, or not as it should be
         reason = str(error).splitlines()[0]
-        remedy = "; or pass --download" if task.can_download and not download else ""
-        raise MisuseError(f"{name} is not in {root} ({reason}). {task.where}{remedy}") from None
+        remedy = "; or pass `download`" if task.can_download and not download else ""
+        raise MisuseError(f"{name} is not in {root} ({reason}). {task.needs}{remedy}") from None
 
 
 def packed_task(
@@ -76,8 +75,8 @@ def packed_task(
     if name not in TASKS:
         raise unknown_name("transfer task", name, TASKS)
     some = f"-{limit}" if limit else ""
-    where = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-    whose = f"{name}-{where}" if name == "folder" else name  # each root is another data set
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    whose = f"{name}-{digest}" if name == "folder" else name  # each root is another data set
     paths = packed / f"{whose}-train{some}-{max_resolution}px.beton", packed / f"{whose}-test-{max_resolution}px.beton"
     if not all(path.exists() for path in paths):
         sources = open_task(name, root, download)
@@ -92,21 +91,11 @@ def packed_task(
 # ==== the tasks ====
 
 
-def _open_cifar(class_name: str) -> Callable[[Path, bool], Sources]:
+def _open_named(name: str) -> Callable[[Path, bool], Sources]:
+    """The splits train and test of one of ``sources.NAMED``."""
+
     def open_(root: Path, download: bool) -> Sources:
-        from torchvision import datasets
-
-        def source(train: bool) -> Source:
-            data = getattr(datasets, class_name)(root=str(root), train=train, download=download)
-            paths = tuple(f"{'train' if train else 'test'}/{row:05}" for row in range(len(data)))
-
-            def read(path: str) -> tuple[Image.Image, int]:
-                row = int(path.rpartition("/")[2])
-                return Image.fromarray(data.data[row]), int(data.targets[row])
-
-            return Source(paths, read, tuple(data.classes))
-
-        return source(True), source(False)
+        return open_torchvision(name, "train", root, download), open_torchvision(name, "test", root, download)
 
     return open_
 
@@ -222,12 +211,12 @@ TASKS = {
     for task in (
         TransferTask(
             "cifar10",
-            _open_cifar("CIFAR10"),
+            _open_named("cifar10"),
             "Fetch cifar-10-python.tar.gz (170 MB) from cs.toronto.edu/~kriz and unpack it to ROOT/cifar-10-batches-py",
         ),
         TransferTask(
             "cifar100",
-            _open_cifar("CIFAR100"),
+            _open_named("cifar100"),
             "Fetch cifar-100-python.tar.gz (170 MB) from cs.toronto.edu/~kriz and unpack it to ROOT/cifar-100-python",
         ),
         TransferTask(

@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp on the target's logits, as two vectors of offsets: what SwAV, MSN and DINOv2/v3 put in the centre's place.
+"""Sinkhorn-Knopp on the target's logits, as an offset a prototype: what SwAV, MSN and DINOv2/v3 put in the centre's place.
 
 SwAV's iteration brings the matrix exp(t / temp) of R rows and K prototypes to equal sums, prototypes first, rows last. In
 logarithms the result is ``q = exp(t / temp + row + column)``. As every row of q sums to one, ``row`` is what a softmax
@@ -17,9 +17,8 @@ from .target import DenseTarget, EmbeddingTarget, widened
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """row: (B, G) and column: (K,), in float32 or wider, with q = exp(t / temp + row + column)."""
+    """column: (K,) in float32 or wider, with q = softmax(t / temp + column)."""
 
-    row: Tensor
     column: Tensor
     temp: float
 
@@ -78,7 +77,7 @@ def sinkhorn_offsets(
                 column[tile] = -(over_rows if log_sum_over_ranks is None else log_sum_over_ranks(over_rows))
                 log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits.add_(column[tile]), dim=1))
             row = -log_sum
-    return Offsets(row.view(target.num_images, target.num_views), column, temp)
+    return Offsets(column, temp)
 
 
 def _logits(target: EmbeddingTarget | DenseTarget, tile: slice) -> Tensor:

@@ -5,7 +5,7 @@ An objective owns the student's head, and whatever it gathers from step to step 
 store, a teacher, or a momentum copy of the student, which shares its ``embed`` and ``prototypes``.
 """
 
-from .config import ObjectiveConfig
+from ..config import ObjectiveConfig
 from .dino import DinoObjective
 from .disco import DiscoObjective
 from .embedding import EmbeddingObjective

@@ -7,9 +7,9 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from ...common.heads import Prototypes
+from ..config import READ, ObjectiveConfig
 from ..kernels.target import Target
 from ..targets.space import TargetSpace
-from .config import READ, ObjectiveConfig
 from .without_teacher import CopySettings
 
 

@@ -20,11 +20,11 @@ from ...common.heads import Activation, ProjectionHead, Prototypes
 from ...common.ranks import mean_over_ranks
 from ...common.store.encodings import check_temperature
 from ..collapse import entropies
+from ..config import ObjectiveConfig
 from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
 from ..targets.space import TargetSpace
 from .centre import SinkhornCentre, build_centre, build_sinkhorn
-from .config import ObjectiveConfig
 from .objective import Objective, ObjectiveContext
 from .queue import queue_length
 

@@ -13,7 +13,7 @@ of it, which says which views the student's targets belong to and answers, batch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ...common.images.beton import Beton
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe
+from ..config import ObjectiveConfig
 from ..kernels.target import Target
-from ..objectives.config import ObjectiveConfig
 from ..student_with_head import StudentWithHead
 from .pairing import ViewPlan
 from .space import TargetSpace
@@ -107,11 +107,3 @@ class TargetBranch:
         ``crops`` are the student's, as it will see them. None: the student makes its own target.
         """
         raise NotImplementedError
-
-
-class TargetsConfig(Protocol):
-    """What fills the target branch of a run."""
-
-    def open(self, run: RunContext) -> TargetBranch:
-        """The branch for ``run``. MisuseError: it cannot serve such a run."""
-        ...

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.settings import check
 from ...common.store.encodings import Encoding
 from ...common.store.prefetch import TargetPrefetcher, window_blocks
 from ...common.store.reader import TargetStore
@@ -17,6 +18,7 @@ from ...common.views.batch import Batch
 from ...common.views.recipes import Recipe
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .branch import RunContext, TargetBranch
+from .config import CacheInMemory, WindowMib
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -34,10 +36,13 @@ class Cached:
     """
 
     path: Path
-    window_mib: float = 256
-    cache_in_memory: bool = False
+    window_mib: WindowMib = 256
+    cache_in_memory: CacheInMemory = False
     recipe: Recipe | None = None
     local_scale: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def open(self, run: RunContext) -> "CachedTargets":
         """MisuseError: the store is of another data set, or its recipe has no local crops to scale."""
@@ -86,8 +91,8 @@ class CachedTargets(TargetBranch):
 
     @contextmanager
     def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., Target]]:
-        prefetcher, columns = self._prefetch(batch_size), np.array(plan.targets)
-        prefetcher.columns = lambda image_ids: columns
+        prefetcher = self._prefetch(batch_size)
+        prefetcher.columns = np.array(plan.targets)
         batches = prefetcher.epoch(order)
 
         def target(batch: Batch, crops: Sequence[Tensor] = ()) -> Target:

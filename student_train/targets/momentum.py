@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError
 from ...common.run import autocast
+from ...common.settings import check
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, ObjectiveConfig
 from ..student_with_head import StudentWithHead
 from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
+from .config import CopyMomentum, CopyPrototypes, WarmupTeacherTempEpochs
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -63,9 +65,12 @@ class Momentum:
     start, and the epochs in which the teacher's temperature rises (0: it is what it is from the start)."""
 
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
-    prototypes: int | None = None
-    copy_momentum: float | None = None
-    warmup_teacher_temp_epochs: int | None = None
+    prototypes: CopyPrototypes = None
+    copy_momentum: CopyMomentum = None
+    warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def open(self, run: RunContext) -> "MomentumTargets":
         """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ...common.config import ViewSize
+from ...common.settings import check
 from ...common.teacher import FrozenTeacher, embedder
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from .branch import RunContext, TargetBranch
 from .cached import WINDOW_BLOCKS
+from .config import Views
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -25,8 +28,11 @@ class Online:
 
     teacher: FrozenTeacher
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
-    views: int = 4
-    view_size: int | None = None
+    views: Views = 4
+    view_size: ViewSize = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def open(self, run: RunContext) -> "OnlineTargets":
         return OnlineTargets(self, run)

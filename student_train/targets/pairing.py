@@ -13,88 +13,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...common.errors import MisuseError, unknown_name
+from ...common.errors import MisuseError
 from ...common.views.drawing import LOCAL
 from ...common.views.recipes import Recipe
+from ..config import PairingChoice, PairingConfig
 from ..objectives import OBJECTIVES
-
-PAIRINGS = ("same", "cross", "all")
-
-
-@dataclass(frozen=True)
-class PairingConfig:
-    """``step_targets`` target views of every image in a step, against as many global crops and ``num_local`` local crops.
-
-    ``fresh`` (cross only): the student's global crops are new in every epoch instead of the target's own.
-    ``global_weight`` is alpha of SSLight (2210.02808): the weight of the pairs of a target with a global crop, the local crops
-    having the rest; None weighs all pairs alike, as DINO does.
-    """
-
-    pairing: str = "cross"
-    step_targets: int = 2
-    num_local: int = 0
-    fresh: bool = True
-    global_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.pairing not in PAIRINGS:
-            raise unknown_name("pairing", self.pairing, PAIRINGS)
-        if self.step_targets < 1 or self.num_local < 0:
-            raise MisuseError(
-                f"a step needs at least 1 target view and 0 local crops, got {self.step_targets} and {self.num_local}"
-            )
-        if self.pairing == "same" and self.num_local:
-            raise MisuseError(
-                "`pairing` same has no target for a local crop: use `num_local` 0, or `pairing` all or cross"
-            )
-        if self.pairing == "cross" and not self.fresh and self.step_targets + self.num_local < 2:
-            raise MisuseError(
-                "`pairing` cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
-            )
-        if self.global_weight is None:
-            return
-        if not 0.0 <= self.global_weight <= 1.0:
-            raise MisuseError(f"the weight of global pairs is {self.global_weight}, expected a value from 0 to 1")
-        if not self.num_local:
-            raise MisuseError(
-                "`global_weight` is against local crops, and there are none: leave it out, or use `num_local`"
-            )
-        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and self.step_targets == 1:
-            raise MisuseError(
-                "`global_weight` 1 leaves no pair: one view meets only local crops, which then weigh nothing"
-            )
 
 
 def choose_pairing(
-    objective: str,
-    recipe: Recipe,
-    views: int,
-    pairing: str | None = None,
-    step_targets: int | None = None,
-    num_local: int | None = None,
-    fresh: bool | None = None,
-    global_weight: float | None = None,
+    objective: str, recipe: Recipe, views: int, choice: PairingChoice | None = None, from_student: bool = False
 ) -> PairingConfig:
-    """What is not said (None) as the objective's paper has it.
+    """What the ``choice`` leaves open as the objective's paper has it.
 
-    ``views`` is what the branch has of an image: where it has fewer than the paper uses in a step, all of them are used.
-    Local crops, and the weight of the pairs without one, are the recipe's. MisuseError: options that contradict each other.
+    ``views`` is what the branch has of an image: where it has fewer than the paper uses in a step, all of them are used. Targets
+    ``from_student`` are of the very crops that the student sees. Local crops, and the weight of the pairs without one, are the
+    recipe's. MisuseError: settings that contradict each other.
     """
-    paper = OBJECTIVES[objective]
-    pairing = pairing or paper.pairing
+    paper, choice = OBJECTIVES[objective], choice or PairingChoice()
+    pairing, fresh = choice.pairing or paper.pairing, choice.fresh
     if paper.only_pairing and pairing != paper.pairing:
         raise MisuseError(
             f"`objective` {objective} compares the {paper.pairing} views: leave out `pairing`, or use embedding or moco"
         )
     if fresh is not None and pairing in ("same", "all"):
         raise MisuseError(f"`fresh` is for `pairing` cross: {pairing} always replays the cached views, leave it out")
+    if from_student and fresh is None and pairing == "cross":
+        fresh = False
     # Replayed, a lone global crop would meet no target.
-    step_targets = step_targets or min(max(2, paper.target_views) if fresh is False else paper.target_views, views)
+    usual_targets = max(2, paper.target_views) if fresh is False else paper.target_views
+    num_local = choice.num_local
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
-    if global_weight is None and num_local:
-        global_weight = recipe.global_weight
-    return PairingConfig(pairing, step_targets, num_local, True if fresh is None else fresh, global_weight)
+    global_weight = recipe.global_weight if choice.global_weight is None and num_local else choice.global_weight
+    return PairingConfig(
+        pairing, choice.step_targets or min(usual_targets, views), num_local, fresh is not False, global_weight
+    )
 
 
 @dataclass(frozen=True)

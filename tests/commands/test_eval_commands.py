@@ -17,7 +17,7 @@ from rob import cli
 from rob.common.images.pack import PackConfig, pack
 from rob.common.views.loader import LoaderConfig
 from rob.student_train.checkpoint import export_weights
-from rob.student_train.evaluate import augmented, finetune, network
+from rob.student_train.evaluate import finetune, linear_augmented, network
 from rob.student_train.evaluate.knn import knn
 from rob.student_train.evaluate.labelled import labelled_images
 from rob.student_train.evaluate.network import FrozenNetwork
@@ -123,7 +123,7 @@ def test_augmented_linear_learns_and_resumes_to_the_same(rob, data, run_folder, 
     assert whole["top1"] > 80
     assert not list((run_folder / "eval").glob("*.pt"))
 
-    save, saved = augmented.save_checkpoint, []
+    save, saved = linear_augmented.save_checkpoint, []
 
     def killed_after_three(*rest):
         save(*rest)
@@ -131,7 +131,7 @@ def test_augmented_linear_learns_and_resumes_to_the_same(rob, data, run_folder, 
         if len(saved) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(augmented, "save_checkpoint", killed_after_three)
+    monkeypatch.setattr(linear_augmented, "save_checkpoint", killed_after_three)
     assert rob(*arguments).code == 130
     assert rob(*arguments, "--seed", 1).code == 2  # the checkpoint is of another seed
     assert rob(*arguments).code == 0

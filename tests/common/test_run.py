@@ -38,7 +38,7 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 
 def test_a_gpu_that_is_not_there(monkeypatch):
     without_cuda(monkeypatch)
-    with pytest.raises(MisuseError, match="--device cuda: torch finds no CUDA device here; use --device cpu"):
+    with pytest.raises(MisuseError, match="`device` cuda: torch finds no CUDA device here; use `device` cpu"):
         pick_device("cuda")
     with_two_gpus(monkeypatch)
     assert pick_device("cuda:1") == torch.device("cuda", 1)

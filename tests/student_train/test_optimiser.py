@@ -107,9 +107,9 @@ def test_misuse_is_one_sentence():
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("adam"), 256)
     with pytest.raises(MisuseError, match="weight decay"):
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", weight_decay=0), 256)
-    with pytest.raises(MisuseError, match=r"--trust is for --optimiser lars, and it is adamw"):
+    with pytest.raises(MisuseError, match=r"`trust` is for `optimiser` lars, and it is adamw"):
         build_optimiser(nn.Linear(2, 2), OptimiserConfig(trust=0.02), 256)
-    with pytest.raises(MisuseError, match=r"--trust is 0, expected a value above 0"):
+    with pytest.raises(MisuseError, match=r"`trust` is 0, expected a value above 0"):
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", trust=0), 256)
     optimiser, config = sgd_at(1.0, warmup_epochs=10)
     with pytest.raises(MisuseError, match="warm-up of 10 epochs"):

@@ -32,13 +32,13 @@ SMALL = (*SMALL, "--warmup-epochs", 0, "--loader", "torch", "--workers", 1, "--d
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_options_and_values_that_train_student_takes(name, tmp_path):
     known = {parameter.name for parameter in typer.main.get_command(app).commands["train-student"].params}
-    assert PRESETS[name].options.keys() - known == set()
-    assert "recipe" in PRESETS[name].options
+    assert PRESETS[name].options().keys() - known == set()
+    assert "recipe" in PRESETS[name].options()
     arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", name]
     outcome = CliRunner().invoke(app, arguments + (["--targets", "t.zarr"] if name == "disco" else []))
     assert isinstance(outcome.exception, MisuseError), outcome.output  # and so all values could be read
     assert "nowhere.beton" in str(outcome.exception)
-    for option in PRESETS[name].options:
+    for option in PRESETS[name].options():
         assert f"--{option.replace('_', '-')} " in outcome.output
 
 
@@ -51,7 +51,7 @@ def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
         ("sslight-swav-cnn", "swav-cnn", set()),  # the recipe swav has its baseline's scales
         ("sslight-moco-cnn", "moco-cnn", areas),
     ):
-        ours, usual = PRESETS[ours].options, PRESETS[usual].options
+        ours, usual = PRESETS[ours].options(), PRESETS[usual].options()
         changed = {name for name in ours.keys() | usual.keys() if ours.get(name) != usual.get(name)}
         assert changed == {"recipe", "global_weight"} | scales
 

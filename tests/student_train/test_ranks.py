@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rob.common.ranks import Ranks, normalise_together
+from rob.common.store.codec import decode
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 SCRIPT = """
@@ -178,7 +179,7 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
     for name, value in found[0]["weights"].items():
         assert torch.equal(value, found[1]["weights"][name]), name
 
-    rows = whole.encoding.decode(whole.read(0, 32))["embedding"]
+    rows = decode(whole.encoding, whole.read(0, 32))["embedding"]
     for rank in range(2):
         for number, step in enumerate(found[rank]["seen"]):
             column = (number // 4) % 2  # one target view an epoch, in turn

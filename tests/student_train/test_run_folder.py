@@ -15,7 +15,7 @@ from support import tiny
 
 CPU = torch.device("cpu")
 CONFIG = {"data": Path("a.beton"), "out": Path("run"), "lr": 0.1, "seed": 0, "log_every": 3}
-LOADER = {"path": "torch", "batch_size": 4, "workers": 1}
+LOADER = {"backend": "torch", "batch_size": 4, "workers": 1}
 FACTS = {"data_fingerprint": "abc", "branch": {"teacher": "t", "views": 2}, "versions": {"torch": "2"}}
 
 
@@ -166,7 +166,7 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, changes
     [
         {"config": {"log_every": 5}},
         {"config": {"data": Path("moved/a.beton"), "out": Path("moved")}},
-        {"loader": {"workers": 8, "path": "auto"}},
+        {"loader": {"workers": 8, "backend": "auto"}},
         {"facts": {"versions": {"torch": "3"}}},
     ],
 )
@@ -204,6 +204,6 @@ def test_the_whole_runs_medians_survive_a_resume(tmp_path):
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "run").write_text("notes")
-    with pytest.raises(MisuseError, match=r"--out .*run is a file"):
+    with pytest.raises(MisuseError, match=r"`out` .*run is a file"):
         open_run(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "notes"

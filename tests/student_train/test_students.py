@@ -74,7 +74,7 @@ def test_drop_path_changes_training_only():
 
 
 def test_drop_path_of_a_network_that_has_none_is_one_sentence():
-    with pytest.raises(MisuseError, match=r"--drop-path 0\.1: ghostnet_050 has no stochastic depth"):
+    with pytest.raises(MisuseError, match=r"`drop_path` 0\.1: ghostnet_050 has no stochastic depth"):
         build_student(StudentConfig("ghostnet_050", 64, drop_path=0.1))
 
 

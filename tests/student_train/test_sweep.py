@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from rob.cli import main
-from rob.cli_sweep import training_flags
+from rob.cli import app, main
 from rob.common.errors import FailureError, MisuseError
 from rob.common.files import lock_file
 from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.views.recipes import get_recipe
 from rob.student_train import sweep as sweep_module
+from rob.student_train.commands.sweep import options_of, training_flags
 from rob.student_train.sweep import (
     SweepConfig,
     SweepRow,
@@ -37,6 +38,7 @@ from rob.student_train.sweep import (
 )
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
+OPTIONS = options_of(typer.main.get_group(app).commands["train-student"])
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
 
 
@@ -273,7 +275,7 @@ def test_variations_that_cannot_be(text):
 
 
 def test_the_flags_of_training_are_found():
-    flags = training_flags()
+    flags = training_flags(OPTIONS)
     assert flags["head-norm"] == ("--head-norm", "--no-head-norm")
     assert flags["no-head-norm"] == ("--no-head-norm", "--head-norm")
     assert flags["replay"] == ("--replay", "--fresh")
@@ -290,7 +292,7 @@ def test_the_flags_of_training_are_found():
     ],
 )
 def test_a_flag_takes_no_value(tmp_path, text, words):
-    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, Variation.parse(text, training_flags())))
+    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, Variation.parse(text, training_flags(OPTIONS))))
     assert [" ".join(config.varied(cell)) for cell in config.cells()] == [
         f"--local-size {size} {word}".strip() for size in (16, 24) for word in words
     ]
@@ -310,12 +312,12 @@ def test_a_flag_takes_no_value(tmp_path, text, words):
 )
 def test_values_that_a_flag_cannot_have(text, sentence):
     with pytest.raises(MisuseError, match=sentence):
-        Variation.parse(text, training_flags())
+        Variation.parse(text, training_flags(OPTIONS))
 
 
 def test_a_flag_is_one_option_under_both_its_names(tmp_path):
     head_norm, replay, fresh = (
-        Variation.parse(f"{name}=yes,no", training_flags()) for name in ("head-norm", "replay", "fresh")
+        Variation.parse(f"{name}=yes,no", training_flags(OPTIONS)) for name in ("head-norm", "replay", "fresh")
     )
     with pytest.raises(MisuseError, match="--no-head-norm is both varied and fixed"):
         SweepConfig(tmp_path, ("data.beton", "--no-head-norm"), (head_norm,))

@@ -98,9 +98,9 @@ def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", ["torch", "auto"])
-def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, path):
-    stochastic = replace(stochastic, loader=replace(LOADER, path=path))
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, backend):
+    stochastic = replace(stochastic, loader=replace(LOADER, backend=backend))
     train_student(stochastic)
     stopped = replace(stochastic, out=tmp_path / "stopped")
     notes: list[str] = []
@@ -236,5 +236,5 @@ def test_a_rate_far_too_high_is_one_sentence(config, objective):
         optimiser=OptimiserConfig("sgd", lr=1e38, warmup_epochs=0),
         clip_grad=0.0,
     )
-    with pytest.raises(FailureError, match=r"^step \d+: the loss is .*; .* Lower --lr"):
+    with pytest.raises(FailureError, match=r"^step \d+: the loss is .*; .* Lower `lr`"):
         train_student(config)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rob.student_train.kernels import DenseTarget, EmbeddingTarget, Target, TopKTarget, reference
+from rob.student_train.kernels import (
+    DenseTarget,
+    EmbeddingTarget,
+    Target,
+    TopKTarget,
+    prototype_cross_entropy,
+    reference,
+)
 
 KINDS = ("embedding", "topk", "dense")
 
@@ -111,3 +118,17 @@ def assert_as_exact_as_torch(function, case: Case, slack: float = 1.0) -> None:
         ("loss", "embedding", "prototypes"), ours, torchs, (sums, sums + rounding, sums + rounding), strict=True
     ):
         assert our <= slack * theirs + free, f"{name}: error {our:.2e}, torch's own {theirs:.2e}"
+
+
+def call(case, impl="chunked", **changes):
+    return prototype_cross_entropy(
+        case.embedding,
+        case.prototypes,
+        changes.pop("target", case.target),
+        student_temp=case.student_temp,
+        teacher_temp=case.teacher_temp,
+        centre=case.centre,
+        pair_weights=case.pair_weights,
+        impl=impl,
+        **changes,
+    )

@@ -37,6 +37,11 @@ def locked_by_another_process(path: Path) -> Iterator[None]:
         other.kill()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``, by its relative path."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
 def tiny_images(folder: Path, n: int, size: int = 32, seed: int = 0, classes: int = 2) -> Path:
     """``n`` distinct JPEG photographs of ``size`` x ``size`` pixels, in ``classes`` sub-folders by turns."""
     for row in range(n):

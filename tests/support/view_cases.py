@@ -4,14 +4,15 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from test_render import decoded, jpeg, planes_of
 from torch import Tensor
 
 from rob.common.images.beton import JPEG, RAW
 from rob.common.views import drawing
-from rob.common.views.pillow_backend import render_view
+from rob.common.views.pillow_backend import resize_view
 from rob.common.views.planes import Planes
-from rob.common.views.resize import render_views
+from rob.common.views.resize import resize_views
+
+from .stored_images import SUBSAMPLING, decoded, jpeg, planes_of
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 RAW_COLOUR = torch.zeros(3), torch.ones(3)
@@ -19,7 +20,6 @@ RAW_COLOUR = torch.zeros(3), torch.ones(3)
 
 JPEGS = ("4:4:4", "4:2:2", "4:2:0", "grey")
 STORED = (*JPEGS, "raw")
-SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 
 ALL = {"BRIGHTNESS": 1.3, "CONTRAST": 0.6, "SATURATION": 1.5, "HUE": 0.12}
 JITTERS: dict[str, dict[str, float]] = {
@@ -38,7 +38,7 @@ JITTERS: dict[str, dict[str, float]] = {
 
 def neutral(count: int, **columns: float) -> Tensor:
     """(1, count, 8): parameters that change nothing but the named columns."""
-    colour = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]).repeat(1, count, 1)
+    colour = torch.tensor(drawing.UNCHANGED).repeat(1, count, 1)
     for name, value in columns.items():
         colour[..., getattr(drawing, name)] = value
     return colour
@@ -77,16 +77,16 @@ def cases(stored: str, scale: int) -> tuple[Image.Image, list[list[int]], int, P
 
 def pillow_views(image: Image.Image, geometry: list[list[int]], size: int) -> list[Tensor]:
     """Each (3, size, size) float32, 0 to 255."""
-    return [torch.tensor(render_view(image, box, size).copy()).permute(2, 0, 1).float() for box in geometry]
+    return [torch.tensor(resize_view(image, box, size).copy()).permute(2, 0, 1).float() for box in geometry]
 
 
-def rendered_on_cpu(planes: Planes, size: int) -> Tensor:
+def resized_on_cpu(planes: Planes, size: int) -> Tensor:
     """(V, 3, size, size) float32, 0 to 255: the CPU path's views of the one image of ``planes``."""
     count = planes.geometry.shape[1]
     out, sizes = np.empty(count * 3 * size**2, np.uint8), np.full(count, size)
     places = np.stack([np.arange(count) * 3 * size**2, np.zeros(count, np.int64)], 1)
     pixels, starts, layout, geometry = (t.numpy() for t in planes.tensors()[:4])
-    render_views(pixels, starts, layout, geometry, sizes, places, 0, out)
+    resize_views(pixels, starts, layout, geometry, sizes, places, 0, out)
     return torch.from_numpy(out).view(count, 3, size, size).float()
 
 

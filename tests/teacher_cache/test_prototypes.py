@@ -108,7 +108,7 @@ def test_the_temperature_follows_the_spread_of_the_embeddings() -> None:
 @pytest.mark.parametrize("num", [0, 1, 26])
 def test_too_many_or_too_few_for_the_data(num: int) -> None:
     embeddings, _ = clusters(num=10, each=10)
-    with pytest.raises(MisuseError, match=f"--prototypes {num} does not suit 100 embeddings: give from 2 to 25"):
+    with pytest.raises(MisuseError, match=f"`prototypes` {num} does not suit 100 embeddings: give from 2 to 25"):
         fit_prototypes(lambda start, stop: embeddings[start:stop], 100, PrototypeConfig(num))
 
 

@@ -197,12 +197,14 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
     monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
-    with pytest.raises(MisuseError, match="pass --checkpoint FILE"):
+    with pytest.raises(MisuseError, match="pass a file as `checkpoint`"):
         load_teacher(TeacherConfig("resnet10t"))
 
 
 def test_a_model_that_timm_has_no_weights_for() -> None:
-    with pytest.raises(MisuseError, match="no pretrained weights for vit_giant_patch14_224; pass --checkpoint"):
+    with pytest.raises(
+        MisuseError, match="no pretrained weights for vit_giant_patch14_224; pass a file as `checkpoint`"
+    ):
         load_teacher(TeacherConfig("vit_giant_patch14_224"))
 
 

@@ -12,8 +12,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from rob.cli import console, main
+from rob.cli import main
 from rob.common.errors import MisuseError
+from rob.common.screen import console
 from rob.teacher_cache import backbones
 from rob.teacher_cache.registry import STAND_IN, TEACHERS, teacher_table
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
@@ -173,7 +174,7 @@ def test_wrapped_full_checkpoints(wrap, tmp_path: Path) -> None:
 
 
 def test_a_published_teacher_without_its_file_says_what_to_fetch() -> None:
-    with pytest.raises(MisuseError, match=r"dino_vits16 needs its file: pass --checkpoint with https://.*Apache-2.0"):
+    with pytest.raises(MisuseError, match=r"dino_vits16 needs its file: pass `checkpoint` with https://.*Apache-2.0"):
         load_teacher(TeacherConfig("dino_vits16"))
 
 

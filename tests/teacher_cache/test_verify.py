@@ -15,7 +15,7 @@ from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
-from rob.common.views.loader import LoaderConfig
+from rob.common.views.loader import LoaderConfig, geometry
 from rob.teacher_cache.teachers import TeacherConfig
 from rob.teacher_cache.verify import Comparison, VerifyConfig, VerifyProgress, VerifyResult, verify
 from support import tiny
@@ -112,7 +112,7 @@ def test_the_pillow_path_is_verified_with_pillow(data, headless, tmp_path) -> No
     loader = LoaderConfig("torch", batch_size=16, workers=1)
     pillow = tiny.tiny_store(tmp_path / "a.zarr", data, headless, loader=loader)
     check(pillow, data, headless)
-    if LoaderConfig().geometry != "pillow":  # the two resize alike, not the same: the right one was taken
+    if geometry(LoaderConfig()) != "pillow":  # the two resize alike, not the same: the right one was taken
         as_planes = rewritten(replaced(pillow, geometry="planes"), tmp_path / "b.zarr", dict)
         with pytest.raises(FailureError):
             check(as_planes, data, headless)
@@ -244,5 +244,5 @@ def test_progress_ends_at_its_totals(store, data, headless) -> None:
 
 @pytest.mark.parametrize("option", [{"samples": 0}, {"tolerance": 0.0}, {"tolerance": 2.0}])
 def test_options_out_of_range(store, data, headless, option) -> None:
-    with pytest.raises(MisuseError, match=f"--{next(iter(option))} is"):
+    with pytest.raises(MisuseError, match=f"`{next(iter(option))}` is"):
         check(store, data, headless, **option)

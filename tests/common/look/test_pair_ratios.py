@@ -30,7 +30,7 @@ def test_every_pair_counts_once_and_is_at_least_one():
 def test_pairs_weigh_what_they_do_in_the_loss(name):
     recipe = get_recipe(name)
     ratios = pair_ratios(recipe, 0, SIDES[:3], SIDES[:3])
-    plan = plan_views(choose_pairing("dino", recipe, 1 << 20, fresh=False), 1 << 20, 0)
+    plan = plan_views(choose_pairing("dino", recipe, 1 << 20, from_student=True), 1 << 20, 0)
     expected = plan.pair_weights[:2].sum().item()
     of_an_image = ratios.weight.reshape(3, -1)
     assert of_an_image[:, 0] == pytest.approx(expected / 3)

@@ -1,108 +1,18 @@
 """The target store: round trip, refusals, damage, and being killed at any moment."""
 
-import contextlib
-import errno
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zarr
 
 from rob.common.errors import FailureError, MisuseError
-from rob.common.files import differences
-from rob.common.store import writer as store_writer
-from rob.common.store.encodings import Encoding
-from rob.common.store.manifest import StoreManifest
+from rob.common.store.manifest import differing
 from rob.common.store.reader import TargetStore, add_prototypes
 from rob.common.store.writer import StoreWriter
-
-VIEWS, DIM, PROTOTYPES = 3, 16, 40
-ENCODINGS = [
-    Encoding("embedding", "float32"),
-    Encoding("embedding", "int8"),
-    Encoding("topk", k=8),
-    Encoding("dense"),
-]
-
-
-def manifest_of(encoding: Encoding, num_images: int = 70, num_prototypes: int = PROTOTYPES, **changes) -> StoreManifest:
-    """Chunks of 8 rows in shards of 3: 70 images are two whole shards and one with two whole chunks and a short one."""
-    manifest = StoreManifest(
-        data_fingerprint="ab12",
-        num_images=num_images,
-        recipe={"name": "dino", "global_scale": [0.14, 1.0]},
-        seed=3,
-        view_ids=tuple(range(VIEWS)),
-        view_size=32,
-        teacher="tiny",
-        weights_hash="cd34",
-        head="none",
-        dim=DIM,
-        num_prototypes=num_prototypes,
-        teacher_temp=0.04,
-        encoding=encoding.to_dict(),
-        precision="fp32",
-        geometry="ffcv",
-        versions={"torch": "2"},
-        chunk_rows=8,
-        shard_chunks=3,
-    )
-    return replace(manifest, **changes)
-
-
-def chunk_of(manifest: StoreManifest, start: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a teacher would give for the chunk at ``start``: any function of the rows' numbers."""
-    return _encoded(Encoding.from_dict(manifest.encoding), start, min(start + manifest.chunk_rows, manifest.num_images))
-
-
-@lru_cache
-def _encoded(encoding: Encoding, start: int, stop: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    embedding = torch.randn(stop, VIEWS, DIM, generator=torch.Generator().manual_seed(7))[start:]
-    embedding = torch.nn.functional.normalize(embedding, dim=-1)
-    arrays = encoding.encode(embedding, embedding @ prototypes().T)
-    return arrays, {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "rows": np.array(stop - start)}
-
-
-@lru_cache
-def prototypes() -> torch.Tensor:
-    return torch.randn(PROTOTYPES, DIM, generator=torch.Generator().manual_seed(99))
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Tests survive no power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-def write(path: Path, manifest: StoreManifest, stop: int | None = None) -> StoreWriter:
-    """Start or go on with a store, up to row ``stop`` or to the end."""
-    writer = StoreWriter.open_or_resume(path, manifest)
-    while writer.rows_done < (manifest.num_images if stop is None else stop):
-        writer.append(*chunk_of(manifest, writer.rows_done))
-    if stop is None:
-        writer.finish(prototypes().numpy() if manifest.num_prototypes else None)
-    return writer
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def expected_rows(manifest: StoreManifest) -> dict[str, np.ndarray]:
-    chunks = [chunk_of(manifest, start)[0] for start in range(0, manifest.num_images, manifest.chunk_rows)]
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
+from support.stores import ENCODINGS, PROTOTYPES, expected_rows, manifest_of, prototypes, write
 
 # ---- round trip ----
 
@@ -216,29 +126,13 @@ def test_a_writer_refuses_what_it_would_overwrite(tmp_path):
         StoreWriter.open_or_resume(tmp_path / "thesis", manifest)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-import test_store
-writer = test_store.write(Path(sys.argv[1]), test_store.manifest_of(test_store.ENCODINGS[0]), stop=16)
-print("written", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_one_process_writes_a_store_at_a_time(tmp_path):
-    path, manifest = tmp_path / "t.zarr", manifest_of(ENCODINGS[0])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=Path(__file__).parent, **pipes) as other:
-        assert other.stdout.readline()
-        before = files(path)
-        with pytest.raises(MisuseError, match="another rob cache-teacher is writing this store; wait for it"):
-            write(path, manifest)
-        assert files(path) == before
-        other.kill()
-    write(path, manifest)  # the dead let go
-    assert TargetStore.open(path).verify() == []
-    assert not (path / "pending").exists()
+def test_differences_are_named_one_by_one_and_kept_short():
+    stored = {"recipe": {"crops": [{"blur": 1.0, "size": 224}]}, "view_ids": [0, 1]}
+    asked = {"recipe": {"crops": [{"blur": 0.5, "size": 224}]}, "view_ids": list(range(10**6))}
+    crops, view_ids = differing(stored, asked)
+    assert crops == "recipe.crops.0.blur is 1.0 in the store, not 0.5"
+    assert view_ids.startswith("view_ids is [0, 1] in the store, not [0, 1, 2, ")
+    assert len(view_ids) < 150
 
 
 # ---- damage ----
@@ -289,138 +183,3 @@ def test_what_a_store_lacks_is_named(tmp_path):
     (path / "zarr.json").write_text(json.dumps(group))
     with pytest.raises(FailureError, match="its manifest lacks view_size: delete the store"):
         TargetStore.open(path)
-
-
-# ---- interruption ----
-
-
-def test_every_stopping_place_gives_the_same_bytes(tmp_path):
-    for number, encoding in enumerate(ENCODINGS):
-        manifest = manifest_of(encoding)
-        write(tmp_path / f"whole{number}", manifest)
-        for stop in range(0, 70, 8):
-            write(tmp_path / f"parts{number}-{stop}", manifest, stop)
-            write(tmp_path / f"parts{number}-{stop}", manifest)
-            assert files(tmp_path / f"parts{number}-{stop}") == files(tmp_path / f"whole{number}")
-
-
-@pytest.mark.parametrize("crash", range(1, 40))
-def test_a_crash_at_any_file_operation_is_recovered(tmp_path, monkeypatch, crash):
-    """The run dies at its ``crash``-th rename or unlink, before or after it happened; the next one finishes the store."""
-    manifest = manifest_of(ENCODINGS[1])
-    write(tmp_path / "whole", manifest)
-    left = crash
-
-    def dying(operation):
-        def wrapped(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0 and crash % 2:
-                raise KeyboardInterrupt
-            operation(*args, **kwargs)
-            if left == 0:
-                raise KeyboardInterrupt
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying(os.replace))
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        patch.setattr(store_writer.shutil, "rmtree", dying(store_writer.shutil.rmtree))
-        with pytest.raises(KeyboardInterrupt):
-            write(tmp_path / "t.zarr", manifest)
-    with contextlib.suppress(MisuseError):  # already complete: it died after its very last step
-        write(tmp_path / "t.zarr", manifest)
-    assert files(tmp_path / "t.zarr") == files(tmp_path / "whole")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
-def test_sigkill_at_random_moments(tmp_path):
-    # In a process of its own, because only one without threads may fork; forks, because importing takes seconds.
-    script = "import sys; from pathlib import Path; import test_store; test_store.kill_and_resume(Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "t.zarr")], cwd=Path(__file__).parent, check=True)
-    manifest = manifest_of(ENCODINGS[1], num_images=400)
-    write(tmp_path / "whole", manifest)
-    assert files(tmp_path / "t.zarr") == files(tmp_path / "whole")
-
-
-def kill_and_resume(path: Path) -> None:
-    """Writes a store with writers in turn, each killed after up to 150 ms of writing, until the seventh or the end."""
-    rng, progress = random.Random(0), []
-    while len(progress) < 7 and not (path / "zarr.json").exists():
-        child = start_writing(path)
-        time.sleep(rng.uniform(0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        progress.append(len(list(path.rglob("*"))))
-    assert len(set(progress)) > 2, progress  # they did die at different places
-    assert os.waitpid(start_writing(path), 0)[1] == 0
-
-
-def start_writing(path: Path) -> int:
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(MisuseError):  # complete already: a fast machine, or killed in the very last step
-            slow_write(path)
-        os._exit(0)
-    return child
-
-
-def slow_write(path: Path) -> None:
-    manifest = manifest_of(ENCODINGS[1], num_images=400)
-    writer = StoreWriter.open_or_resume(path, manifest)
-    while writer.rows_done < manifest.num_images:
-        writer.append(*chunk_of(manifest, writer.rows_done))
-        time.sleep(0.005)
-    writer.finish(prototypes().numpy())
-
-
-# ---- disk full ----
-
-
-@pytest.mark.parametrize("write_number", [2, 4, 5, 12])
-def test_disk_full_is_a_failure_and_resumes(tmp_path, monkeypatch, write_number):
-    manifest = manifest_of(ENCODINGS[1])
-    write(tmp_path / "whole", manifest)
-    calls = 0
-
-    def full(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls >= write_number:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(FailureError, match=r"disk of .* is full: about .* MB more are needed, .* MB are free"):
-            write(tmp_path / "t.zarr", manifest)
-    write(tmp_path / "t.zarr", manifest)
-    assert files(tmp_path / "t.zarr") == files(tmp_path / "whole")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_really_full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        manifest = manifest_of(Encoding("embedding", "float32"), num_images=600)
-        with pytest.raises(FailureError, match="is full"):
-            write(disk / "t.zarr", manifest)
-        subprocess.run(["mount", "-o", "remount,size=20M", disk], check=True)
-        assert StoreWriter.open_or_resume(disk / "t.zarr", manifest).rows_done > 0
-        write(disk / "t.zarr", manifest)
-        write(tmp_path / "whole", manifest)
-        assert files(disk / "t.zarr") == files(tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_differences_are_named_one_by_one_and_kept_short():
-    stored = {"recipe": {"crops": [{"blur": 1.0, "size": 224}]}, "view_ids": [0, 1]}
-    asked = {"recipe": {"crops": [{"blur": 0.5, "size": 224}]}, "view_ids": list(range(10**6))}
-    crops, view_ids = differences(stored, asked)
-    assert crops == "recipe.crops.0.blur is 1.0 in the store, not 0.5"
-    assert view_ids.startswith("view_ids is [0, 1] in the store, not [0, 1, 2, ")
-    assert len(view_ids) < 150

@@ -9,35 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rob.common.images.beton import JPEG, RAW
-from rob.common.views.pillow_backend import render_view
+from rob.common.views.pillow_backend import resize_view
 from support.photographs import photograph
 
 decode = pytest.importorskip("rob.common.views.decode", reason="ffcv is not installed")
-render = pytest.importorskip("rob.common.views.resize")
+resize = pytest.importorskip("rob.common.views.resize")
 
-SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-
-
-def jpeg(pixels: np.ndarray, **options) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", **{"quality": 90, **options})
-    return np.frombuffer(buffer.getvalue(), np.uint8)
-
-
-def decoded(stored: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB"))
-
-
-def planes_of(stored: np.ndarray, mode: int, height: int, width: int, scale: int = 1):
-    heights, widths, scales = np.array([height], np.int32), np.array([width], np.int32), np.array([scale])
-    starts = decode.plane_starts(heights, widths, scales)
-    planes = np.full(starts[-1], 255, np.uint8)
-    layout = np.full((1, 6), -1, np.int32)
-    decode.decode_planes(
-        decode.decoder_handle(), stored, np.zeros(1, np.uint64), np.array([stored.size], np.uint64),
-        np.array([mode], np.uint8), heights, widths, np.zeros(1, np.int64), scales, starts, planes, layout,
-    )  # fmt: skip
-    return planes, starts, layout
+from support.stored_images import SUBSAMPLING, decoded, jpeg, planes_of  # noqa: E402
 
 
 def views_of(
@@ -50,7 +28,7 @@ def views_of(
     starts = np.concatenate([[0], np.cumsum(3 * sizes**2)])
     out = np.zeros(starts[-1] + 1, np.uint8)
     places = np.stack([starts[:-1], np.zeros_like(sizes)], 1)
-    render.render_views(planes, plane_starts, layout, np.array([geometry], np.int32), sizes, places, 0, out)
+    resize.resize_views(planes, plane_starts, layout, np.array([geometry], np.int32), sizes, places, 0, out)
     assert out[-1] == 0, "wrote behind the last view"
     return [
         out[a:b].reshape(3, s, s).transpose(1, 2, 0)
@@ -81,7 +59,7 @@ def test_the_filter_is_pillows(box, size):
     """To the rounding of weights and of two passes in eight bits; noise is the hardest picture for it."""
     noise = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
     (view,) = views_of(noise.ravel(), RAW, noise.shape, [box], [size])
-    difference = np.abs(view.astype(int) - render_view(Image.fromarray(noise), box, size))
+    difference = np.abs(view.astype(int) - resize_view(Image.fromarray(noise), box, size))
     assert difference.max() <= 3
     assert difference.mean() <= 1 or size < 8
 
@@ -116,7 +94,7 @@ def test_tiny_images(shape, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     box = [0, 0, *shape, 0]
     (view,) = views_of(pixels.ravel(), RAW, pixels.shape, [box], [size])
-    assert np.abs(view.astype(int) - render_view(Image.fromarray(pixels), box, size)).max() <= 2
+    assert np.abs(view.astype(int) - resize_view(Image.fromarray(pixels), box, size)).max() <= 2
 
 
 # --- JPEG ---
@@ -133,7 +111,7 @@ def test_jpegs_of_any_size_and_subsampling(subsampling, shape):
     sizes = [24, 37][: len(boxes_)]
     image = Image.fromarray(decoded(stored))
     for view, box, size in zip(views_of(stored, JPEG, shape, boxes_, sizes), boxes_, sizes, strict=True):
-        assert psnr(view, render_view(image, box, size)) > 36
+        assert psnr(view, resize_view(image, box, size)) > 36
 
 
 @pytest.mark.parametrize(
@@ -143,7 +121,7 @@ def test_jpegs_of_any_coding(options):
     pixels = photograph(2)
     stored = jpeg(pixels, **options)
     (view,) = views_of(stored, JPEG, pixels.shape, [[0, 0, 48, 64, 0]], [32])
-    assert psnr(view, render_view(Image.fromarray(decoded(stored)), [0, 0, 48, 64, 0], 32)) > 40
+    assert psnr(view, resize_view(Image.fromarray(decoded(stored)), [0, 0, 48, 64, 0], 32)) > 40
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +143,7 @@ def test_photographs_are_within_38_db_of_pillow(photographs, subsampling):
             crops.append([random.integers(0, 428 - h), random.integers(0, 641 - w), h, w, random.integers(0, 2)])
         sizes = [224, 96, 96] * 4
         for view, box, size in zip(views_of(stored, JPEG, pixels.shape, crops, sizes), crops, sizes, strict=True):
-            assert psnr(view, render_view(image, box, size)) > 40
+            assert psnr(view, resize_view(image, box, size)) > 40
 
 
 @pytest.mark.parametrize("subsampling", SUBSAMPLING)
@@ -181,7 +159,7 @@ def test_scaled_decoding_is_within_38_db_of_pillow(photographs, subsampling, sca
             scales = decode.decode_scales(np.array([[box]]), np.array([size]))
             assert scales.tolist() == [scale]
             (view,) = views_of(stored, JPEG, pixels.shape, [box], [size], scale)
-            assert psnr(view, render_view(image, box, size)) > 38
+            assert psnr(view, resize_view(image, box, size)) > 38
 
 
 def test_the_decode_scale_suits_the_most_demanding_view():

@@ -1,13 +1,16 @@
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.lib.recfunctions import repack_fields
 from torchvision.transforms import RandomResizedCrop
 
 from rob.common.errors import MisuseError
+from rob.common.views import drawing
 from rob.common.views.drawing import (
     BRIGHTNESS,
     CONTRAST,
@@ -20,6 +23,7 @@ from rob.common.views.drawing import (
     SIGMA,
     SOLARISE,
     ViewParameters,
+    crop_table,
     view_parameters,
 )
 from rob.common.views.recipes import RECIPES, Crop, Recipe, RecipeOverrides, evaluation_recipe, get_recipe
@@ -179,6 +183,16 @@ def test_arrays_broadcast():
     assert drawn.geometry.shape == (3, 2, 5)
     assert drawn.colour.shape == (3, 2, 8)
     np.testing.assert_array_equal(drawn.colour[2, 1], view_parameters(DINO, 0, *map(np.array, (2, 1, 40, 50))).colour)
+
+
+def test_the_order_of_a_crops_fields_does_not_matter(monkeypatch):
+    """A draw finds them by name: a field that is added or moved must not change what existing stores belong to."""
+    expected = draw(DINO, [0, 1, LOCAL], 100)
+    table, names = crop_table(DINO), [field.name for field in fields(Crop)]
+    assert list(table.dtype.names) == names
+    monkeypatch.setattr(drawing, "crop_table", lambda recipe: repack_fields(table[names[::-1]]))
+    for reordered, original in zip(draw(DINO, [0, 1, LOCAL], 100), expected, strict=True):
+        np.testing.assert_array_equal(reordered, original)
 
 
 # --- recipes ---

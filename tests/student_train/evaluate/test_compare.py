@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from rob import cli
+from rob.common import screen
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate import compare
@@ -41,7 +42,7 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     (first / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
 
     out = tmp_path / "plot.png"
-    monkeypatch.setattr(cli.console, "_width", 250)
+    monkeypatch.setattr(screen.console, "_width", 250)
     monkeypatch.setattr(sys, "argv", ["rob", "compare", str(first), str(second), "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

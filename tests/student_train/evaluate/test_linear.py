@@ -62,7 +62,7 @@ def test_a_long_run_reaches_the_regularised_optimum():
 
 def test_the_sweep_chooses_by_validation_and_tests_that_head():
     train, test = gaussian_classes(600, seed=1), gaussian_classes(1000, seed=2)
-    result = linear(train, test, replace(QUICK, learning_rates=(1e30, 0.03), weight_decays=(0.0, 100.0)))
+    result = linear(train, test, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(0.0, 100.0)))
     assert (result.chosen.learning_rate, result.chosen.weight_decay) == (0.03, 0.0)
     assert result.chosen.validation_top1 == max(setting.validation_top1 for setting in result.sweep)
     assert (result.num_train, result.num_validation, result.num_test) == (540, 60, 1000)
@@ -80,7 +80,7 @@ def test_the_test_set_plays_no_part_in_the_choice():
 
 def test_a_diverging_head_leaves_the_others_alone():
     train = gaussian_classes(300, seed=1)
-    heads = train_heads(train, replace(QUICK, learning_rates=(1e30, 0.03), weight_decays=(1.0,), epochs=5))
+    heads = train_heads(train, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(1.0,), epochs=10))
     assert not heads.head(0).weights.isfinite().all()
     assert heads.head(1).weights.isfinite().all()
     assert top_k_accuracy(heads, gaussian_classes(500, seed=2), 1)[1] > 40
@@ -97,7 +97,7 @@ def test_bad_input_is_refused():
     with pytest.raises(MisuseError, match="class 10 of the test set has no image in the training set"):
         linear(train, Features(train.features[:1], torch.tensor([10])))
     lone = Features(torch.cat([train.features, train.features[:1]]), torch.cat([train.labels, torch.tensor([10])]))
-    with pytest.raises(MisuseError, match="class 10 has one training image"):
+    with pytest.raises(MisuseError, match="class 10 has one image, none is left to train on: linear wants at least 2"):
         linear(lone, train)
-    with pytest.raises(MisuseError, match="at least one epoch"):
+    with pytest.raises(MisuseError, match="`epochs` is 0, expected at least 1"):
         linear(train, train, replace(QUICK, epochs=0))

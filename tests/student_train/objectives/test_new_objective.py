@@ -10,9 +10,9 @@ from torch import Tensor
 
 import rob
 from rob.common.heads import ProjectionHead
+from rob.student_train.config import READ
 from rob.student_train.kernels import EmbeddingTarget, Target
 from rob.student_train.objectives import OBJECTIVES, CopySettings, Objective, ObjectiveContext
-from rob.student_train.objectives.config import READ
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rob.common.errors import MisuseError
 from rob.common.views.drawing import LOCAL
 from rob.common.views.recipes import get_recipe
-from rob.student_train.targets.pairing import PAIRINGS, PairingConfig, ViewPlan, choose_pairing, plan_views
+from rob.student_train.config import PAIRINGS, PairingChoice, PairingConfig
+from rob.student_train.targets.pairing import ViewPlan, choose_pairing, plan_views
 
 
 @st.composite
@@ -115,11 +116,11 @@ def test_too_few_cached_views_are_refused():
     ("settings", "message"),
     [
         ({"pairing": "crosss"}, "unknown pairing 'crosss': did you mean cross"),
-        ({"step_targets": 0}, "at least 1 target view"),
-        ({"num_local": -1}, "0 local crops"),
+        ({"step_targets": 0}, "`step_targets` is 0, expected at least 1"),
+        ({"num_local": -1}, "`num_local` is -1, expected at least 0"),
         ({"pairing": "same", "num_local": 2}, "no target for a local crop"),
         ({"step_targets": 1, "fresh": False}, "leaves no pair"),
-        ({"num_local": 2, "global_weight": 1.5}, "from 0 to 1"),
+        ({"num_local": 2, "global_weight": 1.5}, "`global_weight` is 1.5, expected at most 1"),
         ({"global_weight": 0.4}, "there are none"),
         ({"step_targets": 1, "num_local": 2, "fresh": False, "global_weight": 1.0}, "leaves no pair"),
     ],
@@ -136,24 +137,24 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
     assert (
-        choose_pairing("msn", dino, views=4, fresh=False).step_targets == 2
+        choose_pairing("msn", dino, 4, PairingChoice(fresh=False)).step_targets == 2
     )  # else no global crop would meet a target
     assert choose_pairing("dino", moco, views=1) == PairingConfig("cross", 1, 0)
     sslight = get_recipe("sslight")
     assert choose_pairing("dino", sslight, views=4) == PairingConfig("cross", 2, 10, global_weight=0.4)
-    assert choose_pairing("dino", sslight, views=4, global_weight=0.7).global_weight == 0.7
-    assert choose_pairing("dino", sslight, views=4, num_local=0).global_weight is None
-    chosen = choose_pairing("dino", dino, 4, "cross", step_targets=3, num_local=0, fresh=False)
+    assert choose_pairing("dino", sslight, 4, PairingChoice(global_weight=0.7)).global_weight == 0.7
+    assert choose_pairing("dino", sslight, 4, PairingChoice(num_local=0)).global_weight is None
+    chosen = choose_pairing("dino", dino, 4, PairingChoice("cross", step_targets=3, num_local=0, fresh=False))
     assert chosen == PairingConfig("cross", 3, 0, fresh=False)
 
 
 def test_disco_is_of_the_same_views():
     with pytest.raises(MisuseError, match="`objective` disco compares the same views: leave out `pairing`"):
-        choose_pairing("disco", get_recipe("dino"), 4, "cross")
+        choose_pairing("disco", get_recipe("dino"), 4, PairingChoice("cross"))
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("pairing", ["same", "all"])
 def test_fresh_and_replay_are_for_cross_only(pairing, fresh):
     with pytest.raises(MisuseError, match=r"^`fresh` is for `pairing` cross"):
-        choose_pairing("embedding", get_recipe("moco-v2"), 2, pairing, fresh=fresh)
+        choose_pairing("embedding", get_recipe("moco-v2"), 2, PairingChoice(pairing, fresh=fresh))

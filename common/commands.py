@@ -1,0 +1,79 @@
+"""The commands of what both stages share: pack, inspect, views."""
+
+from pathlib import Path
+from typing import Annotated
+
+from .config import RecipeName, Seed
+from .errors import MisuseError
+from .images.config import PackConfig
+from .look.config import Images
+from .screen import bar, facts, note
+from .settings import Setting
+from .views.recipes import RecipeOverrides, get_recipe
+
+
+def pack(config: PackConfig) -> None:
+    """Pack images into one .beton file."""
+    from .images.pack import pack
+
+    with bar("packing", "images") as update:
+        manifest = pack(config, update)
+    for path in manifest.skipped:
+        note(f"skipped {path}: broken")
+    size = config.out.stat().st_size
+    note(f"{config.out}: {manifest.num_images:,} images, {size / 1e6:,.1f} MB, {len(manifest.classes or ())} classes")
+
+
+def inspect(
+    path: Annotated[Path, Setting("A .beton or a target store.", argument="path")],
+    sheet: Annotated[
+        Path | None,
+        Setting(
+            "Draw a contact sheet to this PNG: the first images with their views, and a store's nearest neighbours."
+        ),
+    ] = None,
+    data: Annotated[Path | None, Setting("With --sheet for a store: the .beton it was cached from.")] = None,
+    recipe: RecipeName = "dino",
+    images: Images = 6,
+) -> None:
+    """Show what a .beton or a target store holds."""
+    from .look.config import SheetConfig
+    from .look.contact_sheet import contact_sheet
+    from .look.contents import inspect
+
+    found = inspect(path)
+    facts(found.title, found.rows)
+    if sheet is None:
+        return
+    is_store = path.is_dir()
+    if is_store and data is None:
+        raise MisuseError("--sheet of a store needs its images: pass --data DATA.beton")
+    config = SheetConfig(
+        data=data if is_store and data else path,
+        out=sheet,
+        store=path if is_store else None,
+        recipe=get_recipe(recipe),
+        images=images,
+    )
+    note(f"written to {contact_sheet(config)}")
+
+
+def views(
+    out: Annotated[Path, Setting("The picture to draw.", argument="PREVIEW.png")],
+    data: Annotated[Path, Setting("Images packed by rob pack.")],
+    overrides: RecipeOverrides,
+    recipe: RecipeName = "dino",
+    images: Annotated[int, Setting("Images to draw, spread over the data set; at most 64.", low=1)] = 5,
+    seed: Seed = 0,
+) -> None:
+    """Draw what a recipe does: crop boxes, crops, and how much paired views differ in scale.
+
+    Look for: crops that no longer show the object (raise the LOW of a scale), colours that matter and are gone (--colour 0), and
+    medians far above recipe dino's, which small networks learn badly from.
+    """
+    from .look.config import SheetConfig
+    from .look.contact_sheet import contact_sheet
+
+    drawn = get_recipe(recipe, overrides)
+    config = SheetConfig(data, out, images=images, spread=True, recipe=drawn, seed=seed, ratios=True)
+    note(f"written to {contact_sheet(config)}")

@@ -1,0 +1,40 @@
+"""Settings that several configurations have."""
+
+from pathlib import Path
+from typing import Annotated
+
+from .settings import Setting
+
+Data = Annotated[Path, Setting("Images packed by rob pack.", argument="DATA.beton")]
+Workers = Annotated[int, Setting("Decoding threads (processes with --loader torch); 0 takes every core.", low=0)]
+Device = Annotated[str, Setting("auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[
+    str,
+    Setting(
+        "fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."
+    ),
+]
+Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]
+
+TeacherName = Annotated[
+    str,
+    Setting(
+        "A name that rob teachers lists, any timm model, or efficientnet_lite0 (offline stand-in, supervised).",
+        option="--teacher",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    Setting(
+        "The teacher's weights: .safetensors, or .pth (read without running code). Default: timm's pretrained ones."
+    ),
+]
+ViewSize = Annotated[
+    int | None,
+    Setting(
+        "Side in pixels at which the teacher sees a view; default its own. Half the size is four times as fast.", low=8
+    ),
+]
+RecipeName = Annotated[
+    str, Setting("dino, swav, moco-v2, msn, sslight, sslight-swav or weak: how views are drawn.", option="--recipe")
+]

@@ -1,0 +1,84 @@
+"""What the user sees: the console, notes, tables and a progress bar. Under torchrun rank 0 speaks for all."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .options import spelled
+from .views.config import LoaderConfig
+
+console = Console(quiet=os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0", markup=False)
+"""A name with [brackets] is shown as it is."""
+
+Cell = str | int | float | None
+
+
+class Update(Protocol):
+    """Moves a progress bar: how much is done, of how much, and what to say instead of the rate."""
+
+    def __call__(self, done: int, total: int, text: str | None = None) -> None: ...
+
+
+def note(text: str) -> None:
+    """A line of text, with settings named as options. It is not wrapped: a path is copied whole."""
+    console.print(spelled(text), highlight=False, soft_wrap=True)
+
+
+def note_slow_loader(config: LoaderConfig) -> None:
+    """Say so where ffcv is wanted if it is there, and it is not."""
+    from .views.loader import geometry
+
+    if config.backend == "auto" and geometry(config) == "pillow":
+        note("ffcv is not installed here: the slower torch loader is used")
+
+
+def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if isinstance(x, float) else x for x in row))
+    console.print(table)
+
+
+@contextmanager
+def bar(what: str, unit: str) -> Iterator[Update]:
+    """A progress bar, with the rate in ``unit`` a second."""
+    columns = (
+        TextColumn(what),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, expand=True, disable=console.quiet) as progress:
+        task = progress.add_task(what, total=None, rate="")
+        first: list[tuple[int, float]] = []
+
+        def update(done: int, total: int, text: str | None = None) -> None:
+            now = progress.get_time()
+            first.append((done, now)) if not first else None
+            passed = now - first[0][1]
+            rate = f"{(done - first[0][0]) / passed:,.0f} {unit}/s" if passed > 0.5 else ""
+            progress.update(task, completed=done, total=total, rate=text or rate)
+
+        try:
+            yield update
+        finally:
+            if not first:  # what failed at once, or was done already, has no progress to show
+                progress.update(task, visible=False)

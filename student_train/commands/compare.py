@@ -1,0 +1,39 @@
+"""``rob compare``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from ...common.errors import MisuseError
+from ...common.screen import Cell, accuracies, bar, note
+from ...common.settings import Setting
+
+
+def compare(
+    runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN...")],
+    out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
+) -> None:
+    """Runs side by side: every result, with parameters, MACs, measured latency and training speed."""
+    from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
+
+    if out.suffix != ".png":
+        raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
+    summaries = []
+    with bar("measuring", "runs") as update:
+        for run in runs:
+            summaries.append(summarise(run))
+            update(len(summaries), len(runs))
+    tasks = all_tasks(summaries)
+    write_comparison(summaries, out)
+    rows: list[tuple[str, list[Cell]]] = [
+        ("student", [s.student for s in summaries]),
+        ("parameters, M", [s.parameters / 1e6 for s in summaries]),
+        ("MACs, M", [s.macs / 1e6 for s in summaries]),
+        ("CPU ms, one thread", [s.cpu_ms for s in summaries]),
+        ("CUDA ms", [s.cuda_ms for s in summaries]),
+        ("training images/s", [s.train_images_per_second for s in summaries]),
+        *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
+    ]
+    accuracies("runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)])
+    for sentence in check_comparable(summaries):
+        note(sentence)
+    note(f"drawn to {out}")

@@ -1,0 +1,118 @@
+"""How ``--preset`` meets the other options of ``rob train-student``: as their defaults, so that any option that is given beats
+it, and without what the run has no use for.
+"""
+
+from typing import Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperCommand
+
+from ...common.options import given
+from ...common.screen import console
+
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
+"""Options of a preset that are for ``--targets momentum`` alone."""
+OF_ITS_OWN_VIEWS = ("recipe", "global_scale")
+"""Those that a store of targets has settled already."""
+OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
+"""Those that say more of the preset's recipe, and nothing of another one."""
+
+
+def use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Callback of the eager option: the preset's values become the defaults of the options parsed after it."""
+    from ..presets import get_preset
+
+    if name is not None:
+        context.default_map = {**(context.default_map or {}), **get_preset(name).options()}
+    return name
+
+
+class PresetCommand(TyperCommand):
+    """A command with ``--preset``: it prints the preset in force, and gets None for what of it the run does not read."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params["preset"] is not None:
+            unused = unused_options(ctx)
+            show_preset(ctx, unused)
+            ctx.params.update(dict.fromkeys(unused))
+        return super().invoke(ctx)
+
+
+def unused_options(context: typer.Context) -> dict[str, str]:
+    """The preset's options that neither these targets nor this objective nor these crops read, and why.
+
+    What is typed is never among them: that is refused where it means nothing.
+    """
+    from ...common.views.recipes import RECIPES
+    from ..objectives import OBJECTIVES
+    from ..presets import get_preset
+
+    values, typed = context.params, given(context)
+    objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
+    reasons: dict[str, str] = {}
+    usual_pairing = "cross"
+    if objective in OBJECTIVES:
+        usual_pairing = OBJECTIVES[objective].pairing
+        reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
+    if targets != "momentum":
+        reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
+    if targets not in ("momentum", "online"):
+        reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
+        recipe = None
+    preset = get_preset(values["preset"])
+    if "recipe" in typed and values["recipe"] != preset.recipe:
+        reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
+    same = (values["pairing"] or usual_pairing) == "same"
+    if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
+        reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
+        reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}
+    return {name: reasons[name] for name in preset.options() if name in reasons.keys() - typed}
+
+
+def _unread_by(objective: str) -> set[str]:
+    from ..config import read_by_some
+    from ..objectives import OBJECTIVES
+    from ..objectives.prototypes import PrototypeObjective
+    from ..targets.momentum import unread_options
+
+    unread = read_by_some() - OBJECTIVES[objective].options
+    if not issubclass(OBJECTIVES[objective], PrototypeObjective):
+        unread |= {"prototypes", "freeze_prototypes"}
+    if OBJECTIVES[objective].published is not None:
+        unread |= unread_options(objective).keys()
+    return set(unread)
+
+
+def show_preset(context: typer.Context, unused: dict[str, str]) -> None:
+    """Print the preset in force, with what the command line changed in it and what of it is ``unused``."""
+    from ..optimiser import LR_BATCH_SIZE
+    from ..presets import get_preset
+
+    name, typed = context.params["preset"], given(context)
+    preset = get_preset(name)
+    table = Table(title=f"preset {name}: {preset.source}", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_column()
+    for option, value in preset.options().items():
+        remark = f"not used: {unused[option]}" if option in unused else ""
+        if option in typed:
+            remark = f"given: {_text(context.params[option])}"
+        if option == "lr":
+            lr, batch_size = context.params["lr"], context.params["batch_size"]
+            remark = f"{remark} x {batch_size}/{LR_BATCH_SIZE} = {lr * batch_size / LR_BATCH_SIZE:g}".strip()
+        table.add_row("--" + option.replace("_", "-"), _text(value), remark)
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case tuple() | list():
+            return " ".join(map(_text, value))
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)

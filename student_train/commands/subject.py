@@ -1,0 +1,108 @@
+"""What ``rob eval`` measures: a student, a teacher or raw pixels, with its images and the folder that keeps its results."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...common.config import Checkpoint, Device
+from ...common.errors import MisuseError
+from ...common.options import refuse
+from ...common.screen import bar, note, note_slow_loader
+from ...common.settings import Setting, check
+from ...common.views.config import LoaderConfig
+from ..evaluate.config import INITS
+
+if TYPE_CHECKING:
+    from ..evaluate.labelled import LabelledImages
+    from ..evaluate.network import FrozenNetwork
+
+What = Annotated[str, Setting("A run folder, a student's weights, teacher, or pixels.", argument="WHAT")]
+Train = Annotated[Path, Setting("Labelled images to learn from.", argument="TRAIN.beton")]
+Test = Annotated[
+    Path | None,
+    Setting("Labelled images to test on; default a fifth of each class of TRAIN, the same for every network."),
+]
+Out = Annotated[Path | None, Setting("Its eval folder takes features and results; default the run folder.")]
+LoadTeacher = Callable[[str, Path | None], Any]
+"""A teacher by name and checkpoint, which is the other stage's: ``cli.py`` hands it in."""
+
+
+@dataclass(frozen=True)
+class SubjectConfig:
+    """Of what is evaluated, and of how its images are read."""
+
+    init: Annotated[
+        str,
+        Setting("student, or random: WHAT's network untrained, the floor of what training adds.", choices=INITS),
+    ] = "student"
+    teacher: Annotated[str | None, Setting("Its name, when WHAT is teacher.")] = None
+    checkpoint: Checkpoint = None
+    size: Annotated[int | None, Setting("Side in pixels; default the network's own (pixels: 32).", low=4)] = None
+    out: Out = None
+    loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=128))
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class Subject:
+    """The network, its images, and the folder that keeps features and results (None: nothing is kept)."""
+
+    def __init__(self, context: typer.Context, what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> None:
+        if what != "teacher":
+            refuse(context, ("teacher", "checkpoint"), f"is for a teacher, and WHAT is {what}")
+        note_slow_loader(config.loader)
+        self.loader = config.loader
+        self.suffix = "" if config.init == "student" else f"-{config.init}"
+        self.network = frozen_network(what, config, load_teacher)
+        self.folder = config.out or (Path(what) if Path(what).is_dir() else None)
+
+    def images(self, data: Path, test: Path | None) -> "tuple[LabelledImages, LabelledImages]":
+        """Train and test images with their features."""
+        from ..evaluate.labelled import labelled_images
+
+        with bar("features", "images") as update:
+            return labelled_images(self.network, data, test, self.loader, self.folder, update)
+
+    def write(self, task: str, data: Path, test: Path | None, result: Mapping[str, Any]) -> None:
+        from ...common.images.beton import Beton
+        from ..evaluate.results import write_result
+
+        if not self.folder:
+            return
+        fingerprint = Beton(data).manifest.fingerprint
+        facts = {
+            "features": self.network.name,
+            "weights": self.network.source,
+            "image_size": self.network.size,
+            "train": str(data),
+            "train_fingerprint": fingerprint,
+            "test": str(test) if test else f"a fifth of {data}",
+            "test_fingerprint": Beton(test).manifest.fingerprint if test else f"a fifth of {fingerprint}",
+        }
+        note(f"written to {write_result(self.folder, task + self.suffix, {**facts, **result}, note)}")
+
+
+def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> "FrozenNetwork":
+    """What the words on the command line name."""
+    from ...common.run import pick_device
+    from ..checkpoint import load_student
+    from ..evaluate.network import FrozenNetwork
+
+    size, device = config.size, pick_device(config.device)
+    if config.init == "random":
+        if what in ("pixels", "teacher"):
+            raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")
+        return FrozenNetwork.untrained(load_student(Path(what))[1], 0, device, size)
+    if what == "pixels":
+        return FrozenNetwork.pixels(size or 32, device)
+    if what == "teacher":
+        if config.teacher is None:
+            raise MisuseError("rob eval ... teacher needs --teacher NAME (rob teachers lists them)")
+        model = load_teacher(config.teacher, config.checkpoint).to(device)
+        return FrozenNetwork.teacher(model, size or model.view_size, device)
+    return FrozenNetwork.student(Path(what), device, size)

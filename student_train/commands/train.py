@@ -1,0 +1,178 @@
+"""``rob train-student``."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...common.config import Checkpoint, Device, ViewSize
+from ...common.errors import MisuseError
+from ...common.options import refuse
+from ...common.screen import bar, note, note_slow_loader
+from ...common.settings import Setting
+from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
+from ..config import ObjectiveConfig, PairingChoice, StudentConfig
+from ..targets.config import (
+    CacheInMemory,
+    CopyMomentum,
+    CopyPrototypes,
+    TargetsConfig,
+    Views,
+    WarmupTeacherTempEpochs,
+    WindowMib,
+)
+from ..train_config import TrainConfig
+from .preset import use_preset
+from .subject import LoadTeacher
+
+OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs")
+OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise")
+"""What changes the views that a store's targets belong to."""
+
+
+def train_student(
+    context: typer.Context,
+    *,
+    targets: Annotated[
+        str,
+        Setting(
+            "A store made by rob cache-teacher; or online: run the teacher in every step (a baseline); or momentum: no "
+            "teacher, the targets come from a momentum copy of the student (dino, ibot, msn, moco) or from itself (swav)."
+        ),
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=use_preset,
+            help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made "
+            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
+        ),
+    ] = None,
+    student: Annotated[partial[StudentConfig], {"small_images": None}],
+    small_images: Annotated[
+        bool | None, Setting("A stem that reduces less, for up to 64 px; default: by --image-size.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        Setting(
+            "embedding: regress the teacher's embedding. disco: that and InfoNCE. moco: InfoNCE alone. Over prototypes: "
+            "dino, ibot (class token), swav (Sinkhorn codes), msn (uses all prototypes). Default dino where the targets have "
+            "prototypes, else embedding; rob cache-teacher --prototypes K fits some to embeddings that are cached already."
+        ),
+    ] = None,
+    matched: partial[ObjectiveConfig],
+    choice: PairingChoice,
+    config: Annotated[partial[TrainConfig], {"student": None}],
+    window_mib: WindowMib = 256,
+    cache_in_memory: CacheInMemory = False,
+    teacher: Annotated[str | None, Setting("With --targets online: the teacher, as for rob cache-teacher.")] = None,
+    checkpoint: Checkpoint = None,
+    view_size: ViewSize = None,
+    views: Views = 4,
+    prototypes: CopyPrototypes = None,
+    copy_momentum: CopyMomentum = None,
+    warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
+    recipe: Annotated[
+        str | None,
+        Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
+    ] = None,
+    device: Device = "auto",
+    overrides: Annotated[RecipeOverrides, {"num_global": None, "num_local": None}],
+    load_teacher: LoadTeacher,
+) -> None:
+    """Stage 2: train a student from cached targets, from the live teacher, or without one."""
+    from ...common.images.beton import Beton
+    from ...common.ranks import leave_ranks
+    from ...common.run import pick_device
+    from ...common.signals import stopped_by_signals
+    from ..bottleneck import describe_shares, worst_share
+    from ..presets import get_preset
+    from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
+    from ..targets.cached import Cached
+    from ..targets.momentum import Momentum
+    from ..targets.online import Online
+    from ..targets.pairing import choose_pairing
+    from ..train import TrainProgress, train_student
+
+    # ==== the targets ====
+    preferred = get_preset(preset).drawn() if preset else None
+    filling: TargetsConfig
+    if targets != "momentum":
+        refuse(context, OF_THE_COPY, "is for --targets momentum; a teacher has its own")
+    if targets in ("momentum", "online"):
+        drawn = get_recipe(recipe or "dino", overrides)
+    if targets == "momentum":
+        refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
+        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
+    elif targets == "online":
+        if teacher is None:
+            raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
+        filling = Online(load_teacher(teacher, checkpoint).to(pick_device(device)), drawn, views, view_size)
+    else:
+        refuse(context, (*OF_A_TEACHER, "recipe"), f"is for --targets online; the store {targets} has its own")
+        refuse(
+            context,
+            OF_THE_TARGETS,
+            f"is for --targets online or momentum; the store {targets} has targets of its own views, cache again with it (local "
+            "crops have no targets: --num-local, --local-scale, --local-size are free)",
+        )
+        filling = Cached(Path(targets), window_mib, cache_in_memory, preferred, overrides.local_scale)
+
+    # ==== the objective, and the views that meet ====
+    shape = student()
+    small = shape.image_size <= 64 if small_images is None else small_images
+    run = config(student=replace(shape, small_images=small), targets=filling)
+    run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
+    if objective is None and targets == "momentum":
+        objective = USUAL_OVER_PROTOTYPES
+    asked = None if objective is None else matched(name=objective)
+    branch = filling.open(replace(run_context, objective=asked))
+    if isinstance(filling, Cached) and preferred is not None:
+        note_other_global_crops(filling.path, branch.recipe, preferred)
+    if asked is None:
+        asked = matched(name=branch.usual_objective)
+        note(
+            f"--objective {asked.name}, since the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
+        )
+    pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
+    if not pairing.num_local:
+        refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
+    if not isinstance(filling, Cached):
+        made = f"is for a store of targets, and these are made on the spot (--targets {targets})"
+        refuse(context, ("cache_in_memory",), made)
+
+    # ==== the run ====
+    if small and small_images is None:
+        note(f"the small-image form of {shape.name}, for --image-size up to 64; --no-small-images keeps timm's")
+    note_slow_loader(run.loader)
+    with bar("training", "steps") as update:
+
+        def log(line: dict[str, Any], total: int) -> None:
+            speed = f"{line['images_per_second']:,.0f} images/s"
+            update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
+
+        with stopped_by_signals():
+            result = train_student(replace(run, objective=asked, pairing=pairing), TrainProgress(log=log, note=note))
+        leave_ranks()
+    note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
+    if result.shares:
+        note(f"{describe_shares(result.shares)}. {result.advice}")
+
+
+def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe) -> None:
+    """Where a preset has other global crops than the store's."""
+    if preferred.global_crops != stored.global_crops:
+        note(
+            f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
+            f"used, and the preset's local ones; rob cache-teacher with the preset's --recipe and --global-scale makes them"
+        )
+
+
+def _areas(recipe: Recipe) -> str:
+    low, high = recipe.global_crops[0].scale
+    return f"recipe {recipe.name} (global crops of {low:g} to {high:g} of the image)"

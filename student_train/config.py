@@ -1,0 +1,254 @@
+"""What can be set of a student: the network, its objective, the views that meet, and the optimiser."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..common.errors import MisuseError, unknown_name
+from ..common.settings import Setting, check
+
+CENTRES = ("none", "checkpoint", "calibration", "running")
+SINKHORNS = ("none", "batch", "queue")
+HEADS = ("fresh", "teacher", "frozen")
+PAIRINGS = ("same", "cross", "all")
+OPTIMISERS = ("adamw", "sgd", "lars")
+
+READ: dict[str, frozenset[str]] = {}
+"""By objective: the fields of ``ObjectiveConfig``, of those that not all read, that it does. ``Objective`` fills it."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Which student to build."""
+
+    name: Annotated[
+        str,
+        Setting(
+            "Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv2_100 ... Without a teacher, on few small images, a "
+            "MobileNetV2 did best with --objective swav --teacher-temp 0.01 --sinkhorn batch --recipe sslight --num-local 0 "
+            "--prototypes 512 --hidden-dim 512 --optimiser lars --trust 0.02 --lr 0.15 --weight-decay 1e-6.",
+            option="--student",
+        ),
+    ] = "vit_tiny_patch16_224"
+    image_size: Annotated[int, Setting("Side in pixels of the student's global crops.", low=8)] = 224
+    small_images: bool = False
+    """A stem that reduces less, for up to 64 px."""
+    drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is None is as the objective's paper has it; an option that the objective does not read is refused.
+
+    MoCo and DisCo have no ``teacher_temp``. ``bottleneck`` is the width of what comes out of the head, before fresh prototypes
+    (elsewhere it is the teacher's). ``loss_impl`` is how the prototype loss is computed (``kernels.prototype_ce``), which changes
+    speed and memory only.
+    """
+
+    name: str = "embedding"
+    student_temp: Annotated[
+        float | None,
+        Setting("0.05 to 0.2; lower is sharper. Default 0.1; for moco and disco 0.2, on all their keys.", low=0.001),
+    ] = None
+    teacher_temp: Annotated[
+        float | None,
+        Setting(
+            "0.025 to 0.1; default the teacher's. Lower, even 0.02, when targets are near uniform. swav: Sinkhorn's epsilon.",
+            low=0.001,
+        ),
+    ] = None
+    centre_targets: Annotated[
+        str | None,
+        Setting(
+            "What to take off the targets, where few prototypes get most images or features share a large part: "
+            "calibration (the mean over the cached views), checkpoint (DINO's centre, if the teacher's file has it), running "
+            "(the mean of this run's targets), none. Default none, and running for dino and ibot with --targets momentum. With "
+            "embeddings: calibration or none.",
+            choices=CENTRES,
+        ),
+    ] = None
+    sinkhorn: Annotated[
+        str | None,
+        Setting(
+            "Even out the targets' use of the prototypes over the batch, or over a queue too (batch much smaller than "
+            "K), in the centre's place: none, batch, queue. Default queue for swav, batch for msn, none for dino and "
+            "ibot. Needs all logits: not a topk store.",
+            choices=SINKHORNS,
+        ),
+    ] = None
+    queue: Annotated[
+        int | None,
+        Setting(
+            "Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840, of swav without a teacher "
+            "from epoch 15 on (refused in a run that ends before); both at most an eighth of the images. More rows than "
+            "images are refused: an image would be its own negative.",
+            low=1,
+        ),
+    ] = None
+    mean_entropy: Annotated[
+        float | None,
+        Setting(
+            "Weight of MSN's term for using all prototypes; default 1 for msn, else 0. Raise it on collapse.", low=0
+        ),
+    ] = None
+    head: Annotated[
+        str | None,
+        Setting(
+            "The student's prototypes: fresh, teacher (start from the teacher's; dino and ibot do), frozen (and keep them).",
+            choices=HEADS,
+        ),
+    ] = None
+    hidden_dim: Annotated[int, Setting("Width of the head's hidden layers.", low=1)] = 2048
+    head_norm: Annotated[
+        bool | None,
+        Setting("BatchNorm in the head; default yes, and no for moco and disco. DINO's and iBOT's ViTs: no."),
+    ] = None
+    bottleneck: int | None = None
+    norm_last_layer: Annotated[
+        bool | None,
+        Setting(
+            "dino and ibot: the prototypes keep their length (default), or it is learned, as in DINO's smaller ViTs: said "
+            "to be better and less stable.",
+            option="--norm-last-layer/--no-norm-last-layer",
+        ),
+    ] = None
+    only_consistency: Annotated[bool | None, Setting("disco without InfoNCE.", option="--only-consistency")] = None
+    consistency_weight: Annotated[
+        float | None,
+        Setting(
+            "disco: weight of the squared distance, a mean over the batch (default 1). The published code sums over the "
+            "32 images of a GPU: that is 32.",
+            low=0,
+        ),
+    ] = None
+    loss_impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.name not in READ:
+            raise unknown_name("objective", self.name, READ)
+        values = vars(self)
+        for field in sorted(read_by_some() - READ[self.name]):
+            if values[field] is not None:
+                readers = ", ".join(name for name, fields in READ.items() if field in fields)
+                raise MisuseError(f"`{field}` means nothing to `objective` {self.name}: it is for {readers}")
+
+
+def read_by_some() -> frozenset[str]:
+    """Fields of ``ObjectiveConfig`` that some objectives read and others do not."""
+    return frozenset().union(*READ.values())
+
+
+@dataclass(frozen=True)
+class PairingChoice:
+    """Which views are to meet. What is None is as the objective's paper and the recipe have it (``choose_pairing``)."""
+
+    pairing: Annotated[
+        str | None,
+        Setting(
+            "same, cross or all: which views meet; default same for embedding and disco, cross for the others.",
+            choices=PAIRINGS,
+        ),
+    ] = None
+    step_targets: Annotated[
+        int | None,
+        Setting("Target views of an image in a step; default 2, or the 1 there is; 1 for msn with fresh crops.", low=1),
+    ] = None
+    num_local: Annotated[
+        int | None, Setting("Local crops of an image in a step; default the recipe's (none with same).", low=0)
+    ] = None
+    fresh: Annotated[
+        bool | None,
+        Setting("With cross: new global crops every epoch, or the cached ones.", option="--fresh/--replay"),
+    ] = None
+    global_weight: Annotated[
+        float | None,
+        Setting(
+            "SSLight's alpha, 0.4 there: weight of the pairs of a target with a global crop, those with a local one have "
+            "the rest. Default the recipe's: 0.4 for sslight and sslight-swav, all pairs alike for the others.",
+            low=0,
+            high=1,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PairingConfig:
+    """``step_targets`` target views of every image in a step, against as many global crops and ``num_local`` local crops.
+
+    ``fresh`` (cross only): the student's global crops are new in every epoch instead of the target's own.
+    ``global_weight`` is alpha of SSLight (2210.02808): the weight of the pairs of a target with a global crop, the local crops
+    having the rest; None weighs all pairs alike, as DINO does.
+    """
+
+    pairing: Annotated[str, Setting(choices=PAIRINGS)] = "cross"
+    step_targets: Annotated[int, Setting(low=1)] = 2
+    num_local: Annotated[int, Setting(low=0)] = 0
+    fresh: bool = True
+    global_weight: Annotated[float | None, Setting(low=0, high=1)] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.pairing == "same" and self.num_local:
+            raise MisuseError(
+                "`pairing` same has no target for a local crop: use `num_local` 0, or `pairing` all or cross"
+            )
+        if self.pairing == "cross" and not self.fresh and self.step_targets + self.num_local < 2:
+            raise MisuseError(
+                "`pairing` cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
+            )
+        if self.global_weight is None:
+            return
+        if not self.num_local:
+            raise MisuseError(
+                "`global_weight` is against local crops, and there are none: leave it out, or use `num_local`"
+            )
+        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and self.step_targets == 1:
+            raise MisuseError(
+                "`global_weight` 1 leaves no pair: one view meets only local crops, which then weigh nothing"
+            )
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Optimiser and schedule; the defaults are DINO's for a small ViT. ``weight_decay`` follows a cosine to
+    ``weight_decay_end`` where that is given. ``momentum`` is for SGD and LARS.
+    """
+
+    name: Annotated[
+        str,
+        Setting(
+            "adamw, sgd or lars. Without a teacher SSLight has lars for CNNs and adamw for ViTs, MoCo-v2 sgd.",
+            choices=OPTIMISERS,
+            option="--optimiser",
+        ),
+    ] = "adamw"
+    lr: Annotated[
+        float, Setting("Peak rate for a batch of 256, scaled linearly. NaN or a rising loss: halve it.", low=0)
+    ] = 5e-4
+    min_lr: Annotated[float, Setting("Where the rate's cosine ends; not scaled with the batch.", low=0)] = 1e-6
+    warmup_epochs: Annotated[float | None, Setting("Default a tenth of the epochs, at most 10.", low=0)] = None
+    weight_decay: Annotated[float, Setting("0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.", low=0)] = 0.04
+    weight_decay_end: Annotated[
+        float | None, Setting("Where a cosine takes the weight decay to, 0.4 for DINO's ViTs.", low=0)
+    ] = None
+    momentum: float = 0.9
+    trust: Annotated[
+        float | None,
+        Setting(
+            "lars: a step moves a layer by --lr x this of its weights' norm (default 0.001), its biases and norms by --lr "
+            "alone. 0.02 with a twentieth of the rate slows the latter, as recipes for small images do."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def warmup(self, epochs: int) -> float:
+        """Epochs of warm-up in a run of ``epochs``."""
+        return min(10.0, epochs / 10) if self.warmup_epochs is None else self.warmup_epochs

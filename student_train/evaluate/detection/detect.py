@@ -1,0 +1,212 @@
+"""Detection: a detector on the student, trained on boxes (and masks) and tested by average precision."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection import FasterRCNN
+
+from ....common.errors import FailureError
+from ....common.files import replacing
+from ....common.run import pick_device, seed_everything
+from ....common.weights import hash_weights
+from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
+from ...optimiser import cosine_decay
+from ...students import create_student
+from ..config import DetectConfig
+from .data import DetectionData, DetectionTensors, open_detection
+from .model import build_detector
+from .score import AveragePrecision, average_precision
+
+
+@dataclass(frozen=True)
+class DetectResult:
+    """``mask`` is None where the data have no masks."""
+
+    student: str
+    init: str
+    box: AveragePrecision
+    mask: AveragePrecision | None
+    per_class: dict[str, float | None]
+    """Box AP of each class in percent."""
+    num_train: int
+    num_test: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DetectProgress:
+    """``train`` gets (steps done, all steps, text), ``test`` (images done, all)."""
+
+    train: Callable[[int, int, str], None] = lambda done, total, text: None
+    test: Callable[[int, int], None] = lambda done, total: None
+
+
+def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectProgress | None = None) -> DetectResult:
+    """Train on ``config.train``, test on ``config.test`` once, at the end.
+
+    With ``keep_in`` a run folder, its ``eval`` folder takes a checkpoint an epoch, from which a killed run goes on, and
+    the detections in COCO's form. MisuseError: settings, data or a student that cannot be. FailureError: the loss stopped
+    being a number.
+    """
+    progress = progress or DetectProgress()
+    device = pick_device(config.device)
+    train = open_detection(config.data, config.train)
+    test = open_detection(config.data, config.test).with_classes_of(train)
+    backbone, info = load_student(config.run)
+    source = hash_weights(backbone.state_dict())
+    seed_everything(config.seed)
+    if config.init == "random":
+        backbone = create_student(info)
+    masks = train.has_masks and test.has_masks
+    detector = build_detector(
+        backbone, info, len(train.classes), masks=masks, side=config.side, channels=config.channels
+    ).to(device)
+
+    task = "detect" if config.init == "student" else f"detect-{config.init}"
+    checkpoint = keep_in and keep_in / "eval" / f"{task}.checkpoint.pt"
+    settings = {k: v for k, v in asdict(config).items() if k not in ("run", "data", "test", "workers", "device")}
+    settings |= {"weights": source, "classes": train.classes, "masks": masks}
+    settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
+    fit(detector, train, masks, config, device, checkpoint, settings, progress)
+
+    found = find(detector, test, masks, device, progress)
+    truth = test.to_coco()
+    result = DetectResult(
+        info.name,
+        config.init,
+        average_precision(truth, found),
+        average_precision(truth, found, "segm") if masks else None,
+        {name: average_precision(*_of_class(truth, found, test, name)).ap for name in train.classes},
+        len(train.images),
+        len(test.images),
+    )
+    if keep_in:
+        with replacing(keep_in / "eval" / "detections" / f"{task}.json") as file:
+            file.write(json.dumps(found).encode())
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def fit(
+    detector: FasterRCNN,
+    data: DetectionData,
+    masks: bool,
+    config: DetectConfig,
+    device: torch.device,
+    checkpoint: Path | None,
+    settings: dict[str, Any],
+    progress: DetectProgress,
+) -> None:
+    """Train in place, or go on from ``checkpoint``."""
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps_per_epoch = -(-len(data.images) // config.batch_size)
+    total = config.epochs * steps_per_epoch
+    warmup = min(500, total // 10)
+    parts: dict[str, Any] = {"detector": detector, "optimiser": optimiser}
+    first = 0
+    if checkpoint and checkpoint.exists():
+        saved = load_checkpoint(checkpoint, settings, device)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        restore_random_state(saved["random"])
+        first = saved["epoch"]
+    detector.train()
+    for epoch in range(first, config.epochs):
+        for number, (images, targets) in enumerate(_training_batches(data, masks, config, epoch)):
+            step = epoch * steps_per_epoch + number
+            scale = (step + 1) / warmup if step < warmup else cosine_decay(step - warmup, total - warmup)
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * scale
+            losses = detector([image.to(device) for image in images], [_to(target, device) for target in targets])
+            loss = torch.stack(list(losses.values())).sum()
+            if not loss.isfinite():
+                raise FailureError(f"step {step + 1}: the loss is {loss.item():g}; lower `lr`")
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+            optimiser.step()
+            progress.train(step + 1, total, f"loss {loss.item():.3f}")
+        if checkpoint:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(checkpoint, {**states, "random": random_state(), "epoch": epoch + 1}, settings)
+
+
+@torch.no_grad()
+def find(
+    detector: FasterRCNN, data: DetectionData, masks: bool, device: torch.device, progress: DetectProgress
+) -> list[dict[str, Any]]:
+    """Everything the detector finds, as COCO's result records (100 of an image at most)."""
+    detector.eval()
+    found = []
+    images = DetectionTensors(data, masks=False)
+    for index in range(len(images)):
+        image, target = images[index]
+        (output,) = detector([image.to(device)])
+        output = {name: values.cpu() for name, values in output.items()}
+        for number, box in enumerate(output["boxes"].tolist()):
+            left, top, right, bottom = box
+            record = {
+                "image_id": target["image_id"],
+                "category_id": data.category(int(output["labels"][number])),
+                "bbox": [left, top, right - left, bottom - top],
+                "score": float(output["scores"][number]),
+            }
+            if masks:
+                record["segmentation"] = _pack(output["masks"][number, 0] > 0.5)
+            found.append(record)
+        progress.test(index + 1, len(images))
+    return found
+
+
+def _training_batches(
+    data: DetectionData, masks: bool, config: DetectConfig, epoch: int
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[dict[str, Any], ...]]]:
+    """Images in this epoch's order, half of them mirrored; the last batch may be short."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(data.images), generator=generator).tolist()
+    flips = torch.rand(len(order), generator=generator) < 0.5
+    images = Subset(DetectionTensors(data, masks, flips), order)
+    # A DataLoader draws a seed for its workers: from a generator of its own, so that a resumed run draws the same.
+    return iter(
+        DataLoader(
+            images,
+            config.batch_size,
+            num_workers=config.workers,
+            collate_fn=_columns,
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _columns(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(zip(*items, strict=True))
+
+
+def _to(target: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in target.items() if isinstance(value, Tensor)}
+
+
+def _pack(mask: Tensor) -> dict[str, Any]:
+    packed: Any = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": packed["size"], "counts": packed["counts"].decode()}
+
+
+def _of_class(
+    truth: dict[str, Any], found: list[dict[str, Any]], data: DetectionData, name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    category = data.category(data.classes.index(name) + 1)
+    objects = [a for a in truth["annotations"] if a["category_id"] == category]
+    kept = [c for c in truth["categories"] if c["id"] == category]
+    return {**truth, "annotations": objects, "categories": kept}, [f for f in found if f["category_id"] == category]

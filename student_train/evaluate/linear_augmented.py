@@ -1,0 +1,68 @@
+"""Linear evaluation as DINO's ``eval_linear.py`` does it: SGD on the features of random crops and flips, network frozen.
+
+Unlike there, the rates and decays of a sweep are trained side by side, the choice among them is made on a validation
+part, and features are standardised, so that a rate means the same for every network.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ...common.images.beton import Beton
+from ...common.views.loader import LoaderConfig
+from ..checkpoint import load_checkpoint, save_checkpoint
+from .crops import RandomCrops
+from .features import Features, same_classes
+from .labelled import LabelledImages
+from .linear import HeadSweep, LinearConfig, LinearResult, choose_and_test, split_validation
+from .network import FrozenNetwork
+
+
+def linear_augmented(
+    network: FrozenNetwork,
+    train: LabelledImages,
+    test: Features,
+    config: LinearConfig,
+    loader: LoaderConfig,
+    *,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LinearResult:
+    """``linear`` on random crops of ``train``'s images; their centred features serve to standardise and to choose.
+
+    With ``checkpoint`` a killed run goes on from its last epoch, and the file is removed at the end. MisuseError as
+    ``linear``, and for a checkpoint of other settings.
+    """
+    device = network.device
+    train = replace(train, features=train.features.to(device))
+    test = same_classes(train.features, test.to(device))
+    rows, held_out = split_validation(train.features, config)
+    fit = train.rows(rows)
+    data = Beton(train.path)
+    settings = {**asdict(config), "loader": asdict(loader), "weights": network.source, "size": network.size}
+    settings |= {"data_fingerprint": data.manifest.fingerprint, "num_images": len(fit.image_ids)}
+    sweep = HeadSweep(fit.features, config)
+    first = 0
+    if checkpoint and checkpoint.exists():
+        state = load_checkpoint(checkpoint, settings, device)
+        sweep.load_state_dict(state["heads"])
+        first = state["epoch"]
+
+    labels = fit.labels_by_id().to(device)
+    loader = replace(loader, batch_size=config.batch_size)
+    crops = RandomCrops(network, data, loader, config.seed)
+    for epoch in range(first, config.epochs):
+        for image_ids, images in crops.epoch(fit.image_ids, epoch):
+            with torch.no_grad():
+                features = network.embed(images).float()
+            sweep.step(sweep.standardise(features), labels[image_ids.to(device)])
+        if checkpoint:
+            save_checkpoint(checkpoint, {"heads": sweep.state_dict(), "epoch": epoch + 1}, settings)
+        if progress:
+            progress(epoch + 1, config.epochs)
+    result = choose_and_test(sweep.heads(), train.features.rows(held_out), test, config, len(rows))
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return result

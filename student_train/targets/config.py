@@ -1,0 +1,48 @@
+"""What can be set of targets. The configurations are beside what they open: ``cached``, ``online``, ``momentum``."""
+
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from ...common.settings import Setting
+
+if TYPE_CHECKING:
+    from .branch import RunContext, TargetBranch
+
+WindowMib = Annotated[
+    float, Setting("Memory for targets read ahead. More shuffles better where a row is large.", low=1)
+]
+CacheInMemory = Annotated[bool, Setting("Keep all targets in memory from epoch to epoch.", option="--cache-in-memory")]
+Views = Annotated[int, Setting("With --targets online: views of an image that the teacher would have cached.", low=1)]
+CopyPrototypes = Annotated[
+    int | None,
+    Setting(
+        "With --targets momentum: K; default 4096 for dino, 8192 ibot, 3000 swav, 1024 msn. Fewer for small data.",
+        low=2,
+    ),
+]
+CopyMomentum = Annotated[
+    float | None,
+    Setting(
+        "With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
+        "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99, with "
+        "--sinkhorn batch 0.9; with less the targets move on faster than their centre or queue, and the loss stays high.",
+        low=0,
+        high=1,
+    ),
+]
+WarmupTeacherTempEpochs = Annotated[
+    int | None,
+    Setting(
+        "With --targets momentum and dino or ibot: epochs in which the teacher's temperature rises from 0.04 to "
+        "--teacher-temp (one below 0.04 holds from the start). Default 50 (ibot 30): a shorter run ends below, since at 0.07 "
+        "a head that is still fresh tends to nearly uniform targets.",
+        low=0,
+    ),
+]
+
+
+class TargetsConfig(Protocol):
+    """What fills the target branch of a run."""
+
+    def open(self, run: "RunContext") -> "TargetBranch":
+        """The branch for ``run``. MisuseError: it cannot serve such a run."""
+        ...

@@ -1,0 +1,102 @@
+"""The commands of stage 1: cache-teacher, teachers, verify."""
+
+from functools import partial
+from itertools import groupby
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..common.config import RecipeName
+from ..common.errors import unknown_name
+from ..common.options import refuse
+from ..common.screen import bar, console, facts, note, note_slow_loader
+from ..common.settings import Setting
+from ..common.views.recipes import RecipeOverrides, get_recipe
+from .config import CacheConfig, VerifyConfig
+
+OF_GLOBAL_CROPS = {"num_global": None, "num_local": None, "local_scale": None}
+"""No target shows a local crop, and ``views`` says how many global ones there are."""
+
+
+def cache_teacher(
+    context: typer.Context,
+    config: partial[CacheConfig],
+    overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
+    recipe: RecipeName = "dino",
+) -> None:
+    """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
+    from .cache import CachePlan, CacheProgress, cache_teacher
+
+    full = config(recipe=get_recipe(recipe, overrides))
+    kind = full.encoding.kind
+    if kind != "topk":
+        refuse(context, ("topk",), f"is for --encoding topk, and this is {kind}")
+    if kind != "embedding":
+        refuse(context, ("store_dtype",), f"is for --encoding embedding, and this is {kind}")
+    note_slow_loader(full.loader)
+
+    def show(plan: CachePlan) -> None:
+        meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""
+        rows = [
+            ("images x views", f"{plan.num_images:,} x {plan.views}"),
+            ("bytes a view", f"{plan.bytes_per_view:,}{meanwhile}"),
+            ("total", f"{plan.total_bytes / 1e6:,.1f} MB before compression"),
+            ("free disk", f"{plan.free_bytes / 1e9:,.1f} GB"),
+        ]
+        rows += [("done before", f"{plan.rows_done:,} images")] if plan.rows_done else []
+        rows += [("estimated time", f"{plan.seconds:,.0f} s at {plan.views_per_second:,.0f} views/s")]
+        facts("plan", rows)
+
+    try:
+        with bar("caching", "images") as update:
+            cache_teacher(full, CacheProgress(plan=show, rows=update, note=note))
+    except KeyboardInterrupt:
+        note("stopped: run the same command again to go on from the last whole chunk")
+        raise
+    note(f"{full.out}: complete")
+
+
+def teachers(
+    name: Annotated[
+        str | None,
+        Setting("One of them: everything about it, with where to download its file.", argument="name"),
+    ] = None,
+) -> None:
+    """The published teachers that rob knows: head, prototypes, temperature, licence, and where the file is."""
+    from .registry import teacher_table
+
+    rows = {row["name"]: row for row in teacher_table()}
+    if name is not None and name not in rows:
+        raise unknown_name("teacher", name, rows)
+    if name is not None:
+        for column, value in rows[name].items():
+            note(f"{column:>12}  {value}")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough
+    columns = {"name": "name", "backbone": "backbone", "published": "head", "prototypes": "K", "temperature": "temp."}
+    for column, title in columns.items():
+        table.add_column(title, no_wrap=True, justify="right" if column in ("prototypes", "temperature") else "left")
+    for (method, licence), group in groupby(rows.values(), lambda row: (row["method"], row["licence"])):
+        table.add_row(method, f"licence: {licence}", style="bold")
+        for row in group:
+            table.add_row(*(row[column] for column in columns))
+    console.print(table, highlight=False)
+    note("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
+    note("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
+    note(
+        "Without prototypes the targets are embeddings (of the backbone only, where there is no MLP), or prototypes fitted to "
+        "them: rob cache-teacher --prototypes K. Any other timm model is such a teacher."
+    )
+
+
+def verify(config: VerifyConfig) -> None:
+    """Check every chunk of a store, and a sample of its targets against the live teacher."""
+    from .verify import VerifyProgress, verify
+
+    with bar("chunks", "chunks") as chunks, bar("views", "views") as views:
+        result = verify(config, VerifyProgress(chunks, views))
+    note(
+        f"{config.store}: every chunk is whole; {len(result.samples)} views agree, "
+        f"mean cosine {result.mean_cosine:.6f}, lowest {result.lowest_cosine:.6f}"
+    )

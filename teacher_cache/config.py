@@ -1,0 +1,86 @@
+"""What can be set of stage 1: the teacher, its cache, and the check of one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..common.config import Checkpoint, Data, Device, Precision, Seed, TeacherName, ViewSize, Workers
+from ..common.errors import MisuseError
+from ..common.settings import Setting, check
+from ..common.store.encodings import Encoding
+from ..common.views.config import LoaderConfig
+from ..common.views.recipes import Recipe, get_recipe
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which teacher, from which file."""
+
+    name: TeacherName
+    checkpoint: Checkpoint = None
+    backbone_args: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
+    patch_size=4``)."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What to cache. ``views`` a image get ids 0 .. views-1."""
+
+    data: Data
+    out: Annotated[Path, Setting("The target store to write, or to go on with.", argument="OUT.zarr")]
+    teacher: TeacherConfig
+    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    views: Annotated[
+        int,
+        Setting(
+            "Views of every image; the student rotates through them. 2 to 10; each costs one teacher forward.", low=1
+        ),
+    ] = 4
+    seed: Seed = 0
+    encoding: Encoding = field(default_factory=Encoding)
+    view_size: ViewSize = None
+    prototypes: Annotated[
+        int, Setting("Fit so many prototypes for a teacher without a head; at most a quarter of the views.", low=0)
+    ] = 0
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    loader: Annotated[
+        LoaderConfig,
+        {"batch_size": Setting("Images a batch, each with all its views. Lower it when memory runs out.", low=1)},
+    ] = field(default_factory=lambda: LoaderConfig(batch_size=32))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What to verify, against which data and teacher. ``samples`` views are drawn without replacement by ``seed``; more than
+    there are means all.
+    """
+
+    store: Annotated[Path, Setting("A target store.", argument="STORE")]
+    data: Data
+    teacher: TeacherConfig
+    samples: Annotated[int, Setting("Random views to compute again with the live teacher.", low=1)] = 256
+    seed: Seed = 0
+    device: Device = "auto"
+    precision: Annotated[
+        str | None,
+        Setting("Default the store's. fp32 for one cached with fp16 on a GPU, where there is only a CPU."),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        Setting("Distance a unit embedding may have moved; default by precision. On one machine 1e-4 will do."),
+    ] = None
+    batch_size: Annotated[int, Setting("Images a forward pass. Lower it when memory runs out.", low=1)] = 64
+    workers: Workers = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.tolerance is not None and not 0 < self.tolerance < 2:
+            raise MisuseError(
+                f"`tolerance` is {self.tolerance}, expected a distance of unit vectors: above 0 and below 2"
+            )

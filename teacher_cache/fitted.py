@@ -1,0 +1,65 @@
+"""A store of embeddings with prototypes fitted to it, and the store of logits that both give."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import MisuseError
+from ..common.files import locked
+from ..common.store.codec import decode, encode
+from ..common.store.encodings import Encoding
+from ..common.store.manifest import StoreManifest
+from ..common.store.reader import TargetStore, add_prototypes
+from ..common.store.writer import StoreWriter
+from .prototypes import PrototypeConfig, fit_prototypes
+
+
+def with_prototypes(path: Path, config: PrototypeConfig, note: Callable[[str], None]) -> TargetStore:
+    """The complete store of embeddings at ``path`` with prototypes, which are fitted to it unless it has them already.
+
+    MisuseError: it has another number of them, or another process is fitting some.
+    """
+    if TargetStore.open(path).manifest.num_prototypes != config.num:
+        with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
+            _fit(TargetStore.open(path), config, note)
+    return TargetStore.open(path)
+
+
+def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None]) -> None:
+    if store.manifest.num_prototypes == config.num:
+        return  # by the process that held the lock until now
+    if store.manifest.num_prototypes:
+        raise MisuseError(
+            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, `prototypes` asks for "
+            f"{config.num}: give another path to cache to"
+        )
+
+    def read(start: int, stop: int) -> Tensor:
+        return decode(store.encoding, store.read(start, stop))["embedding"]
+
+    note(f"fitting {config.num} prototypes on the cached embeddings")
+    fitted = fit_prototypes(read, store.manifest.num_images, config)
+    note(
+        f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
+        f"teacher temperature {fitted.teacher_temp:.3g}"
+    )
+    add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
+
+
+def write_logits(source: TargetStore, out: Path, manifest: StoreManifest, rows: Callable[[int, int], None]) -> None:
+    """Turn the embeddings and prototypes of ``source`` into the store of logits ``out``, chunk by chunk; ``rows`` is called
+    with (rows done, all)."""
+    assert source.prototypes is not None
+    prototypes, encoding = torch.from_numpy(source.prototypes), Encoding.from_dict(manifest.encoding)
+    writer = StoreWriter.open_or_resume(out, manifest)
+    while (start := writer.rows_done) < manifest.num_images:
+        stop = min(start + writer.manifest.chunk_rows, manifest.num_images)
+        embedding = decode(source.encoding, source.read(start, stop))["embedding"]
+        logits = embedding @ prototypes.T
+        usage = torch.bincount(logits.argmax(-1).flatten(), minlength=len(prototypes)).numpy()
+        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "usage": usage}
+        writer.append(encode(encoding, embedding, logits), statistics)
+        rows(stop, manifest.num_images)
+    writer.finish(source.prototypes)

@@ -1,0 +1,166 @@
+"""The main job on the command line: pack, cache, train, evaluate, inspect, verify."""
+
+import json
+import re
+import shutil
+
+import torch
+from safetensors.torch import load_file
+
+from rob.common.store.reader import TargetStore
+from rob.common.views import loader
+from rob.student_train.checkpoint import load_student
+from support.cli import FAST
+from support.tiny import TEACHER, tiny_images
+
+
+def test_pack_cache_train_evaluate_inspect_verify(rob, made, tmp_path):
+    test = tiny_images(tmp_path / "test-images", 8, seed=1)
+    outcome = rob("pack", test, tmp_path / "test.beton", "--raw")
+    assert outcome.code == 0
+    assert "8 images" in outcome.out
+
+    store = tmp_path / "targets.zarr"
+    outcome = rob("cache-teacher", made.data, store, *made.cache, "--store-dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    for expected in ("24 x 2", "bytes a view", "1,024", "free disk", "estimated time", "targets.zarr: complete"):
+        assert expected in outcome.out
+    assert TargetStore.open(store).manifest.encoding["dtype"] == "float32"
+
+    run = tmp_path / "run"
+    outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--log-every", 1)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"run/student\.safetensors: loss \d\.\d{4}, .* images/s", outcome.out)
+    assert re.search(
+        r"waiting for views .*%, copy and colour .*%, targets .*%, student .*%\. .*\.", outcome.out
+    )  # and what to do about it
+    assert json.loads((run / "config.json").read_text())["targets"] == str(store)
+    load_student(run)
+
+    for what in (run, run / "student.safetensors", "pixels", "teacher"):
+        extra = ("--teacher", TEACHER, "--checkpoint", made.checkpoint, "--size", 32) if what == "teacher" else ()
+        outcome = rob("eval", "knn", what, made.data, "--test", tmp_path / "test.beton", "--k", 5, *extra, *FAST)
+        assert outcome.code == 0, outcome.err
+        assert re.search(r"\b5\b.* 24 .* 8 ", outcome.out)
+    accuracy = json.loads((run / "eval" / "knn.json").read_text())
+    assert accuracy["features"] == "test_resnet"
+    assert 0 <= accuracy["top1"] <= accuracy["top5"] == 100
+
+    for path in (made.data, store):
+        outcome = rob("inspect", path)
+        assert outcome.code == 0
+        assert "24" in outcome.out
+    outcome = rob("inspect", store, "--data", made.data, "--sheet", tmp_path / "sheet.png")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+    teacher = ("--teacher", TEACHER, "--checkpoint", made.checkpoint)
+    outcome = rob("verify", store, made.data, *teacher, "--samples", 10, "--device", "cpu", "--workers", 1)
+    assert outcome.code == 0, outcome.err
+    assert "every chunk is whole; 10 views agree" in outcome.out
+
+
+def test_dino_on_fitted_prototypes_with_local_crops(rob, made, tmp_path):
+    store = tmp_path / "topk.zarr"
+    fitted = ("--encoding", "topk", "--topk", 4, "--prototypes", 8)
+    assert rob("cache-teacher", made.data, store, *made.cache, *fitted).code == 0
+    dino = ("--objective", "dino", "--num-local", 1, "--average", 0.9, "--cache-in-memory")
+    outcome = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "run", *dino)
+    assert outcome.code == 0, outcome.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["pairing"]["pairing"] == "cross"
+    warm = ("--objective", "dino", "--teacher-temp", 0.2, "--out", tmp_path / "warm")
+    outcome = rob("train-student", *made.train, "--targets", store, *warm)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: teacher temperature 0.2 is outside of the store's ladder 0.025 to 0.1: ")
+    assert not (tmp_path / "warm").exists()
+    assert (tmp_path / "run" / "student_average.safetensors").exists()
+
+
+def test_every_objective_is_a_word_of_the_command(rob, made, tmp_path):
+    store = tmp_path / "fitted.zarr"
+    assert rob("cache-teacher", made.data, store, *made.cache, "--prototypes", 6).code == 0
+    options = {
+        "dino": ("--centre-targets", "running", "--head", "teacher"),
+        "ibot": ("--sinkhorn", "batch", "--no-head-norm"),
+        "swav": ("--queue", 3, "--head", "frozen"),
+        "msn": ("--mean-entropy", 0.5, "--student-temp", 0.2),
+        "moco": ("--queue", 12, "--centre-targets", "calibration"),
+        "disco": ("--only-consistency", "--consistency-weight", 2),
+    }
+    outcome = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "usual")
+    assert "--objective dino, since the targets have prototypes" in " ".join(outcome.out.split() + outcome.err.split())
+    assert json.loads((tmp_path / "usual" / "config.json").read_text())["objective"]["name"] == "dino"
+    for name, given in options.items():
+        run = tmp_path / name
+        outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--objective", name, *given)
+        assert outcome.code == 0, outcome.err
+        assert json.loads((run / "config.json").read_text())["objective"]["name"] == name
+        assert (run / "student.safetensors").exists()
+
+
+def test_momentum_targets_need_no_teacher(rob, made, tmp_path):
+    for name, given in {"dino": ("--prototypes", 8), "swav": ("--prototypes", 6), "moco": ("--num-local", 0)}.items():
+        run = tmp_path / name
+        outcome = rob(
+            "train-student",
+            *made.train,
+            "--targets",
+            "momentum",
+            "--out",
+            run,
+            "--objective",
+            name,
+            "--num-local",
+            1,
+            *given,
+        )
+        assert outcome.code == 0, outcome.err
+        config = json.loads((run / "config.json").read_text())
+        assert config["branch"]["kind"] == "momentum"
+        assert not config["pairing"]["fresh"]
+        assert config["freeze_prototypes"] == (0 if name == "moco" else 1)
+
+
+def test_the_online_teacher_is_the_same_command(rob, made, tmp_path):
+    teacher = ("--teacher", TEACHER, "--checkpoint", made.checkpoint, "--view-size", 32, "--views", 2)
+    outcome = rob("train-student", *made.train, "--targets", "online", *teacher, "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["branch"]["kind"] == "online"
+
+
+def test_the_same_command_again_goes_on_and_is_done(rob, made, tmp_path):
+    command = ("train-student", *made.train, "--out", tmp_path / "run")
+    assert rob(*command).code == 0
+    weights = load_file(tmp_path / "run" / "student.safetensors")
+    outcome = rob(*command)
+    assert (outcome.code, "run is complete already: nothing to do" in outcome.out) == (0, True)
+    torch.testing.assert_close(load_file(tmp_path / "run" / "student.safetensors"), weights, rtol=0, atol=0)
+    assert "nothing to do" in rob("cache-teacher", made.data, made.store, *made.cache).out
+
+
+def test_the_small_image_form_is_said_unless_asked_for(rob, made, tmp_path):
+    words = ("train-student", made.data, "--targets", made.store, "--image-size", 32, "--batch-size", 8, *FAST)
+    small = ("--student", "test_resnet", "--epochs", 1, "--hidden-dim", 16)
+    said = "the small-image form of test_resnet, for --image-size up to 64"
+    assert said in rob(*words, *small, "--out", tmp_path / "default").out
+    assert said not in rob(*words, *small, "--out", tmp_path / "asked", "--small-images").out
+
+
+def test_a_store_of_another_precision_is_verified_by_option(rob, made, tmp_path):
+    store = shutil.copytree(made.store, tmp_path / "half.zarr")
+    text = (store / "zarr.json").read_text()
+    assert text.count('"fp32"') == 1
+    (store / "zarr.json").write_text(text.replace('"fp32"', '"fp16"'))
+    verify = ("verify", store, made.data, "--teacher", TEACHER, "--checkpoint", made.checkpoint, "--device", "cpu")
+    outcome = rob(*verify)
+    assert (outcome.code, "fp16 needs a GPU: on a CPU use fp32" in outcome.err) == (2, True)
+    outcome = rob(*verify, "--precision", "fp32")
+    assert outcome.code == 0, outcome.err
+
+
+def test_without_ffcv_one_line_says_so(rob, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "ffcv_backend", None)
+    outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache, "--loader", "auto")
+    assert outcome.out.count("the slower torch loader is used") == 1
+    assert TargetStore.open(tmp_path / "t.zarr").manifest.geometry == "pillow"

@@ -1,0 +1,153 @@
+"""Names that nobody knows, and options that a command has no use for."""
+
+import pytest
+import torch
+
+from support.cli import FAST
+from support.tiny import TEACHER
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "--teacher",
+            "test_efficientnet_gm",
+            r"unknown teacher 'test_efficientnet_gm': did you mean .*test_efficientnet_gn",
+        ),
+        ("--recipe", "dinno", r"unknown recipe 'dinno': did you mean dino\? \(known: dino, moco-v2, "),
+        ("--encoding", "tpok", "unknown encoding 'tpok': .*topk"),
+        ("--store-dtype", "float8", r"unknown store dtype 'float8': .*known: float16, float32, int8"),
+        ("--precision", "bf8", "unknown precision 'bf8': did you mean bf16"),
+        ("--device", "cud", "unknown device 'cud': did you mean cuda"),
+        ("--loader", "fcv", r"unknown loader 'fcv': did you mean ffcv\? \(known: auto, ffcv, gpu, torch\)"),
+        ("--global-scale", (0.5, 0.2), "scale is .*expected 0 < low <= high"),
+        ("--checkpoint", "nowhere.pth", "checkpoint nowhere.pth does not exist"),
+        ("--encoding", "dense", "dense needs prototype logits, but .* has no head: give a number of --prototypes"),
+    ],
+)
+def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
+    values = value if isinstance(value, tuple) else (value,)
+    refused(2, message, "cache-teacher", made.data, tmp_path / "t.zarr", *made.cache, option, *values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--student", "resnet19"), "unknown student 'resnet19': did you mean resnet"),
+        (("--objective", "embeding"), "unknown objective 'embeding': did you mean embedding"),
+        (("--pairing", "sane"), "unknown pairing 'sane': did you mean same"),
+        (("--optimiser", "adam"), "unknown optimiser 'adam': did you mean adamw"),
+        (("--precision", "fp17"), "unknown precision 'fp17': did you mean fp16"),
+        (("--precision", "fp16"), "fp16 needs a GPU: on a CPU use fp32"),
+        (("--device", "gpu0"), "unknown device 'gpu0'"),
+        (("--batch-size", 25), "--batch-size 25 is more than the 24 images"),
+        (("--step-targets", 3), "holds 2 views .* --step-targets 2"),
+        (("--warmup-epochs", 1), "leaves nothing of a run of 1"),
+        (("--optimiser", "lars", "--weight-decay", 0), "lars adapts only"),
+        (("--trust", 0.02), "--trust is for --optimiser lars, and it is adamw"),
+        (("--optimiser", "lars", "--trust", 0), "--trust is 0, expected a value above 0"),
+        (("--objective", "dino"), "the teacher has no head: fit prototypes"),
+        (("--objective", "swav"), "--objective swav needs prototype logits, but the teacher has no head"),
+        (("--objective", "moco", "--sinkhorn", "batch"), "--sinkhorn means nothing to --objective moco"),
+        (("--objective", "disco", "--pairing", "cross"), "disco compares the same views: leave out --pairing"),
+        (("--objective", "moco", "--queue", 25), "--queue 25 is longer than the data set of 24 images"),
+        (("--centre-targets", "calibrate"), "unknown centre targets 'calibrate': did you mean calibration"),
+        (("--student", "test_vit", "--small-images", "--image-size", 30), "cannot take images of 30 x 30 px"),
+        (("--student", "test_convnext", "--small-images"), "no small-image form .* turn --small-images off"),
+        # options that contradict each other
+        (("--teacher", TEACHER), "--teacher is for --targets online; the store .* leave --teacher out"),
+        (("--checkpoint", "a.pth"), "--checkpoint is for --targets online"),
+        (("--views", 2), "--views is for --targets online"),
+        (("--view-size", 64), "--view-size is for --targets online"),
+        (("--recipe", "swav"), "--recipe is for --targets online"),
+        (("--global-scale", 0.5, 1), "--global-scale is for --targets online"),
+        (("--targets", "online"), "--targets online needs --teacher NAME"),
+        (
+            ("--targets", "momentum", "--objective", "embedding"),
+            "--objective embedding needs a teacher: .* there is dino",
+        ),
+        (
+            ("--targets", "momentum", "--objective", "moco", "--prototypes", 8),
+            "--prototypes: --objective moco has none",
+        ),
+        (("--targets", "momentum", "--objective", "dino", "--teacher", TEACHER), "with momentum there is no teacher"),
+        (("--prototypes", 8), "--prototypes is for --targets momentum"),
+        (
+            ("--pairing", "cross", "--num-local", 1, "--local-size", 64),
+            "--local-size 64 is more than --image-size 32: local crops are the smaller ones",
+        ),
+        (("--local-size", 16), "--local-size is for local crops, and this run has none"),
+        (("--local-scale", 0.1, 0.2), "--local-scale is for local crops, and this run has none"),
+        (("--targets", "momentum", "--cache-in-memory"), "--cache-in-memory is for a store of targets"),
+        (("--targets", "momentum", "--pairing", "all"), "a view that meets itself has nothing to learn"),
+        (("--freeze-prototypes", 1), "--objective embedding has none"),
+        (("--pairing", "same", "--num-local", 2), "same has no target for a local crop"),
+        (("--pairing", "same", "--fresh"), "--fresh is for --pairing cross"),
+        (("--pairing", "cross", "--replay", "--step-targets", 1, "--num-local", 0), "leaves no pair"),
+        (("--global-weight", 0.4), "--global-weight is against local crops"),
+        (("--targets", "online", "--teacher", "nobody"), "unknown teacher 'nobody'"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_train_student_refuses(refused, made, tmp_path, options, message):
+    refused(2, message, "train-student", *made.train, "--out", tmp_path / "run", *options)
+
+
+@pytest.mark.parametrize("command", ["cache-teacher", "train-student", "verify", "eval knn"])
+def test_cuda_without_a_gpu(refused, made, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = {
+        "cache-teacher": (made.data, tmp_path / "t.zarr", *made.cache),
+        "train-student": (*made.train, "--out", tmp_path / "run"),
+        "verify": (made.store, made.data, "--teacher", TEACHER, "--checkpoint", made.checkpoint),
+        "eval knn": ("pixels", made.data, "--test", made.data),
+    }[command]
+    message = "--device cuda: torch finds no CUDA device here; use --device cpu"
+    refused(2, message, *command.split(), *arguments, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("cache-teacher DATA OUT --topk 8", "--topk is for --encoding topk, and this is embedding: leave --topk out"),
+        ("cache-teacher DATA OUT --encoding dense --store-dtype int8", "--store-dtype is for --encoding embedding"),
+        ("eval lowshot pixels DATA --epochs 3", "--epochs is for --finetune: leave --epochs out"),
+        ("eval lowshot pixels DATA --lr 0.1", "--lr is for --finetune"),
+        ("eval knn pixels DATA --teacher resnet50", "--teacher is for a teacher, and WHAT is pixels"),
+    ],
+)
+def test_an_option_that_is_not_used_is_refused(refused, made, tmp_path, words, message):
+    places = {"DATA": made.data, "OUT": tmp_path / "t.zarr"}
+    rest = made.cache if words.startswith("cache") else FAST
+    refused(2, message, *(places.get(word, word) for word in words.split()), *rest)
+
+
+def test_transfer_looks_at_what_it_measures_before_it_packs(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("rob.student_train.evaluate.transfer.packed_task", lambda *_, **__: pytest.fail("packed"))
+    where = ("folder", "--root", tmp_path)
+    refused(2, "typo: no such file", "eval", "transfer", tmp_path / "typo", *where, *FAST)
+
+
+def test_evaluation_refuses(refused, made, tmp_path):
+    knn = ("eval", "knn")
+    rest = (made.data, "--test", made.data, *FAST)
+    refused(2, "nowhere: no such file", *knn, tmp_path / "nowhere", *rest)
+    (tmp_path / "run").mkdir()
+    refused(2, r"no student\.safetensors in .*: give a finished run's folder", *knn, tmp_path / "run", *rest)
+    refused(2, "needs --teacher NAME", *knn, "teacher", *rest)
+    refused(2, "k = 25 neighbours of 24 training images", *knn, "pixels", *rest, "--k", 25)
+
+
+def test_images_without_labels_cannot_be_evaluated(rob, refused, made, tmp_path):
+    assert rob("pack", made.images / "class0", tmp_path / "flat.beton").code == 0
+    refused(
+        2, r"flat\.beton has no labels", "eval", "knn", "pixels", tmp_path / "flat.beton", "--test", made.data, *FAST
+    )
+
+
+def test_inspect_and_bench_refuse(refused, made, tmp_path):
+    refused(2, "there is nothing at .*nowhere", "inspect", tmp_path / "nowhere")
+    refused(2, "not a target store", "inspect", tmp_path)
+    refused(2, "unknown benchmark 'pipelines': did you mean pipeline", "bench", "pipelines")
+    refused(2, "--sheet of a store needs its images: pass --data", "inspect", made.store, "--sheet", tmp_path / "a.png")

@@ -1,0 +1,67 @@
+"""The view kernels compiled ahead of time for A100 and H100, without a GPU: within shared memory and without spills."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is a Linux package")
+pytest.importorskip("rob.common.views.decode", reason="ffcv is not installed")
+
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rob.common.views import kernel as kernel_module  # noqa: E402
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+"""Bytes a block may have, by compute capability."""
+POINTERS = {
+    "planes": "u8", "starts": "i64", "layout": "i32", "geometry": "i32", "colour": "fp32", "orders": "i32",
+    "places": "i32", "mean": "fp32", "std": "fp32", "sums": "fp32", "kept": "fp16",
+}  # fmt: skip
+CONSTANTS = {name: getattr(kernel_module, name) for name in ("TILE", "ROWS", "COLUMNS")}
+
+
+def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[int, int, int]:
+    """Compile one kernel; returns (bytes of shared memory, bytes spilled, registers a thread)."""
+    function, constants = getattr(kernel_module, kernel), CONSTANTS | flags
+    types = {**dict.fromkeys(constants, "constexpr"), "blur_scale": "fp32", "out": f"*{dtype}"}
+    types |= {name: f"*{pointer}" for name, pointer in POINTERS.items()}
+    signature = {name: types.get(name, "i32") for name in function.arg_names}
+    values = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name == "size"]
+    kernel_ = triton.compile(
+        ASTSource(function, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=kernel_module.WARPS),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel_.asm["ptx"])
+        gpu = "sm_90a" if capability == 90 else f"sm_{capability}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu}", str(source)]
+        command += ["-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (spilled,), (registers,) = (re.findall(p, said) for p in (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
+    return kernel_.metadata.shared, int(spilled), int(registers)
+
+
+@pytest.mark.skipif(not Path(knobs.nvidia.ptxas.path).exists(), reason="no ptxas: triton ships one on Linux")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    ("kernel", "flags"),
+    [
+        ("view_kernel", dict(MEASURE=False, TILES=64)),
+        ("view_kernel", dict(MEASURE=True, TILES=64)),
+        ("blur_kernel", {}),
+    ],
+)
+def test_it_compiles_within_shared_memory_and_without_spills(kernel, flags, capability, dtype):
+    shared, spilled, registers = compiled(kernel, capability, dtype, **flags)
+    assert shared <= SHARED_MEMORY[capability]
+    assert spilled == 0
+    assert registers * 32 * kernel_module.WARPS <= 65536 // 2, "at least two programs a multiprocessor"

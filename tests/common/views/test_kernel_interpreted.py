@@ -1,0 +1,96 @@
+"""The view kernels on CPU tensors, under Triton's interpreter: what they compute, not their speed, and not a GPU.
+
+TRITON_INTERPRET has to be set before triton is first imported, so this file runs itself again in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is a Linux package")
+pytest.importorskip("rob.common.views.decode", reason="ffcv is not installed")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    @pytest.mark.slow
+    def test_under_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " passed" in done.stdout
+
+else:
+    import torch
+
+    from rob.common.views.kernel import views_from_planes
+    from rob.common.views.reference import views_from_planes as reference
+    from support.view_cases import (
+        JITTERS,
+        JPEGS,
+        MEAN,
+        RAW_COLOUR,
+        STD,
+        STORED,
+        batch_of_two,
+        cases,
+        neutral,
+        pillow_views,
+        psnr,
+        resized_on_cpu,
+        stored_photograph,
+    )
+
+    @pytest.mark.parametrize(("stored", "scale"), [(s, 1) for s in STORED] + [(s, d) for s in JPEGS for d in (2, 4, 8)])
+    def test_resized_as_pillow_and_as_the_cpu_path_do(stored, scale):
+        """At every decode scale, flipped and not; 20 pixels are one tile, 40 are four."""
+        image, geometry, size, planes = cases(stored, scale)
+        colour = neutral(len(geometry))
+        views = views_from_planes(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32)[0] * 255
+        for view, plain, cpu in zip(
+            views, pillow_views(image, geometry, size), resized_on_cpu(planes, size), strict=True
+        ):
+            assert psnr(view, plain) > 38
+            assert (view - cpu).abs().mean() <= 1
+            assert psnr(view, cpu) > 44
+        exact = reference(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32)[0] * 255
+        assert (views - exact).abs().max() < 0.5  # of 255: weights and strips are rounded to float16
+
+    @pytest.mark.parametrize("name", JITTERS)
+    def test_colours_are_those_of_the_torch_formulas(name):
+        """The reference colours with ``apply_colours_torch``. Four tiles, of which all but one are part of one."""
+        size = 37
+        planes, colour = stored_photograph(JITTERS[name])
+        ours, exact = (
+            f(planes, 0, size, colour, 0.8, MEAN, STD, torch.float32) for f in (views_from_planes, reference)
+        )
+        error = (ours - exact).abs() * STD.view(3, 1, 1) * 255
+        assert error.mean() < 0.1
+        assert (error > 0.5).float().mean() < 2e-3  # to either side of a threshold: solarise, or the largest channel
+        assert (exact - reference(planes, 0, size, neutral(1), 0.8, MEAN, STD, torch.float32)).abs().mean() > 0.002
+
+    def test_some_views_of_several_images_in_bfloat16():
+        """The views of a set lie behind those of the sets before it."""
+        planes, colour = batch_of_two()
+        ours = views_from_planes(planes, 1, 17, colour, 1.0, MEAN, STD, torch.bfloat16)
+        exact = reference(planes, 1, 17, colour, 1.0, MEAN, STD, torch.float32)
+        assert ours.dtype == torch.bfloat16
+        assert ours.shape == (2, 3, 3, 17, 17)
+        assert float((ours.float() - exact).abs().max()) < 0.03
+        assert len(exact.flatten(2).mean(2).unique()) == 6
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_tiny_views(size):
+        planes, colour = stored_photograph(JITTERS["everything"])
+        ours, exact = (
+            f(planes, 0, size, colour, 1.0, MEAN, STD, torch.float32) for f in (views_from_planes, reference)
+        )
+        assert ours.isfinite().all()
+        assert (ours - exact).abs().max() < 0.02
+
+    def test_no_images():
+        planes, colour = stored_photograph(JITTERS["everything"])
+        assert views_from_planes(planes, 0, 8, colour[:0], 1.0, MEAN, STD, torch.float32).shape == (0, 1, 3, 8, 8)

@@ -1,0 +1,55 @@
+"""The texts name what is there: CONTRIBUTING.md's map every file of the product, benchmarks/README.md every result and note."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from test_packaging import ROOT, modules
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def mapped() -> Iterator[str]:
+    """Paths from the root, in the order of the map: a heading names the folder of the files listed below it, or none."""
+    folder = ""
+    for line in TEXT.partition("\n## Map\n")[2].splitlines():
+        if line.startswith("#"):
+            heading = re.fullmatch(r"### `(\S+/)`", line)
+            folder = heading[1] if heading else ""
+        elif file := re.fullmatch(r"- `(\S+\.py)`: \S.*", line):
+            yield folder + file[1]
+
+
+def test_every_file_is_on_the_map():
+    """Empty ``__init__.py`` have nothing to say."""
+    product = {path for path in modules() if (ROOT / path).read_text().strip()}
+    assert sorted(product - set(mapped())) == []
+
+
+def test_every_file_of_the_map_exists():
+    assert [path for path in mapped() if not (ROOT / path).is_file()] == []
+
+
+def test_no_file_is_on_the_map_twice():
+    assert [path for path, count in Counter(mapped()).items() if count > 1] == []
+
+
+def test_every_result_and_note_is_named_beside_it():
+    text = (ROOT / "benchmarks/README.md").read_text()
+    there = {path.name for kind in ("results/*.json", "*notes*.md") for path in (ROOT / "benchmarks").glob(kind)}
+    assert set(re.findall(r"\w+_\d{8}\.json|\w*notes\w*\.md", text)) == there
+
+
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(text):
+    """To a file, and to a heading as GitHub spells it in addresses."""
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / text).read_text()):
+        target = (ROOT / text).parent / path if path else ROOT / text
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 200
