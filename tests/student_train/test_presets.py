@@ -14,12 +14,15 @@ from typer.testing import CliRunner
 
 from rob.cli import app
 from rob.common.errors import MisuseError
+from rob.common.images.beton import Beton
 from rob.common.views.recipes import get_recipe
-from rob.student_train.momentum import MomentumConfig
-from rob.student_train.objectives import build_objective
+from rob.student_train.crops import crop_sets
+from rob.student_train.objectives import CopySettings, build_objective
 from rob.student_train.presets import PRESETS, get_preset
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.momentum import MomentumTargets
 from rob.student_train.targets.pairing import plan_views
-from rob.student_train.train import TrainConfig, crop_sets
+from rob.student_train.train_config import TrainConfig
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 SMALL = ("--student", "test_resnet", "--image-size", 32, "--hidden-dim", 16, "--batch-size", 8, "--epochs", 4)
@@ -191,8 +194,8 @@ class Reached(Exception):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
-    def hand_over(config: TrainConfig, branch: Any, progress: Any) -> None:
-        raise Reached(config, branch)
+    def hand_over(config: TrainConfig, progress: Any) -> None:
+        raise Reached(config)
 
     monkeypatch.setattr("rob.student_train.train.train_student", hand_over)
     data, paper = tiny_beton(tmp_path, 8), PAPERS[name]
@@ -202,7 +205,9 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
         arguments += ["--targets", tiny_store(tmp_path / "t.zarr", data, teacher, recipe=get_recipe("moco-v2")).path]
     outcome = CliRunner().invoke(app, [*map(str, arguments)])
     assert isinstance(outcome.exception, Reached), (outcome.exception, outcome.output)
-    config, branch = outcome.exception.args
+    (config,) = outcome.exception.args
+    run = RunContext(Beton(config.data), torch.device("cpu"), seed=config.seed, objective=config.objective)
+    branch = config.targets.open(run)
     assert paper.source in PRESETS[name].source
 
     o, decay = config.optimiser, config.optimiser.weight_decay
@@ -211,19 +216,19 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     assert o.momentum == 0.9
     assert (config.epochs, config.loader.batch_size, config.clip_grad) == paper.length
 
-    copy = getattr(branch, "config", MomentumConfig(0, None))
+    copy = branch.settings if isinstance(branch, MomentumTargets) else CopySettings(copy_momentum=None)
     if paper.copy is None:
-        assert copy.momentum is None
+        assert copy.copy_momentum is None
     else:
         branch.total_steps = 1000
         assert (branch.momentum(0), branch.momentum(1000)) == pytest.approx(paper.copy, abs=1e-9)
 
     # the objective as it is built, but for two prototypes and a short queue
     space = replace(branch.space, num_prototypes=min(2, branch.space.num_prototypes))
-    objective: Any = build_objective(config.objective, 8, space, config.pairing.targets, num_images=64)
+    objective: Any = build_objective(config.objective, 8, space, config.pairing.step_targets, num_images=64)
     assert objective.student_temp == paper.student_temp
     if paper.teacher_temp is None:
-        assert not hasattr(objective, "teacher_temp")
+        assert objective.teacher_temp is None
     else:
         warmup = copy.warmup_teacher_temp_epochs
         first = copy.warmup_teacher_temp if warmup else objective.teacher_temp
@@ -231,10 +236,10 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     norm = any(isinstance(layer, nn.BatchNorm1d) for layer in objective.head.mlp)
     learned = any(p.requires_grad for n, p in objective.named_parameters() if n == "prototypes.weight_g")
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
-    assert (copy.num_prototypes, objective.head.mlp[0].out_features, norm, learned, freeze) == paper.head
+    assert (copy.prototypes, objective.head.mlp[0].out_features, norm, learned, freeze) == paper.head
 
     plan = plan_views(config.pairing, branch.views, 0)
-    sides = [crops.size for crops in crop_sets(config, branch, plan)]
+    sides = [crops.size for crops in crop_sets(config, branch.recipe, plan)]
     assert (len(plan.globals), sides[0]) == (2, 224)
     assert {crop.scale for crop in branch.recipe.global_crops} == {paper.crops[0]}
     if plan.locals:

@@ -1,33 +1,27 @@
-"""Training without a teacher: three steps of each published algorithm written plainly in float64, and the runs around them."""
+"""Training without a teacher: three steps of each published algorithm written plainly in float64, and the schedules."""
 
 import math
-import signal
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
-from rob.student_train.checkpoint import load_student
 from rob.student_train.objectives import OBJECTIVES, CopySettings, ObjectiveConfig
-from rob.student_train.objectives.centre import RunningCentre
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
 from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.momentum import Momentum, MomentumTargets
 from rob.student_train.targets.pairing import PairingConfig, plan_views
-from rob.student_train.train import TrainProgress, train_student
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
-from support.tiny import tiny_beton
 
 CPU = torch.device("cpu")
 IMAGES, STEPS, STEPS_PER_EPOCH, EPOCHS, PROTOTYPES = 4, 3, 2, 4, 12
@@ -282,159 +276,6 @@ def test_prototypes_stay_still_for_the_epochs_asked():
 
     with pytest.raises(MisuseError, match="`freeze_prototypes`: `objective` moco has none"):
         training(ObjectiveConfig("moco"), MOMENTUM, freeze_prototypes=1)
-
-
-# ==== runs ====
-
-
-@dataclass(frozen=True)
-class Few(Momentum):
-    """Twelve prototypes where there are some; keeps what it opened."""
-
-    opened: list[MomentumTargets] = field(default_factory=list)
-
-    def settings(self, objective: str) -> CopySettings:
-        settings = super().settings(objective)
-        return replace(settings, prototypes=min(12, settings.prototypes))
-
-    def open(self, run: RunContext) -> MomentumTargets:
-        self.opened.append(super().open(run))
-        return self.opened[-1]
-
-
-@pytest.fixture
-def config(tmp_path) -> TrainConfig:
-    return TrainConfig(
-        data=tiny_beton(tmp_path, 24).path,
-        out=tmp_path / "run",
-        student=StudentConfig("test_resnet", 32, small_images=True),
-        targets=Few(),
-        pairing=PairingConfig("cross", step_targets=2, num_local=1, fresh=False),
-        optimiser=OptimiserConfig(warmup_epochs=0),
-        epochs=4,
-        device="cpu",
-        loader=LoaderConfig("torch", batch_size=8, workers=1),
-        log_every=1,
-    )
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_two_epochs_and_two_are_four(config, name, tmp_path):
-    objective = ObjectiveConfig(
-        name, hidden_dim=16, **({"bottleneck": 10, "centre_targets": "running"} if name == "dino" else {})
-    )
-    config = replace(config, objective=objective)
-    train_student(config)
-
-    def stop(line: dict, total: int) -> None:
-        if line["step"] == 5:
-            raise KeyboardInterrupt
-
-    halves = replace(config, out=tmp_path / "halves")
-    with pytest.raises(KeyboardInterrupt):
-        train_student(halves, TrainProgress(log=stop))
-    train_student(halves)
-    one, other = (load_file(run.out / "student.safetensors") for run in (config, halves))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-    one, other = (torch.load(run.out / "checkpoint.pt", weights_only=True)["state"] for run in (config, halves))
-    assert ("momentum" in one) == (name != "swav")
-    for part in {"model", "momentum"} & one.keys():
-        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
-
-
-def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypatch):
-    """The EMA of the weights that a run went through, replayed from outside, is what it exports."""
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
-    temps, weights = [], []
-    take_step = Trainer.step
-
-    def watched(trainer: Trainer, number: int, *rest):
-        if not weights:
-            weights.append(deepcopy(dict(trainer.model.backbone.named_parameters())))
-        temps.append(trainer.objective.teacher_temp)
-        found = take_step(trainer, number, *rest)
-        weights.append(deepcopy(dict(trainer.model.backbone.named_parameters())))
-        return found
-
-    monkeypatch.setattr(Trainer, "step", watched)
-    train_student(config)
-    (branch,) = config.targets.opened
-    steps_per_epoch = 24 // 8
-    assert temps == [branch.teacher_temp(step // steps_per_epoch) for step in range(4 * steps_per_epoch)]
-    assert len(set(temps)) == 4
-    copy = weights[0]
-    for step, after in enumerate(weights[1:]):
-        momentum = branch.momentum(step)
-        copy = {name: momentum * slow + (1 - momentum) * after[name] for name, slow in copy.items()}
-    average = dict(load_student(config.out / "student_average.safetensors")[0].named_parameters())
-    torch.testing.assert_close(average, {name: value.detach() for name, value in copy.items()}, rtol=0, atol=1e-6)
-    assert (branch.freeze_prototypes, type(branch.model.objective.centres[0])) == (1, RunningCentre)
-
-
-def test_ctrl_c_while_the_copy_makes_its_targets_waits_for_the_step(config, monkeypatch, tmp_path):
-    """Or the copy's BatchNorm would have seen the batch, and would see it again in the run that goes on."""
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
-    train_student(config)
-    halves, embed, calls = replace(config, out=tmp_path / "halves"), MomentumTargets.embed, []
-
-    def interrupted(branch: MomentumTargets, crops: Tensor):
-        target = embed(branch, crops)
-        calls.append(True)
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return target
-
-    monkeypatch.setattr(MomentumTargets, "embed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_student(halves)
-    assert len(calls) == 5
-    train_student(halves)
-    for name in ("student.safetensors", "student_average.safetensors"):
-        one, other = (load_file(run.out / name) for run in (config, halves))
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_what_needs_a_teacher_or_other_views_is_refused(config):
-    for name in OBJECTIVES.keys() - PUBLISHED.keys():
-        with pytest.raises(MisuseError, match=f"`objective` {name} needs a teacher"):
-            train_student(replace(config, objective=ObjectiveConfig(name)))
-    config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 2))
-    with pytest.raises(MisuseError, match="both branches see the same views: leave out `fresh`"):
-        train_student(config)
-    for pairing in ("same", "all"):
-        config = replace(config, pairing=PairingConfig(pairing, 2))
-        with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out `pairing`"):
-            train_student(config)
-    assert not config.out.exists()
-
-
-def test_the_copy_is_exported_as_the_students_average(config):
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre_targets="running"))
-    train_student(config)
-    (branch,) = config.targets.opened
-    average, info = load_student(config.out / "student_average.safetensors")
-    torch.testing.assert_close(average.state_dict(), branch.copy.backbone.state_dict(), rtol=0, atol=0)
-    assert info.name == "test_resnet"
-    student, _ = load_student(config.out)
-    assert not torch.equal(next(average.parameters()), next(student.parameters()))
-
-    twice = replace(config, out=config.out.with_name("twice"), average=0.99)
-    with pytest.raises(MisuseError, match="leave `average` out"):
-        train_student(twice)
-    assert not twice.out.exists()
-    without_copy = replace(config, out=config.out.with_name("swav"), objective=ObjectiveConfig("swav", hidden_dim=16))
-    train_student(without_copy)
-    assert not (without_copy.out / "student_average.safetensors").exists()
-
-
-def test_a_queue_that_never_serves_is_refused_before_anything_is_written(config):
-    objective = ObjectiveConfig("swav", queue=6, bottleneck=10)
-    asked = replace(config, objective=objective, epochs=15, out=config.out.with_name("swav"))
-    with pytest.raises(
-        MisuseError, match="begins to fill in epoch 15, and the last of `epochs` 15 is 14: leave `queue` out"
-    ):
-        train_student(asked)
-    assert not asked.out.exists()
 
 
 def test_the_copy_drops_no_path():

@@ -1,0 +1,103 @@
+"""Every way to take a step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rob.student_train.kernels import EmbeddingTarget
+from rob.student_train.optimiser import OptimiserConfig
+from rob.student_train.students import StudentConfig
+from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.targets.space import TargetSpace
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
+from rob.student_train.trainer import Trainer
+from support.training import CPU, STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"average": 0.5},
+        {"clip_grad": 0.0},
+        {"optimiser": OptimiserConfig("sgd", warmup_epochs=0)},
+        {"optimiser": OptimiserConfig("lars", weight_decay=1e-6, warmup_epochs=0)},
+        {"optimiser": OptimiserConfig(warmup_epochs=0.5, weight_decay_end=0.4)},
+        {"precision": "bf16"},
+        {"pairing": PairingConfig("all", step_targets=2)},
+        {"targets": {"cache_in_memory": True}},
+        {"student": StudentConfig("test_vit", 32, small_images=True)},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values()))[:40],
+)
+def test_variants_take_steps(config, changes):
+    if "targets" in changes:
+        changes = {"targets": replace(config.targets, **changes["targets"])}
+    before = build(replace(config, **changes)).model.backbone.state_dict()
+    train_student(replace(config, **changes, epochs=1))
+    after = load_file(config.out / "student.safetensors")
+    assert all(torch.isfinite(values).all() for values in after.values() if values.is_floating_point())
+    assert all(after[name].dtype == values.dtype for name, values in before.items())
+    moved = [name for name, values in before.items() if not torch.equal(values, after[name])]
+    assert len(moved) > 0.9 * len(before)
+
+
+def build(config: TrainConfig, space: TargetSpace | None = None) -> Trainer:
+    return Trainer(config, space or TargetSpace(24, 10, True, 0.05), STEPS_PER_EPOCH, CPU)
+
+
+def some_step(config: TrainConfig, space: TargetSpace | None = None) -> tuple[Trainer, Tensor]:
+    """A trainer after one step on noise, and that step's (loss, gradient norm)."""
+    trainer = build(config, space)
+    random = torch.Generator().manual_seed(0)
+    crops = [torch.randn(4, 1, 3, config.student.image_size, config.student.image_size, generator=random)]
+    target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1))
+    health, _ = trainer.step(0, crops, target, torch.ones(1, 1))
+    return trainer, health
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0"]
+)
+def test_every_student_of_the_readme_takes_a_step(config, name):
+    trainer, health = some_step(replace(config, student=StudentConfig(name, 32, small_images=True)))
+    assert torch.isfinite(health).all()
+    assert health[1] > 0
+    without = [
+        name for name, p in trainer.model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()
+    ]
+    assert without == []
+
+
+def gradient_norm(trainer: Trainer) -> float:
+    gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    return torch.cat(gradients).norm().item()
+
+
+def test_clipping_bounds_the_gradient_and_the_log_has_what_it_was(config):
+    unbounded, health = some_step(replace(config, clip_grad=0.0))
+    norm = gradient_norm(unbounded)
+    assert health[1].item() == pytest.approx(norm, rel=1e-4)
+    clipped, health = some_step(replace(config, clip_grad=norm / 4))
+    assert health[1].item() == pytest.approx(norm, rel=1e-4)
+    assert gradient_norm(clipped) == pytest.approx(norm / 4, rel=1e-3)
+
+
+def test_bf16_is_the_same_training_in_fewer_bits(config):
+    (_, exact), (_, coarse) = (some_step(replace(config, precision=precision)) for precision in ("fp32", "bf16"))
+    assert coarse[0].item() == pytest.approx(exact[0].item(), rel=0.02)
+    assert coarse[0] != exact[0]
+
+
+def test_the_average_follows_the_student_at_its_decay(config):
+    trainer, _ = some_step(replace(config, average=0.9))
+    trainer_without, _ = some_step(config)
+    start = build(config).model.backbone.conv1[0].weight
+    now = trainer.model.backbone.conv1[0].weight
+    assert torch.equal(now, trainer_without.model.backbone.conv1[0].weight)  # the average is beside the training
+    average = trainer.average.module.conv1[0].weight
+    assert torch.equal(average, now) or (average - start).abs().max() < (now - start).abs().max()
