@@ -56,11 +56,11 @@ class TrainConfig:
     ] = 1
 
     def __post_init__(self) -> None:
+        if self.average is not None and not 0 < self.average < 1:
+            raise MisuseError(f"`average` is {self.average:g}, expected a value between 0 and 1, such as 0.999")
         check(self)
         if isinstance(self.targets, str | Path):
             raise MisuseError(f"`targets` is a path: give Cached({str(self.targets)!r}), or Online or Momentum")
-        if self.average is not None and not 0 < self.average < 1:
-            raise MisuseError(f"`average` is {self.average:g}, expected a value between 0 and 1, such as 0.999")
 
     def to_dict(self) -> dict[str, Any]:
         """All but the targets, of which the branch says more, as plain values."""

@@ -3,26 +3,17 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import typer
-from torch import nn
 from typer.testing import CliRunner
 
 from rob.cli import app
 from rob.common.errors import MisuseError
-from rob.common.images.beton import Beton
 from rob.common.views.recipes import get_recipe
-from rob.student_train.crops import crop_sets
-from rob.student_train.objectives import CopySettings, build_objective
 from rob.student_train.presets import PRESETS, get_preset
-from rob.student_train.targets.branch import RunContext
-from rob.student_train.targets.momentum import MomentumTargets
-from rob.student_train.targets.pairing import plan_views
-from rob.student_train.train_config import TrainConfig
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 SMALL = ("--student", "test_resnet", "--image-size", 32, "--hidden-dim", 16, "--batch-size", 8, "--epochs", 4)
@@ -65,191 +56,6 @@ def test_names_are_whole_in_a_narrow_terminal(tmp_path):
 def test_an_unknown_preset_offers_the_nearest():
     with pytest.raises(MisuseError, match="unknown preset 'sslite-cnn': did you mean sslight-cnn"):
         get_preset("sslite-cnn")
-
-
-# ==== the papers' values ====
-
-
-class Paper(NamedTuple):
-    """What a run has to be set to, from the files named above each."""
-
-    source: str
-    optimiser: tuple[str, float, float, float, float, float]
-    """Name, rate for a batch of 256, where its cosine ends, epochs of warm-up, weight decay at the start and at the end."""
-    length: tuple[int, int, float]
-    """Epochs, images a step, largest norm of the gradient (0: any)."""
-    copy: tuple[float, float] | None
-    """Its momentum at the first step and at the end of the run."""
-    student_temp: float
-    teacher_temp: tuple[float, float, int] | None
-    """At first, at last, and the epochs from one to the other."""
-    head: tuple[int, int, bool, bool, int]
-    """Prototypes, hidden width, BatchNorm, lengths of prototypes learned, epochs in which the prototypes stay."""
-    crops: tuple[tuple[float, float], int, int, tuple[float, float]] | tuple[tuple[float, float]]
-    """Area of the global crops; number, side in pixels and area of the local ones."""
-    alpha: float
-    """What the pairs of two global crops weigh."""
-
-
-# github.com/saic-fi/SSLight, src/config/exp_yamls, and for what these leave out src/config/defaults.py; 128 images on 8 GPUs
-DINO_CNN = Paper(  # dino/dino_cnn_baseline.yaml
-    "saic-fi/SSLight: dino_cnn_baseline.yaml",
-    optimiser=("lars", 0.48, 0.0048, 10, 1e-6, 1e-6),
-    length=(200, 1024, 0.0),
-    copy=(0.996, 1.0),
-    student_temp=0.1,
-    teacher_temp=(0.04, 0.07, 50),
-    head=(4096, 2048, True, False, 1),
-    crops=((0.14, 1.0), 6, 96, (0.05, 0.14)),
-    alpha=0.142857,
-)
-DINO_VIT = Paper(  # dino/dino_vit_baseline.yaml
-    "saic-fi/SSLight: dino_vit_baseline.yaml",
-    optimiser=("adamw", 0.0005, 0.00001, 10, 0.04, 0.4),
-    length=(200, 1024, 0.0),
-    copy=(0.996, 1.0),
-    student_temp=0.1,
-    teacher_temp=(0.04, 0.07, 30),
-    head=(65536, 2048, False, True, 1),
-    crops=((0.25, 1.0), 10, 96, (0.05, 0.25)),
-    alpha=0.090909,
-)
-SWAV_CNN = Paper(  # swav/swav_cnn_baseline.yaml; EPSILON stands where DINO has a teacher's temperature
-    "saic-fi/SSLight: swav_cnn_baseline.yaml",
-    optimiser=("lars", 0.3, 0.0048, 10, 1e-6, 1e-6),
-    length=(200, 1024, 0.0),
-    copy=None,
-    student_temp=0.1,
-    teacher_temp=(0.05, 0.05, 0),
-    head=(3000, 4096, True, False, 1),
-    crops=((0.14, 1.0), 6, 96, (0.05, 0.14)),
-    alpha=0.142857,
-)
-MOCO_CNN = Paper(  # moco/moco_cnn_baseline.yaml; of its two momenta, src/sslight/model/moco.py reads MOCO.MOMENTUM
-    "saic-fi/SSLight: moco_cnn_baseline.yaml",
-    optimiser=("lars", 0.48, 0.0048, 10, 1e-6, 1e-6),
-    length=(200, 1024, 0.0),
-    copy=(0.999, 0.999),
-    student_temp=0.2,
-    teacher_temp=None,
-    head=(0, 2048, False, False, 0),
-    crops=((0.14, 1.0), 6, 96, (0.05, 0.14)),
-    alpha=0.142857,
-)
-MOCO_V2 = Paper(  # github.com/facebookresearch/moco: main_moco.py with README.md's --mlp --moco-t 0.2 --aug-plus --cos
-    "facebookresearch/moco: README.md",
-    optimiser=("sgd", 0.03, 0.0, 0, 1e-4, 1e-4),
-    length=(200, 256, 0.0),
-    copy=(0.999, 0.999),
-    student_temp=0.2,
-    teacher_temp=None,
-    head=(0, 2048, False, False, 0),
-    crops=((0.2, 1.0),),
-    alpha=1.0,
-)
-# github.com/facebookresearch/msn: configs/pretrain/msn_vits16.yaml, 64 images on each of README.md's 16 GPUs; the copy in
-# src/msn_train.py; .1 sharpened by .25 is .025. The warm-up is 15 there, and ends elsewhere: presets.py names what differs.
-MSN_VIT = Paper(
-    "facebookresearch/msn: msn_vits16.yaml",
-    optimiser=("adamw", 0.001 * 256 / (64 * 16), 1e-6, 10, 0.04, 0.4),
-    length=(800, 64 * 16, 3.0),
-    copy=(0.996, 0.9992),
-    student_temp=0.1,
-    teacher_temp=(0.025, 0.025, 0),
-    head=(1024, 2048, True, False, 0),
-    crops=((0.3, 1.0), 10, 96, (0.05, 0.3)),
-    alpha=1 / 11,
-)
-PAPERS = {
-    "dino-cnn": DINO_CNN,
-    "dino-vit": DINO_VIT,
-    # dino/dino_cnn_sslight.yaml, with the crops and LAMBDAS of moco/moco_cnn_sslight.yaml
-    "sslight-cnn": DINO_CNN._replace(
-        source="saic-fi/SSLight: dino_cnn_sslight.yaml", crops=((0.3, 1.0), 6, 128, (0.05, 0.3)), alpha=0.4
-    ),
-    # dino/dino_vit_sslight.yaml
-    "sslight-vit": DINO_VIT._replace(
-        source="saic-fi/SSLight: dino_vit_sslight.yaml", crops=((0.3, 1.0), 10, 128, (0.05, 0.3)), alpha=0.4
-    ),
-    "swav-cnn": SWAV_CNN,
-    # swav/swav_cnn_sslight.yaml
-    "sslight-swav-cnn": SWAV_CNN._replace(
-        source="saic-fi/SSLight: swav_cnn_sslight.yaml", crops=((0.3, 1.0), 6, 128, (0.05, 0.3)), alpha=0.4
-    ),
-    "moco-cnn": MOCO_CNN,
-    # moco/moco_cnn_sslight.yaml
-    "sslight-moco-cnn": MOCO_CNN._replace(
-        source="saic-fi/SSLight: moco_cnn_sslight.yaml", crops=((0.3, 1.0), 6, 128, (0.05, 0.3)), alpha=0.4
-    ),
-    "moco-v2": MOCO_V2,
-    "msn-vit": MSN_VIT,
-    # github.com/Yuting-Gao/DisCo-pytorch: DisCo/main.py with DisCo/README.md's options; the keys are the teacher's here
-    "disco": MOCO_V2._replace(source="Yuting-Gao/DisCo-pytorch", copy=None),
-}
-
-
-class Reached(Exception):
-    """With what the command hands over to the training."""
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
-    def hand_over(config: TrainConfig, progress: Any) -> None:
-        raise Reached(config)
-
-    monkeypatch.setattr("rob.student_train.train.train_student", hand_over)
-    data, paper = tiny_beton(tmp_path, 8), PAPERS[name]
-    arguments = ["train-student", data.path, "--out", tmp_path / "run", "--preset", name, "--device", "cpu"]
-    if name == "disco":
-        teacher = tiny_teacher_checkpoint(tmp_path)
-        arguments += ["--targets", tiny_store(tmp_path / "t.zarr", data, teacher, recipe=get_recipe("moco-v2")).path]
-    outcome = CliRunner().invoke(app, [*map(str, arguments)])
-    assert isinstance(outcome.exception, Reached), (outcome.exception, outcome.output)
-    (config,) = outcome.exception.args
-    run = RunContext(Beton(config.data), torch.device("cpu"), seed=config.seed, objective=config.objective)
-    branch = config.targets.open(run)
-    assert paper.source in PRESETS[name].source
-
-    o, decay = config.optimiser, config.optimiser.weight_decay
-    decay_end = decay if o.weight_decay_end is None else o.weight_decay_end
-    assert (o.name, o.lr, o.min_lr, o.warmup_epochs, decay, decay_end) == paper.optimiser
-    assert o.momentum == 0.9
-    assert (config.epochs, config.loader.batch_size, config.clip_grad) == paper.length
-
-    copy = branch.settings if isinstance(branch, MomentumTargets) else CopySettings(copy_momentum=None)
-    if paper.copy is None:
-        assert copy.copy_momentum is None
-    else:
-        branch.total_steps = 1000
-        assert (branch.momentum(0), branch.momentum(1000)) == pytest.approx(paper.copy, abs=1e-9)
-
-    # the objective as it is built, but for two prototypes and a short queue
-    space = replace(branch.space, num_prototypes=min(2, branch.space.num_prototypes))
-    objective: Any = build_objective(config.objective, 8, space, config.pairing.step_targets, num_images=64)
-    assert objective.student_temp == paper.student_temp
-    if paper.teacher_temp is None:
-        assert objective.teacher_temp is None
-    else:
-        warmup = copy.warmup_teacher_temp_epochs
-        first = copy.warmup_teacher_temp if warmup else objective.teacher_temp
-        assert (first, objective.teacher_temp, warmup) == paper.teacher_temp
-    norm = any(isinstance(layer, nn.BatchNorm1d) for layer in objective.head.mlp)
-    learned = any(p.requires_grad for n, p in objective.named_parameters() if n == "prototypes.weight_g")
-    freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
-    assert (copy.prototypes, objective.head.mlp[0].out_features, norm, learned, freeze) == paper.head
-
-    plan = plan_views(config.pairing, branch.views, 0)
-    sides = [crops.size for crops in crop_sets(config, branch.recipe, plan)]
-    assert (len(plan.globals), sides[0]) == (2, 224)
-    assert {crop.scale for crop in branch.recipe.global_crops} == {paper.crops[0]}
-    if plan.locals:
-        assert (len(plan.locals), sides[1], branch.recipe.local_crop.scale) == paper.crops[1:]
-    else:
-        assert not paper.crops[1:]
-    assert plan.pair_weights[:2].sum().item() == pytest.approx(paper.alpha, abs=1e-6)
-
-
-# ==== runs ====
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Grids of runs."""
+"""``sweep``: every cell of the grid once, one a GPU, and a picture."""
 
 import json
 import os
@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
-from rob.cli import app, main
+from rob.cli import main
 from rob.common.errors import FailureError, MisuseError
 from rob.common.files import lock_file
 from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.views.recipes import get_recipe
 from rob.student_train import sweep as sweep_module
-from rob.student_train.commands.sweep import options_of, training_flags
 from rob.student_train.sweep import (
     SweepConfig,
     SweepRow,
@@ -38,7 +36,6 @@ from rob.student_train.sweep import (
 )
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
-OPTIONS = options_of(typer.main.get_group(app).commands["train-student"])
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
 
 
@@ -163,23 +160,6 @@ def test_other_targets_at_the_same_place_are_refused(tmp_path, data, commands):
     assert sweep(config) == rows  # cached again, to the same targets
 
 
-@pytest.mark.parametrize(
-    ("words", "store"),
-    [
-        (("--targets", "a.zarr"), "a.zarr"),
-        (("--targets=a.zarr",), "a.zarr"),
-        (("--targets", "momentum"), None),
-        (("--targets=online",), None),
-        ((), None),
-    ],
-)
-def test_the_store_of_a_run(tmp_path, words, store):
-    config = SweepConfig(tmp_path, ("data.beton", *words), (SIZES,))
-    assert config.store(("16",)) == (store and Path(store))
-    varied = SweepConfig(tmp_path, ("data.beton",), (Variation.parse("targets=a.zarr,online"),))
-    assert [varied.store(cell) for cell in varied.cells()] == [Path("a.zarr"), None]
-
-
 def test_images_that_are_missing_are_misuse_before_any_training(tmp_path, data, commands):
     with pytest.raises(MisuseError, match="no-such"):
         sweep(SweepConfig(tmp_path / "out", (data,), (SIZES,), tmp_path / "no-such.beton", device="cpu"))
@@ -241,93 +221,6 @@ def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands)
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variations", "sentence"),
-    [
-        (("data.beton",), (), "nothing to sweep"),
-        (("data.beton", "--local-size", "16"), (SIZES,), "both varied and fixed"),
-        (("data.beton", "--local-size=16"), (SIZES,), "both varied and fixed"),
-        (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
-        (("data.beton", "--out=x"), (SIZES,), "--out belongs to the sweep"),
-        (("data.beton", "--device", "cuda:1"), (SIZES,), "--device belongs to the sweep"),
-        (("data.beton",), (Variation("device", ("cpu", "cuda")),), "--device belongs to the sweep"),
-        (("--epochs", "2"), (SIZES,), "DATA.beton"),
-        (("data.beton",), (SIZES, SIZES), "given twice"),
-        (
-            ("data.beton",),
-            (Variation("lr", tuple(map(str, range(30)))), Variation("seed", tuple(map(str, range(30))))),
-            "900",
-        ),
-    ],
-)
-def test_grids_that_cannot_be(tmp_path, arguments, variations, sentence):
-    with pytest.raises(MisuseError, match=sentence):
-        SweepConfig(tmp_path, arguments, variations)
-
-
-@pytest.mark.parametrize("text", ["local-size", "local-size=", "=1,2", "a=1,,2", "a=1,1", "out=x,y"])
-def test_variations_that_cannot_be(text):
-    with pytest.raises(MisuseError, match="--vary"):
-        Variation.parse(text)
-
-
-# ==== flags ====
-
-
-def test_the_flags_of_training_are_found():
-    flags = training_flags(OPTIONS)
-    assert flags["head-norm"] == ("--head-norm", "--no-head-norm")
-    assert flags["no-head-norm"] == ("--no-head-norm", "--head-norm")
-    assert flags["replay"] == ("--replay", "--fresh")
-    assert flags["only-consistency"] == ("--only-consistency", None)
-    assert not {"local-size", "local-scale", "targets", "epochs"} & flags.keys()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("head-norm=yes,no", ["--head-norm", "--no-head-norm"]),
-        ("no-head-norm=True,false", ["--no-head-norm", "--head-norm"]),
-        ("--only-consistency=no,yes", ["", "--only-consistency"]),
-    ],
-)
-def test_a_flag_takes_no_value(tmp_path, text, words):
-    config = SweepConfig(tmp_path, ("data.beton",), (SIZES, Variation.parse(text, training_flags(OPTIONS))))
-    assert [" ".join(config.varied(cell)) for cell in config.cells()] == [
-        f"--local-size {size} {word}".strip() for size in (16, 24) for word in words
-    ]
-    assert [config.folder(cell).name.partition(",")[2] for cell in config.cells()[:2]] == [
-        f"{text.partition('=')[0].removeprefix('--')}={value}" for value in config.variations[1].values
-    ]
-    assert set(config.variations[1].values) == {"yes", "no"}
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("head-norm=yes,maybe", "--head-norm is a flag, 'maybe' is neither yes nor no"),
-        ("head-norm=1,0", "--head-norm is a flag, '1' is neither"),
-        ("head-norm=yes,true", "names a value twice"),
-    ],
-)
-def test_values_that_a_flag_cannot_have(text, sentence):
-    with pytest.raises(MisuseError, match=sentence):
-        Variation.parse(text, training_flags(OPTIONS))
-
-
-def test_a_flag_is_one_option_under_both_its_names(tmp_path):
-    head_norm, replay, fresh = (
-        Variation.parse(f"{name}=yes,no", training_flags(OPTIONS)) for name in ("head-norm", "replay", "fresh")
-    )
-    with pytest.raises(MisuseError, match="--no-head-norm is both varied and fixed"):
-        SweepConfig(tmp_path, ("data.beton", "--no-head-norm"), (head_norm,))
-    with pytest.raises(MisuseError, match="--vary replay is given twice"):
-        SweepConfig(tmp_path, ("data.beton",), (replay, fresh))
-
-
-# ==== the picture ====
-
-
 def shown(config: SweepConfig, rows: list[SweepRow], png: Path) -> tuple[list, list[str], list[str], np.ndarray]:
     """Of the drawn heat map: (row, column, text) of every label in a cell, the tick labels down and across, and the colour
     that each cell has in the PNG, (down, across, 3) uint8."""
@@ -368,9 +261,6 @@ def test_heat_map_of_one_option_and_of_three(tmp_path):
     rows = [SweepRow(cell, 1.0, 50.0 + (3 * n) % 8) for n, cell in enumerate(three.cells())]  # 50 53 56 51 54 57 52 55
     texts, *_ = shown(three, rows, tmp_path / "three.png")
     assert texts == [(0, 0, "53.0"), (0, 1, "56.0"), (1, 0, "57.0"), (1, 1, "55.0")]
-
-
-# ==== the command ====
 
 
 @pytest.mark.slow

@@ -172,8 +172,11 @@ def test_targets_that_cannot_serve_are_refused(config, space, message):
     ("settings", "message"),
     [
         ({"name": "dinno"}, "unknown objective 'dinno': did you mean dino"),
-        ({"name": "dino", "centre_targets": "calibrated"}, "unknown centre 'calibrated': did you mean calibration"),
-        ({"name": "dino", "sinkhorn": "batches"}, "unknown Sinkhorn 'batches': did you mean batch"),
+        (
+            {"name": "dino", "centre_targets": "calibrated"},
+            "unknown centre targets 'calibrated': did you mean calibration",
+        ),
+        ({"name": "dino", "sinkhorn": "batches"}, "unknown sinkhorn 'batches': did you mean batch"),
         ({"name": "dino", "head": "teachers"}, "unknown head 'teachers': did you mean teacher"),
         (
             {"name": "moco", "sinkhorn": "batch"},
@@ -182,8 +185,8 @@ def test_targets_that_cannot_serve_are_refused(config, space, message):
         ({"name": "embedding", "teacher_temp": 0.1}, "`teacher_temp` means nothing to `objective` embedding"),
         ({"name": "dino", "only_consistency": True}, "`only_consistency` .* it is for disco"),
         ({"name": "embedding", "queue": 5}, "`queue` .* it is for dino, moco, disco"),
-        ({"name": "moco", "queue": 0}, "`queue` is 0, expected more than 0"),
-        ({"name": "dino", "student_temp": -1.0}, "`student_temp` is -1.0, expected more than 0"),
+        ({"name": "moco", "queue": 0}, "`queue` is 0, expected at least 1"),
+        ({"name": "dino", "student_temp": -1.0}, "`student_temp` is -1.0, expected at least 0.001"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
