@@ -303,6 +303,7 @@ TRAININGS: dict[str, tuple[int, str]] = {
         "float32", "--objective embedding --student test_vit --no-small-images --image-size 32"
     ),
     "mobile": cached("float32", f"{FEW} --student test_efficientnet"),
+    "mobile-residuals": cached("float32", "--objective embedding --student mobilenetv2_035"),
     "large-stem": cached("float32", "--objective embedding --no-small-images --image-size 32"),
     "lars": cached("float32", f"{FEW} --optimiser lars --lr 2 --weight-decay 1e-2 --trust 0.02"),
     "lars-usual": cached("float32", f"{FEW} --optimiser lars --lr 4 --weight-decay 1e-6 --min-lr 0.01 --clip-grad 0"),
