@@ -25,7 +25,7 @@ class LinearConfig:
     ] = (0.001, 0.003, 0.01, 0.03, 0.1)
     weight_decays: Annotated[
         tuple[float, ...],
-        Setting("Weight decays to choose from; give it several times.", low=0, high=1, option="--weight-decay"),
+        Setting("Weight decays to choose from; give it several times.", low=0, option="--weight-decay"),
     ] = (0.0, 1e-3, 1e-2, 1e-1)
     epochs: Annotated[int, Setting("Passes over TRAIN; 100 as DINO.", low=1)] = 100
     batch_size: int = 256
