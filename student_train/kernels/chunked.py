@@ -1,9 +1,10 @@
 """The prototype cross-entropy in torch, a few images at a time, on any device: what CPU and MPS use.
 
-With z a student row, s = z P^T / student_temp its logits, p = softmax(s), and w_g its weights against the targets q_g:
+With z a student row, s = (z P^T + a) / student_temp its logits, p = softmax(s), and w_g its weights against the targets q_g:
 
     loss   = - sum_g w_g <q_g, log p>, summed over rows
     dlogit = (sum_g w_g) p - sum_g w_g q_g        dz = dlogit P / student_temp        dP = dlogit^T z / student_temp
+                                                                                      da = dlogit^T 1 / student_temp
 
 A chunk of images runs through all of it, gradients included, while its logits are still in cache: three matrix products
 a student row and nothing recomputed. Backward only scales by the upstream gradient.
@@ -99,6 +100,7 @@ class _TopKProbabilities:
 def loss_and_gradients(
     student_embedding: Tensor,  # (B, V, D)
     student_prototypes: Tensor,  # (K, D)
+    student_bias: Tensor | None,  # (K,)
     target: Target,
     student_temp: float,
     teacher_temp: float,
@@ -106,13 +108,15 @@ def loss_and_gradients(
     pair_weights: Tensor,  # (B, V, G)
     needs_embedding: bool,
     needs_prototypes: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients by embedding and prototypes where they are needed, in the wide dtype."""
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss, and its gradients by embedding, prototypes and bias where they are needed, in the wide dtype."""
     (num_images, v, d), k, g = student_embedding.shape, len(student_prototypes), target.num_views
     dtype = widened(torch.promote_types(student_embedding.dtype, student_prototypes.dtype))
     prototypes = student_prototypes.to(dtype)
     weights = pair_weights.to(dtype) / num_images
     centre = None if centre is None else centre.to(dtype)
+    bias = None if student_bias is None else student_bias.to(dtype) / student_temp
     if isinstance(target, EmbeddingTarget):  # cast once, not once a chunk
         target = EmbeddingTarget(target.embedding, target.matrix.to(dtype))
 
@@ -122,6 +126,7 @@ def loss_and_gradients(
     loss = prototypes.new_zeros(())
     grad_embedding = prototypes.new_empty(num_images, v, d) if needs_embedding else None
     grad_prototypes = torch.zeros_like(prototypes) if needs_prototypes else None
+    grad_bias = prototypes.new_zeros(k) if needs_bias else None
 
     for start in range(0, num_images, n):
         chunk = slice(start, min(start + n, num_images))
@@ -133,40 +138,44 @@ def loss_and_gradients(
             q = _AllProbabilities.of(part, teacher_temp, centre, out=target_logits)
 
         rows = torch.mm(z, prototypes.T, out=student_logits[: len(z)])
+        if bias is not None:
+            rows.add_(bias)
         by_image = rows.view(-1, v, k)
         torch.log_softmax(rows, dim=1, out=rows)
         loss -= (w * q.dot(by_image)).sum()
-        if needs_embedding or needs_prototypes:
+        if needs_embedding or needs_prototypes or needs_bias:
             by_image.exp_().mul_(w.sum(2, keepdim=True))
             q.subtract_from(by_image, w)
         if grad_embedding is not None:
             torch.mm(rows, prototypes, out=grad_embedding[chunk].view(-1, d)).div_(student_temp)
         if grad_prototypes is not None:
             grad_prototypes.addmm_(rows.T, z)
-    return loss, grad_embedding, grad_prototypes
+        if grad_bias is not None:
+            grad_bias.add_(rows.sum(0), alpha=1 / student_temp)
+    return loss, grad_embedding, grad_prototypes, grad_bias
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embedding, prototypes, *rest):
-        ctx.save_for_backward(embedding, prototypes)
+    def forward(ctx, embedding, prototypes, bias, *rest):
+        ctx.save_for_backward(embedding, prototypes, bias)
         ctx.rest = rest
-        loss, *ctx.gradients = loss_and_gradients(embedding, prototypes, *rest, *ctx.needs_input_grad[:2])
+        loss, *ctx.gradients = loss_and_gradients(embedding, prototypes, bias, *rest, *ctx.needs_input_grad[:3])
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
         (upstream,) = grad_outputs
-        embedding, prototypes = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         if ctx.gradients is None:  # a second backward through a retained graph: the first gave the buffers away
-            _, *ctx.gradients = loss_and_gradients(embedding, prototypes, *ctx.rest, *ctx.needs_input_grad[:2])
-        (by_embedding, by_prototypes), ctx.gradients = ctx.gradients, None
-        if by_embedding is not None:
-            by_embedding = by_embedding.mul_(upstream).to(embedding.dtype)
-        if by_prototypes is not None:
-            by_prototypes = by_prototypes.mul_(upstream).to(prototypes.dtype)
-        return by_embedding, by_prototypes, *(None for _ in ctx.rest)
+            _, *ctx.gradients = loss_and_gradients(*inputs, *ctx.rest, *ctx.needs_input_grad[:3])
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (
+            None if gradient is None else gradient.mul_(upstream).to(tensor.dtype)
+            for tensor, gradient in zip(inputs, gradients, strict=True)
+        )
+        return *scaled, *(None for _ in ctx.rest)
 
 
 def prototype_cross_entropy(
@@ -177,9 +186,10 @@ def prototype_cross_entropy(
     teacher_temp: float,
     centre: Tensor | None,
     pair_weights: Tensor,
+    student_bias: Tensor | None = None,
 ) -> Tensor:
     """As reference.prototype_cross_entropy; pair_weights (V, G) or (B, V, G)."""
     weights = pair_weights.expand(len(student_embedding), -1, -1)
     return _ChunkedCrossEntropy.apply(
-        student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, weights
+        student_embedding, student_prototypes, student_bias, target, student_temp, teacher_temp, centre, weights
     )

@@ -29,14 +29,15 @@ def prototype_cross_entropy(
     teacher_temp: float,
     centre: Tensor | None = None,
     pair_weights: Tensor,
+    student_bias: Tensor | None = None,
     impl: str = "auto",
     check_finite: bool | None = None,
 ) -> Tensor:
     """sum_{v,g} pair_weights[v,g] * mean_b H(q[b,g], p[b,v]), without a tensor of all rows by all prototypes.
 
     B images, V student views, G target views, K prototypes, D dimensions; H(q, p) = -sum_k q_k log p_k in nats,
-    p = softmax(student_embedding student_prototypes^T / student_temp), q = softmax((t - centre) / teacher_temp) with t
-    the target's logits.
+    p = softmax((student_embedding student_prototypes^T + student_bias) / student_temp), q = softmax((t - centre) / teacher_temp)
+    with t the target's logits.
 
     student_embedding: (B, V, D) float, normalised by the caller if at all. Gets a gradient.
     student_prototypes: (K, D) float, the effective rows: weight norm is left to torch, which differentiates it at no
@@ -47,8 +48,9 @@ def prototype_cross_entropy(
     centre: (K,) subtracted from the target's logits: DINO's running mean, or Sinkhorn's (kernels/sinkhorn.py).
     pair_weights: (V, G), or (B, V, G) to weigh images too, used as given: zero where a pair is skipped, 1 / number of
         pairs for a mean.
-    impl: "triton" (CUDA, compute capability 8 and up, D <= 256), "chunked" (torch, any device), "reference" (the formula,
-        with every logit in memory), or "auto", which picks by device, dtype and size.
+    student_bias: (K,) float, of a head whose last layer has one. Gets a gradient.
+    impl: "triton" (CUDA, compute capability 8 and up, D <= 256, no bias), "chunked" (torch, any device), "reference" (the
+        formula, with every logit in memory), or "auto", which picks by device, dtype and size.
     check_finite: whether to raise when the loss is not finite. The check reads the loss back, which makes a GPU wait: by
         default only CPU tensors are checked, and elsewhere a bad row shows as a NaN loss.
 
@@ -59,29 +61,35 @@ def prototype_cross_entropy(
     Raises ValueError where shapes or arguments do not fit, FloatingPointError naming the offending rows if the loss is
     NaN or infinite.
     """
-    _check_arguments(student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights)
+    _check_arguments(
+        student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights, student_bias
+    )
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLS)}")
+    if impl == "triton" and student_bias is not None:
+        raise ValueError("impl 'triton' has no student_bias: use 'auto' or 'chunked'")
     if impl == "auto":
-        impl = choose_impl(student_embedding, student_prototypes, target)
+        impl = choose_impl(student_embedding, student_prototypes, target, student_bias)
     inputs = student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights
     device = student_embedding.device
     autocast_dtype = _autocast_dtype(device)
     with torch.autocast(device.type, enabled=impl == "reference" and torch.is_autocast_enabled(device.type)):
         if impl == "reference":
-            loss = reference.prototype_cross_entropy(*inputs)
+            loss = reference.prototype_cross_entropy(*inputs, student_bias)
         elif impl == "chunked":
-            loss = chunked.prototype_cross_entropy(*inputs)
+            loss = chunked.prototype_cross_entropy(*inputs, student_bias)
         else:
             from . import triton_ce  # triton is a Linux package
 
             loss = triton_ce.prototype_cross_entropy(*inputs, dtype=autocast_dtype)
     if device.type == "cpu" if check_finite is None else check_finite:
-        _raise_unless_finite(loss, student_embedding, student_prototypes, target, centre, pair_weights)
+        _raise_unless_finite(loss, student_embedding, student_prototypes, target, centre, pair_weights, student_bias)
     return loss
 
 
-def choose_impl(student_embedding: Tensor, student_prototypes: Tensor, target: Target) -> str:
+def choose_impl(
+    student_embedding: Tensor, student_prototypes: Tensor, target: Target, student_bias: Tensor | None = None
+) -> str:
     """What "auto" stands for: by device, dtype and size."""
     device, size = student_embedding.device, student_embedding[..., 0].numel() * len(student_prototypes)
     if device.type != "cuda":
@@ -92,14 +100,15 @@ def choose_impl(student_embedding: Tensor, student_prototypes: Tensor, target: T
     fast = dtype.itemsize == 2 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
     widest = max(student_embedding.shape[2], target.embedding.shape[2] if isinstance(target, EmbeddingTarget) else 0)
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    return "triton" if fast and widest <= WIDEST_TRITON and ampere and find_spec("triton") else "chunked"
+    tiled = fast and widest <= WIDEST_TRITON and ampere and student_bias is None
+    return "triton" if tiled and find_spec("triton") else "chunked"
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype("cuda") if device.type == "cuda" and torch.is_autocast_enabled("cuda") else None
 
 
-def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights) -> None:
+def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights, bias) -> None:
     if embedding.ndim != 3 or prototypes.ndim != 2 or embedding.shape[2] != prototypes.shape[1]:
         raise ValueError(
             "student_embedding must be (B, V, D) and student_prototypes (K, D), "
@@ -116,22 +125,22 @@ def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, 
         raise ValueError(
             f"pair_weights must be (V, G) = {(v, target.num_views)} or (B, V, G), got {tuple(pair_weights.shape)}"
         )
-    if centre is not None and centre.shape != (k,):
-        raise ValueError(f"centre must be (K,) = {(k,)}, got {tuple(centre.shape)}")
+    for name, values in (("centre", centre), ("student_bias", bias)):
+        if values is not None and values.shape != (k,):
+            raise ValueError(f"{name} must be (K,) = {(k,)}, got {tuple(values.shape)}")
     for name, temp in (("student_temp", student_temp), ("teacher_temp", teacher_temp)):
         if not 0 < temp < float("inf"):
             raise ValueError(f"{name} must be positive, got {temp}")
-    devices = {t.device for t in (embedding, prototypes, target, pair_weights, centre) if t is not None}
+    devices = {t.device for t in (embedding, prototypes, target, pair_weights, centre, bias) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
-def _raise_unless_finite(loss: Tensor, embedding, prototypes, target, centre, pair_weights) -> None:
+def _raise_unless_finite(loss: Tensor, embedding, prototypes, target, centre, pair_weights, bias) -> None:
     if torch.isfinite(loss):
         return
     rows = {"student_embedding": embedding, "student_prototypes": prototypes, "pair_weights": pair_weights}
-    if centre is not None:
-        rows["centre"] = centre
+    rows |= {name: values for name, values in (("centre", centre), ("student_bias", bias)) if values is not None}
     match target:
         case EmbeddingTarget():
             rows |= {"target.embedding": target.embedding, "target.prototypes": target.matrix}

@@ -35,17 +35,23 @@ def prototype_cross_entropy(
     teacher_temp: float,
     centre: Tensor | None,  # (K,)
     pair_weights: Tensor,  # (V, G) or (B, V, G)
+    student_bias: Tensor | None = None,  # (K,)
 ) -> Tensor:
     """sum_{v,g} w[v,g] mean_b H(q[b,g], p[b,v]), p = softmax(student logits / student_temp)."""
-    log_p = torch.log_softmax(wide(student_embedding) @ wide(student_prototypes).T / student_temp, dim=2)
+    logits = wide(student_embedding) @ wide(student_prototypes).T
+    if student_bias is not None:
+        logits = logits + wide(student_bias)
+    log_p = torch.log_softmax(logits / student_temp, dim=2)
     with torch.no_grad():
         q = target_probabilities(target, teacher_temp, centre).to(log_p.dtype)
     cross_entropy = -torch.einsum("bvk,bgk->bvg", log_p, q)
     return (pair_weights * cross_entropy).sum() / len(student_embedding)
 
 
-def mean_entropy(student_embedding: Tensor, prototypes: Tensor, temp: float) -> Tensor:
-    """Entropy in nats of one rank's mean prediction over all rows. student_embedding: (..., D); prototypes: (K, D)."""
+def mean_entropy(student_embedding: Tensor, prototypes: Tensor, temp: float, bias: Tensor | None = None) -> Tensor:
+    """Entropy in nats of one rank's mean prediction over all rows. student_embedding: (..., D); prototypes: (K, D); bias (K,)."""
     logits = wide(student_embedding).flatten(0, -2) @ wide(prototypes).T
+    if bias is not None:
+        logits = logits + wide(bias)
     p = torch.softmax(logits / temp, dim=1).mean(dim=0)
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()

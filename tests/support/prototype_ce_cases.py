@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from rob.student_train.kernels import (
     DenseTarget,
@@ -17,6 +17,7 @@ from rob.student_train.kernels import (
 )
 
 KINDS = ("embedding", "topk", "dense")
+GRADIENTS = ("loss", "embedding", "prototypes", "bias")
 
 
 class Case(NamedTuple):
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     teacher_temp: float
     centre: Tensor | None
     pair_weights: Tensor
+    student_bias: Tensor | None = None
 
 
 def make_case(
@@ -43,8 +45,12 @@ def make_case(
     centred: bool = True,
     teacher_dim: int | None = None,
     seed: int = 0,
+    biased: bool = False,
 ) -> Case:
-    """Random unit rows on both sides; same-view pairs left out where there are others; the target's tensors in ``dtype`` too."""
+    """Random unit rows on both sides; same-view pairs left out where there are others; the target's tensors in ``dtype`` too.
+
+    ``biased``: the student's as an MLP straight to K logits has them: rows of any length, and a bias a prototype.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def unit(*shape: int) -> Tensor:
@@ -62,7 +68,11 @@ def make_case(
         "dense": lambda: DenseTarget(logits.to(dtype)),
         "topk": lambda: topk_target(logits, min(k, num_prototypes), [0.8 * teacher_temp, 1.4 * teacher_temp], dtype),
     }[kind]()
-    return Case(embedding, prototypes, target, student_temp, teacher_temp, centre, weights / weights.sum())
+    bias = None
+    if biased:
+        embedding = embedding * torch.rand(images, views, 1, generator=random).add(0.5).to(dtype)
+        bias = (0.2 * torch.randn(num_prototypes, generator=random)).to(dtype)
+    return Case(embedding, prototypes, target, student_temp, teacher_temp, centre, weights / weights.sum(), bias)
 
 
 def topk_target(logits: Tensor, k: int, temps: list[float], dtype: torch.dtype = torch.float32) -> TopKTarget:
@@ -82,16 +92,16 @@ def wide(case: Case) -> Case:
 
 
 def outcome(function, case: Case, upstream: float = 1.0) -> list[Tensor]:
-    """Loss, its gradient by the embedding and by the prototypes, in float64."""
-    embedding, prototypes = (t.detach().clone().requires_grad_() for t in case[:2])
-    loss = function(embedding, prototypes, *case[2:])
+    """Loss, its gradients by the embedding, by the prototypes and, if there is one, by the bias, in float64."""
+    learned = [t.detach().clone().requires_grad_() for t in (*case[:2], case.student_bias) if t is not None]
+    loss = function(*learned[:2], *case[2:7], *learned[2:])
     (loss * upstream).backward()
-    return [loss.detach().double(), embedding.grad.double(), prototypes.grad.double()]
+    return [loss.detach().double(), *(t.grad.double() for t in learned)]
 
 
-def plain_torch(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights) -> Tensor:
+def plain_torch(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights, bias=None) -> Tensor:
     """The formula as one writes it for training: products in the inputs' own dtype, softmax in float32."""
-    log_p = torch.log_softmax((embedding @ prototypes.T).float() / student_temp, dim=2)
+    log_p = torch.log_softmax(linear(embedding, prototypes, bias).float() / student_temp, dim=2)
     if isinstance(target, EmbeddingTarget):
         target = DenseTarget(target.embedding @ target.prototypes.T)
     q = reference.target_probabilities(target, teacher_temp, centre)
@@ -114,9 +124,8 @@ def assert_as_exact_as_torch(function, case: Case, slack: float = 1.0) -> None:
     ours = errors(outcome(function, case), truth)
     sums = 8 * torch.finfo(torch.float32).eps
     rounding = torch.finfo(case.embedding.dtype).eps / 2
-    for name, our, theirs, free in zip(
-        ("loss", "embedding", "prototypes"), ours, torchs, (sums, sums + rounding, sums + rounding), strict=True
-    ):
+    frees = [sums] + (len(truth) - 1) * [sums + rounding]
+    for name, our, theirs, free in zip(GRADIENTS[: len(truth)], ours, torchs, frees, strict=True):
         assert our <= slack * theirs + free, f"{name}: error {our:.2e}, torch's own {theirs:.2e}"
 
 
@@ -129,6 +138,7 @@ def call(case, impl="chunked", **changes):
         teacher_temp=case.teacher_temp,
         centre=case.centre,
         pair_weights=case.pair_weights,
+        student_bias=case.student_bias,
         impl=impl,
         **changes,
     )

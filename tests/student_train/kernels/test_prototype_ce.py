@@ -62,12 +62,12 @@ def test_reference_is_dinos_double_loop():
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_differences_of_the_loss(kind, impl, small_chunks):
-    case = wide(make_case(kind, images=3, views=2, dim=4, num_prototypes=7, k=3))
+    case = wide(make_case(kind, images=3, views=2, dim=4, num_prototypes=7, k=3, biased=True))
 
-    def loss(embedding, prototypes):
-        return call(case._replace(embedding=embedding, prototypes=prototypes), impl)
+    def loss(embedding, prototypes, bias):
+        return call(case._replace(embedding=embedding, prototypes=prototypes, student_bias=bias), impl)
 
-    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in case[:2]])
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in (*case[:2], case.student_bias)])
 
 
 # ==== chunked against the reference ====
@@ -82,6 +82,27 @@ def test_chunked_is_as_exact_as_torch(shape, kind, dtype, small_chunks):
     images, views, dim, num_prototypes = shape
     case = make_case(kind, images, views, dim=dim, num_prototypes=num_prototypes, dtype=dtype)
     assert_as_exact_as_torch(chunked.prototype_cross_entropy, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunked_is_as_exact_as_torch_with_a_bias_and_rows_2048_wide(kind, dtype, small_chunks):
+    """What a plain MLP straight to K logits asks for."""
+    case = make_case(kind, 9, 3, dim=2048, num_prototypes=123, dtype=dtype, biased=True)
+    assert_as_exact_as_torch(chunked.prototype_cross_entropy, case)
+
+
+def test_a_bias_is_a_prototypes_offset():
+    """The same as one more dimension, in which every row is 1."""
+    case = wide(make_case("embedding", biased=True))
+    ones = torch.ones(*case.embedding.shape[:2], 1, dtype=torch.float64)
+    wider = case._replace(
+        embedding=torch.cat([case.embedding, ones], 2),
+        prototypes=torch.cat([case.prototypes, case.student_bias.unsqueeze(1)], 1),
+        student_bias=None,
+    )
+    for impl in ("reference", "chunked"):
+        torch.testing.assert_close(call(case, impl), call(wider, impl))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("embedding", torch.float32), ("topk", torch.bfloat16)])
@@ -102,6 +123,7 @@ def test_chunked_is_as_exact_as_torch_with_65536_prototypes(kind, dtype):
     student_temp=st.floats(0.02, 5),
     teacher_temp=st.floats(0.02, 5),
     rows=st.integers(1, 40),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_chunked_is_the_reference_at_any_shape_and_temperature(rows, **arguments):

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, prototype_cross_entropy, sinkhorn, sinkhorn_offsets
+from rob.student_train.kernels.entropy import mean_entropy as fused
 from rob.student_train.kernels.reference import mean_entropy, target_probabilities
 from support.prototype_ce_cases import make_case, topk_target, wide
 
@@ -141,6 +142,15 @@ def test_mean_entropy_is_that_of_the_mean_prediction():
     torch.testing.assert_close(mean_entropy(embedding, prototypes, 0.3), torch.distributions.Categorical(p).entropy())
     same = torch.zeros(11, 5, dtype=torch.float64)
     torch.testing.assert_close(mean_entropy(embedding, same, 0.3).exp(), torch.tensor(11.0, dtype=torch.float64))
+
+
+def test_mean_entropy_knows_a_bias():
+    embedding, prototypes = torch.randn(4, 3, 5).double(), torch.randn(11, 5).double()
+    bias = torch.randn(11).double()
+    p = torch.softmax((embedding.flatten(0, 1) @ prototypes.T + bias) / 0.3, dim=1).mean(0)
+    expected = torch.distributions.Categorical(p).entropy()
+    for found in (mean_entropy(embedding, prototypes, 0.3, bias), fused(embedding, prototypes, 0.3, bias=bias)):
+        torch.testing.assert_close(found, expected)
 
 
 def test_mean_entropy_has_gradients_where_a_prototype_is_never_used():
