@@ -90,7 +90,8 @@ class ViewFetcher:
             layout = np.empty((len(scales), LAYOUT_COLUMNS), np.int32)
             self._decode(image_ids[some], scales, starts, planes, layout)
             out = slot.pixels.numpy()
-            resize_views(planes, starts, layout, geometry[some], self.sizes, self.starts, some.start, out)
+            cubic = self.recipe.cubic
+            resize_views(planes, starts, layout, geometry[some], self.sizes, self.starts, some.start, cubic, out)
 
         self._on_threads(decode_and_resize, len(image_ids))
         views = []
@@ -156,7 +157,7 @@ class PlaneFetcher(ViewFetcher):
 
         self._on_threads(decode, len(image_ids))
         arrays = map(torch.from_numpy, (starts, layout, geometry))
-        planes = Planes(slot.pixels[:length], *arrays, slot.colour[: len(image_ids)])
+        planes = Planes(slot.pixels[:length], *arrays, slot.colour[: len(image_ids)], self.recipe.cubic)
         return Batch(image_ids, (), self._colour(slot, len(image_ids)), slot, self.sets, planes)
 
 

@@ -1,7 +1,7 @@
 """Planes to views on a GPU, in Triton: crop, antialiased resize, flip, colours and normalisation, each pixel written once.
 
-A resize is two matrix products, ``down @ plane @ along.T``. The matrices hold the triangle's weights (``_triangle``, the
-filter of ``resize.py``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
+A resize is two matrix products, ``down @ plane @ along.T``. The matrices hold the weights of the filters of ``resize.py``
+(``_triangle``, ``_cubic``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
 is made in registers where it is used. Bytes and weights fit float16, sums are float32. A blur has the same form, with
 Gaussian weights that fold the reflected border back in.
 
@@ -71,7 +71,8 @@ def views_from_planes(
         view_kernel[(num_views * tiles,)](
             planes.pixels, planes.starts, planes.layout, planes.geometry, planes.colour, _orders(device), places,
             mean, std, sums, kept, out, count, planes.geometry.shape[1], first, size,
-            MEASURE=measure, TILES=triton.next_power_of_2(tiles), TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            MEASURE=measure, CUBIC=planes.cubic, TILES=triton.next_power_of_2(tiles),
+            TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
 
     if num_views:
@@ -124,6 +125,37 @@ def _triangle(place, tap, end, parameters):
     start, scale, slope = parameters
     distance = tl.abs(tap + 0.5 - (start + (place + 0.5) * scale))
     return tl.where(tap < end, tl.maximum(1.0 - distance * slope, 0.0), 0.0)
+
+
+@triton.jit
+def _cubic(place, tap, end, parameters):
+    """As ``_triangle``: Keys' kernel with a = -1/2, or the triangle where it is not ``curved``."""
+    start, scale, slope, curved = parameters
+    distance = tl.abs(tap + 0.5 - (start + (place + 0.5) * scale)) * slope
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    weight = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
+    weight = tl.where(curved, weight, tl.maximum(1.0 - distance, 0.0))
+    return tl.where(tap < end, weight, 0.0)
+
+
+@triton.jit
+def _cubic_box(start, length, limit, factor, place, first, last, size):
+    """``_box`` of the cubic, which is twice as wide; its weights are added up one by one."""
+    start, length = start / factor, length / factor
+    scale = length / size
+    slope = 1.0 / tl.maximum(scale, 1.0)
+    curved = (factor == 1) | (scale > 1.0)
+    support = 2.0 / slope
+    low = tl.floor(start)
+    high = tl.minimum(limit, tl.ceil(start + length))
+    begin = tl.maximum(low, tl.floor(start + (first + 0.5) * scale - support + 0.5))
+    end = tl.minimum(high, tl.floor(start + (last + 0.5) * scale + support + 0.5))
+    lowest = tl.maximum(low, tl.floor(start + (place + 0.5) * scale - support + 0.5))
+    total = tl.zeros_like(lowest)
+    for tap in range(0, tl.ceil(2.0 * support).to(tl.int32) + 1):
+        total += _cubic(place, lowest + tap, high, (start, scale, slope, curved))
+    return begin.to(tl.int32), end.to(tl.int32), total, (start, scale, slope, curved)
 
 
 @triton.jit
@@ -247,6 +279,7 @@ def view_kernel(
     first_view,
     size,
     MEASURE: tl.constexpr,  # whether this is the pass that fills ``sums``
+    CUBIC: tl.constexpr,  # which filter
     TILES: tl.constexpr,  # a power of two
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -281,15 +314,17 @@ def view_kernel(
     chroma_height, chroma_width = height // factor_y, width // factor_x
 
     luma = planes + tl.load(starts + image)
-    rows = _box(box_top, box_height, height, 1, source_y, top, bottom, size)
-    columns = _box(box_left, box_width, width, 1, source_x, first_x, last_x, size)
-    r = _filtered(luma, width, source_y, source_x, rows, columns, _triangle, ROWS, COLUMNS)
+    box: tl.constexpr = _cubic_box if CUBIC else _box
+    weights: tl.constexpr = _cubic if CUBIC else _triangle
+    rows = box(box_top, box_height, height, 1, source_y, top, bottom, size)
+    columns = box(box_left, box_width, width, 1, source_x, first_x, last_x, size)
+    r = _filtered(luma, width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
     chroma = luma + height * width
-    rows = _box(box_top, box_height, chroma_height, factor_y, source_y, top, bottom, size)
-    columns = _box(box_left, box_width, chroma_width, factor_x, source_x, first_x, last_x, size)
-    g = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, _triangle, ROWS, COLUMNS)
+    rows = box(box_top, box_height, chroma_height, factor_y, source_y, top, bottom, size)
+    columns = box(box_left, box_width, chroma_width, factor_x, source_x, first_x, last_x, size)
+    g = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
     chroma += chroma_height * chroma_width
-    b = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, _triangle, ROWS, COLUMNS)
+    b = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
 
     if tl.load(layout + _KIND) == _YCC:  # JFIF's full range
         luma_, blue, red = r, g - 128.0, b - 128.0

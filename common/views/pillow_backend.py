@@ -74,7 +74,7 @@ class _Batches(Dataset):
                 return error
             for crops, parameters in zip(views, drawn, strict=True):
                 for v, geometry in enumerate(parameters.geometry[b].tolist()):
-                    crops[b, v] = resize_view(image, geometry, crops.shape[2])
+                    crops[b, v] = resize_view(image, geometry, crops.shape[2], self.recipe.cubic)
         return Batch(
             ids,
             tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
@@ -82,9 +82,9 @@ class _Batches(Dataset):
         )
 
 
-def resize_view(image: Image.Image, geometry: Sequence[int], size: int) -> np.ndarray:
-    """(size, size, 3) uint8: crop, antialiased bilinear resize, flip. ``geometry`` is one row of ViewParameters."""
+def resize_view(image: Image.Image, geometry: Sequence[int], size: int, cubic: bool = False) -> np.ndarray:
+    """(size, size, 3) uint8: crop, antialiased resize, flip. ``geometry`` is one row of ViewParameters."""
     top, left = geometry[TOP], geometry[LEFT]
     box = (left, top, left + geometry[CROP_WIDTH], top + geometry[CROP_HEIGHT])
-    crop = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    crop = image.crop(box).resize((size, size), Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR)
     return np.asarray(crop)[:, ::-1] if geometry[FLIP] else np.asarray(crop)

@@ -59,7 +59,7 @@ class Recipe:
 
     ``num_global`` and ``num_local`` are the crops of an image in one step of the paper, which ``rob views`` draws; of the
     global ones a training takes as many as its targets want. ``global_weight`` is what the pairs of two global crops weigh of
-    all (None: all pairs alike).
+    all (None: all pairs alike). ``interpolation`` of the antialiased resize is "bilinear" or "bicubic".
     """
 
     name: str
@@ -68,8 +68,11 @@ class Recipe:
     num_global: int = 2
     num_local: int = 0
     global_weight: float | None = None
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
         if self.num_global < 1 or self.num_local < 0:
             raise MisuseError(
                 f"recipe {self.name}: needs at least 1 global and 0 local crops, got {self.num_global} and {self.num_local}"
@@ -78,6 +81,11 @@ class Recipe:
             raise MisuseError(
                 f"recipe {self.name} has no local crop: leave out `num_local` or take a recipe that has (dino, swav ...)"
             )
+
+    @property
+    def cubic(self) -> bool:
+        """Which of the two filters it is."""
+        return self.interpolation == "bicubic"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -98,7 +106,11 @@ class Recipe:
             values["num_global"],
             values["num_local"],
             values.get("global_weight"),
+            values.get("interpolation", "bilinear"),
         )
+
+
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 def _jitter(b: float, c: float, s: float, h: float) -> dict[str, Any]:
@@ -116,6 +128,7 @@ def _dino(
             Crop(224, global_scale, blur=0.1, solarise=0.2, **colour),
         ),
         "local_crop": Crop(local_size, local_scale, blur=0.5, **colour),
+        "interpolation": "bicubic",
         **counts,
     }
 
@@ -155,7 +168,7 @@ RECIPES: dict[str, Recipe] = {
 
 def evaluation_recipe(centre: float) -> Recipe:
     """The view that features are measured on: the centred square of ``centre`` of the shorter side, nothing else."""
-    return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1)
+    return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1, interpolation="bicubic")
 
 
 Share = tuple[float, float]

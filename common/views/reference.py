@@ -28,7 +28,10 @@ def views_from_planes(
     """
     layout, starts, geometry = (t.tolist() for t in (planes.layout, planes.starts, planes.geometry))
     resized = [
-        [_resized(planes.pixels[start:], row, view, size) for view in crops[first : first + colour.shape[1]]]
+        [
+            _resized(planes.pixels[start:], row, view, size, planes.cubic)
+            for view in crops[first : first + colour.shape[1]]
+        ]
         for start, row, crops in zip(starts[:-1], layout, geometry, strict=True)
     ]
     images = torch.stack([view for image in resized for view in image])
@@ -39,15 +42,15 @@ def views_from_planes(
     )
 
 
-def _resized(pixels: Tensor, layout: list[int], geometry: list[int], size: int) -> Tensor:
+def _resized(pixels: Tensor, layout: list[int], geometry: list[int], size: int, cubic: bool) -> Tensor:
     """One view before its colours: (3, size, size) float32, RGB from 0 to 255."""
     top, left, box_height, box_width = (geometry[n] / layout[SCALE] for n in (TOP, LEFT, CROP_HEIGHT, CROP_WIDTH))
     planes, at = [], 0
     for factor_y, factor_x in ((1, 1), (layout[FACTOR_Y], layout[FACTOR_X]), (layout[FACTOR_Y], layout[FACTOR_X])):
         height, width = layout[HEIGHT] // factor_y, layout[WIDTH] // factor_x
         plane = pixels[at : at + height * width].view(height, width).float()
-        down = _triangle(top / factor_y, box_height / factor_y, height, size, factor_y).to(plane)
-        along = _triangle(left / factor_x, box_width / factor_x, width, size, factor_x).to(plane)
+        down = _weights(top / factor_y, box_height / factor_y, height, size, factor_y, cubic).to(plane)
+        along = _weights(left / factor_x, box_width / factor_x, width, size, factor_x, cubic).to(plane)
         planes.append(down @ plane @ (along.flip(0) if geometry[FLIP] else along).T)
         at += height * width
     if layout[KIND] == YCC:  # JFIF's full range
@@ -56,12 +59,20 @@ def _resized(pixels: Tensor, layout: list[int], geometry: list[int], size: int) 
     return torch.stack(planes).clamp_(0, 255)
 
 
-def _triangle(start: float, length: float, limit: int, size: int, factor: int) -> Tensor:
+def _weights(start: float, length: float, limit: int, size: int, factor: int, cubic: bool) -> Tensor:
     """(size, limit) float64: by which weights source pixels make the view's. The filter that ``resize._filter`` explains."""
     scale = length / size
-    support = max(scale, 1.0) if factor == 1 else math.hypot(1.0, max(scale, 1 / factor))
+    support = max(scale, 1.0) if factor == 1 or cubic else math.hypot(1.0, max(scale, 1 / factor))
     centres = start + (torch.arange(size, dtype=torch.float64) + 0.5) * scale
     taps = torch.arange(limit, dtype=torch.float64)
-    weights = (1 - (taps + 0.5 - centres[:, None]).abs() / support).clamp_(min=0)
+    distance = (taps + 0.5 - centres[:, None]).abs() / support
+    weights = keys_cubic(distance) if cubic and (factor == 1 or scale > 1) else (1 - distance).clamp_(min=0)
     weights *= (taps >= math.floor(start)) & (taps < math.ceil(start + length))
     return weights / weights.sum(1, keepdim=True)
+
+
+def keys_cubic(distance: Tensor) -> Tensor:
+    """Keys' kernel with a = -1/2 (1981, eq. 15), Pillow's bicubic: 0 from a distance of 2 on."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))

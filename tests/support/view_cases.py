@@ -53,7 +53,7 @@ def photograph() -> np.ndarray:
     return load_sample_images().images[0]
 
 
-def cases(stored: str, scale: int) -> tuple[Image.Image, list[list[int]], int, Planes]:
+def cases(stored: str, scale: int, cubic: bool = False) -> tuple[Image.Image, list[list[int]], int, Planes]:
     """A photograph as stored, three crops of it, the size of their views, and its planes decoded at 1/scale."""
     pixels = photograph()[:, : 640 - scale]
     size = 40 if scale < 4 else 20
@@ -72,12 +72,12 @@ def cases(stored: str, scale: int) -> tuple[Image.Image, list[list[int]], int, P
         geometry += [[33, 57, 21, 30, 0]]  # enlarged
     planes, starts, layout = planes_of(data, mode, height, width, 1 if stored == "raw" else scale)
     arrays = (planes, starts, layout, np.array([geometry], np.int32))
-    return image, geometry, size, Planes(*map(torch.from_numpy, arrays), neutral(len(geometry)))
+    return image, geometry, size, Planes(*map(torch.from_numpy, arrays), neutral(len(geometry)), cubic)
 
 
-def pillow_views(image: Image.Image, geometry: list[list[int]], size: int) -> list[Tensor]:
+def pillow_views(image: Image.Image, geometry: list[list[int]], size: int, cubic: bool) -> list[Tensor]:
     """Each (3, size, size) float32, 0 to 255."""
-    return [torch.tensor(resize_view(image, box, size).copy()).permute(2, 0, 1).float() for box in geometry]
+    return [torch.tensor(resize_view(image, box, size, cubic).copy()).permute(2, 0, 1).float() for box in geometry]
 
 
 def resized_on_cpu(planes: Planes, size: int) -> Tensor:
@@ -86,7 +86,7 @@ def resized_on_cpu(planes: Planes, size: int) -> Tensor:
     out, sizes = np.empty(count * 3 * size**2, np.uint8), np.full(count, size)
     places = np.stack([np.arange(count) * 3 * size**2, np.zeros(count, np.int64)], 1)
     pixels, starts, layout, geometry = (t.numpy() for t in planes.tensors()[:4])
-    resize_views(pixels, starts, layout, geometry, sizes, places, 0, out)
+    resize_views(pixels, starts, layout, geometry, sizes, places, 0, planes.cubic, out)
     return torch.from_numpy(out).view(count, 3, size, size).float()
 
 

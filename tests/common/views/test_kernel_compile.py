@@ -55,8 +55,7 @@ def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[in
 @pytest.mark.parametrize(
     ("kernel", "flags"),
     [
-        ("view_kernel", dict(MEASURE=False, TILES=64)),
-        ("view_kernel", dict(MEASURE=True, TILES=64)),
+        *(("view_kernel", dict(MEASURE=m, CUBIC=c, TILES=64)) for m in (False, True) for c in (False, True)),
         ("blur_kernel", {}),
     ],
 )

@@ -45,13 +45,14 @@ else:
     )
 
     @pytest.mark.parametrize(("stored", "scale"), [(s, 1) for s in STORED] + [(s, d) for s in JPEGS for d in (2, 4, 8)])
-    def test_resized_as_pillow_and_as_the_cpu_path_do(stored, scale):
+    @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
+    def test_resized_as_pillow_and_as_the_cpu_path_do(stored, scale, cubic):
         """At every decode scale, flipped and not; 20 pixels are one tile, 40 are four."""
-        image, geometry, size, planes = cases(stored, scale)
+        image, geometry, size, planes = cases(stored, scale, cubic)
         colour = neutral(len(geometry))
         views = views_from_planes(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32)[0] * 255
         for view, plain, cpu in zip(
-            views, pillow_views(image, geometry, size), resized_on_cpu(planes, size), strict=True
+            views, pillow_views(image, geometry, size, cubic), resized_on_cpu(planes, size), strict=True
         ):
             assert psnr(view, plain) > 38
             assert (view - cpu).abs().mean() <= 1
