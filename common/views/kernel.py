@@ -1,7 +1,7 @@
 """Planes to views on a GPU, in Triton: crop, antialiased resize, flip, colours and normalisation, each pixel written once.
 
 A resize is two matrix products, ``down @ plane @ along.T``. The matrices hold the weights of the filters of ``resize.py``
-(``_triangle``, ``_cubic``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
+(``triangle``, ``cubic``); they are banded, so a tile of a view needs only the part of the plane under it, and each weight
 is made in registers where it is used. Bytes and weights fit float16, sums are float32. A blur has the same form, with
 Gaussian weights that fold the reflected border back in.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import decode, drawing
 from .colours_compiled import ORDERS
+from .kernel_filters import bell, box, cubic, cubic_box, filtered, gaussian, triangle
 from .planes import Planes
 
 TILE = 32
@@ -90,111 +91,6 @@ def views_from_planes(
 @cache
 def _orders(device: torch.device) -> Tensor:
     return torch.from_numpy(ORDERS).to(device, torch.int32)
-
-
-# --- filters: two matrix products a tile ---
-
-
-@triton.jit
-def _filtered(source, stride, y, x, rows, columns, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The pixels (y, x) of a filtered plane: (TILE, TILE) float32.
-
-    rows, columns: the source's that these pixels are made of (begin, end), the sums of their weights (TILE,), and what else
-    WEIGHTS asks for.
-    """
-    top, bottom, down_sum, down_parameters = rows
-    left, right, along_sum, along_parameters = columns
-    total = tl.zeros((y.shape[0], x.shape[0]), tl.float32)
-    for column in range(left, right, COLUMNS):
-        source_x = column + tl.arange(0, COLUMNS)
-        pointers = source + tl.minimum(source_x, right - 1)[None, :]
-        strip = tl.zeros((y.shape[0], COLUMNS), tl.float32)
-        for row in range(top, bottom, ROWS):
-            source_y = row + tl.arange(0, ROWS)
-            pixels = tl.load(pointers + tl.minimum(source_y, bottom - 1)[:, None] * stride)
-            down = WEIGHTS(y[:, None], source_y[None, :], bottom, down_parameters)
-            strip = tl.dot(down.to(tl.float16), pixels.to(tl.float16), strip)
-        along = WEIGHTS(x[None, :], source_x[:, None], right, along_parameters)
-        total = tl.dot(strip.to(tl.float16), along.to(tl.float16), total)
-    return total * ((1.0 / down_sum)[:, None] * (1.0 / along_sum)[None, :])
-
-
-@triton.jit
-def _triangle(place, tap, end, parameters):
-    """The weight of the source's pixel ``tap`` in the view's pixel ``place``, before they are made to add to one."""
-    start, scale, slope = parameters
-    distance = tl.abs(tap + 0.5 - (start + (place + 0.5) * scale))
-    return tl.where(tap < end, tl.maximum(1.0 - distance * slope, 0.0), 0.0)
-
-
-@triton.jit
-def _cubic(place, tap, end, parameters):
-    """As ``_triangle``: Keys' kernel with a = -1/2, or the triangle where it is not ``curved``."""
-    start, scale, slope, curved = parameters
-    distance = tl.abs(tap + 0.5 - (start + (place + 0.5) * scale)) * slope
-    near = (1.5 * distance - 2.5) * distance * distance + 1.0
-    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
-    weight = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
-    weight = tl.where(curved, weight, tl.maximum(1.0 - distance, 0.0))
-    return tl.where(tap < end, weight, 0.0)
-
-
-@triton.jit
-def _cubic_box(start, length, limit, factor, place, first, last, size):
-    """``_box`` of the cubic, which is twice as wide; its weights are added up one by one."""
-    start, length = start / factor, length / factor
-    scale = length / size
-    slope = 1.0 / tl.maximum(scale, 1.0)
-    curved = (factor == 1) | (scale > 1.0)
-    support = 2.0 / slope
-    low = tl.floor(start)
-    high = tl.minimum(limit, tl.ceil(start + length))
-    begin = tl.maximum(low, tl.floor(start + (first + 0.5) * scale - support + 0.5))
-    end = tl.minimum(high, tl.floor(start + (last + 0.5) * scale + support + 0.5))
-    lowest = tl.maximum(low, tl.floor(start + (place + 0.5) * scale - support + 0.5))
-    total = tl.zeros_like(lowest)
-    for tap in range(0, tl.ceil(2.0 * support).to(tl.int32) + 1):
-        total += _cubic(place, lowest + tap, high, (start, scale, slope, curved))
-    return begin.to(tl.int32), end.to(tl.int32), total, (start, scale, slope, curved)
-
-
-@triton.jit
-def _box(start, length, limit, factor, place, first, last, size):
-    """How the view's pixels ``place``, from first to last, are made of ``limit`` pixels: the filter of ``resize._filter``."""
-    start, length = start / factor, length / factor
-    scale = length / size
-    support = tl.maximum(scale, 1.0)
-    if factor > 1:
-        wider = tl.maximum(scale, 1.0 / factor)
-        support = tl.sqrt(1.0 + wider * wider)
-    slope = 1.0 / support
-    low = tl.floor(start)
-    high = tl.minimum(limit, tl.ceil(start + length))
-    begin = tl.maximum(low, tl.floor(start + (first + 0.5) * scale - support + 0.5))
-    end = tl.minimum(high, tl.floor(start + (last + 0.5) * scale + support + 0.5))
-    # The weights rise by equal steps from tap a to tap m, and fall to tap z: two arithmetic series.
-    centre = start + (place + 0.5) * scale
-    a = tl.maximum(low, tl.floor(centre - support + 0.5))
-    z = tl.minimum(high, tl.floor(centre + support + 0.5))
-    m = tl.floor(centre + 0.5)
-    total = z - a - ((m - a) * (centre - 0.5 * (a + m)) + (z - m) * (0.5 * (m + z) - centre)) * slope
-    return begin.to(tl.int32), end.to(tl.int32), total, (start, scale, slope)
-
-
-@triton.jit
-def _bell(distance, slope, radius):
-    scaled = distance * slope
-    return tl.where(distance <= radius, tl.exp(-0.5 * scaled * scaled), 0.0)
-
-
-@triton.jit
-def _gaussian(place, tap, end, parameters):
-    """As ``_triangle``: a Gaussian cut at ``radius``. Beyond its borders the view is its own mirror image."""
-    slope, radius, size = parameters
-    weight = _bell(tl.abs(tap - place), slope, radius)
-    weight += tl.where(tap > 0, _bell(tap + place, slope, radius), 0.0)
-    weight += tl.where(tap < size - 1, _bell(2 * (size - 1) - tap - place, slope, radius), 0.0)
-    return tl.where(tap < end, weight, 0.0)
 
 
 # --- colours: the formulas of colours.py on a tile's red, green and blue ---
@@ -314,17 +210,17 @@ def view_kernel(
     chroma_height, chroma_width = height // factor_y, width // factor_x
 
     luma = planes + tl.load(starts + image)
-    box: tl.constexpr = _cubic_box if CUBIC else _box
-    weights: tl.constexpr = _cubic if CUBIC else _triangle
-    rows = box(box_top, box_height, height, 1, source_y, top, bottom, size)
-    columns = box(box_left, box_width, width, 1, source_x, first_x, last_x, size)
-    r = _filtered(luma, width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
+    crop_box: tl.constexpr = cubic_box if CUBIC else box
+    weights: tl.constexpr = cubic if CUBIC else triangle
+    rows = crop_box(box_top, box_height, height, 1, source_y, top, bottom, size)
+    columns = crop_box(box_left, box_width, width, 1, source_x, first_x, last_x, size)
+    r = filtered(luma, width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
     chroma = luma + height * width
-    rows = box(box_top, box_height, chroma_height, factor_y, source_y, top, bottom, size)
-    columns = box(box_left, box_width, chroma_width, factor_x, source_x, first_x, last_x, size)
-    g = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
+    rows = crop_box(box_top, box_height, chroma_height, factor_y, source_y, top, bottom, size)
+    columns = crop_box(box_left, box_width, chroma_width, factor_x, source_x, first_x, last_x, size)
+    g = filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
     chroma += chroma_height * chroma_width
-    b = _filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
+    b = filtered(chroma, chroma_width, source_y, source_x, rows, columns, weights, ROWS, COLUMNS)
 
     if tl.load(layout + _KIND) == _YCC:  # JFIF's full range
         luma_, blue, red = r, g - 128.0, b - 128.0
@@ -400,14 +296,14 @@ def blur_kernel(
     source_y, source_x = tl.minimum(y, bottom), tl.minimum(x, right)
     total = 1.0
     for distance in range(1, radius + 1):
-        total += 2.0 * _bell(distance, 1.0 / sigma, radius)
+        total += 2.0 * bell(distance, 1.0 / sigma, radius)
     totals = total + tl.zeros((TILE,), tl.float32)
     parameters = (1.0 / sigma, radius, size)
     rows = (tl.maximum(top - radius, 0), tl.minimum(bottom + radius + 1, size), totals, parameters)
     columns = (tl.maximum(left - radius, 0), tl.minimum(right + radius + 1, size), totals, parameters)
     channel = tl.program_id(0) % 3
     kept += (place.to(tl.int64) * 3 + channel) * size * size
-    values = _filtered(kept, size, source_y, source_x, rows, columns, _gaussian, ROWS, COLUMNS)
+    values = filtered(kept, size, source_y, source_x, rows, columns, gaussian, ROWS, COLUMNS)
     values = _normalised(values, tl.load(colour + _SOLARISE), mean, std, channel)
     out += (view.to(tl.int64) * 3 + channel) * size * size
     tl.store(out + y[:, None] * size + x[None, :], values, inside)

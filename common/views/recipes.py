@@ -88,7 +88,8 @@ class Recipe:
         return self.interpolation == "bicubic"
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Plain values. The usual interpolation is left out, so that stores older than the choice stay what they are."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("interpolation", "bilinear")}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
@@ -128,7 +129,6 @@ def _dino(
             Crop(224, global_scale, blur=0.1, solarise=0.2, **colour),
         ),
         "local_crop": Crop(local_size, local_scale, blur=0.5, **colour),
-        "interpolation": "bicubic",
         **counts,
     }
 
@@ -168,7 +168,7 @@ RECIPES: dict[str, Recipe] = {
 
 def evaluation_recipe(centre: float) -> Recipe:
     """The view that features are measured on: the centred square of ``centre`` of the shorter side, nothing else."""
-    return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1, interpolation="bicubic")
+    return Recipe("evaluation", (Crop(224, centre=centre, flip=0.0),), num_global=1)
 
 
 Share = tuple[float, float]
