@@ -215,15 +215,15 @@ class PairingConfig:
 
     ``fresh`` (cross only): the student's global crops are new in every epoch instead of the target's own.
     ``global_weight`` is alpha of SSLight (2210.02808): the weight of the pairs of a target with a global crop, the local crops
-    having the rest; None weighs all pairs alike, as DINO does.
+    having the rest; None weighs all pairs alike, as DINO does. Ranges are those of ``PairingChoice``.
     """
 
-    pairing: Annotated[str, Setting(choices=PAIRINGS)] = "cross"
-    step_targets: Annotated[int, Setting(low=1)] = 2
-    num_local: Annotated[int, Setting(low=0)] = 0
+    pairing: str = "cross"
+    step_targets: int = 2
+    num_local: int = 0
     fresh: bool = True
-    global_weight: Annotated[float | None, Setting(low=0, high=1)] = None
-    step_globals: Annotated[int | None, Setting(low=1)] = None
+    global_weight: float | None = None
+    step_globals: int | None = None
 
     @property
     def replays(self) -> bool:
@@ -236,7 +236,7 @@ class PairingConfig:
         return self.step_globals or self.step_targets
 
     def __post_init__(self) -> None:
-        check(self)
+        PairingChoice(**vars(self))
         if self.pairing != "all" and self.replays and self.num_global < self.step_targets and not self.num_local:
             raise MisuseError(
                 f"`step_globals` {self.step_globals} leaves some of `step_targets` {self.step_targets} without a crop to meet: "

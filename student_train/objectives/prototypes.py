@@ -142,6 +142,11 @@ class PrototypeObjective(Objective):
             self.head = ProjectionHead(num_features, hidden, None, self.mlp_layers, self.mlp_activation, norm)
             self.prototypes = Prototypes(space.num_prototypes, hidden, weight_norm=False, bias=True)
             return
+        if mlp and config.bottleneck not in (None, space.dim):
+            raise MisuseError(
+                f"`bottleneck` {config.bottleneck} does not fit `head` {head}: the teacher's prototypes have {space.dim} "
+                "dimensions, leave `bottleneck` out"
+            )
         bottleneck = config.bottleneck or self.bottleneck if rows is None else space.dim
         layers, activation = (self.mlp_layers, self.mlp_activation) if mlp else (self.num_layers, self.activation)
         self.head = ProjectionHead(num_features, hidden, bottleneck, layers, activation, norm, unit=not mlp)
