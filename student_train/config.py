@@ -34,6 +34,15 @@ class StudentConfig:
     small_images: bool = False
     """A stem that reduces less, for up to 64 px."""
     drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
+    patch_drop: Annotated[
+        float | None,
+        Setting(
+            "ViTs: share of the patches of a global crop that a training step leaves out, 0.15 for MSN (0.1 for a ViT-Ti); "
+            "local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
+            low=0,
+            high=0.9,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -121,6 +130,13 @@ class ObjectiveConfig:
     head_norm: Annotated[
         bool | None,
         Setting("BatchNorm in the head; default yes, and no for moco and disco. DINO's and iBOT's ViTs: no."),
+    ] = None
+    norm_by_size: Annotated[
+        bool | None,
+        Setting(
+            "The head's BatchNorm sees the global and the local crops apart, as in MSN's code; default all crops together.",
+            option="--norm-by-size",
+        ),
     ] = None
     bottleneck: int | None = None
     norm_last_layer: Annotated[

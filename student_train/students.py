@@ -26,7 +26,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import MixedConv2d
+from timm.layers import MixedConv2d, PatchDropout, PatchDropoutWithIndices
 from timm.models import EfficientNet, MobileNetV3, ResNet, model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
@@ -111,23 +111,30 @@ def build_student(config: StudentConfig) -> nn.Module:
 
     ``.num_features`` is the width of what it returns. MisuseError as ``describe_student``.
     """
-    return create_student(describe_student(config), drop_path=config.drop_path)
+    return create_student(describe_student(config), config.drop_path, config.patch_drop or 0.0)
 
 
-def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
-    """The network that ``info`` describes, with random weights. Stochastic depth is for training and no part of it."""
+def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
+    """The network that ``info`` describes, with random weights. Stochastic depth and patch drop are for training and no part
+    of it. MisuseError: it has neither the one nor the other, and is asked for it.
+    """
     model_family(info.name)
-    kwargs = dict(info.timm_kwargs)
-    if drop_path:
-        kwargs["drop_path_rate"] = drop_path
+    for_training = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
+    kwargs = dict(info.timm_kwargs) | {name: rate for name, rate in for_training.items() if rate}
+    no_depth = f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
+    no_patches = (
+        f"`patch_drop` {patch_drop:g}: {info.name} has no patches to drop, as ViTs have: leave it out or pass 0"
+    )
     try:
         backbone = timm.create_model(info.name, pretrained=False, **kwargs)
     except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise MisuseError(
-            f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
-        ) from None
+        if "drop_path_rate" in str(error):
+            raise MisuseError(no_depth) from None
+        if "patch_drop_rate" in str(error):
+            raise MisuseError(no_patches) from None
+        raise
+    if patch_drop and not patch_dropouts(backbone):
+        raise MisuseError(no_patches)
     if info.small_images:
         adapt_stem(backbone)
     start_residuals_at_zero(backbone)
@@ -135,6 +142,12 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
     backbone.num_features = backbone.head_hidden_size
     # Depthwise convolutions train about 2.5 times as fast in this layout, on CPU and on tensor cores; a ViT is unmoved.
     return backbone.to(memory_format=torch.channels_last)
+
+
+def patch_dropouts(backbone: nn.Module) -> list[nn.Module]:
+    """The layers that drop patches after the position embedding while they are in training mode; class token and registers
+    stay (2208.07220)."""
+    return [module for module in backbone.modules() if isinstance(module, (PatchDropout, PatchDropoutWithIndices))]
 
 
 def adapt_stem(backbone: nn.Module) -> nn.Module:

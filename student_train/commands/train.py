@@ -18,6 +18,7 @@ from ..targets.config import (
     CacheInMemory,
     CopyMomentum,
     CopyPrototypes,
+    SplitBatchnorm,
     TargetsConfig,
     Views,
     WarmupTeacherTempEpochs,
@@ -28,7 +29,7 @@ from .preset import use_preset
 from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs")
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm")
 OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise")
 """What changes the views that a store's targets belong to."""
 
@@ -78,6 +79,7 @@ def train_student(
     prototypes: CopyPrototypes = None,
     copy_momentum: CopyMomentum = None,
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
+    split_batchnorm: SplitBatchnorm = None,
     recipe: Annotated[
         str | None,
         Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
@@ -111,7 +113,7 @@ def train_student(
     if targets == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
         drawn = get_recipe(recipe or "dino", overrides)
-        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
+        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
     elif targets == "online":
         if teacher is None:
             raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
