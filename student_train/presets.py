@@ -15,8 +15,8 @@ What is not as in the papers' code:
   2e-4; it and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
   and the limit of the gradient hold for the prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
-  ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4, no patches are dropped, and the gradient's limit is
-  one for all parameters; SwAV does not decay biases and norms, there it does.
+  ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4; SwAV does not decay biases and norms, there it does;
+  iBOT has no loss of masked patches.
 - DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's.
 - SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
   there at 1.
@@ -184,7 +184,7 @@ ROB_SWAV = Preset(
 )
 ROB_MSN = Preset(
     "RoB (2301.09451), facebookresearch/vissl 04788de9: MSN to ViT-Ti",
-    StudentConfig("vit_tiny_patch16_224"),
+    StudentConfig("vit_tiny_patch16_224", patch_drop=0.1),  # .15 for larger students
     ObjectiveConfig(
         "msn", teacher_temp=0.025, sinkhorn="none", mean_entropy=0.0, head="fresh", head_type="mlp", head_norm=False
     ),

@@ -84,7 +84,10 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--freeze-prototypes", 1), "--objective embedding has none"),
         (("--pairing", "same", "--step-globals", 1), "--step-globals 1 leaves some of --step-targets 2 without a crop"),
         (("--step-globals", 0), "step.globals"),
-        (("--pairing", "same", "--num-local", 2, "--step-targets", 3), "holds 2 views .* uses 3: pass --step-targets 2"),
+        (
+            ("--pairing", "same", "--num-local", 2, "--step-targets", 3),
+            "holds 2 views .* uses 3: pass --step-targets 2",
+        ),
         (("--pairing", "same", "--fresh"), "--fresh is for --pairing cross"),
         (("--pairing", "cross", "--replay", "--step-targets", 1, "--num-local", 0), "leaves no pair"),
         (("--global-weight", 0.4), "--global-weight is against local crops"),

@@ -31,8 +31,8 @@ class Paper(NamedTuple):
     """A column of the table in docs/papers.md, section 1: facebookresearch/vissl, commit 04788de9."""
 
     teacher: str
-    student: tuple[str, float]
-    """Name, drop path."""
+    student: tuple[str, float, float | None]
+    """Name, drop path, share of the patches of global crops that are dropped."""
     target: tuple[str, float, int]
     """Objective, temperature, Sinkhorn's rounds over the batch (0: a softmax)."""
     views: tuple[int, int, int]
@@ -57,7 +57,7 @@ MLP, SWAV_MLP = "Linear; biases", "Linear BatchNorm1d Linear; frozen"
 DINO_HEAD = "Linear GELU Linear GELU Linear, unit; weight norm, "
 DINO = Paper(
     "dino_vits16",
-    ("vit_tiny_patch16_224", 0.1),
+    ("vit_tiny_patch16_224", 0.1, None),
     ("dino", 0.07, 0),
     (2, 2, 8),
     ((0.4, 1.0), (0.05, 0.4)),
@@ -71,7 +71,7 @@ DINO = Paper(
 )
 SWAV = Paper(
     "swav_resnet50",
-    ("resnet18", 0.0),
+    ("resnet18", 0.0, None),
     ("swav", 0.03, 3),
     (1, 2, 4),
     ((0.14, 1.0), (0.05, 0.14)),
@@ -90,7 +90,7 @@ PAPERS = {
     "rob-swav-teacher-prototypes": SWAV._replace(head=SWAV_MLP),
     "rob-msn": Paper(
         "msn_vitb16",
-        ("vit_tiny_patch16_224", 0.0),
+        ("vit_tiny_patch16_224", 0.0, 0.1),
         ("msn", 0.025, 0),
         (2, 2, 10),
         ((0.3, 1.0), (0.05, 0.3)),
@@ -104,7 +104,7 @@ PAPERS = {
     ),
     "rob-ibot": Paper(
         "ibot_vitb16",
-        ("vit_tiny_patch16_224", 0.0),  # iBOT's drop path of .1 is 0 for ViT-Ti
+        ("vit_tiny_patch16_224", 0.0, None),  # iBOT's drop path of .1 is 0 for ViT-Ti
         ("ibot", 0.07, 0),
         (2, 2, 10),
         ((0.25, 1.0), (0.05, 0.25)),
@@ -143,7 +143,7 @@ def test_every_value_is_the_papers(name):
     assert preset.momentum is None
     assert "facebookresearch/vissl 04788de9" in preset.source
     config, o = rob.preset(name, Path("data"), Path("out"), rob.Cached(Path("t.zarr"))), preset.optimiser
-    assert (config.student.name, config.student.drop_path) == paper.student
+    assert (config.student.name, config.student.drop_path, config.student.patch_drop) == paper.student
     assert config.student.image_size == 224
     decay_end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
     assert (o.name, o.lr, o.min_lr, o.weight_decay, decay_end) == paper.optimiser
