@@ -83,7 +83,6 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--targets", "momentum", "--pairing", "all"), "a view that meets itself has nothing to learn"),
         (("--freeze-prototypes", 1), "--objective embedding has none"),
         (("--pairing", "same", "--step-globals", 1), "--step-globals 1 leaves some of --step-targets 2 without a crop"),
-        (("--step-globals", 0), "step.globals"),
         (
             ("--pairing", "same", "--num-local", 2, "--step-targets", 3),
             "holds 2 views .* uses 3: pass --step-targets 2",
