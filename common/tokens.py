@@ -1,5 +1,6 @@
 """A ViT's features out of its tokens, where they are not what the network itself pools."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ TOKENS = {
 def check_tokens(backbone: nn.Module, features: str, name: str, setting: str = "features") -> None:
     """MisuseError where the network ``name`` has no such tokens: a CNN, a Swin, a ViT of fewer blocks."""
     model: Any = backbone
-    if getattr(model, "cls_token", None) is None or not getattr(model, "num_prefix_tokens", 0):
+    # XCiT has a class token, but not in its blocks: timm then offers no such tokens of them.
+    of_blocks = "return_prefix_tokens" in signature(getattr(model, "forward_intermediates", check_tokens)).parameters
+    if getattr(model, "cls_token", None) is None or not of_blocks:
         raise MisuseError(f"`{setting}` {features} wants the class token of a ViT and {name} has none: leave it out")
     if features == "cls4" and len(model.blocks) < LAST_BLOCKS:
         raise MisuseError(
