@@ -18,6 +18,7 @@ from ..targets.config import (
     CacheInMemory,
     CopyMomentum,
     CopyPrototypes,
+    SplitBatchnorm,
     TargetsConfig,
     Views,
     WarmupTeacherTempEpochs,
@@ -28,7 +29,7 @@ from .preset import use_preset
 from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs")
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm")
 OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise", "interpolation")
 """What changes the views that a store's targets belong to."""
 
@@ -49,7 +50,8 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made "
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, rob-dino, rob-dino-b16, rob-swav, "
+            "rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
             "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
@@ -77,6 +79,7 @@ def train_student(
     prototypes: CopyPrototypes = None,
     copy_momentum: CopyMomentum = None,
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
+    split_batchnorm: SplitBatchnorm = None,
     recipe: Annotated[
         str | None,
         Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
@@ -100,14 +103,17 @@ def train_student(
     from ..train import TrainProgress, train_student
 
     # ==== the targets ====
-    preferred = get_preset(preset).drawn() if preset else None
+    paper = get_preset(preset) if preset else None
+    preferred = paper.drawn() if paper else None
+    if paper is not None and paper.momentum is None and targets == "momentum":
+        raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     filling: TargetsConfig
     if targets != "momentum":
         refuse(context, OF_THE_COPY, "is for --targets momentum; a teacher has its own")
     if targets == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
         drawn = get_recipe(recipe or "dino", overrides)
-        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
+        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
     elif targets == "online":
         if teacher is None:
             raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
@@ -133,7 +139,8 @@ def train_student(
     asked = None if objective is None else matched(name=objective)
     branch = filling.open(replace(run_context, objective=asked))
     if isinstance(filling, Cached) and preferred is not None:
-        note_other_global_crops(filling.path, branch.recipe, preferred)
+        replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
+        note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
         note(
@@ -164,9 +171,14 @@ def train_student(
         note(f"{describe_shares(result.shares)}. {result.advice}")
 
 
-def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe) -> None:
-    """Where a preset has other global crops than the store's."""
-    if preferred.global_crops != stored.global_crops:
+def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe, replayed_by: str | None) -> None:
+    """Where a preset has other global crops than the store's. MisuseError: the student is to see those of the preset."""
+    if (preferred.global_crops, preferred.interpolation) != (stored.global_crops, stored.interpolation):
+        if replayed_by:
+            raise MisuseError(
+                f"{path} was cached with {_areas(stored)}, and preset {replayed_by} replays those of {_areas(preferred)}: cache "
+                f"again with rob cache-teacher --preset {replayed_by}, or train without the preset"
+            )
         note(
             f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
             f"used, and the preset's local ones; rob cache-teacher with the preset's --recipe and --global-scale makes them"
