@@ -20,7 +20,7 @@ takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_s
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import timm
@@ -49,6 +49,11 @@ MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
 
+TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_size"))
+"""All that ``describe_student`` has timm called with; nothing else in a file's description is."""
+LARGEST_SIDE = 1 << 14
+"""Pixels a side of an image that a description may name."""
+
 
 @dataclass(frozen=True)
 class StudentInfo:
@@ -69,6 +74,18 @@ class StudentInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
+        """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
+        which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
+        kwargs = values.get("timm_kwargs", {})
+        unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
+        if unknown:
+            raise ValueError(f"no student has {', '.join(sorted(unknown))}")
+        sides = [values["image_size"], *(value for name, value in kwargs.items() if name != "num_classes")]
+        sound = isinstance(values["name"], str) and isinstance(values["small_images"], bool)
+        sound &= kwargs.get("num_classes") == 0 and all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
+        sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
+        if not sound:
+            raise ValueError("a value is none that a student has")
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 

@@ -50,7 +50,8 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco. What else is given beats it. They are made "
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, rob-dino, rob-dino-b16, rob-swav, "
+            "rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
             "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
@@ -102,7 +103,10 @@ def train_student(
     from ..train import TrainProgress, train_student
 
     # ==== the targets ====
-    preferred = get_preset(preset).drawn() if preset else None
+    paper = get_preset(preset) if preset else None
+    preferred = paper.drawn() if paper else None
+    if paper is not None and paper.momentum is None and targets == "momentum":
+        raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     filling: TargetsConfig
     if targets != "momentum":
         refuse(context, OF_THE_COPY, "is for --targets momentum; a teacher has its own")
@@ -135,7 +139,8 @@ def train_student(
     asked = None if objective is None else matched(name=objective)
     branch = filling.open(replace(run_context, objective=asked))
     if isinstance(filling, Cached) and preferred is not None:
-        note_other_global_crops(filling.path, branch.recipe, preferred)
+        replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
+        note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
         note(
@@ -166,9 +171,14 @@ def train_student(
         note(f"{describe_shares(result.shares)}. {result.advice}")
 
 
-def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe) -> None:
-    """Where a preset has other global crops than the store's."""
-    if preferred.global_crops != stored.global_crops:
+def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe, replayed_by: str | None) -> None:
+    """Where a preset has other global crops than the store's. MisuseError: the student is to see those of the preset."""
+    if (preferred.global_crops, preferred.interpolation) != (stored.global_crops, stored.interpolation):
+        if replayed_by:
+            raise MisuseError(
+                f"{path} was cached with {_areas(stored)}, and preset {replayed_by} replays those of {_areas(preferred)}: cache "
+                f"again with rob cache-teacher --preset {replayed_by}, or train without the preset"
+            )
         note(
             f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
             f"used, and the preset's local ones; rob cache-teacher with the preset's --recipe and --global-scale makes them"

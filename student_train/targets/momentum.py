@@ -79,6 +79,8 @@ class Momentum:
     def open(self, run: RunContext) -> "MomentumTargets":
         """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""
         objective = run.objective or ObjectiveConfig(USUAL_OVER_PROTOTYPES)
+        if objective.head_type == "mlp":  # a target of an embedding has no biases
+            raise MisuseError("`head_type` mlp is for a frozen teacher's targets: leave it out with `targets` momentum")
         return MomentumTargets(self.recipe, self.settings(objective.name), objective, run)
 
     def settings(self, objective: str) -> CopySettings:
@@ -131,7 +133,9 @@ class MomentumTargets(TargetBranch):
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         if plan.globals != plan.targets:
-            raise MisuseError("with `targets` momentum both branches see the same views: leave out `fresh`")
+            raise MisuseError(
+                "with `targets` momentum both branches see the same views: leave out `fresh` and `step_globals`"
+            )
         if plan.pair_weights.diagonal().any():
             raise MisuseError(
                 "with `targets` momentum a view that meets itself has nothing to learn: leave out `pairing`, which is cross"

@@ -146,7 +146,7 @@ class Reached(Exception):
     """With what the command hands over to the training."""
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     def hand_over(config: TrainConfig, progress: Any) -> None:
         raise Reached(config)
