@@ -6,7 +6,7 @@ Each side is a function that makes the same views of every image once and return
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -24,12 +24,14 @@ from torchvision.transforms import v2
 from rob.common.images.beton import Beton
 from rob.common.views.drawing import LOCAL, view_parameters
 from rob.common.views.loader import ViewSet
-from rob.common.views.recipes import get_recipe
+from rob.common.views.recipes import RecipeOverrides, get_recipe
 
 VIEWS = (ViewSet((0, 1), 224), ViewSet(tuple(LOCAL + i for i in range(6)), 96))
 VIEW_IDS = np.array([i for s in VIEWS for i in s.ids])
 SIZES = [s.size for s in VIEWS for _ in s.ids]
-RECIPE, SEED = get_recipe("dino"), 0
+RECIPE = get_recipe("dino", RecipeOverrides(interpolation="bilinear"))
+BICUBIC = replace(RECIPE, interpolation="bicubic")
+SEED = 0
 
 
 def geometry_of(data: Beton) -> np.ndarray:
@@ -151,7 +153,9 @@ def resize_with_cv2(pixels: np.ndarray, crops: list[list[int]]) -> None:
         cv2.resize(pixels[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_AREA)
 
 
-def resize_with_torchvision(pixels: np.ndarray, crops: list[list[int]]) -> None:
+def resize_with_torchvision(
+    pixels: np.ndarray, crops: list[list[int]], filter: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
+) -> None:
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels-last, as its fast path wants it
     for (top, left, height, width, _), size in zip(crops, SIZES, strict=True):
-        v2.functional.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+        v2.functional.resized_crop(image, top, left, height, width, [size, size], filter, antialias=True)

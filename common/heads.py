@@ -79,6 +79,8 @@ class Prototypes(nn.Module):
     plain matrix ``weight`` (K, D). ``bias`` (K,) is learned from 0 where asked for, else None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, num: int, dim: int, weight_norm: bool = True, learn_gain: bool = False, bias: bool = False
     ) -> None:

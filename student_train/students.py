@@ -120,7 +120,7 @@ def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float 
     """
     model_family(info.name)
     for_training = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
-    kwargs = dict(info.timm_kwargs) | {name: rate for name, rate in for_training.items() if rate}
+    kwargs: dict[str, Any] = dict(info.timm_kwargs) | {name: rate for name, rate in for_training.items() if rate}
     no_depth = f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
     no_patches = (
         f"`patch_drop` {patch_drop:g}: {info.name} has no patches to drop, as ViTs have: leave it out or pass 0"

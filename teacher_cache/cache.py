@@ -107,6 +107,7 @@ def _manifest(
         view_size=config.view_size or teacher.view_size,
         teacher=teacher.name,
         weights_hash=teacher.weights_hash,
+        pooling=teacher.pooling,
         head="fitted" if config.prototypes and num_prototypes else teacher.head_name,
         dim=teacher.dim,
         num_prototypes=num_prototypes,

@@ -12,6 +12,8 @@ from ..common.store.encodings import Encoding
 from ..common.views.config import LoaderConfig
 from ..common.views.recipes import Recipe, get_recipe
 
+TEACHER_FEATURES = ("cls", "mean", "cls+mean")
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -22,6 +24,17 @@ class TeacherConfig:
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
     patch_size=4``)."""
+    teacher_features: Annotated[
+        str | None,
+        Setting(
+            "Of a ViT without a head (DINOv2, DINOv3, timm's): cls, its class token; mean, of its patch tokens; cls+mean, both, "
+            "twice as wide, with which DINOv2 and DINOv3 are best evaluated. Default what is published.",
+            choices=TEACHER_FEATURES,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

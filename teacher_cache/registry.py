@@ -45,6 +45,8 @@ class Entry:
     view_size: int = 224
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    pooling: str | None = None
+    """One of ``common.tokens.TOKENS`` where the released embedding is not what timm's network pools; None: it is."""
 
 
 DINO_LAYOUT = Layout(
@@ -76,9 +78,16 @@ _ibot = partial(
 # iBOT's Swin keeps the smaller epsilon of its transformers, which timm's Swin does not.
 _ibot_swin = partial(_ibot, backbone="swin_tiny_patch4_window7_224")
 SWIN_NORM = {"norm_layer": partial(nn.LayerNorm, eps=1e-6)}
-# SwAV's targets are a Sinkhorn-Knopp assignment: its epsilon stands where others have a temperature.
+# SwAV's targets are a Sinkhorn-Knopp assignment: its epsilon stands where others have a temperature. Its code, which is
+# DeepCluster-v2's too, divides the red channel by .228, where ImageNet's deviation is .229.
 _swav = partial(
-    Entry, method="SwAV", layout=SWAV_LAYOUT, num_prototypes=3000, teacher_temp=0.05, licence="CC-BY-NC-4.0"
+    Entry,
+    method="SwAV",
+    layout=SWAV_LAYOUT,
+    num_prototypes=3000,
+    teacher_temp=0.05,
+    licence="CC-BY-NC-4.0",
+    std=(0.228, 0.224, 0.225),
 )
 # MSN sharpens p = softmax(logits / .1) to p^(1 / .25): one softmax at .025.
 _msn = partial(
@@ -108,8 +117,14 @@ _moco_v3 = partial(
 )
 _headless = partial(Entry, layout=DINO_LAYOUT, head="", num_prototypes=0, teacher_temp=None)
 _dinov2 = partial(_headless, method="DINOv2", licence="Apache-2.0")
+# DINOv3's embedding is the class token; timm's Eva would take the mean of the patch tokens.
 _dinov3 = partial(
-    _headless, method="DINOv3", licence="DINOv3 licence", file="https://github.com/facebookresearch/dinov3 (on request)"
+    _headless,
+    method="DINOv3",
+    licence="DINOv3 licence",
+    file="https://github.com/facebookresearch/dinov3 (on request)",
+    backbone_args={"global_pool": "token"},
+    pooling="cls",
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.heads import ProjectionHead
+from ..common.tokens import check_tokens, token_features
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Parts, read_tensors, take_apart
@@ -46,6 +47,7 @@ class Teacher(nn.Module):
         std: tuple[float, ...] = timm.data.IMAGENET_DEFAULT_STD,
         view_size: int = 224,
         head_name: str = "none",
+        pooling: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -57,8 +59,12 @@ class Teacher(nn.Module):
         self.mean, self.std = mean, std
         self.view_size = view_size
         self.head_name = head_name
-        self.dim: int = head.out_dim if head else backbone.num_features  # type: ignore[assignment]
-        self.weights_hash = hash_weights(self.state_dict())
+        self.pooling = pooling
+        """What of the backbone's tokens is its feature; None: what the backbone itself pools, which needs no saying, so that
+        stores and weights of such teachers are what they were before others could be asked for."""
+        features: int = (1 + (pooling == "cls+mean")) * backbone.num_features  # type: ignore[operator]
+        self.dim: int = head.out_dim if head else features
+        self.weights_hash = hash_weights(self.state_dict(), pooling)
         self.requires_grad_(False).eval()
 
     @property
@@ -76,7 +82,7 @@ class Teacher(nn.Module):
         Raises ``MisuseError`` for a size that the backbone can't take.
         """
         try:
-            features = self.backbone(images)
+            features = token_features(self.backbone, images, self.pooling) if self.pooling else self.backbone(images)
         except (AssertionError, RuntimeError) as error:
             height, width = images.shape[-2:]
             if is_out_of_memory(error) or height == width == self.view_size:
@@ -100,10 +106,14 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     """The teacher of ``config``, on the CPU.
 
     Raises ``MisuseError`` for an unknown name, for a published teacher without its file, and for a file that does not
-    fit: of another architecture, truncated, with code in it, or without the head that the teacher is known for.
+    fit: of another architecture, truncated, with code in it, or without the head that the teacher is known for; and for
+    ``teacher_features`` of a network that has no such tokens, or of one whose head was trained on others.
     """
     if config.name == STAND_IN and config.checkpoint is None:
-        return _stand_in()
+        teacher = _stand_in()
+        if config.teacher_features:
+            check_tokens(teacher.backbone, config.teacher_features, config.name, "teacher_features")
+        return teacher
     entry = TEACHERS.get(config.name) or _timm_entry(config.name)
     arguments = {**entry.backbone_args, **config.backbone_args}
     if config.checkpoint is not None:
@@ -115,6 +125,13 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         )
     else:
         backbone, parts = pretrained_backbone(entry.backbone, arguments), Parts()
+    pooling = config.teacher_features or entry.pooling
+    if config.teacher_features and parts.head is not None:
+        raise MisuseError(
+            f"`teacher_features` {pooling}: the head of teacher {config.name} takes what it was trained on, leave it out"
+        )
+    if pooling:
+        check_tokens(backbone, pooling, config.name, "teacher_features")
     return Teacher(
         config.name,
         backbone,
@@ -126,6 +143,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         std=entry.std,
         view_size=arguments.get("img_size", entry.view_size),
         head_name="none" if parts.head is None else entry.method,
+        pooling=pooling,
     )
 
 

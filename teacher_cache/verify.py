@@ -18,6 +18,7 @@ from ..common.store.codec import decode
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import embedder
+from ..common.tokens import TOKENS
 from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet, geometry
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
@@ -125,11 +126,20 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
 def _refuse_another_teacher(store: TargetStore, teacher: Teacher) -> None:
     manifest = store.manifest
+    if teacher.name == manifest.teacher and teacher.pooling != manifest.pooling:
+        raise MisuseError(
+            f"{store.path} was cached with {_pooled(manifest.pooling)} of teacher {manifest.teacher}, this is "
+            f"{_pooled(teacher.pooling)}: give the `teacher_features` it was made with, or cache it again"
+        )
     if (teacher.name, teacher.weights_hash) != (manifest.teacher, manifest.weights_hash):
         raise MisuseError(
             f"{store.path} was cached from teacher {manifest.teacher} with weights {manifest.weights_hash[:12]}, this is "
             f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the `teacher` and `checkpoint` it was made with"
         )
+
+
+def _pooled(pooling: str | None) -> str:
+    return TOKENS[pooling] if pooling else "what timm pools"
 
 
 def _check_chunks(store: TargetStore, progress: VerifyProgress) -> None:

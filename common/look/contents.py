@@ -13,6 +13,7 @@ from ..store.encodings import Encoding
 from ..store.manifest import AGAIN, StoreManifest
 from ..store.reader import TargetStore
 from ..store.writer import half_written, rows_done
+from ..tokens import TOKENS
 
 Rows = Iterator[tuple[str, str]]
 
@@ -98,7 +99,8 @@ def _manifest_rows(manifest: StoreManifest) -> Rows:
     views = len(manifest.view_ids)
     yield "images x views", f"{manifest.num_images:,} x {views}"
     yield "teacher", f"{manifest.teacher}, weights {_short(manifest.weights_hash)}, {manifest.precision}"
-    yield "embedding", f"{manifest.dim} dimensions, head: {manifest.head}"
+    pooled = f", {TOKENS[manifest.pooling]}" if manifest.pooling else ""
+    yield "embedding", f"{manifest.dim} dimensions, head: {manifest.head}{pooled}"
     if manifest.num_prototypes:
         yield "prototypes", f"{manifest.num_prototypes:,}, teacher temperature {manifest.teacher_temp or 'not known'}"
     else:

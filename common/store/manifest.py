@@ -43,6 +43,7 @@ class StoreManifest:
     precision: str
     geometry: str  # the resize path that made the views' pixels
     versions: dict[str, str]
+    pooling: str | None = None  # what of the teacher's tokens was taken, where it is not what its network pools itself
     chunk_rows: int = CHUNK_ROWS
     shard_chunks: int = SHARD_CHUNKS
     format_version: int = FORMAT_VERSION
@@ -62,8 +63,11 @@ class StoreManifest:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values with sorted keys: the group's attributes."""
-        return json.loads(json.dumps(asdict(self), sort_keys=True))
+        """Plain JSON values with sorted keys: the group's attributes. The usual pooling is left out, as in stores that are
+        older than the choice.
+        """
+        values = {name: value for name, value in asdict(self).items() if (name, value) != ("pooling", None)}
+        return json.loads(json.dumps(values, sort_keys=True))
 
     @classmethod
     def from_json(cls, path: Path, attributes: Mapping[str, Any]) -> Self:
@@ -77,6 +81,7 @@ class StoreManifest:
                 f"{path} has format version {attributes['format_version']}, this rob reads version {FORMAT_VERSION}: "
                 "cache the targets again, or use the rob that wrote it"
             )
+        attributes = {"pooling": None, **attributes}
         missing = ", ".join(field.name for field in fields(cls) if field.name not in attributes)
         if missing:
             raise FailureError(f"{path} is damaged, its manifest lacks {missing}: delete the store and {AGAIN}")
@@ -87,6 +92,10 @@ class StoreManifest:
 
 def differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """A phrase for each value of the manifest fields ``asked`` that a store has otherwise; both as `to_json` has them."""
+    if (
+        "weights_hash" in asked
+    ):  # of the whole manifest, which leaves the usual pooling out: said first, it explains the hash
+        asked = {"pooling": asked.get("pooling"), **asked}
     found = differences({name: stored.get(name) for name in asked}, dict(asked))
     return [f"{name} is {_short(old)} in the store, not {_short(new)}" for name, old, new in found]
 

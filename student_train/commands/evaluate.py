@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from ...common.errors import MisuseError
 from ...common.options import refuse
 from ...common.screen import accuracies, bar
 from ...common.settings import Setting
-from ..evaluate.config import FinetuneConfig, LinearConfig
+from ..evaluate.config import FinetuneConfig, LinearConfig, LowshotConfig
 from .subject import LoadTeacher, Subject, SubjectConfig, Test, Train, What
 
 
@@ -35,7 +36,7 @@ def knn(
     train, held_out = subject.images(data, test)
     results = knn_sweep(train.features, held_out.features, list(k), temperature)
     accuracies(
-        f"k-NN of {subject.network.name}",
+        f"k-NN of {subject.network.title}",
         ("k", "top-1 %", "top-5 %", "train images", "test images"),
         [(r.k, r.top1, r.top5, r.num_train, r.num_test) for r in results],
     )
@@ -76,7 +77,7 @@ def linear(
         else:
             result = linear(train.features.to(network.device), held_out.features.to(network.device), training, update)
     accuracies(
-        f"linear classifier on {network.name}",
+        f"linear classifier on {network.title}",
         ("learning rate", "weight decay", "validation %", "top-1 %", "top-5 %"),
         [
             (f"{s.learning_rate:g}", f"{s.weight_decay:g}", s.validation_top1)
@@ -92,14 +93,24 @@ def lowshot(
     what: What,
     data: Train,
     tuning: FinetuneConfig,
+    logistic: LowshotConfig,
     test: Test = None,
     percent: Annotated[
         tuple[float, ...],
         Setting(
-            "Of each class of TRAIN; give it several times. Default 1 and 10, if no --per-class.", low=0.001, high=100
+            "Of each class of TRAIN; give it several times. Default 1 and 10, if no --per-class and no --subset.",
+            low=0.001,
+            high=100,
         ),
     ] = (),
     per_class: Annotated[tuple[int, ...], Setting("Images of each class; give it several times.", low=1)] = (),
+    subset: Annotated[
+        tuple[Path, ...],
+        Setting(
+            "The images of TRAIN that this file names, one a line, as the published 1 % and 10 % of ImageNet; with --test. "
+            "Give it several times."
+        ),
+    ] = (),
     finetune: Annotated[
         bool, Setting("Train the whole network, not only a classifier on frozen features.", option="--finetune")
     ] = False,
@@ -109,18 +120,30 @@ def lowshot(
     load_teacher: LoadTeacher,
 ) -> None:
     """Few labels: fixed subsets by seed, logistic regression on frozen features or --finetune; mean and deviation."""
+    from ...common.images.beton import Beton
     from ..evaluate.finetune import finetune_lowshot
-    from ..evaluate.lowshot import REGULARISATION, Share
+    from ..evaluate.lowshot import MSN_REGULARISATION, REGULARISATION, Listed, Share
     from ..evaluate.lowshot import lowshot as frozen_lowshot
+    from ..evaluate.subsets import listed_rows
 
-    if not finetune:
+    if finetune:
+        refuse(context, ("protocol", "regularisation"), "is for frozen features, and this is --finetune")
+    else:
         refuse(context, ("epochs", "lr"), "is for --finetune")
-    percents = percent or (() if per_class else (1.0, 10.0))
-    shares = [Share(fraction=p / 100) for p in percents] + [Share(per_class=n) for n in per_class]
+    if subset and test is None:
+        raise MisuseError("`subset` may name any image of TRAIN, of which a fifth would be tested on: give `test`")
+    percents = percent or (() if per_class or subset else (1.0, 10.0))
+    shares: list[Share | Listed] = [Share(fraction=p / 100) for p in percents]
+    shares += [Share(per_class=n) for n in per_class]
+    shares += [Listed(str(file), tuple(listed_rows(file, Beton(data).manifest.paths).tolist())) for file in subset]
     subject = Subject(context, what, config, load_teacher)
     network = subject.network
     train, held_out = subject.images(data, test)
-    settings = {"epochs": tuning.epochs, "lr": tuning.lr} if finetune else {"regularisation": REGULARISATION}
+    msn = logistic.protocol == "msn"
+    strength = logistic.regularisation
+    if strength is None:
+        strength = MSN_REGULARISATION if msn else REGULARISATION
+    settings = {"epochs": tuning.epochs, "lr": tuning.lr} if finetune else {"regularisation": strength}
     results = []
     for share in shares:
         with bar(str(share), "subsets") as update:
@@ -131,17 +154,18 @@ def lowshot(
                 )
             else:
                 features = train.features.to(network.device), held_out.features.to(network.device)
-                result = frozen_lowshot(*features, share, range(seeds), progress=update)
+                several = range(1 if isinstance(share, Listed) else seeds)
+                result = frozen_lowshot(*features, share, several, strength, update, logistic.protocol)
         results.append(result)
     accuracies(
-        f"few labels, {network.name} {'fine-tuned' if finetune else 'frozen'}",
+        f"few labels, {'fine-tuned' if finetune else 'frozen'} {network.title}",
         ("labels", "train images", "top-1 %", "deviation", "seeds"),
         [
             (str(r.share), r.num_train, r.mean, "" if r.deviation is None else r.deviation, len(r.seeds))
             for r in results
         ],
     )
-    task = "lowshot-finetune" if finetune else "lowshot"
+    task = "lowshot-finetune" if finetune else "lowshot-msn" if msn else "lowshot"
     subject.write(task, data, test, {**settings, "results": [r.to_json() for r in results]})
 
 
@@ -197,7 +221,7 @@ def transfer(
         result = linear(*features, training, update)
     nearest = knn(*features, k=min(20, len(train.features)))
     accuracies(
-        f"{task} with {subject.network.name}",
+        f"{task} with {subject.network.title}",
         ("", "top-1 %", "top-5 %", "train images", "test images"),
         [
             ("linear", result.top1, result.top5, result.num_train, result.num_test),

@@ -13,7 +13,8 @@ from ...common.options import refuse
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
-from ..evaluate.config import INITS
+from ...common.views.recipes import INTERPOLATIONS
+from ..evaluate.config import FEATURES, INITS
 
 if TYPE_CHECKING:
     from ..evaluate.labelled import LabelledImages
@@ -41,6 +42,18 @@ class SubjectConfig:
     teacher: Annotated[str | None, Setting("Its name, when WHAT is teacher.")] = None
     checkpoint: Checkpoint = None
     size: Annotated[int | None, Setting("Side in pixels; default the network's own (pixels: 32).", low=4)] = None
+    features: Annotated[
+        str | None,
+        Setting(
+            "Of a ViT: cls, its class token; mean, of its patch tokens; cls+mean, both, as DINOv2; cls4, the class tokens of "
+            "the last four blocks, as DINO's and RoB's linear evaluation. Default what the network pools.",
+            choices=FEATURES,
+        ),
+    ] = None
+    interpolation: Annotated[
+        str,
+        Setting("Filter of the resize, bilinear or bicubic (DINO's and RoB's evaluation).", choices=INTERPOLATIONS),
+    ] = "bilinear"
     out: Out = None
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=128))
     device: Device = "auto"
@@ -58,7 +71,8 @@ class Subject:
         note_slow_loader(config.loader)
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
-        self.network = frozen_network(what, config, load_teacher)
+        network = frozen_network(what, config, load_teacher)
+        self.network = network.of(config.features, config.interpolation)
         self.folder = config.out or (Path(what) if Path(what).is_dir() else None)
 
     def images(self, data: Path, test: Path | None) -> "tuple[LabelledImages, LabelledImages]":
@@ -79,6 +93,7 @@ class Subject:
             "features": self.network.name,
             "weights": self.network.source,
             "image_size": self.network.size,
+            **self.network.unusual,
             "train": str(data),
             "train_fingerprint": fingerprint,
             "test": str(test) if test else f"a fifth of {data}",

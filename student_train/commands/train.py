@@ -30,7 +30,7 @@ from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
 OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm")
-OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise")
+OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise", "interpolation")
 """What changes the views that a store's targets belong to."""
 
 

@@ -8,13 +8,17 @@ from ...common.config import Device, Seed
 from ...common.settings import Setting, check
 
 INITS = ("student", "random")
+FEATURES = ("cls", "mean", "cls+mean", "cls4")
+"""Those of ``common.tokens``."""
+PROTOCOLS = ("usual", "msn")
 
 
 @dataclass(frozen=True)
 class LinearConfig:
     """SGD with momentum and a cosine to 0, for every pair of ``learning_rates`` and ``weight_decays`` (>= 0).
 
-    Rates are for standardised features. ``validation`` in (0, 1) is the share of each class kept for choosing.
+    Rates are for standardised features. ``validation`` in (0, 1) is the share of each class kept for choosing. ``batch_norm``
+    has no gain and bias of its own, which the linear layer behind it makes good for.
     """
 
     learning_rates: Annotated[
@@ -28,10 +32,45 @@ class LinearConfig:
         Setting("Weight decays to choose from; give it several times.", low=0, option="--weight-decay"),
     ] = (0.0, 1e-3, 1e-2, 1e-1)
     epochs: Annotated[int, Setting("Passes over TRAIN; 100 as DINO.", low=1)] = 100
+    batch_norm: Annotated[
+        bool,
+        Setting(
+            "BatchNorm before the linear layer, as in RoB's evaluation, in place of TRAIN's mean and deviation.",
+            option="--batch-norm",
+        ),
+    ] = False
+    refit: Annotated[
+        bool,
+        Setting(
+            "Train the chosen setting anew on all of TRAIN, the images that chose it included; twice the time.",
+            option="--refit",
+        ),
+    ] = False
     batch_size: int = 256
     momentum: float = 0.9
     validation: float = 0.1
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class LowshotConfig:
+    """Logistic regression on frozen features: how rows are prepared, and how much weights are held small."""
+
+    protocol: Annotated[
+        str,
+        Setting(
+            "usual: unit rows, an intercept, regularisation as it is. msn: MSN's, rows centred before they are made unit, no "
+            "intercept, regularisation over the number of images.",
+            choices=PROTOCOLS,
+        ),
+    ] = "usual"
+    regularisation: Annotated[
+        float | None,
+        Setting("Half of it times the sum of squared weights; default 0.001, or msn's 0.0025 over the images.", low=0),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,6 +1,7 @@
 """Random crops and flips of labelled images: what a classifier is trained on."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class RandomCrops:
 
     def __init__(self, network: FrozenNetwork, data: Beton, loader: LoaderConfig, seed: int) -> None:
         self.network, self.seed = network, seed
-        self.views = ViewLoader(data, CROPS_AND_FLIPS, seed, loader)
+        recipe = replace(CROPS_AND_FLIPS, interpolation=network.interpolation)
+        self.views = ViewLoader(data, recipe, seed, loader)
 
     def epoch(self, image_ids: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``FrozenNetwork.batches`` of ``image_ids`` (N,) in an order of this epoch's own."""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,15 +53,23 @@ class Features:
 class FeatureKey:
     """What features depend on: features are read back only where all of it is the same.
 
-    ``source`` is ``hash_weights(backbone.state_dict())``, a teacher's weight hash, or ``"pixels"``.
+    ``source`` is ``hash_weights(backbone.state_dict())``, a teacher's weight hash, or ``"pixels"``; ``features`` are those of
+    ``common.tokens`` where they are not what the network pools itself.
     """
 
     source: str
     data_fingerprint: str
     image_size: int
+    features: str | None = None
+    interpolation: str = "bilinear"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is usual is left out: features that are older than the choice are found where they are."""
+        usual = (("features", None), ("interpolation", "bilinear"))
+        return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
     def folder(self, run_folder: Path) -> Path:
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         return run_folder / "eval" / "features" / digest[:16]
 
 
@@ -119,7 +128,7 @@ def cached_features(
         except (OSError, SafetensorError):
             shards.append(extract(start, min(start + SHARD_ROWS, num_images)).contiguous())
             with replacing(path) as file:
-                file.write(serialise_tensors({"features": shards[-1]}, {"key": json.dumps(asdict(key))}))
+                file.write(serialise_tensors({"features": shards[-1]}, {"key": json.dumps(key.to_dict())}))
     return torch.cat(shards)
 
 

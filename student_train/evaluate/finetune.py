@@ -21,7 +21,7 @@ from .crops import RandomCrops
 from .features import Features
 from .labelled import LabelledImages
 from .logistic import fit_logistic
-from .lowshot import REGULARISATION, LowshotResult, Share
+from .lowshot import REGULARISATION, Listed, LowshotResult, Share
 from .network import FrozenNetwork
 
 HEAD_RATE = 10.0
@@ -49,7 +49,7 @@ def finetune_lowshot(
     test: LabelledImages,
     config: FinetuneConfig,
     loader: LoaderConfig,
-    share: Share,
+    share: Share | Listed,
     seeds: Sequence[int],
     keep_in: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -59,8 +59,8 @@ def finetune_lowshot(
     """
     accuracies = []
     for seed in seeds:
-        settings = {**asdict(config), **asdict(share), "seed": seed, "loader": asdict(loader)}
-        settings |= {"weights": network.source, "size": network.size, "images": len(train.image_ids)}
+        settings = {**asdict(config), **share.to_json(), "seed": seed, "loader": asdict(loader)}
+        settings |= {**network.settings, "images": len(train.image_ids)}
         settings |= {"data": [Beton(images.path).manifest.fingerprint for images in (train, test)]}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         done = keep_in and keep_in / f"{digest[:16]}.json"
@@ -84,7 +84,7 @@ def finetune(
     test: LabelledImages,
     config: FinetuneConfig,
     loader: LoaderConfig,
-    share: Share,
+    share: Share | Listed,
     seed: int,
 ) -> float:
     """Top-1 in percent on ``test`` after training on ``share``'s images of ``seed``.

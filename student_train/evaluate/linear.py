@@ -1,11 +1,13 @@
 """Linear classification of frozen features, many learning rates and weight decays trained in one pass as in DINOv2.
 
 The heads of all settings see the same batches, so they stand side by side in one matrix: a step is two matrix products
-for all of them. A validation part of the training set chooses the setting; the test set is looked at once.
+for all of them. A validation part of the training set chooses the setting, which may be trained anew on all of it; the test
+set is looked at once.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -79,7 +81,7 @@ def linear(
     fit_rows, held_out = split_validation(train, config)
     fit, validation = train.rows(fit_rows), train.rows(held_out)
     heads = train_heads(fit, config, progress)
-    return choose_and_test(heads, validation, test, config, len(fit))
+    return choose_and_test(heads, validation, test, config, len(fit), partial(train_heads, train, progress=progress))
 
 
 def split_validation(train: Features, config: LinearConfig) -> tuple[Tensor, Tensor]:
@@ -91,15 +93,27 @@ def split_validation(train: Features, config: LinearConfig) -> tuple[Tensor, Ten
 
 
 def choose_and_test(
-    heads: LinearHeads, validation: Features, test: Features, config: LinearConfig, num_train: int
+    heads: LinearHeads,
+    validation: Features,
+    test: Features,
+    config: LinearConfig,
+    num_train: int,
+    refit: Callable[[LinearConfig], LinearHeads],
 ) -> LinearResult:
-    """The setting that is best on ``validation``, the first of equals, and its accuracies on ``test``."""
+    """The setting that is best on ``validation``, the first of equals, and its accuracies on ``test``.
+
+    ``config.refit``: ``refit`` trains the chosen setting alone on the validation part as well, and that head is tested.
+    """
     accuracies = top_k_accuracy(heads, validation, 1).tolist()
     settings = product(config.learning_rates, config.weight_decays)
     sweep = tuple(LinearSetting(*setting, top1) for setting, top1 in zip(settings, accuracies, strict=True))
     best = accuracies.index(max(accuracies))
-    top1, top5 = (top_k_accuracy(heads.head(best), test, k).item() for k in (1, 5))
-    return LinearResult(top1, top5, sweep[best], sweep, num_train, len(validation), len(test), config.epochs)
+    chosen, head = sweep[best], heads.head(best)
+    if config.refit:
+        alone = {"learning_rates": (chosen.learning_rate,), "weight_decays": (chosen.weight_decay,)}
+        head, num_train = refit(replace(config, **alone)), num_train + len(validation)
+    top1, top5 = (top_k_accuracy(head, test, k).item() for k in (1, 5))
+    return LinearResult(top1, top5, chosen, sweep, num_train, len(validation), len(test), config.epochs)
 
 
 def train_heads(
@@ -131,6 +145,7 @@ class HeadSweep:
     def __init__(self, train: Features, config: LinearConfig) -> None:
         if not config.learning_rates or not config.weight_decays:
             raise MisuseError("a linear evaluation needs at least one learning rate and one weight decay")
+        self.norm = BatchNorm(train.features.shape[1], train.features.device) if config.batch_norm else None
         self.mean = train.features.mean(0)
         self.scale = 1 / train.features.std(0).clamp_min(1e-6)
         rates, decays = torch.tensor(
@@ -150,10 +165,12 @@ class HeadSweep:
         self.steps_done = 0
 
     def standardise(self, features: Tensor) -> Tensor:
-        return (features - self.mean) * self.scale
+        """Features as ``step`` takes them: the norm, where there is one, wants them as they are."""
+        return features if self.norm else (features - self.mean) * self.scale
 
     def step(self, x: Tensor, labels: Tensor) -> None:
         """One step of SGD for every head: ``x`` (B, D) standardised features, ``labels`` (B,)."""
+        x = self.norm(x) if self.norm else x
         # The gradient of the mean cross-entropy by the logits: (softmax - one-hot) / B.
         logits = torch.addmm(self.biases, x, self.weights).view(len(x), *self.shape)
         gradient = logits.softmax(1)
@@ -168,9 +185,8 @@ class HeadSweep:
         self.steps_done += 1
 
     def heads(self) -> LinearHeads:
-        return LinearHeads(
-            self.weights.unflatten(1, self.shape), self.biases.unflatten(0, self.shape), self.mean, self.scale
-        )
+        mean, scale = (self.norm.mean, self.norm.scale) if self.norm else (self.mean, self.scale)
+        return LinearHeads(self.weights.unflatten(1, self.shape), self.biases.unflatten(0, self.shape), mean, scale)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed sweep goes on from; the rest follows from the features and the configuration."""
@@ -180,12 +196,40 @@ class HeadSweep:
             "weight_momentum": self.weight_momentum,
             "bias_momentum": self.bias_momentum,
             "steps_done": self.steps_done,
+            **({"mean": self.norm.mean, "variance": self.norm.variance} if self.norm else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.weights, self.biases = state["weights"], state["biases"]
         self.weight_momentum, self.bias_momentum = state["weight_momentum"], state["bias_momentum"]
         self.steps_done = state["steps_done"]
+        if self.norm:
+            self.norm.mean, self.norm.variance = state["mean"], state["variance"]
+
+
+class BatchNorm:
+    """``torch.nn.BatchNorm1d(D, affine=False)`` in training, on all heads' common input.
+
+    The released evaluation's has a gain and a bias, which say nothing that the linear layer behind it cannot say.
+    """
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.mean, self.variance = torch.zeros(dim, device=device), torch.ones(dim, device=device)
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.variance + self.eps).rsqrt()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, D) by the batch's own mean and deviation, which go into the running ones; by these where B is 1."""
+        if len(x) == 1:
+            return (x - self.mean) * self.scale
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        self.mean = self.mean.lerp(mean, self.momentum)
+        self.variance = self.variance.lerp(variance * len(x) / (len(x) - 1), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt()
 
 
 def top_k_accuracy(heads: LinearHeads, test: Features, k: int) -> Tensor:

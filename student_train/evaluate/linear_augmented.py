@@ -16,7 +16,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from .crops import RandomCrops
 from .features import Features, same_classes
 from .labelled import LabelledImages
-from .linear import HeadSweep, LinearConfig, LinearResult, choose_and_test, split_validation
+from .linear import HeadSweep, LinearConfig, LinearHeads, LinearResult, choose_and_test, split_validation
 from .network import FrozenNetwork
 
 
@@ -39,30 +39,47 @@ def linear_augmented(
     train = replace(train, features=train.features.to(device))
     test = same_classes(train.features, test.to(device))
     rows, held_out = split_validation(train.features, config)
-    fit = train.rows(rows)
-    data = Beton(train.path)
-    settings = {**asdict(config), "loader": asdict(loader), "weights": network.source, "size": network.size}
-    settings |= {"data_fingerprint": data.manifest.fingerprint, "num_images": len(fit.image_ids)}
-    sweep = HeadSweep(fit.features, config)
+    again = checkpoint and checkpoint.with_name(f"refit-{checkpoint.name}")
+
+    def refit(chosen: LinearConfig) -> LinearHeads:
+        return train_on_crops(network, train, chosen, loader, again, progress)
+
+    heads = train_on_crops(network, train.rows(rows), config, loader, checkpoint, progress)
+    result = choose_and_test(heads, train.features.rows(held_out), test, config, len(rows), refit)
+    for path in (checkpoint, again):
+        if path:
+            path.unlink(missing_ok=True)
+    return result
+
+
+def train_on_crops(
+    network: FrozenNetwork,
+    images: LabelledImages,
+    config: LinearConfig,
+    loader: LoaderConfig,
+    checkpoint: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> LinearHeads:
+    """``train_heads`` on random crops of ``images``, whose features are on the network's device."""
+    data = Beton(images.path)
+    settings = {**asdict(config), "loader": asdict(loader), **network.settings}
+    settings |= {"data_fingerprint": data.manifest.fingerprint, "num_images": len(images.image_ids)}
+    sweep = HeadSweep(images.features, config)
     first = 0
     if checkpoint and checkpoint.exists():
-        state = load_checkpoint(checkpoint, settings, device)
+        state = load_checkpoint(checkpoint, settings, network.device)
         sweep.load_state_dict(state["heads"])
         first = state["epoch"]
 
-    labels = fit.labels_by_id().to(device)
-    loader = replace(loader, batch_size=config.batch_size)
-    crops = RandomCrops(network, data, loader, config.seed)
+    labels = images.labels_by_id().to(network.device)
+    crops = RandomCrops(network, data, replace(loader, batch_size=config.batch_size), config.seed)
     for epoch in range(first, config.epochs):
-        for image_ids, images in crops.epoch(fit.image_ids, epoch):
+        for image_ids, views in crops.epoch(images.image_ids, epoch):
             with torch.no_grad():
-                features = network.embed(images).float()
-            sweep.step(sweep.standardise(features), labels[image_ids.to(device)])
+                features = network.embed(views).float()
+            sweep.step(sweep.standardise(features), labels[image_ids.to(network.device)])
         if checkpoint:
             save_checkpoint(checkpoint, {"heads": sweep.state_dict(), "epoch": epoch + 1}, settings)
         if progress:
             progress(epoch + 1, config.epochs)
-    result = choose_and_test(sweep.heads(), train.features.rows(held_out), test, config, len(rows))
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return result
+    return sweep.heads()

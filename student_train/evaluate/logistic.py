@@ -22,17 +22,19 @@ class LogisticModel:
         return features.to(self.weights.dtype) @ self.weights + self.biases
 
 
-def fit_logistic(train: Features, regularisation: float, max_iterations: int = 1000) -> LogisticModel:
-    """The minimum of mean cross-entropy + regularisation / 2 * sum of squared weights; biases are free.
+def fit_logistic(
+    train: Features, regularisation: float, max_iterations: int = 1000, intercept: bool = True
+) -> LogisticModel:
+    """The minimum of mean cross-entropy + regularisation / 2 * sum of squared weights; biases are free, or none.
 
     scikit-learn's ``LogisticRegression(C=1 / (N * regularisation))``, by L-BFGS in float64 from zero: no seed, and the
     same answer everywhere. Runs on the features' device.
     """
     features, labels = train.features.double(), train.labels
     weights = features.new_zeros(features.shape[1], train.num_classes, requires_grad=True)
-    biases = features.new_zeros(train.num_classes, requires_grad=True)
+    biases = features.new_zeros(train.num_classes, requires_grad=intercept)
     optimiser = torch.optim.LBFGS(
-        [weights, biases],
+        [weights, biases] if intercept else [weights],
         max_iter=max_iterations,
         max_eval=2 * max_iterations,
         history_size=10,

@@ -1,9 +1,9 @@
 """A frozen network and the pixels it expects: a student, a teacher, or the pixels themselves. What every evaluation measures."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError, is_out_of_memory
 from ...common.images.beton import Beton
+from ...common.tokens import TokenFeatures
 from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from ...common.views.recipes import evaluation_recipe
 from ...common.weights import hash_weights
@@ -31,12 +32,13 @@ class TeacherWithBackbone(Protocol):
     backbone: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pooling: str | None
 
 
 @dataclass(frozen=True)
 class FrozenNetwork:
     """``embed`` maps (B, 3, size, size), normalised by ``mean`` and ``std``, to features (B, D). ``source`` tells its
-    weights apart.
+    weights apart; ``tokens`` is what of a ViT ``embed`` gives, one of ``common.tokens.TOKENS`` (None: what it pools itself).
     """
 
     name: str
@@ -46,6 +48,8 @@ class FrozenNetwork:
     std: tuple[float, ...]
     source: str
     device: torch.device
+    tokens: str | None = None
+    interpolation: str = "bilinear"
 
     @classmethod
     def pixels(cls, size: int, device: torch.device) -> "FrozenNetwork":
@@ -73,7 +77,7 @@ class FrozenNetwork:
     @classmethod
     def teacher(cls, teacher: TeacherWithBackbone, size: int, device: torch.device) -> "FrozenNetwork":
         """A teacher, which is on ``device``, without its head: as DINO evaluates, and as students are measured."""
-        return cls._of(teacher.name, teacher.backbone, size, teacher.mean, teacher.std, device)
+        return cls._of(teacher.name, teacher.backbone, size, teacher.mean, teacher.std, device).of(teacher.pooling)
 
     @classmethod
     def _of(
@@ -86,6 +90,35 @@ class FrozenNetwork:
         device: torch.device,
     ) -> "FrozenNetwork":
         return cls(name, backbone, size, mean, std, hash_weights(backbone.state_dict()), device)
+
+    def of(self, tokens: str | None, interpolation: str = "bilinear") -> "FrozenNetwork":
+        """The same weights with other features (None: the same), of images that are resized by ``interpolation``.
+
+        MisuseError: it is no ViT, or one of too few blocks.
+        """
+        if tokens is None:
+            return replace(self, interpolation=interpolation)
+        backbone: Any = self.embed.backbone if isinstance(self.embed, TokenFeatures) else self.embed
+        embed = TokenFeatures(backbone, tokens, self.name)
+        return replace(self, embed=embed, tokens=tokens, interpolation=interpolation)
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """The features and the interpolation, where they are not the usual ones."""
+        found = {"pooling": self.tokens} if self.tokens else {}
+        return found if self.interpolation == "bilinear" else {**found, "interpolation": self.interpolation}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What outcomes depend on, for a file that says what it is of."""
+        return {"weights": self.source, "size": self.size, **self.unusual}
+
+    @property
+    def title(self) -> str:
+        """For the head of a table."""
+        return ", ".join(
+            (self.name, *([self.tokens] if self.tokens else []), f"{self.interpolation} to {self.size} px")
+        )
 
     def features(
         self,
@@ -118,7 +151,7 @@ class FrozenNetwork:
             batches = self.centred(data, loader, np.arange(start, stop))
             return extract_features(self.embed, batches, start, stop, progress=count)
 
-        key = FeatureKey(self.source, data.manifest.fingerprint, self.size)
+        key = FeatureKey(self.source, data.manifest.fingerprint, self.size, self.tokens, self.interpolation)
         try:
             features = (
                 cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
@@ -137,7 +170,8 @@ class FrozenNetwork:
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""
         small = max(int(data.heights.max()), int(data.widths.max())) <= SMALL_SIDE
-        return self.batches(ViewLoader(data, evaluation_recipe(1.0 if small else 0.875), 0, loader), image_ids, 0)
+        recipe = evaluation_recipe(1.0 if small else 0.875, self.interpolation)
+        return self.batches(ViewLoader(data, recipe, 0, loader), image_ids, 0)
 
     def batches(self, views: ViewLoader, image_ids: np.ndarray, view_id: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One view of each image, in the order given: ids (B,) int64 on the CPU, and images (B, 3, size, size) float32 as the

@@ -11,6 +11,8 @@ from ...common.files import replacing
 IDENTITY = {
     "weights": "other weights",
     "image_size": "another image size",
+    "pooling": "other features",
+    "interpolation": "another interpolation",
     "train_fingerprint": "other training images",
     "test_fingerprint": "another test set",
 }

@@ -19,6 +19,9 @@ ibot   softmax(t / .07), class token    2        iBOT's, or "mlp"
 The presets ``rob-dino``, ``rob-swav`` ... set all of it; the settings of this package are the methods' own where they are not.
 """
 
+# What its base may lack, it always has.
+# pyright: reportIncompatibleVariableOverride=false
+
 import math
 from typing import ClassVar, Self
 
@@ -70,8 +73,8 @@ class PrototypeObjective(Objective):
     sinkhorn = "none"
     mean_entropy = 0.0
 
-    prototypes: Prototypes  # pyright: ignore[reportIncompatibleVariableOverride]
-    teacher_temp: float  # pyright: ignore[reportIncompatibleVariableOverride]
+    prototypes: Prototypes
+    teacher_temp: float
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

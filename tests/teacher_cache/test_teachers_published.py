@@ -70,7 +70,7 @@ def test_wide_resnets_are_as_large_as_swavs_readme_says() -> None:
 def test_dinov3_goes_through_timms_converter(tmp_path: Path) -> None:
     arguments = {"embed_dim": 48, "depth": 2, "img_size": 32}
     torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch16_dinov3", num_classes=0, **arguments).eval()
+    model = timm.create_model("vit_small_patch16_dinov3", num_classes=0, global_pool="token", **arguments).eval()
     published = {"rope_embed.periods": torch.ones(2), "mask_token": torch.zeros(1, 48)}
     for name, tensor in model.state_dict().items():
         name = (

@@ -263,6 +263,10 @@ def test_overrides_change_what_they_name():
         assert (crop.brightness, crop.contrast, crop.saturation) == (0.2, 0.2, 0.1)
     assert get_recipe("weak", RecipeOverrides(global_scale=(0.2, 1.0))).global_crops[0].centre == 0
     assert get_recipe("dino", RecipeOverrides()) == get_recipe("dino") == RECIPES["dino"]
+    for filter_ in ("bilinear", "bicubic"):
+        assert get_recipe("swav", RecipeOverrides(interpolation=filter_)).interpolation == filter_
+        assert evaluation_recipe(0.5, filter_).cubic == (filter_ == "bicubic")
+    assert evaluation_recipe(0.5).interpolation == "bilinear"
 
 
 def test_colour_zero_turns_the_jitter_off():
@@ -282,6 +286,7 @@ def test_colour_zero_turns_the_jitter_off():
         ({"centre": 2.0}, "centre"),
         ({"num_global": 0}, "global"),
         ({"num_local": -1}, "local"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic': did you mean bicubic"),
     ],
 )
 def test_overrides_out_of_range_are_refused(overrides, says):

@@ -1,5 +1,7 @@
 """Features by image id, their cache, labels and classes that do not fit."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,16 @@ def test_killed_extraction_goes_on_and_damage_is_repaired(tmp_path, monkeypatch)
     for _ in range(2):
         assert torch.equal(cached_features(tmp_path, key, 10, extract), rows)
     assert calls[4:] == [(4, 8)]
+
+
+def test_what_is_usual_lies_where_it_lay(tmp_path):
+    """A folder's name is what it was before there was a choice; other features and another filter have their own."""
+    usual = FeatureKey("weights", "data", 32)
+    assert usual.folder(tmp_path).name == "c2d88694fa31c6a0"
+    kinds = product(("cls", "cls4"), ("bilinear", "bicubic"))
+    others = {FeatureKey("weights", "data", 32, *kind) for kind in kinds}
+    others.add(FeatureKey("weights", "data", 32, interpolation="bicubic"))
+    assert len({key.folder(tmp_path) for key in (usual, *others)}) == 6
 
 
 def test_weights_hash_sees_names_types_and_values():

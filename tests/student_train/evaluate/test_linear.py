@@ -8,7 +8,14 @@ from torch import nn
 
 from rob.common.errors import MisuseError
 from rob.student_train.evaluate.features import Features
-from rob.student_train.evaluate.linear import LinearConfig, linear, top_k_accuracy, train_heads
+from rob.student_train.evaluate.linear import (
+    BatchNorm,
+    LinearConfig,
+    linear,
+    split_validation,
+    top_k_accuracy,
+    train_heads,
+)
 from rob.student_train.evaluate.logistic import fit_logistic
 from support.gaussians import gaussian_classes
 
@@ -45,6 +52,63 @@ def test_steps_are_those_of_torch_sgd():
             schedule.step()
     torch.testing.assert_close(heads.weights[..., 0].T, layer.weight.data, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(heads.biases[:, 0], layer.bias.data, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [160, 129])
+def test_batch_norm_is_torchs_without_gain_and_bias(count):
+    """Steps, running statistics and tested logits; a last batch of one image goes by the running ones."""
+    train, test = gaussian_classes(count, seed=1), gaussian_classes(50, seed=2)
+    train.features[:, 0] += 5
+    config = replace(QUICK, learning_rates=(0.1,), weight_decays=(1e-2,), batch_norm=True)
+    heads = train_heads(train, config)
+    norm, layer = nn.BatchNorm1d(32, affine=False), nn.Linear(32, 10)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    groups = [{"params": [layer.weight], "weight_decay": 1e-2}, {"params": [layer.bias]}]
+    optimiser = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=9)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.epochs):
+        for batch in torch.randperm(count, generator=generator).split(64):
+            optimiser.zero_grad()
+            norm.train(len(batch) > 1)
+            nn.functional.cross_entropy(layer(norm(train.features[batch])), train.labels[batch]).backward()
+            optimiser.step()
+            schedule.step()
+    expected = layer(norm.eval()(test.features))
+    torch.testing.assert_close(heads.logits(test.features)[..., 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_is_a_plain_double_loop():
+    norm, batches = BatchNorm(2, torch.device("cpu")), torch.randn(3, 5, 2, dtype=torch.float64)
+    norm.mean, norm.variance = norm.mean.double(), norm.variance.double()
+    for d in range(2):
+        mean, variance = 0.0, 1.0
+        own = BatchNorm(1, torch.device("cpu"))
+        own.mean, own.variance = own.mean.double(), own.variance.double()
+        for batch in batches:
+            found = own(batch[:, d : d + 1]).flatten()
+            values = batch[:, d].tolist()
+            m = sum(values) / 5
+            v = sum((value - m) ** 2 for value in values) / 5
+            for n in range(5):
+                assert abs(found[n].item() - (values[n] - m) / (v + 1e-5) ** 0.5) < 1e-10
+            mean, variance = 0.9 * mean + 0.1 * m, 0.9 * variance + 0.1 * v * 5 / 4
+        assert abs(own.mean.item() - mean) < 1e-10
+        assert abs(own.variance.item() - variance) < 1e-10
+        assert abs(own.scale.item() - (variance + 1e-5) ** -0.5) < 1e-10
+
+
+def test_a_refit_is_the_chosen_setting_trained_on_all():
+    train, test = gaussian_classes(300, seed=1), gaussian_classes(1000, seed=2)
+    before, after = linear(train, test, QUICK), linear(train, test, replace(QUICK, refit=True))
+    assert (after.sweep, after.chosen) == (before.sweep, before.chosen)
+    assert (before.num_train, after.num_train, after.num_validation) == (270, 300, 30)
+    chosen = (before.chosen.learning_rate,), (before.chosen.weight_decay,)
+    alone = replace(QUICK, learning_rates=chosen[0], weight_decays=chosen[1])
+    fit, _ = split_validation(train, QUICK)
+    assert before.top1 == top_k_accuracy(train_heads(train.rows(fit), alone), test, 1).item()
+    assert after.top1 == top_k_accuracy(train_heads(train, alone), test, 1).item() != before.top1
 
 
 def test_a_long_run_reaches_the_regularised_optimum():

@@ -1,6 +1,7 @@
 """Few labels: the protocol against scikit-learn by hand, statistics over seeds, and what is refused."""
 
 import json
+import math
 from statistics import mean, stdev
 
 import pytest
@@ -9,7 +10,15 @@ import torch.nn.functional as F
 
 from rob.common.errors import MisuseError
 from rob.student_train.evaluate.features import Features
-from rob.student_train.evaluate.lowshot import REGULARISATION, Share, lowshot
+from rob.student_train.evaluate.logistic import fit_logistic
+from rob.student_train.evaluate.lowshot import (
+    MSN_REGULARISATION,
+    REGULARISATION,
+    Listed,
+    Share,
+    lowshot,
+    prepared,
+)
 from rob.student_train.evaluate.subsets import balanced_subset
 from support.gaussians import gaussian_classes
 
@@ -50,3 +59,58 @@ def test_bad_input_is_refused():
         lowshot(TRAIN, Features(TEST.features[:1], torch.tensor([11])), Share(per_class=1))
     with pytest.raises(MisuseError, match="at least one seed"):
         lowshot(TRAIN, TEST, Share(per_class=1), seeds=())
+
+
+def test_msns_rows_are_centred_before_they_are_unit():
+    rows = torch.randn(4, 6, dtype=torch.float64) + 2
+    found = prepared(rows, centred=True)
+    for n in range(4):
+        mean = sum(rows[n].tolist()) / 6
+        length = sum((value - mean) ** 2 for value in rows[n].tolist()) ** 0.5
+        for d in range(6):
+            assert abs(found[n, d].item() - (rows[n, d].item() - mean) / length) < 1e-10
+
+
+def test_msns_objective_is_a_plain_double_loop_and_at_its_optimum():
+    """Mean cross-entropy without intercept + lambda / N / 2 * sum of squared weights."""
+    train = TRAIN.rows(torch.arange(30))
+    rows = Features(prepared(train.features.double(), centred=True), train.labels)
+    strength = MSN_REGULARISATION / 30
+    model = fit_logistic(rows, strength, intercept=False)
+    assert not model.biases.any()
+    weights, loss = model.weights, 0.0
+    gradient = strength * weights
+    for n in range(30):
+        logits = [
+            sum(a * b for a, b in zip(rows.features[n].tolist(), weights[:, c].tolist(), strict=True))
+            for c in range(10)
+        ]
+        total = sum(math.exp(logit) for logit in logits)
+        loss -= (logits[train.labels[n]] - math.log(total)) / 30
+        for c in range(10):
+            share = math.exp(logits[c]) / total - float(c == train.labels[n])
+            gradient[:, c] += share * rows.features[n] / 30
+    loss += strength / 2 * sum(weight**2 for weight in weights.flatten().tolist())
+    assert abs(loss - model.loss) < 1e-10
+    assert gradient.abs().max() < 1e-6
+
+
+def test_msns_protocol_agrees_with_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    result = lowshot(TRAIN, TEST, Share(per_class=20), seeds=(3,), protocol="msn")
+    rows = balanced_subset(TRAIN.labels, per_class=20, seed=3)
+    keys, queries = (prepared(f.double(), centred=True).numpy() for f in (TRAIN.features[rows], TEST.features))
+    reference = linear_model.LogisticRegression(C=1 / MSN_REGULARISATION, fit_intercept=False, max_iter=5000, tol=1e-8)
+    accuracy = 100 * reference.fit(keys, TRAIN.labels[rows].numpy()).score(queries, TEST.labels.numpy())
+    assert result.mean == pytest.approx(accuracy, abs=0.3)
+    assert result != lowshot(TRAIN, TEST, Share(per_class=20), seeds=(3,))
+
+
+def test_a_list_is_the_same_for_every_seed():
+    ids = tuple(balanced_subset(TRAIN.labels, per_class=5, seed=4).tolist())
+    listed = lowshot(TRAIN, TEST, Listed("1percent.txt", ids), seeds=(0,))
+    assert listed.top1 == lowshot(TRAIN, TEST, Share(per_class=5), seeds=(4,)).top1
+    said = json.loads(json.dumps(listed.to_json()))
+    assert said["labels"] == said["share"]["file"] == "1percent.txt"
+    other = Listed("1percent.txt", ids[1:]).to_json()
+    assert said["share"]["fingerprint"] != other["fingerprint"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rob.common.errors import MisuseError
-from rob.student_train.evaluate.subsets import balanced_subset
+from rob.student_train.evaluate.subsets import balanced_subset, listed_rows
 
 LABELS = torch.tensor([2, 0, 1, 0, 2, 1, 0, 0, 2, 1, 0, 2, 1, 1, 2, 0])
 
@@ -44,3 +44,33 @@ def test_impossible_subsets_are_refused():
         balanced_subset(LABELS, per_class=0)
     with pytest.raises(MisuseError, match="one of the two"):
         balanced_subset(LABELS)
+
+
+PATHS = ("train/n01/a.JPEG", "train/n01/b.JPEG", "train/n02/a.JPEG", "train/n02/c.JPEG", "d.JPEG")
+
+
+def listed(folder, text):
+    (folder / "list.txt").write_text(text)
+    return listed_rows(folder / "list.txt", PATHS)
+
+
+def test_images_are_found_by_name_and_by_path(tmp_path):
+    assert listed(tmp_path, "c.JPEG\n\n  b.JPEG\nd.JPEG\n").tolist() == [1, 3, 4]
+    assert listed(tmp_path, "n02/a.JPEG\ntrain/n01/a.JPEG\nn02/a.JPEG").tolist() == [0, 2]
+
+
+@given(st.sets(st.sampled_from(PATHS), min_size=1))
+def test_whole_paths_are_always_found(tmp_path_factory, paths):
+    found = listed(tmp_path_factory.mktemp("lists"), "\n".join(sorted(paths)))
+    assert {PATHS[row] for row in found.tolist()} == paths
+
+
+def test_lists_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(MisuseError, match=r"list.txt: 4 of 5 names .* \(e.JPEG, 01/b.JPEG, n03/c.JPEG ...\): pack all"):
+        listed(tmp_path, "e.JPEG\n01/b.JPEG\nn03/c.JPEG\nf.JPEG\nb.JPEG")
+    with pytest.raises(MisuseError, match=r"1 of 1 names are not those of exactly one image of the data \(a.JPEG\)"):
+        listed(tmp_path, "a.JPEG")
+    with pytest.raises(MisuseError, match="names no image"):
+        listed(tmp_path, " \n")
+    with pytest.raises(MisuseError, match="cannot be read"):
+        listed_rows(tmp_path / "nowhere.txt", PATHS)
