@@ -133,18 +133,18 @@ class Scaler:
 def test_a_step_that_fp16_skips_moves_neither_student_nor_average(config, optimiser):
     config = replace(config, average=0.5, optimiser=OptimiserConfig(optimiser, weight_decay=1e-6, warmup_epochs=0))
     trainer = build(config)
-    trainer.scaler = Scaler(2)
+    trainer.scaler = Scaler(3)
     random = torch.Generator().manual_seed(0)
     target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1))
     moved = []
-    for step in range(4):  # the first average is the student itself, which no update would move
+    for step in range(5):  # the first two averages are the student itself, which no update would move
         before = [[p.clone() for p in model.parameters()] for model in (trainer.model, trainer.average.module)]
         trainer.step(step, [torch.randn(4, 1, 3, 32, 32, generator=random)], target, torch.ones(1, 1))
         after = [[*model.parameters()] for model in (trainer.model, trainer.average.module)]
         same = [all(map(torch.equal, old, new)) for old, new in zip(before, after, strict=True)]
         moved.append(trainer.moved)
         assert same == [not trainer.moved] * 2
-    assert moved == [True, True, False, True]
+    assert moved == [True, True, True, False, True]
 
 
 def test_a_step_that_fp16_skips_does_not_move_the_copy(config, monkeypatch):
