@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .kernels.target import Target
 from .objectives import Objective
+from .targets.pair import PairTarget
 
 
 class StudentWithHead(nn.Module):
@@ -17,7 +18,7 @@ class StudentWithHead(nn.Module):
         super().__init__()
         self.backbone, self.objective = backbone, objective
 
-    def forward(self, crops: list[Tensor], target: Target | None, pair_weights: Tensor) -> Tensor:
+    def forward(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size. Each size is one forward pass."""
         features = [self.features(views) for views in crops]
         return self.objective(torch.cat(features, dim=1), target, pair_weights)

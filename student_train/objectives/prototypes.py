@@ -25,6 +25,7 @@ from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
 from ..targets.space import TargetSpace
 from .centre import SinkhornCentre, build_centre, build_sinkhorn
+from .koleo import koleo
 from .objective import Objective, ObjectiveContext
 from .queue import queue_length
 
@@ -36,7 +37,9 @@ class PrototypeObjective(Objective):
     embedding then lives in the teacher's space, and has its width.
     """
 
-    options = frozenset(("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "queue", "mean_entropy", "head"))
+    options = frozenset(
+        ("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "queue", "mean_entropy", "koleo", "head")
+    )
 
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
@@ -74,6 +77,7 @@ class PrototypeObjective(Objective):
             self.student_temp = config.student_temp
         if config.mean_entropy is not None:
             self.mean_entropy = config.mean_entropy
+        self.koleo = config.koleo or 0.0
         if config.sinkhorn is not None:
             self.sinkhorn = config.sinkhorn
         self._build_head(config, context.num_features, space)  # first: a queue's random rows must not move it
@@ -160,4 +164,6 @@ class PrototypeObjective(Objective):
         if self.mean_entropy:
             entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks)
             loss = loss + self.mean_entropy * (math.log(len(prototypes)) - entropy)
+        if self.koleo:  # of the global crops, which come first, as many as there are targets
+            loss = loss + self.koleo * koleo(features[:, : pair_weights.shape[1]])
         return loss

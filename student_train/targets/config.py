@@ -22,11 +22,19 @@ CopyPrototypes = Annotated[
 CopyMomentum = Annotated[
     float | None,
     Setting(
-        "With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
-        "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99, with "
+        "With --targets momentum or --with-copy: of the copy, at the start; a cosine takes it to 1 (moco, disco: it stays; msn: "
+        "four fifths of the way, in a line). Default 0.996 (moco, disco 0.999). Runs of a few thousand steps want 0.99, with "
         "--sinkhorn batch 0.9; with less the targets move on faster than their centre or queue, and the loss stays high.",
         low=0,
         high=1,
+    ),
+]
+BesideTeacher = Annotated[
+    bool,
+    Setting(
+        "disco, as published: InfoNCE's keys come from a momentum copy of the student beside the teacher. Without it they "
+        "are the teacher's, which costs no second forward pass. The copy is exported too.",
+        option="--with-copy",
     ),
 ]
 WarmupTeacherTempEpochs = Annotated[
