@@ -26,7 +26,7 @@ def test_a_preset_holds_options_and_values_that_train_student_takes(name, tmp_pa
     assert PRESETS[name].options().keys() - known == set()
     assert "recipe" in PRESETS[name].options()
     arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", name]
-    outcome = CliRunner().invoke(app, arguments + ([] if PRESETS[name].momentum else ["--targets", "t.zarr"]))
+    outcome = CliRunner().invoke(app, arguments + (["--targets", "t.zarr"] if PRESETS[name].momentum is None else []))
     assert isinstance(outcome.exception, MisuseError), outcome.output  # and so all values could be read
     assert "nowhere.beton" in str(outcome.exception)
     for option in PRESETS[name].options():

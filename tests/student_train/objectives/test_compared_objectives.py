@@ -4,6 +4,7 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rob.common.errors import MisuseError
+from rob.common.views.loader import ViewLoader, ViewSet
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.objectives.koleo import koleo
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.pair import PairTarget
+from rob.student_train.targets.pairing import PairingConfig, plan_views
 from rob.student_train.targets.space import TargetSpace
+from support.training import CPU, LOADER, online
 
 IMAGES, VIEWS, LOCALS, FEATURES, DIM, PROTOTYPES, QUEUE = 5, 2, 8, 12, 6, 9, 14
 SAME = torch.eye(VIEWS, dtype=torch.float64) / VIEWS
@@ -152,28 +158,67 @@ def test_without_a_copy_disco_is_what_it_was():
 # ==== seed ====
 
 
+def seed_by_hand(z: Tensor, keys: Tensor, queue: list[Tensor], weights: Tensor, tau_s: float, tau_t: float) -> Tensor:
+    """Algorithm 1 of the paper, a pair of views of an image at a time."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for b in range(len(z)):
+        for v, g in weights.nonzero().tolist():
+            instances = [keys[b, g], *queue]
+            teacher = torch.stack([dot(keys[b, g], row) / tau_t for row in instances])
+            student = torch.stack([dot(z[b, v], row) / tau_s for row in instances])
+            q = (teacher - teacher.max()).exp()
+            log_p = student - student.exp().sum().log()
+            loss = loss - weights[v, g] * dot(q / q.sum(), log_p) / len(z)
+    return loss
+
+
 @pytest.mark.parametrize("weights", [SAME, RELEASED], ids=["same", "with locals"])
 @pytest.mark.parametrize(
     ("settings", "temps"), [({}, (0.2, 1e-4)), ({"student_temp": 0.1, "teacher_temp": 0.05}, (0.1, 0.05))]
 )
 def test_seed(settings, temps, weights):
     objective = build("seed", queue=QUEUE, **settings)
-    queue, (tau_s, tau_t) = OldestOut(objective), temps
+    queue = OldestOut(objective)
 
     def formula(z: Tensor, x: Tensor, step: int) -> Tensor:
-        loss, keys = torch.zeros((), dtype=torch.float64), teacher_rows(step)
-        for b in range(IMAGES):
-            for v, g in weights.nonzero().tolist():
-                instances = [keys[b, g], *queue.rows]
-                teacher = torch.stack([dot(keys[b, g], row) / tau_t for row in instances])
-                student = torch.stack([dot(z[b, v], row) / tau_s for row in instances])
-                q = (teacher - teacher.max()).exp()
-                log_p = student - student.exp().sum().log()
-                loss = loss - weights[v, g] * dot(q / q.sum(), log_p) / IMAGES
+        keys = teacher_rows(step)
+        loss = seed_by_hand(z, keys, queue.rows, weights, *temps)
         queue.push(keys)
         return loss
 
     agree(objective, formula, lambda step: EmbeddingTarget(teacher_rows(step)), weights)
+
+
+@pytest.mark.parametrize("made", ["cached", "online"])
+@pytest.mark.parametrize("name", ["seed", "simreg", "disco"])
+def test_the_formulas_hold_on_what_a_branch_gives(name, made, data, teacher, store):
+    """In float64 from the embeddings of a store, and of the teacher itself; theirs are unit rows up to float32."""
+    config = Cached(store.path) if made == "cached" else online(teacher, store)
+    branch = config.open(RunContext(data, CPU, seed=store.manifest.seed))
+    objective = build(name, branch.space, **({} if name == "simreg" else {"queue": QUEUE}))
+    plan = plan_views(PairingConfig("same", VIEWS), branch.views, 0)
+    queue = list(objective.queue.rows.clone()) if name != "simreg" else []
+    loader = ViewLoader(data, branch.recipe, branch.seed, LOADER)
+    sets = branch.view_sets(plan) or (ViewSet(plan.globals, 8),)
+    with branch.targets(np.arange(24), 8, plan) as target_of:
+        for number, batch in enumerate(loader.epoch(np.arange(8), sets)):
+            target = target_of(batch)
+            keys = target.embedding.double()
+            x = 4 * draw(8, VIEWS, FEATURES, seed=number)
+            found = objective(x, EmbeddingTarget(keys), SAME)
+            z = objective.embed(x)
+            # The squared distance of unit rows: those of float32 are so up to 1e-7.
+            expected = sum(2 - 2 * dot(z[b, g], keys[b, g]) for b in range(8) for g in range(VIEWS)) / 8
+            if name == "seed":
+                expected = seed_by_hand(z, F.normalize(keys, dim=-1), queue, SAME, 0.2, 1e-4)
+            elif name == "disco":
+                pairs = [(b, v, 1 - v) for b in range(8) for v in range(VIEWS)]
+                for b, v, g in pairs:
+                    logits = [dot(z[b, v], row) / 0.2 for row in (keys[b, g], *queue)]
+                    expected = expected - (logits[0] - torch.stack(logits).exp().sum().log()) / len(pairs)
+            else:
+                expected = expected / VIEWS
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 def test_seed_at_its_published_temperature_is_infonce_on_the_images_own_key():
