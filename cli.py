@@ -25,6 +25,7 @@ from rob.student_train.commands.train import train_student
 from rob.teacher_cache.commands import cache_teacher, teachers, verify
 
 if TYPE_CHECKING:
+    from rob.common.views.recipes import RecipeOverrides
     from rob.teacher_cache.teachers import Teacher
 
 
@@ -57,6 +58,14 @@ def load_teacher(name: str, checkpoint: Path | None) -> "Teacher":
     from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
     return load_teacher(TeacherConfig(name, checkpoint))
+
+
+def views_of_preset(name: str) -> "tuple[str, RecipeOverrides, int]":
+    """What stage 1 caches for stage 2's preset."""
+    from rob.student_train.presets import get_preset
+
+    preset = get_preset(name)
+    return preset.recipe, preset.areas, preset.views
 
 
 def demo(
@@ -121,7 +130,7 @@ evaluate = typer.Typer(
 )
 for function in (pack, views, inspect):
     app.command()(command(function))
-app.command("cache-teacher")(command(cache_teacher))
+app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
 for function in (teachers, verify, sweep, compare, demo, bench):
     app.command()(command(function))

@@ -71,7 +71,7 @@ class TabledCrop(RandomResizedCropRGBImageDecoder):
                 resize_crop_c(temp_buffer, i, i + h, j, j + w, destination[dst_ix])
             return destination[: len(batch_indices)]
 
-        decode.is_parallel = True
+        decode.is_parallel = True  # type: ignore[attr-defined] (ffcv asks for it)
         return decode
 
 

@@ -93,7 +93,7 @@ class Work:
 def _target(teacher: EmbeddingTarget, kind: str) -> Target:
     if kind == "embedding":
         return teacher
-    logits = teacher.embedding @ teacher.prototypes.T
+    logits = teacher.embedding @ teacher.matrix.T
     if kind == "dense":
         return DenseTarget(logits.half())
     largest, ids = logits.topk(64, dim=2)
@@ -150,7 +150,7 @@ def liger(work: Work) -> Loss:
         student = (embedding[:, views] / STUDENT_TEMP).flatten(0, 1)
         half = torch.bfloat16  # as autocast does for the others
         divergence = LigerFusedLinearJSDFunction.apply(
-            student.to(half), prototypes.to(half), teacher.to(half), work.teacher.prototypes.to(half), None, 0.0
+            student.to(half), prototypes.to(half), teacher.to(half), work.teacher.matrix.to(half), None, 0.0
         )
         assert isinstance(divergence, Tensor)
         return divergence

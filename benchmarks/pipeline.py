@@ -166,7 +166,7 @@ class Side:
     def round(self) -> None:
         """``steps`` steps on the first batches of an epoch; the time to start the epoch's threads is not counted."""
         size = self.config.loader.batch_size
-        assert self.config.pairing is not None
+        assert isinstance(self.config.pairing, PairingConfig)
         plan = plan_views(self.config.pairing, self.branch.views, epoch=0)
         pair_weights = plan.pair_weights.to(self.trainer.device)
         order = epoch_order(self.config, self.data.num_images, self.branch.window_blocks, epoch=0)[

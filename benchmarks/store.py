@@ -89,21 +89,22 @@ def run(config: StoreBenchConfig) -> Report:
         embedding = decode(source.encoding, stored)["embedding"]
         if not source.manifest.num_prototypes:
             embedding = F.normalize(embedding, dim=-1)
-        cases = {"pooled": embedding, f"PCA to {config.bottleneck}": _reduced(embedding, config.bottleneck)}
         rows: list[Row] = []
         ratios: dict[str, float | None] = {}
-        for name, case in cases.items():
+        reduced = _reduced(embedding, config.bottleneck)
+        for name, case in (("pooled", embedding), (f"PCA to {config.bottleneck}", reduced)):
             prototypes = _prototypes(case, config)
             for encoding in ENCODINGS:
                 rows.append({"what": f"{name}: {label(encoding)}"} | _encoding_row(case, prototypes, encoding, config))
+        prototypes = _prototypes(reduced, config)
         for encoding in PACKED:
-            some = case[:1024]
+            some = reduced[:1024]
             arrays = encode(encoding, some, some @ prototypes.T)
             rows += codec_rows(label(encoding), arrays, some[..., 0].numel(), encoding.shuffle, config.rounds)
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
         for encoding in READ:
-            arrays = encode(encoding, case, case @ prototypes.T)
+            arrays = encode(encoding, reduced, reduced @ prototypes.T)
             path = Path(folder) / f"{encoding.kind}.zarr"
             _write(path, encoding, arrays, prototypes, config.rows_read)
             speeds = _reading_speeds(TargetStore.open(path), device, config)

@@ -36,5 +36,10 @@ ViewSize = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, Setting("dino, swav, moco-v2, msn, sslight, sslight-swav or weak: how views are drawn.", option="--recipe")
+    str,
+    Setting(
+        "dino, swav, moco-v2, msn, sslight, sslight-swav, rob-dino, rob-dino-b16, rob-swav, rob-msn, rob-ibot or weak: how views "
+        "are drawn.",
+        option="--recipe",
+    ),
 ]

@@ -133,7 +133,12 @@ def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu")
         raise MisuseError(f"{path} is truncated or no safetensors file") from error
     if "student" not in metadata:
         raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")
-    info = StudentInfo.from_dict(json.loads(metadata["student"]))
+    try:
+        info = StudentInfo.from_dict(json.loads(metadata["student"]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MisuseError(
+            f"{path}: its description of the student is damaged or made up ({error}): do not use the file"
+        ) from error
     backbone = create_student(info)
     try:
         backbone.load_state_dict(tensors)

@@ -9,6 +9,7 @@ from ..common.settings import Setting, check
 CENTRES = ("none", "checkpoint", "calibration", "running")
 SINKHORNS = ("none", "batch", "queue")
 HEADS = ("fresh", "teacher", "frozen")
+HEAD_TYPES = ("projection", "mlp")
 PAIRINGS = ("same", "cross", "all")
 OPTIMISERS = ("adamw", "sgd", "lars")
 
@@ -33,6 +34,15 @@ class StudentConfig:
     small_images: bool = False
     """A stem that reduces less, for up to 64 px."""
     drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
+    patch_drop: Annotated[
+        float | None,
+        Setting(
+            "ViTs: share of the patches of a global crop that a training step leaves out, 0.15 for MSN (0.1 for a ViT-Ti); "
+            "local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
+            low=0,
+            high=0.9,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -81,6 +91,14 @@ class ObjectiveConfig:
             choices=SINKHORNS,
         ),
     ] = None
+    sinkhorn_iterations: Annotated[
+        int | None,
+        Setting(
+            "Rounds of Sinkhorn, default 3. 0 is a softmax at --teacher-temp, as RoB has for swav with a teacher whose "
+            "prototypes SwAV did not train.",
+            low=0,
+        ),
+    ] = None
     queue: Annotated[
         int | None,
         Setting(
@@ -111,10 +129,25 @@ class ObjectiveConfig:
             choices=HEADS,
         ),
     ] = None
+    head_type: Annotated[
+        str | None,
+        Setting(
+            "projection: the method's head, unit rows against prototypes (default). mlp: RoB's, straight to the logits of fresh "
+            "prototypes with biases, or to the teacher's (--head frozen); --head-norm is its BatchNorm: CNNs yes, ViTs no.",
+            choices=HEAD_TYPES,
+        ),
+    ] = None
     hidden_dim: Annotated[int, Setting("Width of the head's hidden layers.", low=1)] = 2048
     head_norm: Annotated[
         bool | None,
         Setting("BatchNorm in the head; default yes, and no for moco, disco and seed. DINO's and iBOT's ViTs: no."),
+    ] = None
+    norm_by_size: Annotated[
+        bool | None,
+        Setting(
+            "The head's BatchNorm sees the global and the local crops apart, as in MSN's code; default all crops together.",
+            option="--norm-by-size",
+        ),
     ] = None
     bottleneck: int | None = None
     norm_last_layer: Annotated[
@@ -159,7 +192,9 @@ class PairingChoice:
     pairing: Annotated[
         str | None,
         Setting(
-            "same, cross or all: which views meet; default same for embedding, simreg, seed and disco, cross for the others.",
+            "same, cross or all: which views meet. same: a global crop meets the target of its own pixels, a local one every "
+            "target, as RoB released it; suits a cache best. Default same for embedding, simreg, seed and disco, cross for the "
+            "others.",
             choices=PAIRINGS,
         ),
     ] = None
@@ -171,7 +206,12 @@ class PairingChoice:
         ),
     ] = None
     num_local: Annotated[
-        int | None, Setting("Local crops of an image in a step; default the recipe's (none with same).", low=0)
+        int | None,
+        Setting(
+            "Local crops of an image in a step; default the recipe's. With same none unless asked for, as in RoB: 8 of 96 px "
+            "add three quarters to the pixels of 2 global ones.",
+            low=0,
+        ),
     ] = None
     fresh: Annotated[
         bool | None,
@@ -186,6 +226,14 @@ class PairingChoice:
             high=1,
         ),
     ] = None
+    step_globals: Annotated[
+        int | None,
+        Setting(
+            "Global crops that the student sees of an image in a step; default as many as --step-targets. With more, those "
+            "beyond the targets' own are fresh: RoB's swav has 2 for 1 target.",
+            low=1,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -193,26 +241,40 @@ class PairingChoice:
 
 @dataclass(frozen=True)
 class PairingConfig:
-    """``step_targets`` target views of every image in a step, against as many global crops and ``num_local`` local crops.
+    """``step_targets`` target views of every image in a step, against ``step_globals`` global crops (None: as many) and
+    ``num_local`` local crops.
 
     ``fresh`` (cross only): the student's global crops are new in every epoch instead of the target's own.
     ``global_weight`` is alpha of SSLight (2210.02808): the weight of the pairs of a target with a global crop, the local crops
-    having the rest; None weighs all pairs alike, as DINO does.
+    having the rest; None weighs all pairs alike, as DINO does. Ranges are those of ``PairingChoice``.
     """
 
-    pairing: Annotated[str, Setting(choices=PAIRINGS)] = "cross"
-    step_targets: Annotated[int, Setting(low=1)] = 2
-    num_local: Annotated[int, Setting(low=0)] = 0
+    pairing: str = "cross"
+    step_targets: int = 2
+    num_local: int = 0
     fresh: bool = True
-    global_weight: Annotated[float | None, Setting(low=0, high=1)] = None
+    global_weight: float | None = None
+    step_globals: int | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the student's global crops are the targets' own, as far as there are targets."""
+        return self.pairing != "cross" or not self.fresh
+
+    @property
+    def num_global(self) -> int:
+        """Global crops of the student."""
+        return self.step_globals or self.step_targets
 
     def __post_init__(self) -> None:
-        check(self)
-        if self.pairing == "same" and self.num_local:
+        PairingChoice(**vars(self))
+        if self.pairing != "all" and self.replays and self.num_global < self.step_targets and not self.num_local:
             raise MisuseError(
-                "`pairing` same has no target for a local crop: use `num_local` 0, or `pairing` all or cross"
+                f"`step_globals` {self.step_globals} leaves some of `step_targets` {self.step_targets} without a crop to meet: "
+                "take as many, or `num_local`"
             )
-        if self.pairing == "cross" and not self.fresh and self.step_targets + self.num_local < 2:
+        lone = self.step_targets == self.num_global == 1 and not self.num_local
+        if self.pairing == "cross" and not self.fresh and lone:
             raise MisuseError(
                 "`pairing` cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
             )
@@ -222,7 +284,8 @@ class PairingConfig:
             raise MisuseError(
                 "`global_weight` is against local crops, and there are none: leave it out, or use `num_local`"
             )
-        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and self.step_targets == 1:
+        alone = self.step_targets == self.num_global == 1
+        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and alone:
             raise MisuseError(
                 "`global_weight` 1 leaves no pair: one view meets only local crops, which then weigh nothing"
             )

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from math import cos, pi
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..common.errors import MisuseError
@@ -85,6 +86,16 @@ class Schedule:
 def cosine_decay(step: float, total: float) -> float:
     """From 1 at step 0 to 0 at ``total``, along half a cosine."""
     return 0.5 * (1 + cos(pi * step / total))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool = False) -> Tensor:
+    """Scale gradients down to a norm of ``limit``: that of all together, or ``each`` parameter's own, as DINO's
+    ``utils.clip_gradients``. The norm of all together as it was, a scalar that nothing waits for.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not each:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    return torch.stack([nn.utils.clip_grad_norm_(parameter, limit) for parameter in parameters]).norm()
 
 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:

@@ -1,4 +1,5 @@
-"""A paper's settings in one word: ``rob train-student --preset NAME``, or ``rob.preset(NAME, data, out)``.
+"""A paper's settings in one word: ``rob train-student --preset NAME``, or ``rob.preset(NAME, data, out)``; for a paper with a
+frozen teacher ``rob cache-teacher --preset NAME`` before it.
 
 An option that the user gives beats it, and ``dataclasses.replace`` what ``rob.preset`` gives. Learning rates are for a
 batch of 256 and are scaled to the batch at hand, as the papers do. What a preset leaves out is the same in the paper as by
@@ -13,6 +14,9 @@ What is not as in the papers' code:
 - MSN: no patches are masked; a step has two target views, there one. The rate warms up in 10 epochs from 0, there in 15 from
   2e-4; it and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
   and the limit of the gradient hold for the prototypes too.
+- RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
+  ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4, no patches are dropped, and the gradient's limit is
+  one for all parameters; SwAV does not decay biases and norms, there it does.
 - DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's (``--with-copy``).
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
@@ -46,7 +50,8 @@ AS_THE_RECIPE, AS_THE_PAPER = RecipeOverrides(), PairingChoice()
 class Preset:
     """What a paper sets; what is None is as by default. ``source`` is where the values stand.
 
-    Views are drawn as ``recipe`` says, with ``areas`` instead of its own. ``momentum`` None: the paper has a teacher.
+    Views are drawn as ``recipe`` says, with ``areas`` instead of its own. ``momentum`` None: the paper has a teacher. ``views``
+    is how many of an image ``rob cache-teacher`` stores: training rotates through them.
     """
 
     source: str
@@ -62,6 +67,7 @@ class Preset:
     batch_size: int = 1024
     clip_grad: float = 0.0
     average: float | None = None
+    views: int = 4
 
     def drawn(self) -> Recipe:
         """How it draws views."""
@@ -158,6 +164,52 @@ DISCO = Preset(
     batch_size=256,
 )
 
+# facebookresearch/vissl, commit 04788de9: configs/config/debugging/pretrain/swav_distillation
+ROB_DINO = Preset(
+    "RoB (2301.09451), facebookresearch/vissl 04788de9: DINO S/16 to ViT-Ti",
+    StudentConfig("vit_tiny_patch16_224", drop_path=0.1),
+    ObjectiveConfig("dino", teacher_temp=0.07, head="fresh", head_norm=False, norm_last_layer=False),
+    None,
+    replace(ADAMW, warmup_epochs=9.9),
+    recipe="rob-dino",
+    pairing=PairingChoice("same", step_targets=2, num_local=8),
+    epochs=300,
+)
+ROB_SWAV = Preset(
+    "RoB (2301.09451), facebookresearch/vissl 04788de9: SwAV to ResNet-18",
+    StudentConfig("resnet18"),
+    ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True),
+    None,
+    replace(LARS, lr=0.3, warmup_epochs=10.0),
+    recipe="rob-swav",
+    pairing=PairingChoice("same", step_targets=1, num_local=4, step_globals=2),
+    epochs=100,
+    batch_size=4096,
+)
+ROB_MSN = Preset(
+    "RoB (2301.09451), facebookresearch/vissl 04788de9: MSN to ViT-Ti",
+    StudentConfig("vit_tiny_patch16_224"),
+    ObjectiveConfig(
+        "msn", teacher_temp=0.025, sinkhorn="none", mean_entropy=0.0, head="fresh", head_type="mlp", head_norm=False
+    ),
+    None,
+    replace(ADAMW, lr=2.5e-4, warmup_epochs=15.0),
+    recipe="rob-msn",
+    pairing=PairingChoice("same", step_targets=2, num_local=10),
+    epochs=150,
+    clip_grad=1.0,
+)
+ROB_IBOT = Preset(
+    "RoB (2301.09451), facebookresearch/vissl 04788de9: iBOT to ViT-Ti, class token",
+    StudentConfig("vit_tiny_patch16_224"),
+    ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False),
+    None,
+    replace(ADAMW, weight_decay_end=0.48, warmup_epochs=10.0),
+    recipe="rob-ibot",
+    pairing=PairingChoice("same", step_targets=2, num_local=10),
+    epochs=100,
+)
+
 
 SEED = Preset(
     "SEED (2101.04731), jacobswan1/SEED: tools/opts.py, whose head is as wide as the student's features",
@@ -215,6 +267,16 @@ PRESETS: dict[str, Preset] = {
     "seed": SEED,
     "simreg": SIMREG,
     "dinov3-distilled": DINOV3_DISTILLED,
+    "rob-dino": ROB_DINO,
+    "rob-dino-b16": replace(ROB_DINO, source=ROB_DINO.source.replace("S/16", "B/16"), recipe="rob-dino-b16"),
+    "rob-swav": ROB_SWAV,
+    "rob-swav-teacher-prototypes": replace(
+        ROB_SWAV,
+        source=ROB_SWAV.source + ", to the teacher's prototypes",
+        objective=replace(ROB_SWAV.objective, head="frozen", head_type="mlp"),
+    ),
+    "rob-msn": ROB_MSN,
+    "rob-ibot": ROB_IBOT,
 }
 """The student is one of the paper's own; any other may be given."""
 

@@ -1,36 +1,75 @@
 """The student and its objective as one module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from .kernels.target import Target
 from .objectives import Objective
+from .students import patch_dropouts
 from .targets.pair import PairTarget
 
 
 class StudentWithHead(nn.Module):
-    """The student and its objective (which owns the head) as one module: one optimiser, one checkpoint."""
+    """The student and its objective (which owns the head) as one module: one optimiser, one checkpoint.
 
-    def __init__(self, backbone: nn.Module, objective: Objective) -> None:
+    A batch goes through the backbone in ``parts`` of equally many images, one after the other, and meets the head and the
+    objective as a whole: centre, Sinkhorn, queue and loss know of no parts, only the backbone's BatchNorm does. With
+    ``recompute``, as more than one part has from the start, the backward pass runs each part again rather than keep its
+    activations: memory for one part is enough, at a third more time.
+    """
+
+    def __init__(self, backbone: nn.Module, objective: Objective, parts: int = 1) -> None:
         super().__init__()
-        self.backbone, self.objective = backbone, objective
+        self.backbone, self.objective, self.parts, self.recompute = backbone, objective, parts, parts > 1
+        self._patch_dropouts = patch_dropouts(backbone)
 
     def forward(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> Tensor:
-        """crops: one (B, n, 3, S, S) tensor a crop size. Each size is one forward pass."""
-        features = [self.features(views) for views in crops]
+        """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
+        features = [self.features(views, drop_patches=number == 0) for number, views in enumerate(crops)]
+        if self.objective.norm_by_size:
+            self.objective.views_by_size = [views.shape[1] for views in crops]
         return self.objective(torch.cat(features, dim=1), target, pair_weights)
 
-    def features(self, views: Tensor) -> Tensor:
-        """Of the backbone: (B, n, 3, S, S) -> (B, n, F)."""
+    def features(self, views: Tensor, drop_patches: bool = False) -> Tensor:
+        """Of the backbone: (B, n, 3, S, S) -> (B, n, F). ``drop_patches``: in training mode, if it does so at all."""
+        return torch.cat([self._part(part, drop_patches) for part in views.chunk(self.parts)])
+
+    def _part(self, views: Tensor, drop_patches: bool) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._run(views, drop_patches)
+        contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731
+        return checkpoint(self._run, views, drop_patches, use_reentrant=False, context_fn=contexts)  # type: ignore
+
+    def _run(self, views: Tensor, drop_patches: bool) -> Tensor:
+        for layer in self._patch_dropouts:
+            layer.train(drop_patches and self.training)
         return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
     def copy_for_targets(self) -> "StudentWithHead":
-        """A copy that only embeds: it is not trained, gathers nothing and drops no path."""
-        copy = StudentWithHead(deepcopy(self.backbone), self.objective.copy_for_targets())
+        """A copy that only embeds: it is not trained, gathers nothing and drops neither path nor patch."""
+        copy = StudentWithHead(deepcopy(self.backbone), self.objective.copy_for_targets(), self.parts)
         for module in copy.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
         return copy.train(self.training).requires_grad_(False)
+
+
+@contextmanager
+def still_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorms leave their running statistics as they are: what is run again has been counted."""
+    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

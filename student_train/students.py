@@ -20,13 +20,13 @@ takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_s
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import MixedConv2d
+from timm.layers import MixedConv2d, PatchDropout, PatchDropoutWithIndices
 from timm.models import EfficientNet, MobileNetV3, ResNet, model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
@@ -49,6 +49,11 @@ MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
 
+TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_size"))
+"""All that ``describe_student`` has timm called with; nothing else in a file's description is."""
+LARGEST_SIDE = 1 << 14
+"""Pixels a side of an image that a description may name."""
+
 
 @dataclass(frozen=True)
 class StudentInfo:
@@ -69,6 +74,18 @@ class StudentInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
+        """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
+        which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
+        kwargs = values.get("timm_kwargs", {})
+        unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
+        if unknown:
+            raise ValueError(f"no student has {', '.join(sorted(unknown))}")
+        sides = [values["image_size"], *(value for name, value in kwargs.items() if name != "num_classes")]
+        sound = isinstance(values["name"], str) and isinstance(values["small_images"], bool)
+        sound &= kwargs.get("num_classes") == 0 and all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
+        sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
+        if not sound:
+            raise ValueError("a value is none that a student has")
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
@@ -94,23 +111,30 @@ def build_student(config: StudentConfig) -> nn.Module:
 
     ``.num_features`` is the width of what it returns. MisuseError as ``describe_student``.
     """
-    return create_student(describe_student(config), drop_path=config.drop_path)
+    return create_student(describe_student(config), config.drop_path, config.patch_drop or 0.0)
 
 
-def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
-    """The network that ``info`` describes, with random weights. Stochastic depth is for training and no part of it."""
+def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
+    """The network that ``info`` describes, with random weights. Stochastic depth and patch drop are for training and no part
+    of it. MisuseError: it has neither the one nor the other, and is asked for it.
+    """
     model_family(info.name)
-    kwargs = dict(info.timm_kwargs)
-    if drop_path:
-        kwargs["drop_path_rate"] = drop_path
+    for_training = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
+    kwargs = dict(info.timm_kwargs) | {name: rate for name, rate in for_training.items() if rate}
+    no_depth = f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
+    no_patches = (
+        f"`patch_drop` {patch_drop:g}: {info.name} has no patches to drop, as ViTs have: leave it out or pass 0"
+    )
     try:
         backbone = timm.create_model(info.name, pretrained=False, **kwargs)
     except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise MisuseError(
-            f"`drop_path` {drop_path:g}: {info.name} has no stochastic depth, leave it out or pass 0"
-        ) from None
+        if "drop_path_rate" in str(error):
+            raise MisuseError(no_depth) from None
+        if "patch_drop_rate" in str(error):
+            raise MisuseError(no_patches) from None
+        raise
+    if patch_drop and not patch_dropouts(backbone):
+        raise MisuseError(no_patches)
     if info.small_images:
         adapt_stem(backbone)
     start_residuals_at_zero(backbone)
@@ -118,6 +142,12 @@ def create_student(info: StudentInfo, drop_path: float = 0.0) -> nn.Module:
     backbone.num_features = backbone.head_hidden_size
     # Depthwise convolutions train about 2.5 times as fast in this layout, on CPU and on tensor cores; a ViT is unmoved.
     return backbone.to(memory_format=torch.channels_last)
+
+
+def patch_dropouts(backbone: nn.Module) -> list[nn.Module]:
+    """The layers that drop patches after the position embedding while they are in training mode; class token and registers
+    stay (2208.07220)."""
+    return [module for module in backbone.modules() if isinstance(module, (PatchDropout, PatchDropoutWithIndices))]
 
 
 def adapt_stem(backbone: nn.Module) -> nn.Module:

@@ -128,6 +128,9 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     branch.follow(trainer.model, steps_per_epoch, config.epochs)
     if trainer.average and branch.average is not None:
         raise MisuseError("`average`: the momentum copy is one, and exported as such; leave `average` out")
+    if batch_size % (parts := trainer.model.parts):
+        option = "accumulate" if parts == config.accumulate else "split_batchnorm"
+        raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
     state = trainer.state | branch.state
     step = run.resume(state, device)
     if step == total_steps:
@@ -154,7 +157,8 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
                         with stopwatch("student"):
                             trainer.objective.watching = run.is_logged(step + 1)
                             health, rate = trainer.step(step, images, target, pair_weights)
-                            branch.after_step(step)
+                            if trainer.moved:
+                                branch.after_step(step)
                         step += 1
                         run.log(
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),

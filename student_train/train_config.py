@@ -31,6 +31,22 @@ class TrainConfig:
         int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
     ] = None
     clip_grad: Annotated[float, Setting("Largest gradient norm; 0: no limit.", low=0)] = 3.0
+    clip_each: Annotated[
+        bool | None,
+        Setting(
+            "--clip-grad holds for each weight tensor by itself, as DINO's 3.0 does, not for all of them together.",
+            option="--clip-each",
+        ),
+    ] = None
+    accumulate: Annotated[
+        int | None,
+        Setting(
+            "Parts that a batch goes through the student in, one after the other, where memory is short: 4 for a batch of "
+            "1024 on a card that holds 256. Loss, centre, queue and rate are those of the whole batch; the student's "
+            "BatchNorm sees the parts. Each part is run twice: a third more time.",
+            low=1,
+        ),
+    ] = None
     freeze_prototypes: Annotated[
         int | None,
         Setting(
@@ -59,6 +75,10 @@ class TrainConfig:
         if self.average is not None and not 0 < self.average < 1:
             raise MisuseError(f"`average` is {self.average:g}, expected a value between 0 and 1, such as 0.999")
         check(self)
+        if self.clip_each and not self.clip_grad:
+            raise MisuseError(
+                "`clip_each` needs a limit, and `clip_grad` is 0: use `clip_grad` 3, or leave `clip_each` out"
+            )
         if isinstance(self.targets, str | Path):
             raise MisuseError(f"`targets` is a path: give Cached({str(self.targets)!r}), or Online or Momentum")
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import MisuseError
@@ -11,7 +11,7 @@ from ..common.ranks import ALONE, Ranks, normalise_together
 from ..common.run import autocast, seed_everything
 from .kernels.target import Target
 from .objectives import build_objective
-from .optimiser import Schedule, build_average, build_optimiser
+from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
 from .student_with_head import StudentWithHead
 from .students import build_student
 from .targets.pair import PairTarget
@@ -20,7 +20,10 @@ from .train_config import TrainConfig
 
 
 class Trainer:
-    """The student, its optimiser and schedule: everything that one step changes."""
+    """The student, its optimiser and schedule: everything that one step changes.
+
+    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class Trainer:
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
-        self.model = StudentWithHead(backbone, self.objective).to(device).train()
+        self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
         normalise_together(self.model, device)
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
@@ -48,7 +51,10 @@ class Trainer:
         if config.freeze_prototypes and self.objective.prototypes is None:
             raise MisuseError(f"`freeze_prototypes`: `objective` {config.objective.name} has none, leave it out")
         self.steps_with_still_prototypes = (config.freeze_prototypes or 0) * steps_per_epoch
-        self.clip_grad, self.precision, self.device = config.clip_grad or float("inf"), config.precision, device
+        self.clip_grad, self.clip_each = config.clip_grad or float("inf"), bool(config.clip_each)
+        self.precision, self.device, self.moved = config.precision, device, True
+        # The scaler decides on the host whether to call the optimiser: asking for its scale would wait for the GPU again.
+        self.optimiser.register_step_post_hook(lambda *_: setattr(self, "moved", True))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -70,10 +76,11 @@ class Trainer:
         if prototypes is not None and number < self.steps_with_still_prototypes:
             for parameter in prototypes.parameters():  # before the norm: what does not move has no part in it
                 parameter.grad = None
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        norm = clip_gradients(self.model.parameters(), self.clip_grad, self.clip_each)
+        self.moved = False
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.average:
+        if self.average and self.moved:
             self.average.update(self.model.backbone, number)
         if self.scaler.is_enabled():  # fp16 skips a step whose gradient overflowed: no reason to stop
             norm = torch.where(norm.isfinite(), norm, 0.0)

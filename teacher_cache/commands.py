@@ -1,5 +1,7 @@
 """The commands of stage 1: cache-teacher, teachers, verify."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Annotated
@@ -9,7 +11,7 @@ from rich.table import Table
 
 from ..common.config import RecipeName
 from ..common.errors import unknown_name
-from ..common.options import refuse
+from ..common.options import given, refuse
 from ..common.screen import bar, console, facts, note, note_slow_loader
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
@@ -18,23 +20,45 @@ from .config import CacheConfig, VerifyConfig
 OF_GLOBAL_CROPS = {"num_global": None, "num_local": None, "local_scale": None}
 """No target shows a local crop, and ``views`` says how many global ones there are."""
 
+ViewsOfPreset = Callable[[str], tuple[str, RecipeOverrides, int]]
+"""Recipe, what is changed of it, and number of views: the other stage's, which ``cli.py`` hands in."""
+
 
 def cache_teacher(
     context: typer.Context,
     config: partial[CacheConfig],
     overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
     recipe: RecipeName = "dino",
+    preset: Annotated[
+        str | None,
+        Setting(
+            "The recipe, its scales and --views as rob train-student --preset wants them: rob-dino, rob-swav, sslight-cnn ... "
+            "What else is given beats it."
+        ),
+    ] = None,
+    *,
+    views_of_preset: ViewsOfPreset,
 ) -> None:
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
     from .cache import CachePlan, CacheProgress, cache_teacher
 
-    full = config(recipe=get_recipe(recipe, overrides))
+    views = {}
+    if preset is not None:
+        typed = given(context)
+        wanted, areas, number = views_of_preset(preset)
+        if "recipe" not in typed:
+            changed = {name: value for name, value in vars(overrides).items() if value is not None}
+            recipe, overrides = wanted, replace(areas, **changed)
+        views = {} if "views" in typed else {"views": number}
+    full = config(recipe=get_recipe(recipe, overrides), **views)
     kind = full.encoding.kind
     if kind != "topk":
         refuse(context, ("topk",), f"is for --encoding topk, and this is {kind}")
     if kind != "embedding":
         refuse(context, ("store_dtype",), f"is for --encoding embedding, and this is {kind}")
     note_slow_loader(full.loader)
+    if preset is not None:
+        note(f"--preset {preset}: --recipe {full.recipe.name}, --views {full.views}")
 
     def show(plan: CachePlan) -> None:
         meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""

@@ -268,6 +268,30 @@ class Beton:
         self.pointers = rows["pointer"].copy()
         self.sizes = allocations["size"].copy()
         self.labels = None if self.manifest.labels is None else rows["label"].copy()
+        self._check_rows(rows["label"], allocations_at)
+
+    def _check_rows(self, labels: np.ndarray, end: int) -> None:
+        """MisuseError: a row says what cannot be, and reading by it would leave its image, or the file."""
+        first, starts, sizes = ROWS_AT + self.num_images * ROW.itemsize, self.pointers, self.sizes
+        raw = self.modes == RAW
+        pixels = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
+        known = np.full(len(labels), -1) if self.manifest.labels is None else np.array(self.manifest.labels)
+        if known.shape != labels.shape:
+            raise MisuseError(
+                f"{manifest_path(self.path)}: has {len(known)} labels of {len(labels)} images; pack it again"
+            )
+        wrong = {
+            "mode": ~raw & (self.modes != JPEG),
+            "side": (np.minimum(self.heights, self.widths) < 1) | (np.maximum(self.heights, self.widths) > MAX_SIDE),
+            "place in the file": (starts < first) | (starts > end) | (sizes > MAX_IMAGE_BYTES) | (starts + sizes > end),
+            "size": (raw & (sizes != pixels)) | (sizes < 1),
+            "label": labels != known,
+        }
+        for what, rows in wrong.items():
+            if rows.any():
+                raise MisuseError(
+                    f"{self.path}: damaged: the {what} of image {rows.argmax()} cannot be; pack the data again"
+                )
 
     def __reduce__(self):
         return Beton, (self.path,)  # a pickled memory map would carry the whole file to every worker

@@ -156,8 +156,9 @@ class PlaneFetcher(ViewFetcher):
             self._decode(image_ids[some], scales[some], starts[some.start : some.stop + 1], pixels, layout[some])
 
         self._on_threads(decode, len(image_ids))
-        arrays = map(torch.from_numpy, (starts, layout, geometry))
-        planes = Planes(slot.pixels[:length], *arrays, slot.colour[: len(image_ids)], self.recipe.cubic)
+        described = [torch.from_numpy(array) for array in (starts, layout, geometry)]
+        colour = slot.colour[: len(image_ids)]
+        planes = Planes(slot.pixels[:length], *described, colour=colour, cubic=self.recipe.cubic)
         return Batch(image_ids, (), self._colour(slot, len(image_ids)), slot, self.sets, planes)
 
 

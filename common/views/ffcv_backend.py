@@ -128,7 +128,7 @@ class _Fetch(SimpleRGBImageDecoder):
         super().__init__()
         self.fetcher = fetcher
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state):  # pyright: ignore[reportIncompatibleMethodOverride] (no memory)
         return replace(previous_state, jit_mode=True, shape=(), dtype=np.dtype("u1")), None
 
     def generate_code(self):

@@ -13,7 +13,7 @@ What follows a blur waits for ``blur_kernel``: of those views only, the first ke
 Checked under Triton's interpreter and compiled for sm_80 and sm_90; not yet run on a GPU, and the tiles are not tuned.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from functools import cache
 

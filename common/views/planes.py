@@ -26,4 +26,4 @@ class Planes:
         return [self.pixels, self.starts, self.layout, self.geometry, self.colour]
 
     def to(self, device: torch.device) -> "Planes":
-        return Planes(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()), self.cubic)
+        return Planes(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()), cubic=self.cubic)

@@ -119,17 +119,21 @@ def _jitter(b: float, c: float, s: float, h: float) -> dict[str, Any]:
 
 
 def _dino(
-    global_scale: tuple[float, float], local_scale: tuple[float, float], local_size: int, **counts: float
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    local_size: int,
+    saturation: float = 0.2,
+    **others: Any,
 ) -> dict[str, Any]:
     """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop."""
-    colour = _jitter(0.4, 0.4, 0.2, 0.1)
+    colour = _jitter(0.4, 0.4, saturation, 0.1)
     return {
         "global_crops": (
             Crop(224, global_scale, blur=1.0, **colour),
             Crop(224, global_scale, blur=0.1, solarise=0.2, **colour),
         ),
         "local_crop": Crop(local_size, local_scale, blur=0.5, **colour),
-        **counts,
+        **others,
     }
 
 
@@ -161,6 +165,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 0.5, num_local=10)),
         # MoCo-v2 and DisCo: two crops of one kind.
         Recipe("moco-v2", (Crop(224, (0.2, 1.0), blur=0.5, **_jitter(0.4, 0.4, 0.4, 0.1)),)),
+        # RoB (2301.09451) as released. Its one strength of colours, times .8 .8 .8 .2, is .5 for DINO and iBOT.
+        Recipe("rob-dino", **_dino((0.4, 1.0), (0.05, 0.4), 96, 0.4, num_local=8, interpolation="bicubic")),
+        Recipe("rob-dino-b16", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=8, interpolation="bicubic")),
+        Recipe("rob-ibot", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=10, interpolation="bicubic")),
+        Recipe("rob-swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=4)),
+        Recipe("rob-msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 1.0, num_local=10)),
         Recipe("weak", (Crop(224, centre=0.875),), num_global=1),
     )
 }

@@ -55,15 +55,16 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     if objective in OBJECTIVES:
         usual_pairing = OBJECTIVES[objective].pairing
         reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
-    if targets != "momentum":
+    preset = get_preset(values["preset"])
+    if targets != "momentum" and preset.momentum is not None:
         reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
     if targets not in ("momentum", "online"):
         reasons |= dict.fromkeys(OF_ITS_OWN_VIEWS, "the store has its own")
         recipe = None
-    preset = get_preset(values["preset"])
     if "recipe" in typed and values["recipe"] != preset.recipe:
         reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
-    same = (values["pairing"] or usual_pairing) == "same"
+    # a preset whose own pairing is same says what local crops it has
+    same = (values["pairing"] or usual_pairing) == "same" != preset.pairing.pairing
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):
         reasons |= dict.fromkeys(("local_scale", "global_weight"), "there are no local crops")
         reasons |= {"num_local": "there are no local crops"} if values["num_local"] else {}

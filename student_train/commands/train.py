@@ -19,6 +19,7 @@ from ..targets.config import (
     CacheInMemory,
     CopyMomentum,
     CopyPrototypes,
+    SplitBatchnorm,
     TargetsConfig,
     Views,
     WarmupTeacherTempEpochs,
@@ -31,6 +32,7 @@ from .subject import LoadTeacher
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
 OF_ITS_TARGETS = ("prototypes", "warmup_teacher_temp_epochs")
 """What is set of targets that a copy of the student makes."""
+OF_THE_COPY = ("copy_momentum", "split_batchnorm")
 OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise")
 """What changes the views that a store's targets belong to."""
 
@@ -51,9 +53,9 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled. What else is "
-            "given beats it. They are made for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller "
-            "--batch-size.",
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, rob-dino, "
+            "rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
+            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
     student: Annotated[partial[StudentConfig], {"small_images": None}],
@@ -82,6 +84,7 @@ def train_student(
     copy_momentum: CopyMomentum = None,
     with_copy: BesideTeacher = False,
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
+    split_batchnorm: SplitBatchnorm = None,
     recipe: Annotated[
         str | None,
         Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
@@ -106,17 +109,20 @@ def train_student(
     from ..train import TrainProgress, train_student
 
     # ==== the targets ====
-    preferred = get_preset(preset).drawn() if preset else None
+    paper = get_preset(preset) if preset else None
+    preferred = paper.drawn() if paper else None
+    if paper is not None and paper.momentum is None and targets == "momentum":
+        raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     filling: TargetsConfig
     if targets != "momentum":
         refuse(context, OF_ITS_TARGETS, "is for --targets momentum; a teacher has its own")
         if not with_copy:
-            refuse(context, ("copy_momentum",), "is for --targets momentum or --with-copy; a teacher stays as it is")
+            refuse(context, OF_THE_COPY, "is for --targets momentum or --with-copy; a teacher stays as it is")
     if targets == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
         refuse(context, ("with_copy",), "puts a copy beside a teacher; with momentum there is none")
         drawn = get_recipe(recipe or "dino", overrides)
-        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs)
+        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
     elif targets == "online":
         if teacher is None:
             raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
@@ -135,7 +141,7 @@ def train_student(
     # ==== the objective, and the views that meet ====
     shape = student()
     small = shape.image_size <= 64 if small_images is None else small_images
-    source = WithCopy(filling, copy_momentum) if with_copy else filling
+    source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
     run = config(student=replace(shape, small_images=small), targets=source)
     run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
     if objective is None and targets == "momentum":
@@ -143,7 +149,8 @@ def train_student(
     asked = None if objective is None else matched(name=objective)
     branch = source.open(replace(run_context, objective=asked))
     if isinstance(filling, Cached) and preferred is not None:
-        note_other_global_crops(filling.path, branch.recipe, preferred)
+        replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
+        note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
         found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
@@ -173,9 +180,14 @@ def train_student(
         note(f"{describe_shares(result.shares)}. {result.advice}")
 
 
-def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe) -> None:
-    """Where a preset has other global crops than the store's."""
-    if preferred.global_crops != stored.global_crops:
+def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe, replayed_by: str | None) -> None:
+    """Where a preset has other global crops than the store's. MisuseError: the student is to see those of the preset."""
+    if (preferred.global_crops, preferred.interpolation) != (stored.global_crops, stored.interpolation):
+        if replayed_by:
+            raise MisuseError(
+                f"{path} was cached with {_areas(stored)}, and preset {replayed_by} replays those of {_areas(preferred)}: cache "
+                f"again with rob cache-teacher --preset {replayed_by}, or train without the preset"
+            )
         note(
             f"{path} was cached with {_areas(stored)} and the preset has {_areas(preferred)}: the store's global crops are "
             f"used, and the preset's local ones; rob cache-teacher with the preset's --recipe and --global-scale makes them"

@@ -165,7 +165,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's signature)
         (upstream,) = grad_outputs
         inputs = ctx.saved_tensors
         if ctx.gradients is None:  # a second backward through a retained graph: the first gave the buffers away

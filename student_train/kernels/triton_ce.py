@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
+from .target import DenseTarget, EmbeddingTarget, Target
 from .topk import add_topk_gradient_, topk_means, topk_probabilities
 from .triton_kernels import TARGET_STAGES, attend, prototype_gradient
 
@@ -92,7 +92,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
             case DenseTarget():
                 rows = target.logits.reshape(b * g, -1).contiguous()
                 means, target_log_sums = _means(rows, None, prototypes, teacher_temp, centre)
-            case TopKTarget():
+            case _:
                 topk = target.ids, *topk_probabilities(target, teacher_temp, centre)
                 means = topk_means(*topk, prototypes).view(b * g, d)
 
@@ -115,7 +115,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's signature)
         (upstream,) = grad_outputs
         grad_embedding = grad_prototypes = None
         if ctx.needs_input_grad[0]:

@@ -10,7 +10,7 @@ finite logit overflows. LIFT is added to every exponent before the cast to the o
 result: without it float16 would flush the small probabilities, of which there are many.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import torch
 import triton

@@ -23,6 +23,8 @@ from ..targets.space import TargetSpace
 from .queue import Queue
 
 CENTRE_MOMENTUM = 0.9
+SINKHORN_ITERATIONS = 3
+"""SwAV's, MSN's and RoB's."""
 
 
 class FixedCentre(nn.Module):
@@ -64,7 +66,9 @@ class SinkhornCentre(nn.Module):
 
     queueing = True
 
-    def __init__(self, queue: Queue | None = None, iterations: int = 3, start: str = "exponentials") -> None:
+    def __init__(
+        self, queue: Queue | None = None, iterations: int = SINKHORN_ITERATIONS, start: str = "exponentials"
+    ) -> None:
         super().__init__()
         self.queue, self.iterations, self.start = queue, iterations, start
 
@@ -105,11 +109,12 @@ def build_centre(name: str, space: TargetSpace) -> nn.Module:
     return FixedCentre(centre)
 
 
-def build_sinkhorn(space: TargetSpace, start: str, queue_rows: int | None) -> SinkhornCentre:
-    """Sinkhorn over the batch and a queue of ``queue_rows``, if any. MisuseError: the store has not all logits."""
+def build_sinkhorn(space: TargetSpace, start: str, queue_rows: int | None, iterations: int) -> SinkhornCentre:
+    """Sinkhorn, ``iterations`` (1 or more) over the batch and a queue of ``queue_rows``, if any. MisuseError: the store has not
+    all logits."""
     _check_all_logits("`sinkhorn`", space)
     width = space.dim if space.has_embedding else space.num_prototypes
-    return SinkhornCentre(None if queue_rows is None else Queue(queue_rows, width), start=start)
+    return SinkhornCentre(None if queue_rows is None else Queue(queue_rows, width), iterations, start)
 
 
 def _check_all_logits(option: str, space: TargetSpace) -> None:

@@ -1,11 +1,15 @@
 """What training relies on in every objective."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...common.errors import MisuseError
 from ...common.heads import Prototypes
 from ..config import READ, ObjectiveConfig
 from ..kernels.target import Target
@@ -56,6 +60,10 @@ class Objective(nn.Module):
 
     head: nn.Module
     prototypes: Prototypes | None
+    norm_by_size: bool = False
+    """Whether the head's BatchNorm sees each crop size apart, as MSN's does, whose head runs once a size."""
+    views_by_size: Sequence[int] = ()
+    """With ``norm_by_size``: how many of a step's V views are of each crop size."""
     teacher_temp: float | None = None
     sinkhorn: str | None = None
     mean_entropy: float | None = None
@@ -72,6 +80,8 @@ class Objective(nn.Module):
         self.targets_found: dict[str, Tensor] = {}
         self.centre_targets = context.config.centre_targets
         self.prototypes = None
+        if context.config.norm_by_size is not None:
+            self.norm_by_size = context.config.norm_by_size
 
     @classmethod
     def embedding_dim(cls, config: ObjectiveConfig) -> int:
@@ -80,7 +90,8 @@ class Objective(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """Features (..., F) to (..., D) float32 unit rows: what meets the targets, or the prototypes."""
-        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+        parts = features.split([*self.views_by_size] or features.shape[-2], dim=-2)
+        return torch.cat([self.head(part.flatten(0, -2)).unflatten(0, part.shape[:-1]) for part in parts], dim=-2)
 
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         """The loss, a scalar: features (B, V, F), target of G views an image, pair_weights (V, G).
@@ -94,7 +105,9 @@ class Objective(nn.Module):
 
     def copy_for_targets(self) -> Self:
         """A copy that only embeds: without what the student's gathers."""
-        return deepcopy(self)
+        copy = deepcopy(self)
+        copy.views_by_size = ()
+        return copy
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
@@ -105,4 +118,9 @@ def build_objective(
     config: ObjectiveConfig, num_features: int, space: TargetSpace, target_views: int = 2, num_images: int | None = None
 ) -> Objective:
     """The objective of such an ``ObjectiveContext``. MisuseError: the targets cannot serve it."""
-    return OBJECTIVES[config.name](ObjectiveContext(config, num_features, space, target_views, num_images))
+    objective = OBJECTIVES[config.name](ObjectiveContext(config, num_features, space, target_views, num_images))
+    if config.norm_by_size and not any(isinstance(layer, _BatchNorm) for layer in objective.head.modules()):
+        raise MisuseError(
+            "`norm_by_size` is for the head's BatchNorm, and this head has none: leave it out, or use `head_norm`"
+        )
+    return objective

@@ -5,7 +5,18 @@
 
 with t and s the teacher's and the student's logits. The methods differ in their heads, in the centre c (``centre``), and in
 the weight m of the mean entropy; an objective's class attributes are what its paper has, and the configuration may
-override each. How RoB (2301.09451) itself pairs, centres and starts its head is not public: all are switches.
+override each. What RoB (2301.09451) released has c = 0 and m = 0, Sinkhorn for SwAV alone, and pairing "same" with local crops:
+
+=====  ===============================  =======  ====================================================================
+       q                                targets  student's head, fresh
+=====  ===============================  =======  ====================================================================
+dino   softmax(t / .07)                 2        DINO's, or ``head_type`` "mlp"
+swav   Sinkhorn(t / .03), of the batch  1        SwAV's; or "mlp" to the teacher's frozen prototypes, no unit rows
+msn    softmax(t / .025)                2        "mlp", or MSN's
+ibot   softmax(t / .07), class token    2        iBOT's, or "mlp"
+=====  ===============================  =======  ====================================================================
+
+The presets ``rob-dino``, ``rob-swav`` ... set all of it; the settings of this package are the methods' own where they are not.
 """
 
 import math
@@ -24,7 +35,7 @@ from ..config import ObjectiveConfig
 from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
 from ..targets.space import TargetSpace
-from .centre import SinkhornCentre, build_centre, build_sinkhorn
+from .centre import SINKHORN_ITERATIONS, SinkhornCentre, build_centre, build_sinkhorn
 from .koleo import koleo
 from .objective import Objective, ObjectiveContext
 from .queue import queue_length
@@ -34,15 +45,19 @@ class PrototypeObjective(Objective):
     """The student's distribution over prototypes matches the teacher's.
 
     ``head`` "teacher" starts the student's prototypes at the teacher's, "frozen" keeps them there too: the student's
-    embedding then lives in the teacher's space, and has its width.
+    embedding then lives in the teacher's space, and has its width. ``head_type`` "mlp" is RoB's plain one: its fresh prototypes
+    are its last linear layer, with biases; the teacher's meet an embedding that is not brought to unit length.
     """
 
     options = frozenset(
-        ("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "queue", "mean_entropy", "koleo", "head")
-    )
+        ("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "sinkhorn_iterations", "queue", "mean_entropy")
+    ) | {"koleo", "head", "head_type"}
 
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
+    mlp_layers: ClassVar[int] = 2
+    mlp_activation: ClassVar[Activation | None] = None
+    """Both of ``head_type`` "mlp", its last layer counted."""
     bottleneck = 256
     weight_norm: ClassVar[bool] = True
     unit_prototypes: ClassVar[bool] = False
@@ -92,26 +107,51 @@ class PrototypeObjective(Objective):
         config, space = context.config, context.space
         if config.queue is not None and self.sinkhorn != "queue":
             raise MisuseError(f"`queue` is for `sinkhorn` queue, and it is {self.sinkhorn}: leave one of them out")
+        iterations = config.sinkhorn_iterations
         if self.sinkhorn == "none":
+            if iterations is not None:
+                raise MisuseError(
+                    "`sinkhorn_iterations` is for `sinkhorn` batch or queue, and it is none: leave it out"
+                )
             return [build_centre(config.centre_targets or space.usual_centre, space)]
         if config.centre_targets not in (None, "none"):
             raise MisuseError(
                 f"`sinkhorn` {self.sinkhorn} evens out the prototypes whatever the centre: "
                 f"leave out `centre_targets` {config.centre_targets}, or pass `sinkhorn` none"
             )
+        if iterations == 0:
+            if config.queue is not None:
+                raise MisuseError(
+                    "`sinkhorn_iterations` 0 is a softmax, which no `queue` changes: leave one of them out"
+                )
+            return [build_centre("none", space)]
         rows = queue_length(config.queue, self.queue_length, context.num_images) if self.sinkhorn == "queue" else None
         number = context.target_views if self.sinkhorn_by_view else 1
-        return [build_sinkhorn(space, self.sinkhorn_start, rows) for _ in range(number)]
+        rounds = SINKHORN_ITERATIONS if iterations is None else iterations
+        return [build_sinkhorn(space, self.sinkhorn_start, rows, rounds) for _ in range(number)]
 
     def _build_head(self, config: ObjectiveConfig, num_features: int, space: TargetSpace) -> None:
-        head = config.head or ("fresh" if space.prototypes is None else self.usual_head)
+        mlp = config.head_type == "mlp"
+        head = config.head or ("fresh" if mlp or space.prototypes is None else self.usual_head)
         rows = None if head == "fresh" else space.prototypes
         if rows is None and head != "fresh":
             raise MisuseError(f"`head` {head} needs a teacher with prototypes, and these targets have none: fresh")
+        norm, hidden = config.head_norm is not False, config.hidden_dim
+        if mlp and rows is None:
+            for field in ("bottleneck", "norm_last_layer"):
+                if getattr(config, field) is not None:
+                    raise MisuseError(f"`{field}`: `head_type` mlp goes straight to its logits, leave `{field}` out")
+            self.head = ProjectionHead(num_features, hidden, None, self.mlp_layers, self.mlp_activation, norm)
+            self.prototypes = Prototypes(space.num_prototypes, hidden, weight_norm=False, bias=True)
+            return
+        if mlp and config.bottleneck not in (None, space.dim):
+            raise MisuseError(
+                f"`bottleneck` {config.bottleneck} does not fit `head` {head}: the teacher's prototypes have {space.dim} "
+                "dimensions, leave `bottleneck` out"
+            )
         bottleneck = config.bottleneck or self.bottleneck if rows is None else space.dim
-        self.head = ProjectionHead(
-            num_features, config.hidden_dim, bottleneck, self.num_layers, self.activation, config.head_norm is not False
-        )
+        layers, activation = (self.mlp_layers, self.mlp_activation) if mlp else (self.num_layers, self.activation)
+        self.head = ProjectionHead(num_features, hidden, bottleneck, layers, activation, norm, unit=not mlp)
         learn_gain = config.norm_last_layer is False
         self.prototypes = Prototypes(space.num_prototypes, bottleneck, self.weight_norm, learn_gain)
         if rows is not None:
@@ -155,6 +195,7 @@ class PrototypeObjective(Objective):
                     teacher_temp=self.teacher_temp,
                     centre=centre,
                     pair_weights=weights,
+                    student_bias=self.prototypes.bias,
                     impl=self.loss_impl,
                     check_finite=False,  # the run does, for every objective
                 )
@@ -162,7 +203,7 @@ class PrototypeObjective(Objective):
             ]
         ).sum()
         if self.mean_entropy:
-            entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks)
+            entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks, self.prototypes.bias)
             loss = loss + self.mean_entropy * (math.log(len(prototypes)) - entropy)
         if self.koleo:  # of the global crops, which come first, as many as there are targets
             loss = loss + self.koleo * koleo(features[:, : pair_weights.shape[1]])

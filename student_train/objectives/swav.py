@@ -7,6 +7,9 @@ eps stands where others have a teacher temperature (SwAV's teachers: .05), tau_s
 apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``, which begins to fill it
 in epoch 15; so does a run without a teacher, while a frozen teacher's rows serve at once): a batch smaller than K cannot be
 spread evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before every step.
+
+RoB as released: eps .03, ``sinkhorn`` "batch" without a queue, the first view alone as the target of all crops; with
+``sinkhorn_iterations`` 0 the codes are softmax(t / eps), for teachers that SwAV did not train.
 """
 
 import torch
@@ -33,6 +36,7 @@ class SwavObjective(PrototypeObjective, name="swav"):
     )
 
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        if self.prototypes.bias is None:  # else they are the last layer of an MLP
+            with torch.no_grad():
+                self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         return super().forward(features, target, pair_weights)

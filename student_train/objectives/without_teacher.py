@@ -13,7 +13,8 @@ class CopySettings:
     ``warmup_teacher_temp_epochs`` equal steps, one an epoch. ``centre`` is taken off the targets where no other and no Sinkhorn
     is asked for. Sinkhorn's queue, if any, begins to fill in ``queue_from_epoch`` (from 0): the embeddings of a network that
     learns fast are stale in a few steps, and codes balanced over them give one batch's images all the same one. In the first
-    ``freeze_prototypes`` epochs the student's prototypes stay as they are.
+    ``freeze_prototypes`` epochs the student's prototypes stay as they are. ``split_batchnorm``: BatchNorm sees so many parts of
+    the batch apart, and the copy other parts than the student.
     """
 
     prototypes: int = 0
@@ -28,6 +29,7 @@ class CopySettings:
     centre: str = "none"
     queue_from_epoch: int = 0
     freeze_prototypes: int = 0
+    split_batchnorm: int | None = None
 
     def with_momentum(self, momentum: float) -> "CopySettings":
         """Another value at the start; at the end too where the copy's momentum stays, as MoCo's."""

@@ -46,6 +46,15 @@ WarmupTeacherTempEpochs = Annotated[
         low=0,
     ),
 ]
+SplitBatchnorm = Annotated[
+    int | None,
+    Setting(
+        "With moco and --targets momentum, or disco --with-copy: BatchNorm sees the batch in so many parts (8 for MoCo-v2's "
+        "256 images on 8 GPUs), and the keys' parts are of shuffled images, so that a batch's statistics tell no image's key. "
+        "A loss that falls fast while k-NN does not rise wants it. Default: the whole batch, unshuffled.",
+        low=2,
+    ),
+]
 
 
 class TargetsConfig(Protocol):

@@ -21,17 +21,19 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...common.errors import MisuseError
+from ...common.ranks import current_ranks
 from ...common.run import autocast
 from ...common.settings import check
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
-from ..objectives import OBJECTIVES, CopySettings, ObjectiveConfig
+from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
 from ..student_with_head import StudentWithHead
 from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
-from .config import CopyMomentum, CopyPrototypes, WarmupTeacherTempEpochs
+from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, WarmupTeacherTempEpochs
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -55,6 +57,7 @@ def unread_options(objective: str) -> dict[str, str]:
         "prototypes": "" if usual.prototypes else "has none",
         "copy_momentum": "" if usual.copy_momentum is not None else "makes its targets without a copy",
         "warmup_teacher_temp_epochs": "" if usual.warmup_teacher_temp_epochs else "has no warm-up",
+        "split_batchnorm": "" if issubclass(OBJECTIVES[objective], MocoObjective) else "shuffles no keys",
     }
     return {option: reason for option, reason in reasons.items() if reason}
 
@@ -68,6 +71,7 @@ class Momentum:
     prototypes: CopyPrototypes = None
     copy_momentum: CopyMomentum = None
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None
+    split_batchnorm: SplitBatchnorm = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -75,6 +79,8 @@ class Momentum:
     def open(self, run: RunContext) -> "MomentumTargets":
         """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""
         objective = run.objective or ObjectiveConfig(USUAL_OVER_PROTOTYPES)
+        if objective.head_type == "mlp":  # a target of an embedding has no biases
+            raise MisuseError("`head_type` mlp is for a frozen teacher's targets: leave it out with `targets` momentum")
         return MomentumTargets(self.recipe, self.settings(objective.name), objective, run)
 
     def settings(self, objective: str) -> CopySettings:
@@ -85,6 +91,7 @@ class Momentum:
             "prototypes": self.prototypes,
             "copy_momentum": self.copy_momentum,
             "warmup_teacher_temp_epochs": warmup or None,
+            "split_batchnorm": self.split_batchnorm,
         }
         for option, reason in unread_options(objective).items():
             if given[option] is not None:
@@ -93,6 +100,7 @@ class Momentum:
             usual if self.copy_momentum is None else usual.with_momentum(self.copy_momentum),
             prototypes=self.prototypes or usual.prototypes,
             warmup_teacher_temp_epochs=usual.warmup_teacher_temp_epochs if warmup is None else warmup,
+            split_batchnorm=self.split_batchnorm,
         )
 
 
@@ -125,7 +133,9 @@ class MomentumTargets(TargetBranch):
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         if plan.globals != plan.targets:
-            raise MisuseError("with `targets` momentum both branches see the same views: leave out `fresh`")
+            raise MisuseError(
+                "with `targets` momentum both branches see the same views: leave out `fresh` and `step_globals`"
+            )
         if plan.pair_weights.diagonal().any():
             raise MisuseError(
                 "with `targets` momentum a view that meets itself has nothing to learn: leave out `pairing`, which is cross"
@@ -145,6 +155,8 @@ class MomentumTargets(TargetBranch):
                 f"`queue` {self.queue}: without a teacher it begins to fill in epoch {start}, and the last of `epochs` {epochs} "
                 f"is {epochs - 1}: leave `queue` out, or train longer"
             )
+        if self.settings.split_batchnorm is not None:
+            model.parts = shuffled_parts(model, self.settings.split_batchnorm)
         self.model, self.steps_per_epoch, self.total_steps = model, steps_per_epoch, steps_per_epoch * epochs
         if self.settings.copy_momentum is not None:
             self.copy = model.copy_for_targets()
@@ -197,7 +209,30 @@ class MomentumTargets(TargetBranch):
         if self.copy is None:
             return None
         with autocast(self.device, self.precision):
-            embedding = self.copy.objective.embed(self.copy.features(crops))
+            embedding = self.copy.objective.embed(self._features(self.copy, crops))
         source = self.model if self.settings.own_prototypes else self.copy
         prototypes = source.objective.prototypes
         return EmbeddingTarget(embedding, None if prototypes is None else prototypes.matrix().detach())
+
+    def _features(self, copy: StudentWithHead, crops: Tensor) -> Tensor:
+        """(B, G, F) of the copy. With ``split_batchnorm`` its parts are of shuffled images: ShuffleBN (1911.05722, 3.3)."""
+        if self.settings.split_batchnorm is None:
+            return copy.features(crops)
+        order = torch.randperm(len(crops)).to(crops.device)
+        return copy.features(crops[order])[order.argsort()]
+
+
+def shuffled_parts(model: StudentWithHead, parts: int) -> int:
+    """``parts``. MisuseError: the student cannot see its batches in so many."""
+    if not any(isinstance(layer, _BatchNorm) for layer in model.backbone.modules()):
+        raise MisuseError("`split_batchnorm` is for a student with BatchNorm, and this one has none: leave it out")
+    if current_ranks().world_size > 1:
+        raise MisuseError(
+            "`split_batchnorm` shuffles the keys within one process, and there are several ranks: leave it out"
+        )
+    if model.parts > parts:
+        raise MisuseError(
+            f"`split_batchnorm` {parts} makes larger parts than `accumulate` {model.parts}: use {model.parts} for both, or "
+            "less of the latter"
+        )
+    return parts

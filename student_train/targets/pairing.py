@@ -1,11 +1,15 @@
 """Which of the teacher's views meets which of the student's, in one epoch.
 
 ``same``   the student sees the very views whose targets were cached, each against its own target (DisCo, embedding regression);
+           what it sees besides, fresh in every epoch, meets every target (RoB as released: with G targets and L local crops,
+           eye(G) over ones(L, G));
 ``cross``  a target never meets its own view (DINO, SwAV). The student sees fresh views of every image in every epoch, so that V
            cached targets teach unlimited views; with ``fresh=False`` it sees the targets' own crops, as published;
 ``all``    the student sees the cached views and every pair counts.
 
-Local crops are fresh in every epoch, whatever the pairing, except that ``same`` has none: no target shows them.
+All pairs weigh alike, unless ``global_weight`` divides them. Local crops are fresh in every epoch, whatever the pairing, and so
+are the student's global crops beyond the targets (``step_globals``). ``same`` suits a cache best: what is replayed is exact, what
+is fresh costs no target. It has local crops where they are asked for.
 """
 
 from dataclasses import dataclass
@@ -44,10 +48,13 @@ def choose_pairing(
     num_local = choice.num_local
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
+    if paper.only_pairing and (num_local or choice.step_globals):
+        raise MisuseError(
+            f"`objective` {objective} compares the {paper.pairing} views alone: leave out `num_local` and `step_globals`"
+        )
     global_weight = recipe.global_weight if choice.global_weight is None and num_local else choice.global_weight
-    return PairingConfig(
-        pairing, choice.step_targets or min(usual_targets, views), num_local, fresh is not False, global_weight
-    )
+    step_targets = choice.step_targets or min(usual_targets, views)
+    return PairingConfig(pairing, step_targets, num_local, fresh is not False, global_weight, choice.step_globals)
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,9 @@ def plan_views(config: PairingConfig, cached_views: int, epoch: int) -> ViewPlan
             f"pass `step_targets` {cached_views}, or cache more with rob cache-teacher --views {config.step_targets}"
         )
     targets = tuple((epoch * config.step_targets + t) % cached_views for t in range(config.step_targets))
-    fresh = config.pairing == "cross" and config.fresh
-    globals_ = (
-        tuple(cached_views + epoch * config.step_targets + t for t in range(config.step_targets)) if fresh else targets
-    )
+    replayed = targets[: config.num_global] if config.replays else ()
+    fresh = range(len(replayed), config.num_global)
+    globals_ = replayed + tuple(cached_views + epoch * config.num_global + v for v in fresh)
     locals_ = tuple(LOCAL + epoch * config.num_local + i for i in range(config.num_local))
     return ViewPlan(targets, globals_, locals_, _pair_weights(config, targets, globals_, locals_))
 
@@ -83,7 +89,11 @@ def plan_views(config: PairingConfig, cached_views: int, epoch: int) -> ViewPlan
 def _pair_weights(
     config: PairingConfig, targets: tuple[int, ...], globals_: tuple[int, ...], locals_: tuple[int, ...]
 ) -> Tensor:
-    meets = {"same": lambda v, t: v == t, "cross": lambda v, t: v != t, "all": lambda v, t: True}[config.pairing]
+    meets = {
+        "same": lambda v, t: v == t or v not in targets,
+        "cross": lambda v, t: v != t,
+        "all": lambda v, t: True,
+    }[config.pairing]
     weights = torch.tensor([[float(meets(v, t)) for t in targets] for v in globals_ + locals_])
     if config.global_weight is not None and locals_:
         with_global, with_local = weights[: len(globals_)], weights[len(globals_) :]

@@ -20,7 +20,7 @@ from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, ObjectiveConfig
 from ..student_with_head import StudentWithHead
 from .branch import RunContext, TargetBranch
-from .config import CopyMomentum, TargetsConfig
+from .config import CopyMomentum, SplitBatchnorm, TargetsConfig
 from .momentum import MomentumTargets
 from .pair import PairTarget
 from .pairing import ViewPlan
@@ -30,10 +30,11 @@ USUAL_WITH_COPY = "disco"
 
 @dataclass(frozen=True, eq=False)
 class WithCopy:
-    """The targets of ``frozen``, a ``Cached`` or ``Online``, and a copy of the student; ``copy_momentum`` None: the paper's."""
+    """The targets of ``frozen``, a ``Cached`` or ``Online``, and a copy of the student, set as in ``Momentum``."""
 
     frozen: TargetsConfig
     copy_momentum: CopyMomentum = None
+    split_batchnorm: SplitBatchnorm = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,6 +58,7 @@ class WithCopy:
             raise MisuseError(
                 f"`with_copy`: `objective` {objective} has no use for a copy beside its teacher, it is for {able}: leave it out"
             )
+        usual = replace(usual, split_batchnorm=self.split_batchnorm)
         return usual if self.copy_momentum is None else usual.with_momentum(self.copy_momentum)
 
 
@@ -70,12 +72,8 @@ class TargetsWithCopy(TargetBranch):
         self.window_blocks, self.source = frozen.window_blocks, frozen.source
         self.freeze_prototypes = frozen.freeze_prototypes
         self.space = replace(frozen.space, has_copy=True)
-        copy = moving.settings
-        self.description = {
-            **frozen.description,
-            "copy_momentum": copy.copy_momentum,
-            "momentum_end": copy.momentum_end,
-        }
+        told = ("copy_momentum", "momentum_end", "split_batchnorm")
+        self.description = frozen.description | {name: getattr(moving.settings, name) for name in told}
 
     @property
     def usual_objective(self) -> str:

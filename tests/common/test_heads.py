@@ -31,6 +31,28 @@ def test_each_published_head_is_a_setting_of_one_class(num_layers, activation, n
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4))
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "activation", "norm", "kinds"),
+    [
+        (2, None, True, "Linear BatchNorm1d"),  # a CNN
+        (2, None, False, "Linear"),  # a ViT
+        (3, "gelu", False, "Linear GELU Linear GELU"),  # iBOT
+    ],
+)
+def test_robs_mlp_ends_in_prototypes_with_biases(num_layers, activation, norm, kinds) -> None:
+    head, last = ProjectionHead(5, 7, None, num_layers, activation, norm), Prototypes(9, 7, False, bias=True)
+    assert " ".join(type(layer).__name__ for layer in head.mlp) == kinds
+    torch.nn.init.normal_(last.bias)
+    rows = torch.randn(4, 5)
+    torch.testing.assert_close(last(head(rows)), head.mlp(rows) @ last.weight.T + last.bias)
+
+
+def test_rows_of_any_length() -> None:
+    head, rows = ProjectionHead(5, 7, 3, 2, None, norm=True, unit=False), torch.randn(4, 5)
+    assert " ".join(type(layer).__name__ for layer in head.mlp) == "Linear BatchNorm1d Linear"
+    torch.testing.assert_close(head(rows), head.mlp(rows))
+
+
 def test_the_embedding_is_a_float32_unit_vector_under_autocast() -> None:
     head = ProjectionHead(5, 7, 3)
     with torch.autocast("cpu", torch.bfloat16):

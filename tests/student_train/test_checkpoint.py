@@ -1,5 +1,6 @@
 """Checkpoints and exported weights: whole or absent, refused where they do not fit, and never unpickled."""
 
+import json
 import pickle
 import random
 import resource
@@ -143,4 +144,38 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_student(path)
     export_weights(torch.nn.Linear(2, 2), describe_student(StudentConfig("resnet18")), path)
     with pytest.raises(MisuseError, match="not those of the student 'resnet18'"):
+        load_student(path)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"timm_kwargs": {"num_classes": 0, "checkpoint_path": "weights.pth"}}, "no student has checkpoint_path"),
+        ({"timm_kwargs": {"num_classes": 0, "pretrained": True}}, "no student has pretrained"),
+        ({"timm_kwargs": {"num_classes": 1000}}, "a value is none that a student has"),
+        ({"timm_kwargs": {"num_classes": 0, "img_size": 10**9}}, "a value is none"),
+        ({"timm_kwargs": ["num_classes"]}, "no attribute"),
+        ({"image_size": "224"}, "a value is none"),
+        ({"mean": [0.5]}, "a value is none"),
+        ({"hub": "somebody/something"}, "no student has hub"),
+    ],
+)
+def test_nothing_that_a_weights_file_says_reaches_timm_unchecked(tmp_path, told, message):
+    path, config = tmp_path / "student.safetensors", StudentConfig("test_resnet", 32, True)
+    export_weights(build_student(config), describe_student(config), path)
+    description = json.loads(json.dumps(describe_student(config).to_dict())) | told
+    save_file(load_file(path), path, {"student": json.dumps(description)})
+    with pytest.raises(
+        MisuseError, match=rf"student\.safetensors: its description of the student is .*{message}.*do not use"
+    ):
+        load_student(path)
+
+
+def test_a_students_name_is_one_of_timms_own(tmp_path):
+    """Names with a scheme would have timm load weights from elsewhere."""
+    path, config = tmp_path / "student.safetensors", StudentConfig("test_resnet", 32, True)
+    export_weights(build_student(config), describe_student(config), path)
+    description = describe_student(config).to_dict() | {"name": f"local-dir:{tmp_path}"}
+    save_file(load_file(path), path, {"student": json.dumps(description)})
+    with pytest.raises(MisuseError, match="unknown student 'local-dir:"):
         load_student(path)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rob.common.errors import MisuseError
-from rob.student_train.optimiser import OptimiserConfig, Schedule, build_average, build_optimiser
+from rob.student_train.optimiser import OptimiserConfig, Schedule, build_average, build_optimiser, clip_gradients
 from rob.student_train.students import StudentConfig, build_student
 
 
@@ -139,3 +139,27 @@ def test_weight_decay_may_rise_from_0():
         schedule.step(step)
         decay = {p.ndim: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
         assert decay == {1: 0.0, 2: pytest.approx(expected)}
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("limit", [0.3, 3.0, math.inf])
+def test_clipping_is_by_one_norm_or_by_each_tensors(limit, each):
+    """main_dino.py clips a tensor at a time: what is longer than the limit is scaled by limit / (norm + 1e-6)."""
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 2, 2), (1,)]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    gradients = [
+        size * torch.randn(shape, dtype=torch.float64) for size, shape in zip((2, 0.1, 1, 0), shapes, strict=True)
+    ]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    without = nn.Parameter(torch.zeros(3))
+    whole = math.sqrt(sum(value**2 for gradient in gradients for value in gradient.flatten().tolist()))
+    norm = clip_gradients([*parameters, without], limit, each)
+    assert norm.item() == pytest.approx(whole, rel=1e-12)
+    assert without.grad is None
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        own = math.sqrt(sum(value**2 for value in gradient.flatten().tolist()))
+        scale = min(1.0, limit / ((own if each else whole) + 1e-6))
+        for found, value in zip(parameter.grad.flatten().tolist(), gradient.flatten().tolist(), strict=True):
+            assert found == pytest.approx(value * scale, rel=1e-12, abs=1e-15)

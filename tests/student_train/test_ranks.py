@@ -73,7 +73,7 @@ import torch
 from rob.student_train import train
 
 data, store, out = map(Path, sys.argv[1:4])
-own = store.name == "momentum"
+own = store.name in ("momentum", "parts")
 copies = []
 class Kept(rob.Momentum):
     def open(self, run):
@@ -86,6 +86,7 @@ whole = rob.TrainConfig(
     pairing=rob.PairingConfig("cross", 2, fresh=False) if own else rob.PairingConfig("same", 1),
     optimiser=rob.OptimiserConfig(warmup_epochs=0.0), epochs=2,
     loader=rob.LoaderConfig(batch_size=8, workers=1), device="cpu", log_every=1,
+    accumulate=2 if store.name == "parts" else None,
 )
 train.train_student(whole)
 
@@ -188,11 +189,12 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", ["store", "momentum"])
+@pytest.mark.parametrize("targets", ["store", "momentum", "parts"])
 def test_two_ranks_resumed_are_two_ranks_uninterrupted(targets: str, tmp_path: Path) -> None:
-    """In the middle of an epoch, and with drop path, which every rank draws for itself; a copy is the same on both."""
+    """In the middle of an epoch, and with drop path, which every rank draws for itself; a copy is the same on both.
+    In parts, too."""
     data = tiny_beton(tmp_path, 32)
-    store = tmp_path / "momentum"
+    store = tmp_path / targets
     if targets == "store":
         store = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path)).path
     on_two_ranks(tmp_path, RESUMED, data.path, store)
@@ -201,7 +203,7 @@ def test_two_ranks_resumed_are_two_ranks_uninterrupted(targets: str, tmp_path: P
         whole, halves = load_file(file), load_file(tmp_path / "halves" / file.name)
         for name, value in whole.items():
             assert torch.equal(value, halves[name]), name
-    assert (tmp_path / "run" / "student_average.safetensors").exists() == (targets == "momentum")
+    assert (tmp_path / "run" / "student_average.safetensors").exists() == (targets != "store")
 
 
 @pytest.mark.slow

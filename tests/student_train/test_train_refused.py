@@ -30,12 +30,19 @@ def test_settings_that_cannot_be_leave_no_folder(config, teacher, store):
     local = replace(config, student=replace(vit, image_size=32), local_size=14, pairing=PairingConfig(num_local=1))
     refused(local, "cannot take images of 14 x 14 px")
     refused(replace(config, optimiser=OptimiserConfig(warmup_epochs=4)), "warm-up of 4 epochs leaves nothing")
+    refused(replace(config, accumulate=3), "`accumulate` 3 does not divide the 8 images that a step has on a rank")
+    patches = StudentConfig("resnet18", 32, small_images=True, patch_drop=0.1)
+    refused(replace(config, student=patches), r"`patch_drop` 0\.1: resnet18 has no patches to drop")
     refused(replace(config, precision="fp8"), "unknown precision 'fp8': did you mean fp")
     refused(replace(config, precision="fp16"), "fp16 needs a GPU")
     refused(replace(config, device="gpu"), "unknown device 'gpu'")
     live = online(teacher, store, get_recipe("moco-v2"))
     local = replace(config, pairing=PairingConfig(num_local=2), targets=live)
     refused(local, "recipe moco-v2 .* has no local crops")
+    with pytest.raises(MisuseError, match="`accumulate` is 0, expected at least 1"):
+        replace(config, accumulate=0)
+    with pytest.raises(MisuseError, match="`clip_each` needs a limit, and `clip_grad` is 0"):
+        replace(config, clip_each=True, clip_grad=0.0)
     with pytest.raises(MisuseError, match="`epochs` is 0"):
         replace(config, epochs=0)
     with pytest.raises(MisuseError, match="unknown optimiser 'adam': did you mean adamw"):

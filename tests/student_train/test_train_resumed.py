@@ -100,6 +100,23 @@ def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
 
+def test_a_batch_in_parts_is_resumed_too(stochastic, tmp_path):
+    """Paths and patches are dropped, a queue and an average follow; without parts the run is another."""
+    student = replace(STUDENT, name="test_vit", small_images=True, drop_path=0.3, patch_drop=0.3)
+    objective = replace(stochastic.objective, name="moco", queue=20)
+    pairing = PairingConfig("cross", step_targets=2, num_local=1)
+    parts = replace(stochastic, student=student, objective=objective, pairing=pairing, accumulate=4, log_every=1)
+    train_student(parts)
+    halves = replace(parts, out=tmp_path / "halves")
+    with pytest.raises(KeyboardInterrupt):
+        train_student(halves, progress=interrupt_at(2 * STEPS_PER_EPOCH - 1))
+    with pytest.raises(MisuseError, match="was made with accumulate = 4, this run has accumulate = 2"):
+        train_student(replace(halves, accumulate=2))
+    train_student(halves)
+    same_outcome(parts.out, halves.out)
+    assert len(curve(parts.out)) == 4 * STEPS_PER_EPOCH
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_ctrl_c_in_the_middle_of_a_step_of_an_epoch(stochastic, tmp_path, monkeypatch, backend):
     stochastic = replace(stochastic, loader=replace(LOADER, backend=backend))

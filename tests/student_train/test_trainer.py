@@ -11,6 +11,7 @@ from torch import Tensor
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
+from rob.student_train.targets.momentum import Momentum, MomentumTargets
 from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import train_student
@@ -24,6 +25,8 @@ from support.training import CPU, STEPS_PER_EPOCH
     [
         {"average": 0.5},
         {"clip_grad": 0.0},
+        {"clip_each": True},
+        {"accumulate": 4},
         {"optimiser": OptimiserConfig("sgd", warmup_epochs=0)},
         {"optimiser": OptimiserConfig("lars", weight_decay=1e-6, warmup_epochs=0)},
         {"optimiser": OptimiserConfig(warmup_epochs=0.5, weight_decay_end=0.4)},
@@ -101,3 +104,62 @@ def test_the_average_follows_the_student_at_its_decay(config):
     assert torch.equal(now, trainer_without.model.backbone.conv1[0].weight)  # the average is beside the training
     average = trainer.average.module.conv1[0].weight
     assert torch.equal(average, now) or (average - start).abs().max() < (now - start).abs().max()
+
+
+class Scaler:
+    """Like GradScaler on a GPU: skips the steps in ``overflowing``."""
+
+    def __init__(self, *overflowing: int) -> None:
+        self.overflowing, self.steps = overflowing, 0
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def unscale_(self, optimiser: torch.optim.Optimizer) -> None:
+        pass
+
+    def step(self, optimiser: torch.optim.Optimizer) -> None:
+        if self.steps not in self.overflowing:
+            optimiser.step()
+
+    def update(self) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
+def test_a_step_that_fp16_skips_moves_neither_student_nor_average(config, optimiser):
+    config = replace(config, average=0.5, optimiser=OptimiserConfig(optimiser, weight_decay=1e-6, warmup_epochs=0))
+    trainer = build(config)
+    trainer.scaler = Scaler(1)
+    random = torch.Generator().manual_seed(0)
+    target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1))
+    moved = []
+    for step in range(3):
+        before = [[p.clone() for p in model.parameters()] for model in (trainer.model, trainer.average.module)]
+        trainer.step(step, [torch.randn(4, 1, 3, 32, 32, generator=random)], target, torch.ones(1, 1))
+        after = [[*model.parameters()] for model in (trainer.model, trainer.average.module)]
+        same = [all(map(torch.equal, old, new)) for old, new in zip(before, after, strict=True)]
+        moved.append(trainer.moved)
+        assert same == [not trainer.moved] * 2
+    assert moved == [True, False, True]
+
+
+def test_a_step_that_fp16_skips_does_not_move_the_copy(config, monkeypatch):
+    moved: list[int] = []
+    original = Trainer.__init__
+
+    def with_scaler(self: Trainer, *arguments: object) -> None:
+        original(self, *arguments)
+        self.scaler = Scaler(2, 3)
+        self.scaler.state_dict = dict
+        self.scaler.load_state_dict = lambda state: None
+
+    monkeypatch.setattr(Trainer, "__init__", with_scaler)
+    monkeypatch.setattr(MomentumTargets, "after_step", lambda self, step: moved.append(step))
+    objective = replace(config.objective, name="moco", queue=20)
+    pairing = PairingConfig("cross", step_targets=2, fresh=False)
+    train_student(replace(config, targets=Momentum(), objective=objective, pairing=pairing, epochs=2))
+    assert moved == [0, 1, 4, 5]

@@ -206,6 +206,44 @@ def test_damaged_image_is_named(small_beton, tmp_path):
         Beton(path).image(3)
 
 
+def change_row(path: Path, row: int, **values: int) -> None:
+    """Write other values into a row of the file's index."""
+    rows = np.memmap(path, beton.ROW, "r+", beton.ROWS_AT, (row + 1,))
+    for name, value in values.items():
+        rows[row][name] = value
+    rows.flush()
+
+
+@pytest.mark.parametrize(
+    ("what", "row", "values"),
+    [
+        ("size", 2, {"height": 3000, "width": 3000}),  # its pixels would be read from behind the file
+        ("size", 1, {"height": 11}),
+        ("side", 0, {"width": 0}),
+        ("place in the file", 2, {"pointer": 1 << 50}),
+        ("place in the file", 1, {"pointer": 2**64 - 1}),
+        ("place in the file", 0, {"pointer": 10}),  # the header
+        ("mode", 1, {"mode": 7}),
+        ("label", 2, {"label": 5}),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_when_the_file_is_opened(tmp_path, what, row, values):
+    write(tmp_path / "a.beton", [raw_image(10, 8 + n, n) for n in range(3)])
+    Beton(tmp_path / "a.beton")
+    change_row(tmp_path / "a.beton", row, **values)
+    with pytest.raises(
+        MisuseError, match=rf"a\.beton: damaged: the {what} of image {row} cannot be; pack the data again"
+    ):
+        Beton(tmp_path / "a.beton")
+
+
+def test_a_jpeg_that_is_marked_raw_is_refused(small_beton, tmp_path):
+    path = copy(small_beton, tmp_path)
+    change_row(path, 3, mode=beton.RAW)
+    with pytest.raises(MisuseError, match="damaged: the size of image 3 cannot be"):
+        Beton(path)
+
+
 def test_nothing_remains_of_a_writer_that_fails(tmp_path):
     with pytest.raises(RuntimeError), BetonWriter(tmp_path / "data.beton", capacity=2) as writer:
         writer.append(raw_image(4, 4))

@@ -161,6 +161,36 @@ def test_targets_and_teacher_are_not_trained(name):
             replace(SPACE, mean_logits=None),
             "calibration .* only a store knows",
         ),
+        (
+            ObjectiveConfig("swav", head="frozen", head_type="mlp"),
+            replace(SPACE, prototypes=None),
+            "`head` frozen needs a teacher with prototypes, and these targets have none",
+        ),
+        (
+            ObjectiveConfig("swav", head="frozen", head_type="mlp", bottleneck=DIM + 1),
+            replace(SPACE, prototypes=TARGET_PROTOTYPES),
+            f"`bottleneck` {DIM + 1} does not fit `head` frozen: the teacher's prototypes have {DIM} dimensions",
+        ),
+        (
+            ObjectiveConfig("swav", head_type="mlp", bottleneck=8),
+            SPACE,
+            "`bottleneck`: `head_type` mlp goes straight to",
+        ),
+        (
+            ObjectiveConfig("dino", head_type="mlp", norm_last_layer=False),
+            SPACE,
+            "`norm_last_layer`: `head_type` mlp goes",
+        ),
+        (
+            ObjectiveConfig("dino", sinkhorn_iterations=3),
+            SPACE,
+            "`sinkhorn_iterations` is for `sinkhorn` batch or queue",
+        ),
+        (
+            ObjectiveConfig("swav", sinkhorn_iterations=0, queue=8),
+            SPACE,
+            "`sinkhorn_iterations` 0 is a softmax, which no",
+        ),
     ],
 )
 def test_targets_that_cannot_serve_are_refused(config, space, message):

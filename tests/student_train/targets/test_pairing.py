@@ -21,6 +21,7 @@ def pairings(draw: st.DrawFn) -> PairingConfig:
         "num_local": draw(st.integers(0, 4)),
         "fresh": draw(st.booleans()),
         "global_weight": draw(st.none() | st.floats(0, 1)),
+        "step_globals": draw(st.none() | st.integers(1, 6)),
     }
     try:
         return PairingConfig(**settings)
@@ -46,13 +47,17 @@ def test_targets_rotate_evenly_over_the_cached_views(config, more, epochs):
 def test_what_is_fresh_never_repeats_and_is_never_a_cached_view(config, more):
     views = config.step_targets + more
     plans = epochs_of(config, views, 6)
-    fresh = [view for plan in plans for view in plan.globals if plan.globals != plan.targets]
+    fresh = [view for plan in plans for view in plan.globals if view not in plan.targets]
     locals_ = [view for plan in plans for view in plan.locals]
     assert len({*fresh}) == len(fresh)
     assert len({*locals_}) == len(locals_) == 6 * config.num_local
     assert all(views <= view < LOCAL for view in fresh)
     assert all(view >= LOCAL for view in locals_)
-    assert bool(fresh) == (config.pairing == "cross" and config.fresh)
+    replayed = 0 if config.pairing == "cross" and config.fresh else min(config.step_targets, config.num_global)
+    assert len(fresh) == 6 * (config.num_global - replayed)
+    for plan in plans:
+        assert plan.globals[:replayed] == plan.targets[:replayed]
+        assert len(plan.globals) == (config.step_globals or config.step_targets)
 
 
 @given(pairings(), st.integers(0, 5), st.integers(0, 1000))
@@ -65,8 +70,44 @@ def test_weights_sum_to_one_over_the_pairs_that_may_meet(config, more, epoch):
     assert (plan.pair_weights >= 0).all()
     for row, view in zip(plan.pair_weights.tolist(), student, strict=True):
         for weight, target in zip(row, plan.targets, strict=True):
-            if (config.pairing == "same" and view != target) or (config.pairing == "cross" and view == target):
+            another = view in plan.targets and view != target
+            if (config.pairing == "same" and another) or (config.pairing == "cross" and view == target):
                 assert weight == 0
+            elif config.global_weight is None:
+                assert weight > 0
+    if config.global_weight is None:  # all pairs weigh alike, and no target goes without
+        assert plan.pair_weights[plan.pair_weights > 0].unique().numel() == 1
+        assert plan.pair_weights.any(0).all()
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_rob_as_released_pairs_a_global_crop_with_its_own_view_and_a_local_one_with_all(epoch):
+    plan = plan_views(PairingConfig("same", step_targets=2, num_local=8), cached_views=4, epoch=epoch)
+    assert plan.globals == plan.targets
+    torch.testing.assert_close(plan.pair_weights, torch.cat([torch.eye(2), torch.ones(8, 2)]) / 18)
+    assert (plan.pair_weights > 0).sum() == 18
+
+
+@pytest.mark.parametrize(("epoch", "target", "second"), [(0, 0, 5), (1, 1, 7), (4, 0, 13)])
+def test_robs_swav_has_one_target_for_all_crops_the_second_global_one_included(epoch, target, second):
+    config = PairingConfig("same", step_targets=1, num_local=4, step_globals=2)
+    plan = plan_views(config, cached_views=4, epoch=epoch)
+    assert (plan.targets, plan.globals) == ((target,), (target, second))  # fresh: of no view that is cached
+    torch.testing.assert_close(plan.pair_weights, torch.full((6, 1), 1 / 6))
+
+
+def test_fewer_global_crops_than_targets():
+    """MSN has one; what is left of a target's views meets local crops, or another target's view."""
+    weights = plan_views(PairingConfig("cross", 2, 1, fresh=False, step_globals=1), 2, 0).pair_weights
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 1.0], [1.0, 1.0]]) / 3)
+    weights = plan_views(PairingConfig("same", 2, 1, step_globals=1), 2, 0).pair_weights
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0], [1.0, 1.0]]) / 3)
+
+
+def test_global_weight_divides_robs_pairs_too():
+    weights = plan_views(PairingConfig("same", 2, 8, global_weight=0.4), 2, 0).pair_weights
+    torch.testing.assert_close(weights[:2], 0.2 * torch.eye(2))
+    torch.testing.assert_close(weights[2:], torch.full((8, 2), 0.6 / 16))
 
 
 def test_same_is_each_view_against_its_own_target():
@@ -118,7 +159,8 @@ def test_too_few_cached_views_are_refused():
         ({"pairing": "crosss"}, "unknown pairing 'crosss': did you mean cross"),
         ({"step_targets": 0}, "`step_targets` is 0, expected at least 1"),
         ({"num_local": -1}, "`num_local` is -1, expected at least 0"),
-        ({"pairing": "same", "num_local": 2}, "no target for a local crop"),
+        ({"step_globals": 0}, "`step_globals` is 0, expected at least 1"),
+        ({"pairing": "same", "step_globals": 1}, "`step_globals` 1 leaves some of `step_targets` 2 without a crop"),
         ({"step_targets": 1, "fresh": False}, "leaves no pair"),
         ({"num_local": 2, "global_weight": 1.5}, "`global_weight` is 1.5, expected at most 1"),
         ({"global_weight": 0.4}, "there are none"),
@@ -151,6 +193,16 @@ def test_defaults_are_the_objectives_papers():
 def test_disco_is_of_the_same_views():
     with pytest.raises(MisuseError, match="`objective` disco compares the same views: leave out `pairing`"):
         choose_pairing("disco", get_recipe("dino"), 4, PairingChoice("cross"))
+    for choice in (PairingChoice(num_local=2), PairingChoice(step_globals=3)):
+        with pytest.raises(MisuseError, match="disco compares the same views alone: leave out `num_local` and `step_g"):
+            choose_pairing("disco", get_recipe("dino"), 4, choice)
+
+
+def test_same_has_the_local_crops_and_global_crops_that_are_asked_for():
+    dino = get_recipe("rob-dino")
+    assert choose_pairing("dino", dino, 4, PairingChoice("same")) == PairingConfig("same", 2, 0)
+    asked = PairingChoice("same", step_targets=1, num_local=8, step_globals=2)
+    assert choose_pairing("swav", dino, 4, asked) == PairingConfig("same", 1, 8, step_globals=2)
 
 
 @pytest.mark.parametrize("fresh", [True, False])

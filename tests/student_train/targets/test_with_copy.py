@@ -127,6 +127,17 @@ def test_what_else_is_refused(whole_disco, tmp_path):
         WithCopy(Cached(tmp_path), copy_momentum=1.5)
 
 
+def test_the_copys_keys_may_be_shuffled_between_parts_of_the_batch(whole_disco, tmp_path):
+    """As published, on 8 GPUs; the teacher's rows know nothing of it."""
+    shuffled = replace(
+        whole_disco, targets=replace(whole_disco.targets, split_batchnorm=2), out=tmp_path / "shuffled", epochs=1
+    )
+    train_student(shuffled)
+    train_student(replace(whole_disco, epochs=1))
+    assert json.loads((shuffled.out / "config.json").read_text())["branch"]["split_batchnorm"] == 2
+    assert curve(shuffled.out)[0] != curve(whole_disco.out)[0]
+
+
 def test_a_run_is_not_resumed_with_another_copy(whole_disco, store):
     train_student(replace(whole_disco, epochs=1))
     for targets in (WithCopy(Cached(store.path), copy_momentum=0.8), Cached(store.path)):
