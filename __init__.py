@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .student_train.targets.momentum import Momentum
     from .student_train.targets.online import Online
     from .student_train.targets.pairing import PairingConfig
+    from .student_train.targets.with_copy import WithCopy
     from .student_train.train import train_student
     from .student_train.train_config import TrainConfig
     from .teacher_cache.cache import CacheConfig, cache_teacher
@@ -62,6 +63,7 @@ _HOME = {
     "student_train.targets.cached": ("Cached",),
     "student_train.targets.momentum": ("Momentum",),
     "student_train.targets.online": ("Online",),
+    "student_train.targets.with_copy": ("WithCopy",),
     "student_train.targets.pairing": ("PairingConfig",),
     "student_train.presets": ("preset",),
     "student_train.train": ("train_student",),
@@ -97,6 +99,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "VerifyConfig",
+    "WithCopy",
     "cache_teacher",
     "detect",
     "get_recipe",

@@ -52,21 +52,24 @@ class StudentConfig:
 class ObjectiveConfig:
     """What is None is as the objective's paper has it; an option that the objective does not read is refused.
 
-    MoCo and DisCo have no ``teacher_temp``. ``bottleneck`` is the width of what comes out of the head, before fresh prototypes
-    (elsewhere it is the teacher's). ``loss_impl`` is how the prototype loss is computed (``kernels.prototype_ce``), which changes
-    speed and memory only.
+    MoCo and DisCo have no ``teacher_temp``, and SEED's is not the teacher's. ``bottleneck`` is the width of what comes out of the
+    head, before fresh prototypes (elsewhere it is the teacher's). ``loss_impl`` is how the prototype loss is computed
+    (``kernels.prototype_ce``), which changes speed and memory only.
     """
 
     name: str = "embedding"
     student_temp: Annotated[
         float | None,
-        Setting("0.05 to 0.2; lower is sharper. Default 0.1; for moco and disco 0.2, on all their keys.", low=0.001),
+        Setting(
+            "0.05 to 0.2; lower is sharper. Default 0.1; for moco, disco and seed 0.2, on all their keys.", low=0.001
+        ),
     ] = None
     teacher_temp: Annotated[
         float | None,
         Setting(
-            "0.025 to 0.1; default the teacher's. Lower, even 0.02, when targets are near uniform. swav: Sinkhorn's epsilon.",
-            low=0.001,
+            "0.025 to 0.1; default the teacher's. Lower, even 0.02, when targets are near uniform. swav: Sinkhorn's epsilon. "
+            "seed: of similarities, default 0.0001, which leaves little but the image itself; 0.01 shares it with its likes.",
+            low=0.0001,
         ),
     ] = None
     centre_targets: Annotated[
@@ -99,7 +102,7 @@ class ObjectiveConfig:
     queue: Annotated[
         int | None,
         Setting(
-            "Rows of the queue. moco and disco: negatives, default 65536; sinkhorn: 3840, of swav without a teacher "
+            "Rows of the queue. moco, disco and seed: others' keys, default 65536; sinkhorn: 3840, of swav without a teacher "
             "from epoch 15 on (refused in a run that ends before); both at most an eighth of the images. More rows than "
             "images are refused: an image would be its own negative.",
             low=1,
@@ -109,6 +112,14 @@ class ObjectiveConfig:
         float | None,
         Setting(
             "Weight of MSN's term for using all prototypes; default 1 for msn, else 0. Raise it on collapse.", low=0
+        ),
+    ] = None
+    koleo: Annotated[
+        float | None,
+        Setting(
+            "Objectives over prototypes: weight of KoLeo, which keeps the features of a batch's images apart before the head "
+            "(default 0; DINOv2 and DINOv3 0.1). Lower it when the loss falls by it alone; it wants batches of 64 and more.",
+            low=0,
         ),
     ] = None
     head: Annotated[
@@ -129,7 +140,7 @@ class ObjectiveConfig:
     hidden_dim: Annotated[int, Setting("Width of the head's hidden layers.", low=1)] = 2048
     head_norm: Annotated[
         bool | None,
-        Setting("BatchNorm in the head; default yes, and no for moco and disco. DINO's and iBOT's ViTs: no."),
+        Setting("BatchNorm in the head; default yes, and no for moco, disco and seed. DINO's and iBOT's ViTs: no."),
     ] = None
     norm_by_size: Annotated[
         bool | None,
@@ -182,13 +193,17 @@ class PairingChoice:
         str | None,
         Setting(
             "same, cross or all: which views meet. same: a global crop meets the target of its own pixels, a local one every "
-            "target, as RoB released it; suits a cache best. Default same for embedding and disco, cross for the others.",
+            "target, as RoB released it; suits a cache best. Default same for embedding, simreg, seed and disco, cross for the "
+            "others.",
             choices=PAIRINGS,
         ),
     ] = None
     step_targets: Annotated[
         int | None,
-        Setting("Target views of an image in a step; default 2, or the 1 there is; 1 for msn with fresh crops.", low=1),
+        Setting(
+            "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and msn with fresh crops.",
+            low=1,
+        ),
     ] = None
     num_local: Annotated[
         int | None,

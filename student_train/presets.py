@@ -17,7 +17,10 @@ What is not as in the papers' code:
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
   ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4; SwAV does not decay biases and norms, there it does;
   iBOT has no loss of masked patches.
-- DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's.
+- DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's (``--with-copy``).
+- SimReg: the teacher's embedding is what was cached, there always the pooled feature.
+- DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
+  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1.
 - SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
   there at 1.
 - ViTs: position embeddings and class token are not decayed, there they are.
@@ -63,6 +66,7 @@ class Preset:
     epochs: int = 200
     batch_size: int = 1024
     clip_grad: float = 0.0
+    average: float | None = None
     views: int = 4
 
     def drawn(self) -> Recipe:
@@ -73,7 +77,7 @@ class Preset:
         """What it sets of ``rob train-student``, by the names of the parameters."""
         named = {"objective": self.objective.name, "recipe": self.recipe, "freeze_prototypes": self.freeze_prototypes}
         named |= {"epochs": self.epochs, "batch_size": self.batch_size, "clip_grad": self.clip_grad}
-        named |= {"targets": None if self.momentum is None else "momentum"}
+        named |= {"targets": None if self.momentum is None else "momentum", "average": self.average}
         for part in (self.student, self.objective, self.momentum, self.optimiser, self.areas, self.pairing):
             if part is not None:
                 named |= {setting.name: setting.default for setting in described(type(part), part)}
@@ -207,6 +211,41 @@ ROB_IBOT = Preset(
 )
 
 
+SEED = Preset(
+    "SEED (2101.04731), jacobswan1/SEED: tools/opts.py, whose head is as wide as the student's features",
+    StudentConfig("resnet18"),
+    ObjectiveConfig("seed", hidden_dim=512, head_norm=False),
+    None,
+    replace(SGD, warmup_epochs=5.0),
+    recipe="moco-v2",
+    batch_size=256,
+)
+SIMREG = Preset(
+    "SimReg (2201.05131), UCDvision/simreg: run.sh, whose head is twice as wide as the student's features",
+    StudentConfig("resnet18"),
+    ObjectiveConfig("simreg", hidden_dim=1024, head_norm=True),
+    None,
+    replace(SGD, lr=0.05),
+    recipe="weak",
+    areas=RecipeOverrides(global_scale=(0.2, 1.0)),
+    epochs=130,
+    batch_size=256,
+)
+DINOV3_DISTILLED = Preset(
+    "DINOv3's distillation (2508.10104), facebookresearch/dinov3: dinov3_vitl16_lvd1689m_distilled.yaml",
+    StudentConfig("vit_small_patch16_224"),
+    ObjectiveConfig("dino", sinkhorn="batch", koleo=0.1, head="fresh", head_norm=False, norm_last_layer=False),
+    None,
+    OptimiserConfig("adamw", lr=2e-4, min_lr=1e-6, weight_decay=0.04),
+    recipe="dino",
+    areas=RecipeOverrides(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+    pairing=PairingChoice(num_local=8, fresh=False),
+    epochs=100,
+    clip_grad=3.0,
+    average=0.999,
+)
+
+
 def sslight(baseline: Preset, file: str, recipe: str, pairing: PairingChoice) -> Preset:
     """The baseline with SSLight's views and their weight."""
     source = f"SSLight (2210.02808), saic-fi/SSLight: {file}"
@@ -225,6 +264,9 @@ PRESETS: dict[str, Preset] = {
     "moco-v2": MOCO_V2,
     "msn-vit": MSN_VIT,
     "disco": DISCO,
+    "seed": SEED,
+    "simreg": SIMREG,
+    "dinov3-distilled": DINOV3_DISTILLED,
     "rob-dino": ROB_DINO,
     "rob-dino-b16": replace(ROB_DINO, source=ROB_DINO.source.replace("S/16", "B/16"), recipe="rob-dino-b16"),
     "rob-swav": ROB_SWAV,
@@ -246,7 +288,9 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def preset(name: str, data: Path, out: Path, targets: TargetsConfig | None = None) -> TrainConfig:
+def preset(
+    name: str, data: Path = Path("data.beton"), out: Path = Path("runs/preset"), targets: TargetsConfig | None = None
+) -> TrainConfig:
     """A paper's settings for ``dataclasses.replace`` and ``train_student``, against other ``targets`` than its own where given.
 
     MisuseError: an unknown name, or a paper that has a teacher, without ``targets``.
@@ -266,6 +310,7 @@ def preset(name: str, data: Path, out: Path, targets: TargetsConfig | None = Non
         optimiser=found.optimiser,
         epochs=found.epochs,
         clip_grad=found.clip_grad,
+        average=found.average,
         freeze_prototypes=found.freeze_prototypes,
         loader=LoaderConfig(batch_size=found.batch_size),
     )

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .kernels.target import Target
 from .objectives import Objective
 from .students import patch_dropouts
+from .targets.pair import PairTarget
 
 
 class StudentWithHead(nn.Module):
@@ -29,7 +30,7 @@ class StudentWithHead(nn.Module):
         self.backbone, self.objective, self.parts, self.recompute = backbone, objective, parts, parts > 1
         self._patch_dropouts = patch_dropouts(backbone)
 
-    def forward(self, crops: list[Tensor], target: Target | None, pair_weights: Tensor) -> Tensor:
+    def forward(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
         features = [self.features(views, drop_patches=number == 0) for number, views in enumerate(crops)]
         if self.objective.norm_by_size:

@@ -15,6 +15,7 @@ from .objectives import build_objective
 from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
 from .student_with_head import StudentWithHead
 from .students import build_student
+from .targets.pair import PairTarget
 from .targets.space import TargetSpace
 from .train_config import TrainConfig
 
@@ -63,7 +64,7 @@ class Trainer:
         return parts | ({"average": self.average.module} if self.average else {})
 
     def step(
-        self, number: int, crops: list[Tensor], target: Target | None, pair_weights: Tensor
+        self, number: int, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor
     ) -> tuple[Tensor, float]:
         """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
         rate = self.schedule.step(number)

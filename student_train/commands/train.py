@@ -15,6 +15,7 @@ from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
 from ..config import ObjectiveConfig, PairingChoice, StudentConfig
 from ..targets.config import (
+    BesideTeacher,
     CacheInMemory,
     CopyMomentum,
     CopyPrototypes,
@@ -29,7 +30,9 @@ from .preset import use_preset
 from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm")
+OF_ITS_TARGETS = ("prototypes", "warmup_teacher_temp_epochs")
+"""What is set of targets that a copy of the student makes."""
+OF_THE_COPY = ("copy_momentum", "split_batchnorm")
 OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise", "interpolation")
 """What changes the views that a store's targets belong to."""
 
@@ -50,8 +53,8 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, rob-dino, rob-dino-b16, rob-swav, "
-            "rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, rob-dino, "
+            "rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
             "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
@@ -62,9 +65,10 @@ def train_student(
     objective: Annotated[
         str | None,
         Setting(
-            "embedding: regress the teacher's embedding. disco: that and InfoNCE. moco: InfoNCE alone. Over prototypes: "
-            "dino, ibot (class token), swav (Sinkhorn codes), msn (uses all prototypes). Default dino where the targets have "
-            "prototypes, else embedding; rob cache-teacher --prototypes K fits some to embeddings that are cached already."
+            "embedding: regress the teacher's embedding. simreg: the same behind a deeper head. disco: embedding and InfoNCE. "
+            "moco: InfoNCE alone. seed: similarities to other images. Over prototypes: dino, ibot (class token), swav (Sinkhorn "
+            "codes), msn (uses all prototypes). Default dino where the targets have prototypes, else embedding; rob "
+            "cache-teacher --prototypes K fits some to embeddings that are cached already."
         ),
     ] = None,
     matched: partial[ObjectiveConfig],
@@ -78,6 +82,7 @@ def train_student(
     views: Views = 4,
     prototypes: CopyPrototypes = None,
     copy_momentum: CopyMomentum = None,
+    with_copy: BesideTeacher = False,
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
     split_batchnorm: SplitBatchnorm = None,
     recipe: Annotated[
@@ -100,6 +105,7 @@ def train_student(
     from ..targets.momentum import Momentum
     from ..targets.online import Online
     from ..targets.pairing import choose_pairing
+    from ..targets.with_copy import WithCopy
     from ..train import TrainProgress, train_student
 
     # ==== the targets ====
@@ -109,9 +115,12 @@ def train_student(
         raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     filling: TargetsConfig
     if targets != "momentum":
-        refuse(context, OF_THE_COPY, "is for --targets momentum; a teacher has its own")
+        refuse(context, OF_ITS_TARGETS, "is for --targets momentum; a teacher has its own")
+        if not with_copy:
+            refuse(context, OF_THE_COPY, "is for --targets momentum or --with-copy; a teacher stays as it is")
     if targets == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
+        refuse(context, ("with_copy",), "puts a copy beside a teacher; with momentum there is none")
         drawn = get_recipe(recipe or "dino", overrides)
         filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
     elif targets == "online":
@@ -132,20 +141,20 @@ def train_student(
     # ==== the objective, and the views that meet ====
     shape = student()
     small = shape.image_size <= 64 if small_images is None else small_images
-    run = config(student=replace(shape, small_images=small), targets=filling)
+    source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
+    run = config(student=replace(shape, small_images=small), targets=source)
     run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
     if objective is None and targets == "momentum":
         objective = USUAL_OVER_PROTOTYPES
     asked = None if objective is None else matched(name=objective)
-    branch = filling.open(replace(run_context, objective=asked))
+    branch = source.open(replace(run_context, objective=asked))
     if isinstance(filling, Cached) and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
         note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
-        note(
-            f"--objective {asked.name}, since the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
-        )
+        found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
+        note(f"--objective {asked.name}, since {'it has a use for the copy' if with_copy else found}")
     pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
     if not pairing.num_local:
         refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")

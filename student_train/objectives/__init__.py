@@ -13,6 +13,8 @@ from .ibot import IbotObjective
 from .moco import MocoObjective
 from .msn import MsnObjective
 from .objective import OBJECTIVES, Objective, ObjectiveContext, build_objective
+from .seed import SeedObjective
+from .simreg import SimregObjective
 from .swav import SwavObjective
 from .without_teacher import CopySettings
 
@@ -28,6 +30,8 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "ObjectiveContext",
+    "SeedObjective",
+    "SimregObjective",
     "SwavObjective",
     "build_objective",
 ]

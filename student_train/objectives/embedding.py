@@ -48,7 +48,11 @@ class EmbeddingObjective(Objective, name="embedding"):
             )
         self.register_buffer("mean_embedding", None if centre == "none" else space.mean_embedding, persistent=False)
         norm = self.head_norm if config.head_norm is None else config.head_norm
-        self.head = ProjectionHead(context.num_features, config.hidden_dim, space.dim, 2, "relu", norm)
+        self.head = self.build_head(context.num_features, config.hidden_dim, space.dim, norm)
+
+    def build_head(self, num_features: int, hidden_dim: int, dim: int, norm: bool) -> ProjectionHead:
+        """(N, num_features) -> (N, dim) unit rows."""
+        return ProjectionHead(num_features, hidden_dim, dim, 2, "relu", norm)
 
     def wanted(self, target: Target | None) -> Tensor:
         """(B, G, D) unit rows in float32 or wider: the teacher's embedding, centred if asked."""

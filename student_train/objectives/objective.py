@@ -52,6 +52,9 @@ class Objective(nn.Module):
     """Of an image in a step."""
     published: ClassVar[CopySettings | None] = None
     """Training without a teacher; None: it needs one."""
+    beside_teacher: ClassVar[CopySettings | None] = None
+    """A copy of the student beside a frozen teacher, where a run asks for one: ``forward`` then gets a ``PairTarget``. None: it
+    has no use for a copy."""
     bottleneck: ClassVar[int] = 128
     """Width of the student's embedding, where no teacher's has to be met."""
 

@@ -39,6 +39,7 @@ from ..kernels import mean_entropy, prototype_cross_entropy
 from ..kernels.target import EmbeddingTarget, Target
 from ..targets.space import TargetSpace
 from .centre import SINKHORN_ITERATIONS, SinkhornCentre, build_centre, build_sinkhorn
+from .koleo import koleo
 from .objective import Objective, ObjectiveContext
 from .queue import queue_length
 
@@ -53,7 +54,7 @@ class PrototypeObjective(Objective):
 
     options = frozenset(
         ("student_temp", "teacher_temp", "centre_targets", "sinkhorn", "sinkhorn_iterations", "queue", "mean_entropy")
-    ) | {"head", "head_type"}
+    ) | {"koleo", "head", "head_type"}
 
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
@@ -94,6 +95,7 @@ class PrototypeObjective(Objective):
             self.student_temp = config.student_temp
         if config.mean_entropy is not None:
             self.mean_entropy = config.mean_entropy
+        self.koleo = config.koleo or 0.0
         if config.sinkhorn is not None:
             self.sinkhorn = config.sinkhorn
         self._build_head(config, context.num_features, space)  # first: a queue's random rows must not move it
@@ -206,4 +208,6 @@ class PrototypeObjective(Objective):
         if self.mean_entropy:
             entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks, self.prototypes.bias)
             loss = loss + self.mean_entropy * (math.log(len(prototypes)) - entropy)
+        if self.koleo:  # of the global crops, which come first, as many as there are targets
+            loss = loss + self.koleo * koleo(features[:, : pair_weights.shape[1]])
         return loss

@@ -1,4 +1,5 @@
-"""What an objective's paper says of training without a teacher, against a slow copy of the student or the student itself."""
+"""What an objective's paper says of a slow copy of the student: without a teacher, where the student itself may stand for it,
+or beside one."""
 
 from dataclasses import dataclass, replace
 

@@ -4,10 +4,12 @@
 cached      reads what the teacher said once
 online      runs the frozen teacher in every step: a baseline, and the proof that the cache changes nothing
 momentum    has no teacher, but the student itself or a slow copy of it
+with copy   a teacher of the first two kinds, and a slow copy of the student beside it
 ==========  ====================================================================================
 
-Each is a configuration (`Cached`, `Online`, `Momentum`) that a run opens with its own settings, and the branch that comes
-of it, which says which views the student's targets belong to and answers, batch by batch, with a Target.
+Each is a configuration (`Cached`, `Online`, `Momentum`, `WithCopy`) that a run opens with its own settings, and
+the branch that comes of it, which says which views the student's targets belong to and answers, batch by batch, with a Target
+(``with_copy``: with a PairTarget of two).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from ...common.views.recipes import Recipe
 from ..config import ObjectiveConfig
 from ..kernels.target import Target
 from ..student_with_head import StudentWithHead
+from .pair import PairTarget
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -97,7 +100,9 @@ class TargetBranch:
         return ()
 
     @contextmanager
-    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., Target | None]]:
+    def targets(
+        self, order: np.ndarray, batch_size: int, plan: ViewPlan
+    ) -> Iterator[Callable[..., Target | PairTarget | None]]:
         """For one epoch in ``order``: ``target``, to be called with its batches one after the other."""
         yield self.target
 

@@ -22,11 +22,19 @@ CopyPrototypes = Annotated[
 CopyMomentum = Annotated[
     float | None,
     Setting(
-        "With --targets momentum: of the copy, at the start; a cosine takes it to 1 (moco: it stays; msn: four fifths "
-        "of the way, in a line). Default 0.996 (moco 0.999). Runs of a few thousand steps want 0.99, with "
+        "With --targets momentum or --with-copy: of the copy, at the start; a cosine takes it to 1 (moco, disco: it stays; msn: "
+        "four fifths of the way, in a line). Default 0.996 (moco, disco 0.999). Runs of a few thousand steps want 0.99, with "
         "--sinkhorn batch 0.9; with less the targets move on faster than their centre or queue, and the loss stays high.",
         low=0,
         high=1,
+    ),
+]
+BesideTeacher = Annotated[
+    bool,
+    Setting(
+        "disco, as published: InfoNCE's keys come from a momentum copy of the student beside the teacher. Without it they "
+        "are the teacher's, which costs no second forward pass. The copy is exported too.",
+        option="--with-copy",
     ),
 ]
 WarmupTeacherTempEpochs = Annotated[
@@ -41,9 +49,9 @@ WarmupTeacherTempEpochs = Annotated[
 SplitBatchnorm = Annotated[
     int | None,
     Setting(
-        "With --targets momentum and moco: BatchNorm sees the batch in so many parts (8 for MoCo-v2's 256 images on 8 GPUs), "
-        "and the keys' parts are of shuffled images, so that a batch's statistics tell no image's key. A loss that falls "
-        "fast while k-NN does not rise wants it. Default: the whole batch, unshuffled.",
+        "With moco and --targets momentum, or disco --with-copy: BatchNorm sees the batch in so many parts (8 for MoCo-v2's "
+        "256 images on 8 GPUs), and the keys' parts are of shuffled images, so that a batch's statistics tell no image's key. "
+        "A loss that falls fast while k-NN does not rise wants it. Default: the whole batch, unshuffled.",
         low=2,
     ),
 ]

@@ -12,7 +12,8 @@ class TargetSpace:
     ``dim`` is the embedding's width D, ``num_prototypes`` K (0: none); ``has_embedding`` is False for a store of logits,
     ``has_all_logits`` for one of the top k alone, which serves temperatures within its ``ladder``. Where known:
     ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
-    ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off.
+    ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off. ``has_copy``: the
+    targets of a copy of the student come beside these (``PairTarget``).
     """
 
     dim: int
@@ -26,3 +27,4 @@ class TargetSpace:
     has_all_logits: bool = True
     ladder: tuple[float, ...] | None = None
     usual_centre: str = "none"
+    has_copy: bool = False

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rob.common.errors import FailureError, MisuseError
+from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.objectives.embedding import EmbeddingObjective
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.run_folder import RunFolder
@@ -79,13 +80,14 @@ def test_two_epochs_and_two_are_four(stochastic, tmp_path):
         {"name": "swav", "queue": 10},
         {"name": "dino", "centre_targets": "running"},
         {"name": "disco", "queue": 20},
+        {"name": "seed", "queue": 20},
         {"name": "msn"},
     ],
     ids=lambda settings: settings["name"],
 )
 def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
     """A queue in the middle of its ring, or a running centre, three steps into the second epoch's end."""
-    pairing = PairingConfig("same" if settings["name"] == "disco" else "cross", step_targets=2)
+    pairing = PairingConfig(OBJECTIVES[settings["name"]].pairing, step_targets=2)
     config = replace(config, objective=replace(config.objective, **settings), pairing=pairing)
     halves = replace(config, out=tmp_path / "halves")
     train_student(config)

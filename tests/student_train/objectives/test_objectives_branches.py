@@ -42,12 +42,16 @@ CASES: list[tuple[str, dict, tuple[str, ...]]] = [
     ("embedding", {}, WITH_EMBEDDING),
     ("moco", {}, WITH_EMBEDDING),
     ("disco", {}, WITH_EMBEDDING),
+    ("seed", {}, WITH_EMBEDDING),
+    ("seed", {"teacher_temp": 0.05}, WITH_EMBEDDING),
+    ("simreg", {}, WITH_EMBEDDING),
     ("disco", {"only_consistency": True}, WITH_EMBEDDING),
     ("dino", {}, (*ALL_LOGITS, "topk")),
     ("dino", {"head": "teacher"}, (*ALL_LOGITS, "topk")),
     ("dino", {"centre_targets": "running"}, ALL_LOGITS),
     ("dino", {"centre_targets": "checkpoint"}, (*ALL_LOGITS, "topk")),
     ("dino", {"sinkhorn": "batch"}, ALL_LOGITS),
+    ("dino", {"sinkhorn": "batch", "koleo": 0.1}, ALL_LOGITS),
     ("ibot", {}, (*ALL_LOGITS, "topk")),
     ("swav", {}, ALL_LOGITS),
     ("msn", {}, ALL_LOGITS),
@@ -101,7 +105,7 @@ def losses(branch: TargetBranch, data: Beton, config: ObjectiveConfig) -> tuple[
     for layer in objective.head.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.5, generator=torch.Generator().manual_seed(1))
-    pairing = PairingConfig("same" if config.name in ("embedding", "disco") else "cross", step_targets=2)
+    pairing = PairingConfig(OBJECTIVES[config.name].pairing, step_targets=2)
     plan = plan_views(pairing, branch.views, epoch=0)
     loader = ViewLoader(data, branch.recipe, branch.seed, LOADER)
     sets, order = branch.view_sets(plan) or (ViewSet(plan.globals, 8),), torch.arange(IMAGES).numpy()
