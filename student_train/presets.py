@@ -9,11 +9,12 @@ What is not as in the papers' code:
 
 - SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072; the rate rises from 0, there from .075
   (``START_WARMUP``). As there, the queue begins to fill in epoch 15, but for a frozen teacher's targets: those serve at once.
-- MoCo: the keys' BatchNorm sees the batch as it is, there shuffled over the GPUs (ShuffleBN); both global crops are keys, there
-  one of them. MoCo-v2 lowers its rate once an epoch, here every step, and decays biases and norms too.
-- MSN: no patches are masked; a step has two target views, there one. The rate warms up in 10 epochs from 0, there in 15 from
-  2e-4; it and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
-  and the limit of the gradient hold for the prototypes too.
+- MoCo: the keys' BatchNorm sees the batch as it is, there shuffled over 8 GPUs (``--split-batchnorm 8``); both global crops are
+  keys, there one of them. MoCo-v2 lowers its rate once an epoch, here every step, and decays biases and norms too.
+- MSN: no patches are dropped (``--patch-drop 0.15``) and the head's BatchNorm sees all crops (``--norm-by-size``); a step has two
+  target views, there one. The rate warms up in 10 epochs from 0, there in 15 from 2e-4; it and the weight decay have run their
+  cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
+  prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
   ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4; SwAV does not decay biases and norms, there it does;
   iBOT has no loss of masked patches.

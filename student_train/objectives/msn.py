@@ -6,8 +6,9 @@
 
 t and s are cosines with unit prototypes. Sharpening a softmax is a softmax at T times its temperature: T = .25 makes .1 a
 teacher temperature of .025, which is what MSN's teachers have here. Sinkhorn starts from those probabilities, 3 rounds over
-all ranks (``msn_train.py``); m is 1. The paper masks patches of the student's crops; that is left out. It has one target
-view an image against one further global and ten local crops. RoB as released has neither Sinkhorn nor m, and two targets.
+all ranks (``msn_train.py``); m is 1. The paper drops patches of the student's global crops (``patch_drop``), and its head's
+BatchNorm sees each crop size apart (``norm_by_size``). It has one target view an image against one further global and ten
+local crops. RoB as released has neither Sinkhorn nor m, and two targets.
 """
 
 from .prototypes import PrototypeObjective
