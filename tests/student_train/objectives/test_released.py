@@ -176,8 +176,11 @@ def test_loss_and_gradients(name, impl):
     features, rows, space = made_up(variant)
     objective, features = built(variant, space, impl), features.requires_grad_()
     weights = exact(plan_views(pairing_of(variant), cached_views=4, epoch=0).pair_weights)
+    before = weights_of(objective)
     loss = objective(features, EmbeddingTarget(rows, TEACHER), weights)
     loss.backward()
+    if variant.head in ("mlp", "mlp-gelu"):  # a last layer is no set of directions
+        assert torch.equal(before["prototypes.weight"], weights_of(objective)["prototypes.weight"])
 
     w, x = weights_of(objective), features.detach().clone().requires_grad_()  # SwAV's rows are unit by now
     expected = plain_loss(variant, plain_logits(variant.head, w, x, variant.norm), rows @ TEACHER.T)
