@@ -18,6 +18,7 @@ from support.photographs import photograph
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same of nohup
 # Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
 hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
