@@ -36,6 +36,8 @@ class Setting:
     choices: Collection[str] | None = None
     option: str | None = None
     argument: str | None = None
+    kind: Any = None
+    """What the command line reads, where that is not the field's type."""
 
 
 Words = Mapping[str, Setting | None]
@@ -109,7 +111,7 @@ def described(config: type, defaults: Any = None, instead: Words = MappingProxyT
         if is_configuration(kind):
             yield from described(kind, None if default is MISSING else default, words)
         elif setting is not None:
-            yield Described(field.name, option_name(field.name, setting), kind, setting, default)
+            yield Described(field.name, option_name(field.name, setting), setting.kind or kind, setting, default)
 
 
 def given_fields(

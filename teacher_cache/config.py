@@ -1,5 +1,6 @@
 """What can be set of stage 1: the teacher, its cache, and the check of one."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,16 @@ class TeacherConfig:
 
     name: TeacherName
     checkpoint: Checkpoint = None
-    backbone_args: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to ``timm.create_model``, for a network that is not of the standard shape (``img_size=32,
-    patch_size=4``)."""
+    backbone_args: Annotated[
+        Mapping[str, Any] | tuple[str, ...],
+        Setting(
+            "NAME=VALUE for timm, where the network is not of the usual shape of its name: img_size=32 and patch_size=4 of a ViT "
+            "for small images; give it several times.",
+            option="--backbone-arg",
+            kind=tuple[str, ...],
+        ),
+    ] = field(default_factory=dict)
+    """A mapping, or what the command line has."""
     teacher_features: Annotated[
         str | None,
         Setting(
@@ -35,6 +43,19 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not isinstance(self.backbone_args, Mapping):
+            object.__setattr__(self, "backbone_args", dict(map(_named, self.backbone_args)))
+
+
+def _named(text: str) -> tuple[str, Any]:
+    """``img_size=32`` -> its name and its value, a number where it is one."""
+    name, _, value = text.partition("=")
+    if not name.isidentifier() or not value:
+        raise MisuseError(f"`backbone_args` {text!r} is no NAME=VALUE: write it as img_size=32")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @dataclass(frozen=True)
