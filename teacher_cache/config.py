@@ -23,7 +23,7 @@ class TeacherConfig:
     name: TeacherName
     checkpoint: Checkpoint = None
     backbone_args: Annotated[
-        Mapping[str, Any] | tuple[str, ...],
+        Mapping[str, Any],
         Setting(
             "NAME=VALUE for timm, where the network is not of the usual shape of its name: img_size=32 and patch_size=4 of a ViT "
             "for small images; give it several times.",
@@ -31,7 +31,7 @@ class TeacherConfig:
             kind=tuple[str, ...],
         ),
     ] = field(default_factory=dict)
-    """A mapping, or what the command line has."""
+    """What the command line has, NAME=VALUE texts, becomes one."""
     teacher_features: Annotated[
         str | None,
         Setting(
