@@ -27,7 +27,6 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
 from support.pinned import (
     FIRST_LOCAL_ID,
     HAS_COMPILED_LOADER,
