@@ -27,7 +27,7 @@ from .objectives import ObjectiveConfig
 from .run_folder import RunFolder
 from .students import check_input_size, describe_student
 from .targets.branch import RunContext
-from .targets.pairing import choose_pairing, plan_views
+from .targets.pairing import check_pairing, choose_pairing, plan_views
 from .train_config import TrainConfig
 from .trainer import Trainer
 
@@ -75,9 +75,10 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     data = Beton(config.data)
     branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    pairing = config.pairing
-    if not isinstance(pairing, PairingConfig):
-        pairing = choose_pairing(objective.name, branch.recipe, branch.views, pairing, branch.from_student)
+    if isinstance(config.pairing, PairingConfig):
+        pairing = check_pairing(objective.name, config.pairing)
+    else:
+        pairing = choose_pairing(objective.name, branch.recipe, branch.views, config.pairing, branch.from_student)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
     if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):

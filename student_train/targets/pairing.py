@@ -35,10 +35,6 @@ def choose_pairing(
     """
     paper, choice = OBJECTIVES[objective], choice or PairingChoice()
     pairing, fresh = choice.pairing or paper.pairing, choice.fresh
-    if paper.only_pairing and pairing != paper.pairing:
-        raise MisuseError(
-            f"`objective` {objective} compares the {paper.pairing} views: leave out `pairing`, or use embedding or moco"
-        )
     if fresh is not None and pairing in ("same", "all"):
         raise MisuseError(f"`fresh` is for `pairing` cross: {pairing} always replays the cached views, leave it out")
     if from_student and fresh is None and pairing == "cross":
@@ -48,13 +44,24 @@ def choose_pairing(
     num_local = choice.num_local
     if num_local is None:
         num_local = 0 if pairing == "same" else recipe.num_local
-    if paper.only_pairing and (num_local or choice.step_globals):
+    global_weight = recipe.global_weight if choice.global_weight is None and num_local else choice.global_weight
+    step_targets = choice.step_targets or min(usual_targets, views)
+    chosen = PairingConfig(pairing, step_targets, num_local, fresh is not False, global_weight, choice.step_globals)
+    return check_pairing(objective, chosen)
+
+
+def check_pairing(objective: str, config: PairingConfig) -> PairingConfig:
+    """The same. MisuseError: the objective's paper has no other views than the same of both branches, and these are others."""
+    paper = OBJECTIVES[objective]
+    if paper.only_pairing and config.pairing != paper.pairing:
+        raise MisuseError(
+            f"`objective` {objective} compares the {paper.pairing} views: leave out `pairing`, or use embedding or moco"
+        )
+    if paper.only_pairing and (config.num_local or config.step_globals):
         raise MisuseError(
             f"`objective` {objective} compares the {paper.pairing} views alone: leave out `num_local` and `step_globals`"
         )
-    global_weight = recipe.global_weight if choice.global_weight is None and num_local else choice.global_weight
-    step_targets = choice.step_targets or min(usual_targets, views)
-    return PairingConfig(pairing, step_targets, num_local, fresh is not False, global_weight, choice.step_globals)
+    return config
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ def test_settings_that_cannot_be_leave_no_folder(config, teacher, store):
         replace(NO_WARM_UP, name="adam")
 
 
+@pytest.mark.parametrize("pairing", [PairingConfig("same", num_local=2), PairingConfig("cross"), PairingConfig("all")])
+def test_other_views_than_discos_are_refused_in_python_too(config, pairing):
+    disco = replace(config.objective, name="disco")
+    refused(replace(config, objective=disco, pairing=pairing), "`objective` disco compares the same views")
+
+
 def test_logits_do_not_serve_the_embedding_objective(config, data, teacher, tmp_path):
     logits = tiny_store(tmp_path / "topk.zarr", data, teacher, encoding=Encoding("topk", k=4), loader=LOADER)
     refused(replace(config, targets=Cached(logits.path)), "the store holds logits: cache with `encoding` embedding")

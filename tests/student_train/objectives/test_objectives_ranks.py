@@ -16,7 +16,9 @@ from rob.student_train.targets.space import TargetSpace
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES, STEPS = 8, 2, 2, 20, 8, 12, 4
 CASES = {
     "embedding": {},
+    "simreg": {},
     "moco": {"queue": 20},
+    "seed": {"queue": 20, "teacher_temp": 0.1},
     "disco": {"queue": 20},
     "dino": {"centre_targets": "running"},
     "ibot": {"sinkhorn": "batch"},
