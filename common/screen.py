@@ -46,10 +46,14 @@ def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing."""
+    """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing.
+
+    Names in the first column stand on the left, all else on the right.
+    """
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
+    named = bool(rows) and isinstance(rows[0][0], str)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 and named else "right")
     for row in rows:
         table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if isinstance(x, float) else x for x in row))
     console.print(table)
