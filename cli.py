@@ -81,7 +81,7 @@ def demo(
     )
     summary = run(DemoConfig(out=out, device=device), DemoScreen(note, bar))
     rows = [(name.replace("_", " "), top1) for name, top1 in summary["knn_top1"].items()]
-    accuracies("k-NN top-1 on Fashion-MNIST", ("features", "top-1 %"), rows)
+    accuracies("k-NN top-1 on Fashion-MNIST", ("features", "top-1 %"), rows, named=True)
     note("  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items()))
     note(f"written to {out}: summary.json, curve.png, student/student.safetensors")
 

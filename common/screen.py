@@ -45,13 +45,12 @@ def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], named: bool = False) -> None:
     """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing.
 
-    Names in the first column stand on the left, all else on the right.
+    All stand on the right, but for names in the first column of a ``named`` table.
     """
     table = Table(title=title, title_justify="left")
-    named = bool(rows) and isinstance(rows[0][0], str)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 and named else "right")
     for row in rows:
