@@ -273,8 +273,8 @@ class PairingConfig:
                 f"`step_globals` {self.step_globals} leaves some of `step_targets` {self.step_targets} without a crop to meet: "
                 "take as many, or `num_local`"
             )
-        lone = self.step_targets == self.num_global == 1 and not self.num_local
-        if self.pairing == "cross" and not self.fresh and lone:
+        meets_itself = self.pairing == "cross" and not self.fresh and self.step_targets == self.num_global == 1
+        if meets_itself and not self.num_local:
             raise MisuseError(
                 "`pairing` cross of one view with itself leaves no pair: use 2 target views, local or fresh crops"
             )
@@ -284,8 +284,7 @@ class PairingConfig:
             raise MisuseError(
                 "`global_weight` is against local crops, and there are none: leave it out, or use `num_local`"
             )
-        alone = self.step_targets == self.num_global == 1
-        if self.global_weight == 1 and self.pairing == "cross" and not self.fresh and alone:
+        if self.global_weight == 1 and meets_itself:
             raise MisuseError(
                 "`global_weight` 1 leaves no pair: one view meets only local crops, which then weigh nothing"
             )

@@ -15,7 +15,6 @@ The objectives are those of distillation and do not notice. Both branches see th
 a view never meets itself. The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -31,6 +30,7 @@ from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
+from ..optimiser import cosine_decay
 from ..student_with_head import StudentWithHead
 from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
 from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, WarmupTeacherTempEpochs
@@ -200,7 +200,7 @@ class MomentumTargets(TargetBranch):
         start, end = self.settings.copy_momentum, self.settings.momentum_end
         assert start is not None
         done = step / (self.total_steps * self.settings.momentum_runs)
-        left = 1 - done if self.settings.linear_momentum else 0.5 * (1 + math.cos(math.pi * done))
+        left = 1 - done if self.settings.linear_momentum else cosine_decay(done, 1)
         return end + (start - end) * left
 
     @torch.no_grad()
