@@ -1,5 +1,6 @@
 """One step of training."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class Trainer:
         self.clip_grad, self.clip_each = config.clip_grad or float("inf"), bool(config.clip_each)
         self.precision, self.device, self.moved = config.precision, device, True
         # The scaler decides on the host whether to call the optimiser: asking for its scale would wait for the GPU again.
-        self.optimiser.register_step_post_hook(lambda *_: setattr(self, "moved", True))
+        # A weak reference: in a cycle the process group's last user would outlive the run, to the end of the interpreter.
+        trainer = weakref.proxy(self)
+        self.optimiser.register_step_post_hook(lambda *_: setattr(trainer, "moved", True))
 
     @property
     def state(self) -> dict[str, Any]:
