@@ -65,12 +65,13 @@ class Scores:
         logits' log-sum-exp, both float32."""
         scale = 1 / (LN_2 * self.temp)
         if not self.tiled:
-            log_sums = [
+            most = max(64, LOGITS_BYTES // (4 * len(self.keys)))
+            parts = [
                 softmax_rows(product(block, self.keys.T), self.offset, scale, part)
-                for block, part in zip(*(t.split(max(64, LOGITS_BYTES // (4 * len(self.keys)))) for t in (rows, out)), strict=True)
+                for block, part in zip(rows.split(most), out.split(most), strict=True)
             ]
-            log_sums = torch.cat(log_sums)
-            return torch.full_like(log_sums, 2.0 ** -lift(out.dtype)), log_sums * LN_2
+            sums, log_sums = (torch.cat(each) for each in zip(*parts, strict=True))
+            return 1 / sums, log_sums * LN_2
         bounds = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) * largest_norm(self.keys)
         if self.offset is not None:
             bounds = bounds + self.offset.abs().max()
@@ -78,13 +79,8 @@ class Scores:
         safe = SAFE if out.dtype != torch.float16 else -1.0  # float16 holds nothing far below its row's largest
         own = log_sum_exp(rows, self.keys, self.offset, bounds, scale, safe)
         anchors = torch.where(bounds <= safe, bounds, own)
-        sums = exponentials(rows, self.keys, self.offset, anchors, scale, out)
-        return 1 / sums, (anchors + torch.log2(sums) - lift(out.dtype)) * LN_2
-
-
-def _dense(logits: Tensor, offset: Tensor | None, temp: float, out: Tensor) -> Tensor:
-    log_sums = softmax_rows(logits, offset, 1 / (LN_2 * temp), out)
-    return torch.full_like(log_sums, 2.0 ** -lift(out.dtype))
+        sums, exact = exponentials(rows, self.keys, self.offset, anchors, scale, out)
+        return 1 / sums, (anchors + torch.log2(exact) - lift(out.dtype)) * LN_2
 
 
 def _two_halves(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,7 +118,8 @@ class Problem:
                 shares = torch.cat([shares, scores.fill(rows, e[n * v :])[0]])
             case DenseTarget():
                 rows = target.logits.reshape(n * g, -1)
-                shares = torch.cat([shares, _dense(rows, self._offset, self.teacher_temp, e[n * v :])])
+                sums, _ = softmax_rows(rows, self._offset, 1 / (LN_2 * self.teacher_temp), e[n * v :])
+                shares = torch.cat([shares, 1 / sums])
             case _:
                 topk = target.ids, *topk_probabilities(target, self.teacher_temp, self.centre)
         means = long_product(e, self.prototypes) * shares.unsqueeze(1)

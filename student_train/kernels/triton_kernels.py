@@ -1,11 +1,13 @@
 """The three Triton kernels of the prototype cross-entropy. With s = scale * (query keys^T + offset) in base 2:
 
-    exponentials   2^(s - anchor + LIFT) in the operands' dtype, and its float32 sums over the prototypes of a tile
+    exponentials   2^(s - anchor + LIFT) in the operands' dtype, its float32 sums over a tile, and those before rounding
     log_sum_exp    log2 of the sum of 2^s, for rows whose s may spread so far that no anchor known beforehand is safe
-    softmax_rows   2^(s - log2 of the sum + LIFT) of logits that are in memory already, and that log2
+    softmax_rows   2^(s - log_sum_exp + LIFT) of logits that are in memory already, its sums and log_sum_exp
 
 `exponentials` is a plain product with an epilogue: a row's largest logit need not be known, as an anchor that bounds it
-(Cauchy-Schwarz) divides out again with the sum. LIFT keeps small probabilities out of float16's subnormal numbers. Each
+(Cauchy-Schwarz) divides out again with the sum. The sums are of what was stored, rounded as it is, so that weights divided by
+them sum to one: else a mean of prototypes that all lie on one side of a row would be off by as much. The log-sum-exp comes from
+the exact ones. LIFT keeps small probabilities out of float16's subnormal numbers. Each
 kernel has a plain reference of its name in reference.py.
 """
 
@@ -91,7 +93,7 @@ def _exponentials(
     offset,  # (K,) float32, when OFFSET
     anchors,  # (R,) float32
     out,  # (R, K) in the dtype of what it will be multiplied with, rows `stride` apart
-    sums,  # (ceil(K / SUM_BLOCK), R) float32 out
+    sums,  # (2, ceil(K / SUM_BLOCK), R) float32 out: of what is stored, and of what it was before it was rounded
     num_rows,
     num_prototypes,
     stride,
@@ -117,16 +119,18 @@ def _exponentials(
     row_ok, proto_ok = rows < num_rows, protos < num_prototypes
     if OFFSET:
         s += tl.load(offset + protos, mask=proto_ok, other=0.0)[None, :]
-    anchor = tl.load(anchors + rows, mask=row_ok, other=0.0)
-    exponentials = tl.exp2(s * scale - anchor[:, None] + LIFT)
-    exponentials = tl.where(proto_ok[None, :], exponentials, 0.0)
-    total = tl.sum(exponentials, axis=1)
+    anchor = tl.load(anchors + rows, mask=row_ok, other=float("inf"))
+    exact = tl.where(proto_ok[None, :], tl.exp2(s * scale - anchor[:, None] + LIFT), 0.0)
+    made = exact.to(out.dtype.element_ty)
+    exact_sum, sum_made = tl.sum(exact, axis=1), tl.sum(made.to(tl.float32), axis=1)
+    slots = tl.cdiv(num_prototypes, SUM_BLOCK)
     for part in tl.static_range(BLOCK_PROTOS // SUM_BLOCK):  # the same rows of sums whatever the tile
         slot = proto_tile * (BLOCK_PROTOS // SUM_BLOCK) + part
-        slot_ok = slot < tl.cdiv(num_prototypes, SUM_BLOCK)
-        tl.store(sums + slot.to(tl.int64) * num_rows + rows, total if part == 0 else total * 0.0, mask=row_ok & slot_ok)
+        where, ok = sums + slot.to(tl.int64) * num_rows + rows, row_ok & (slot < slots)
+        tl.store(where, sum_made if part == 0 else tl.zeros_like(sum_made), mask=ok)
+        tl.store(where + slots.to(tl.int64) * num_rows, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
     where = out + rows[:, None].to(tl.int64) * stride + protos[None, :]
-    tl.store(where, exponentials.to(out.dtype.element_ty), mask=row_ok[:, None] & proto_ok[None, :])
+    tl.store(where, made, mask=row_ok[:, None] & proto_ok[None, :])
 
 
 @triton.jit
@@ -175,6 +179,7 @@ def _softmax_rows(
     logits,  # (R, K), rows `logits_stride` apart; -inf excludes a prototype
     offset,  # (K,) float32, when OFFSET
     out,  # (R, K), rows `stride` apart
+    sums,  # (R,) float32 out: of `out`
     log_sums,  # (R,) float32 out
     num_prototypes,
     logits_stride,
@@ -202,14 +207,17 @@ def _softmax_rows(
     top = tl.max(largest, axis=0)
     log_sum = top + tl.log2(tl.sum(total * tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top)), axis=0))
     tl.store(log_sums + row, log_sum)
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_prototypes, BLOCK):
         protos = start + tl.arange(0, BLOCK)
         ok = protos < num_prototypes
         s = tl.load(given + protos, mask=ok, other=float("-inf")).to(tl.float32)
         if OFFSET:
             s += tl.load(offset + protos, mask=ok, other=0.0)
-        p = tl.exp2(s * scale - log_sum + LIFT)
-        tl.store(made + protos, p.to(out.dtype.element_ty), mask=ok)
+        p = tl.exp2(s * scale - log_sum + LIFT).to(out.dtype.element_ty)
+        tl.store(made + protos, p, mask=ok)
+        total += p.to(tl.float32)
+    tl.store(sums + row, tl.sum(total, axis=0))
 
 
 if knobs.runtime.interpret:
@@ -248,21 +256,23 @@ def exponentials(
     anchors: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-) -> torch.Tensor:
-    """out (R, K) = 2^(scale (query keys^T + offset) - anchors + lift); returns their sums (R,) in float32.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (R, K) = 2^(scale (query keys^T + offset) - anchors + lift); returns their sums (R,) in float32, and those before they
+    were rounded to out's dtype.
 
     query (R, D) and keys (K, D): contiguous, of one dtype; offset (K,) and anchors (R,): float32; out: rows contiguous.
     """
     (rows, d), k = query.shape, len(keys)
     sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
-    sums = anchors.new_empty(triton.cdiv(k, sum_block), rows)
+    sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
     _autotuned[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
         query, keys, anchors if offset is None else offset, anchors, out, sums, rows, k, out.stride(0), scale,
         triton.next_power_of_2(rows),
         D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), LIFT=lift(out.dtype),
         BLOCK_D=block_d(query.dtype), SUM_BLOCK=sum_block,
     )  # fmt: skip
-    return sums.sum(0)
+    made, exact = sums.sum(1)
+    return made, exact
 
 
 def log_sum_exp(
@@ -295,16 +305,19 @@ def _join(log_sums: torch.Tensor) -> torch.Tensor:
     return largest + torch.exp2(log_sums - largest).sum(0).log2()
 
 
-def softmax_rows(logits: torch.Tensor, offset: torch.Tensor | None, scale: float, out: torch.Tensor) -> torch.Tensor:
-    """out (R, K) = 2^lift softmax of scale (logits + offset) in base 2; returns the log2 of what it is divided by, (R,) float32.
+def softmax_rows(
+    logits: torch.Tensor, offset: torch.Tensor | None, scale: float, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (R, K) = 2^(s - log_sum_exp + lift), s = scale (logits + offset); returns its sums and log_sum_exp, (R,) float32 both.
 
     logits (R, K), out (R, K): rows contiguous, any dtype up to float32; offset (K,): float32.
     """
     rows, k = logits.shape
-    log_sums = logits.new_empty(rows, dtype=torch.float32)
+    sums, log_sums = logits.new_empty(2, rows, dtype=torch.float32)
     options = {} if knobs.runtime.interpret else dict(num_warps=8)
     _softmax_rows[(rows,)](
-        logits, log_sums if offset is None else offset, out, log_sums, k, logits.stride(0), out.stride(0), scale,
+        logits, log_sums if offset is None else offset, out, sums, log_sums,
+        k, logits.stride(0), out.stride(0), scale,
         OFFSET=offset is not None, LIFT=lift(out.dtype), BLOCK=min(PASS_BLOCK, triton.next_power_of_2(k)), **options,
     )  # fmt: skip
-    return log_sums
+    return sums, log_sums

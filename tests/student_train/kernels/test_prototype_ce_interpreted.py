@@ -73,13 +73,14 @@ else:
     def test_exponentials(dtype, with_offset):
         query, keys, offset = scored(dtype)
         offset = offset if with_offset else None
-        anchors = torch.linspace(-3, 12, len(query))
+        anchors = torch.linspace(-3, 12, len(query)) + 20 * (dtype == torch.float16)
         out = torch.full((len(query), 384), torch.nan, dtype=dtype)
-        sums = triton_kernels.exponentials(query, keys, offset, anchors, 14.4, out[:, :333])
+        sums, exact_sums = triton_kernels.exponentials(query, keys, offset, anchors, 14.4, out[:, :333])
         wide_offset = None if offset is None else offset.double()
         lifted = anchors.double() - triton_kernels.lift(dtype)
         made, exact = reference.exponentials(query.double(), keys.double(), wide_offset, lifted, 14.4)
-        torch.testing.assert_close(sums.double(), exact, rtol=1e-4, atol=0)
+        torch.testing.assert_close(sums, out[:, :333].float().sum(1))
+        torch.testing.assert_close(exact_sums.double(), exact, rtol=1e-4, atol=0)
         torch.testing.assert_close(out[:, :333].double(), made, rtol=2e-4 + torch.finfo(dtype).eps, atol=1e-7)
         assert out[:, 333:].isnan().all(), "nothing is written beside the rows"
 
@@ -100,9 +101,10 @@ else:
         logits = 5 * query @ keys.T
         logits[3, :100] = -torch.inf
         out = torch.full((len(query), 384), torch.nan, dtype=dtype)
-        log_sums = triton_kernels.softmax_rows(logits, offset, 14.4, out[:, :333])
+        sums, log_sums = triton_kernels.softmax_rows(logits, offset, 14.4, out[:, :333])
         p, exact = reference.softmax_rows(logits.double(), offset.double(), 14.4)
         torch.testing.assert_close(log_sums.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums, out[:, :333].float().sum(1))
         found = out[:, :333].double() * 2.0 ** -triton_kernels.lift(dtype)
         torch.testing.assert_close(found, p, rtol=2e-4 + torch.finfo(dtype).eps, atol=1e-10)
         assert out[:, 333:].isnan().all()
@@ -115,7 +117,7 @@ else:
     def test_as_exact_as_torch(kind, dtype, biased, form, small_chunks):
         """The slack: p and q are rounded one by one before their product with the values, torch rounds p - q."""
         case = make_case(kind, 12, 3, dim=48, teacher_dim=20, num_prototypes=320, dtype=dtype, biased=biased)
-        assert_as_exact_as_torch(form, case, slack=1.5)
+        assert_as_exact_as_torch(form, case, slack=3 if dtype == torch.float16 else 1.5)
 
     def test_as_exact_as_torch_in_one_chunk(form):
         case = make_case("embedding", 12, 3, dim=48, num_prototypes=333, dtype=torch.bfloat16, biased=True)
