@@ -30,6 +30,11 @@ BLOCK_BYTES = 128
 SUM_BLOCK = 128
 """Prototypes a row of `exponentials`' partial sums: the narrowest tile."""
 
+ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=128)
+"""Of `log_sum_exp`, which few runs need: not tuned."""
+
+ROW_STAGES = 3
+
 SMALL = dict(BLOCK_ROWS=16, BLOCK_PROTOS=32)
 """The interpreter's tiles."""
 
@@ -285,14 +290,14 @@ def log_sum_exp(
 ) -> torch.Tensor:
     """(R,) float32 log2 of the sum of 2^(scale (query keys^T + offset)) where bounds (R,) > safe; anything where not."""
     (rows, d), k = query.shape, len(keys)
-    tiles = SMALL if knobs.runtime.interpret else dict(BLOCK_ROWS=128, BLOCK_PROTOS=128)
+    tiles = SMALL if knobs.runtime.interpret else ROW_TILES
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
     row_blocks, block = triton.cdiv(rows, tiles["BLOCK_ROWS"]), tiles["BLOCK_PROTOS"]
     splits = max(1, 2 * processors // row_blocks)
     split = block * triton.cdiv(triton.cdiv(k, splits), block)
     splits = triton.cdiv(k, split)
     log_sums = bounds.new_empty(splits, rows)
-    options = {} if knobs.runtime.interpret else dict(num_warps=8, num_stages=3)
+    options = {} if knobs.runtime.interpret else dict(num_warps=8, num_stages=ROW_STAGES)
     _log_sum_exp[(row_blocks, splits)](
         query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe,
         D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,

@@ -25,29 +25,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert " passed" in done.stdout
 
 else:
-    import numpy as np
-    import triton.language as tl
     from hypothesis import given, settings
     from hypothesis import strategies as st
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from rob.student_train.kernels import prototype_cross_entropy, reference, triton_ce, triton_kernels
+    from support.interpreter import repair
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
     @pytest.fixture(autouse=True)
     def repaired_interpreter(monkeypatch):
-        """Triton's interpreter keeps bfloat16 as 16-bit patterns, and multiplies the patterns; Triton 3.6's takes int() of arrays
-        of one element, which NumPy 2.4 refuses."""
-
-        def floats(x):
-            return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
-
-        def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-            return TensorHandle(np.matmul(floats(a), floats(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        repair(monkeypatch)
 
     @pytest.fixture(params=[True, False], ids=["tiled", "library"])
     def form(request):
