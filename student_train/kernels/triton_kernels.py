@@ -56,7 +56,9 @@ def fitting_configs(shared: int) -> list[triton.Config]:
     return [config for config in CONFIGS if shared_bytes(config) <= shared]
 
 
-def _prune(_configs, _arguments, **_meta):
+def _prune(_configs, _arguments, *, PRECISION, **_meta):
+    if PRECISION == "ieee":  # without tensor cores: the smallest will do
+        return CONFIGS[-1:]
     properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
     return fitting_configs(properties["max_shared_mem"])
 

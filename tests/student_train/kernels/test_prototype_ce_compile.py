@@ -1,10 +1,11 @@
 """The Triton kernels compiled ahead of time, without a GPU, for every kind of one: within shared memory and without spills.
 
-The tests compile a few. All of them, as the table in benchmarks/loss_notes.md: python tests/.../test_prototype_ce_compile.py
+The tests compile a few. All of them, as the table in benchmarks/loss_notes.md: python tests/.../test_prototype_ce_compile.py [90]
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,8 +110,8 @@ def test_every_gpu_has_tiles_to_choose_from_and_no_more_than_four(architecture):
 
 
 if __name__ == "__main__":
-    for architecture, shared in SHARED.items():
-        for variant in variants(shared):
+    for architecture in map(int, sys.argv[1:] or SHARED):
+        for variant in variants(SHARED[architecture]):
             try:
                 said = check(variant, architecture)
             except (AssertionError, subprocess.CalledProcessError, RuntimeError) as error:

@@ -29,14 +29,15 @@ else:
     from hypothesis import strategies as st
 
     from rob.student_train.kernels import prototype_cross_entropy, reference, triton_ce, triton_kernels
-    from support.interpreter import repair
+    from support.interpreter import bfloat16_dots, scalars_index
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
     @pytest.fixture(autouse=True)
     def repaired_interpreter(monkeypatch):
-        repair(monkeypatch)
+        scalars_index(monkeypatch)
+        bfloat16_dots(monkeypatch)
 
     @pytest.fixture(params=[True, False], ids=["tiled", "library"])
     def form(request):
