@@ -8,6 +8,7 @@ from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 
 IMPLS = ("auto", "triton", "chunked", "reference")
 
+
 def prototype_cross_entropy(
     student_embedding: Tensor,
     student_prototypes: Tensor,
@@ -57,7 +58,16 @@ def prototype_cross_entropy(
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLS)}")
     if impl == "auto":
         impl = choose_impl(student_embedding, student_prototypes, target)
-    inputs = student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights, student_bias
+    inputs = (
+        student_embedding,
+        student_prototypes,
+        target,
+        student_temp,
+        teacher_temp,
+        centre,
+        pair_weights,
+        student_bias,
+    )
     device, dtype = student_embedding.device, _product_dtype(student_embedding, student_prototypes)
     with torch.autocast(device.type, enabled=impl == "reference" and torch.is_autocast_enabled(device.type)):
         if impl == "reference":

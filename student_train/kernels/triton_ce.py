@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunked, products
+from . import chunked
 from .frozen import cast_of, largest_norm
 from .products import long_product, product
 from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
@@ -61,8 +61,8 @@ class Scores:
     tiled: bool
 
     def fill(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """out (R, K) becomes the rows' (R, D) exponentials; returns (R,) what to multiply them with to get the softmax, and (R,) the
-        logits' log-sum-exp, both float32."""
+        """out (R, K) becomes the rows' (R, D) exponentials; returns what to multiply them with to get the softmax, and the
+        logits' log-sum-exp, (R,) float32 both."""
         scale = 1 / (LN_2 * self.temp)
         if not self.tiled:
             most = max(64, LOGITS_BYTES // (4 * len(self.keys)))
@@ -130,7 +130,10 @@ class Problem:
         mix = torch.einsum("nvg,ngd->nvd", weights, target_means)
         loss = (total * log_sums.view(n, v)).sum() - (rows_z * mix).sum() / self.student_temp
         if self.bias is not None:
-            loss = loss - (weights.sum(1) * self._bias_means(e[n * v :], shares[n * v :], topk, n, g)).sum() / self.student_temp
+            loss = (
+                loss
+                - (weights.sum(1) * self._bias_means(e[n * v :], shares[n * v :], topk, n, g)).sum() / self.student_temp
+            )
         mixed = torch.einsum("nvg,nvd->ngd", weights, rows_z).flatten(0, 1)
         meets = (rows_z * total.unsqueeze(2)).flatten(0, 1)
         row_weights = total.flatten()
@@ -166,7 +169,9 @@ class Chunk:
     e: Tensor  # (R, K)
     meets: Tensor  # (R, D) float32, R of the module's docstring
     row_weights: Tensor  # (R,) float32, the same for the bias
-    topk: tuple[Tensor, ...] | None  # a top-k target's own: ids, at_ids, elsewhere, and what they meet, (n * G, D) and (n, G)
+    topk: (
+        tuple[Tensor, ...] | None
+    )  # a top-k target's own: ids, at_ids, elsewhere, and what they meet, (n * G, D) and (n, G)
 
     def grad_prototypes(self, upstream: Tensor | float = 1.0) -> Tensor:
         """(K, D) float32."""
@@ -203,7 +208,11 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embedding, prototypes, bias, target, student_temp, teacher_temp, centre, weights, dtype, tiled):
-        (b, v, _), k, dense_views = embedding.shape, len(prototypes), 0 if isinstance(target, TopKTarget) else target.num_views
+        (b, v, _), k, dense_views = (
+            embedding.shape,
+            len(prototypes),
+            0 if isinstance(target, TopKTarget) else target.num_views,
+        )
         problem = Problem(
             prototypes.to(dtype).contiguous(),
             None if bias is None else bias.float().contiguous(),
@@ -282,5 +291,14 @@ def prototype_cross_entropy(
     dtype = dtype or torch.promote_types(student_embedding.dtype, student_prototypes.dtype)
     weights = pair_weights.expand(len(student_embedding), -1, -1)
     return _TritonCrossEntropy.apply(
-        student_embedding, student_prototypes, student_bias, target, student_temp, teacher_temp, centre, weights, dtype, tiled
+        student_embedding,
+        student_prototypes,
+        student_bias,
+        target,
+        student_temp,
+        teacher_temp,
+        centre,
+        weights,
+        dtype,
+        tiled,
     )

@@ -227,15 +227,17 @@ def _softmax_rows(
     tl.store(sums + row, tl.sum(total, axis=0))
 
 
-if knobs.runtime.interpret:
-    _autotuned = triton.autotune([triton.Config(SMALL)], key=[])(_exponentials)
-else:
-    _autotuned = triton.autotune(
-        CONFIGS,
+def launcher(configs: list[triton.Config]):
+    """`exponentials`, by the fastest of ``configs`` at each size."""
+    return triton.autotune(
+        configs,
         key=["rows_bucket", "num_prototypes", "D", "OFFSET"],
-        prune_configs_by={"early_config_prune": _prune},
+        prune_configs_by={"early_config_prune": _prune} if len(configs) > 1 else None,
         cache_results=True,
     )(_exponentials)
+
+
+launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else CONFIGS)
 
 
 # ==== launching ====
@@ -272,7 +274,7 @@ def exponentials(
     (rows, d), k = query.shape, len(keys)
     sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
     sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
-    _autotuned[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
         query, keys, anchors if offset is None else offset, anchors, out, sums, rows, k, out.stride(0), scale,
         triton.next_power_of_2(rows),
         D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), LIFT=lift(out.dtype),

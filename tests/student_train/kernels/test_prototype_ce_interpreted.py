@@ -28,7 +28,14 @@ else:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    from rob.student_train.kernels import prototype_cross_entropy, reference, triton_ce, triton_kernels
+    from rob.student_train.kernels import (
+        chunked,
+        products,
+        prototype_cross_entropy,
+        reference,
+        triton_ce,
+        triton_kernels,
+    )
     from support.interpreter import bfloat16_dots, scalars_index
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
@@ -47,9 +54,9 @@ else:
     def small_chunks(monkeypatch):
         """Chunks of two images or so, so that there are several and the last is short; blocks of 64 rows; a product in parts."""
         monkeypatch.setattr(triton_ce, "SMALLEST_BUDGET", 1)
-        monkeypatch.setattr(triton_ce.chunked, "FEWEST_ROWS", 12)
+        monkeypatch.setattr(chunked, "FEWEST_ROWS", 12)
         monkeypatch.setattr(triton_ce, "LOGITS_BYTES", 1)
-        monkeypatch.setattr(triton_ce.products, "FEWEST_PER_PART", 16)
+        monkeypatch.setattr(products, "FEWEST_PER_PART", 16)
 
     # ==== the kernels, against their references ====
 
