@@ -11,7 +11,7 @@ the exact ones. LIFT keeps small probabilities out of float16's subnormal number
 kernel has a plain reference of its name in reference.py.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import torch
 import triton
@@ -59,8 +59,8 @@ def fitting_configs(shared: int) -> list[triton.Config]:
 def _prune(_configs, _arguments, *, PRECISION, **_meta):
     if PRECISION == "ieee":  # without tensor cores: the smallest will do
         return CONFIGS[-1:]
-    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    return fitting_configs(properties["max_shared_mem"])
+    utils = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
+    return fitting_configs(utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
 
 
 @triton.jit
@@ -134,8 +134,9 @@ def _exponentials(
     for part in tl.static_range(BLOCK_PROTOS // SUM_BLOCK):  # the same rows of sums whatever the tile
         slot = proto_tile * (BLOCK_PROTOS // SUM_BLOCK) + part
         where, ok = sums + slot.to(tl.int64) * num_rows + rows, row_ok & (slot < slots)
+        above = sums + (slots + slot).to(tl.int64) * num_rows + rows
         tl.store(where, sum_made if part == 0 else tl.zeros_like(sum_made), mask=ok)
-        tl.store(where + slots.to(tl.int64) * num_rows, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
+        tl.store(above, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
     where = out + rows[:, None].to(tl.int64) * stride + protos[None, :]
     tl.store(where, made, mask=row_ok[:, None] & proto_ok[None, :])
 
