@@ -1,4 +1,4 @@
-"""The settings of a training run."""
+"""The settings of a training run, and of what is made of one."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -89,3 +89,20 @@ class TrainConfig:
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for name, value in values.items()
         }
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Of which run, and where to. ``half`` halves the file; the teacher computes in float32 whatever its file holds."""
+
+    run: Annotated[Path, Setting("A run folder with its checkpoint.pt.", argument="RUN")]
+    out: Annotated[Path, Setting("The teacher's file.", argument="OUT.safetensors")]
+    image_size: Annotated[
+        int | None, Setting("Side in pixels that the teacher sees views at; default the student's.", low=8)
+    ] = None
+    half: Annotated[bool, Setting("Store float16: half the bytes.", option="--half")] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.out.suffix != ".safetensors":
+            raise MisuseError(f"`out` {self.out}: name it {self.out.with_suffix('.safetensors')}")
