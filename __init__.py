@@ -9,7 +9,7 @@ The stages and the measurements are functions that take one frozen configuration
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ __all__ = [
     "train_student",
     "verify",
 ]
-__version__ = version("rob")
+try:
+    __version__ = version("rob")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,6 @@ import pickle
 import random
 import zipfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import first_difference, replacing
+from ..common.run import versions
 from .students import StudentInfo, create_student
 
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
         "student": json.dumps(info.to_dict(), sort_keys=True),
         "timm_name": info.name,
         "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True),
-        "rob_version": version("rob"),
+        "rob_version": versions("rob")["rob"],
     }
     with replacing(path) as file:
         file.write(serialise_tensors(tensors, metadata))

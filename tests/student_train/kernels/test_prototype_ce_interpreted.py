@@ -31,6 +31,7 @@ else:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from rob.student_train.kernels import prototype_cross_entropy, reference, triton_ce
+    from support.interpreter import scalars_index
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
     @pytest.fixture(autouse=True)
@@ -44,6 +45,7 @@ else:
             return TensorHandle(np.matmul(floats(a), floats(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        scalars_index(monkeypatch)
 
     @pytest.fixture(params=[1, 3], ids=["one split", "three splits"])
     def splits(request, monkeypatch):
