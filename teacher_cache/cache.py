@@ -42,8 +42,11 @@ class CacheProgress:
     note: Callable[[str], None] = lambda text: None
 
 
-def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) -> StoreManifest:
-    """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed.
+def cache_teacher(
+    config: CacheConfig, progress: CacheProgress | None = None, teacher: Teacher | None = None
+) -> StoreManifest:
+    """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed. A ``teacher`` that is
+    given is taken as it is, instead of ``config.teacher``'s being loaded.
 
     Raises MisuseError for settings that cannot be and for a disk that is too small, FailureError when the disk fills up.
     """
@@ -52,7 +55,7 @@ def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) ->
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
     check_loader(config.loader, device)
     data = Beton(config.data)
-    teacher = load_teacher(config.teacher).to(device)
+    teacher = (teacher or load_teacher(config.teacher)).to(device)
     _check(config, data, teacher)
 
     fitting = PrototypeConfig(config.prototypes, seed=config.seed)
