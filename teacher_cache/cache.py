@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
-from ..common.run import autocast, pick_device, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, versions
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
@@ -53,6 +53,8 @@ def cache_teacher(
     progress = progress or CacheProgress()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
+    allow_fast_arithmetic(device, config.precision)
+    config = replace(config, precision=choose_precision(device, config.precision))
     check_loader(config.loader, device)
     data = Beton(config.data)
     teacher = (teacher or load_teacher(config.teacher)).to(device)
