@@ -60,7 +60,15 @@ class TrainConfig:
         Setting("Decay of a moving average of the student, exported beside it (0.99 to 0.9999).", low=0, high=1),
     ] = None
     seed: Seed = 0
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    compile: Annotated[
+        bool | None,
+        Setting(
+            "Compile the student: minutes at the start, then fewer and larger kernels. Default what rob gpu-check found to be "
+            "faster on this GPU, else not.",
+            option="--compile/--no-compile",
+        ),
+    ] = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": Setting("Images a step. Lower it when memory runs out.", low=2)}] = (
         field(default_factory=lambda: LoaderConfig(batch_size=256))
