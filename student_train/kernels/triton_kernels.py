@@ -18,11 +18,19 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-CONFIGS = [
-    triton.Config({"BLOCK_ROWS": rows, "BLOCK_PROTOS": protos}, num_warps=warps, num_stages=stages)
-    for rows, protos, warps, stages in [(128, 256, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3)]
-]
+
+def _configs(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
+    return [
+        triton.Config({"BLOCK_ROWS": rows, "BLOCK_PROTOS": protos}, num_warps=warps, num_stages=stages)
+        for rows, protos, warps, stages in tiles
+    ]
+
+
+CONFIGS = _configs((128, 256, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3))
 """Tiles to try: a program scores BLOCK_ROWS rows against BLOCK_PROTOS prototypes."""
+
+REGISTER_CONFIGS = _configs((128, 256, 8, 3), (128, 128, 8, 3), (64, 256, 8, 2), (64, 128, 4, 3))
+"""The same where a product's operands pass through registers: everything but Hopper and the B200."""
 
 BLOCK_BYTES = 128
 """Bytes of a row that a step of a product reads: 64 half or 32 float32 dimensions, a line of cache."""
@@ -30,7 +38,7 @@ BLOCK_BYTES = 128
 SUM_BLOCK = 128
 """Prototypes a row of `exponentials`' partial sums: the narrowest tile."""
 
-ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=128)
+ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=64)
 """Of `log_sum_exp`, which few runs need: not tuned."""
 
 ROW_STAGES = 3
@@ -51,16 +59,20 @@ def shared_bytes(config: triton.Config) -> int:
     return (rows + protos) * BLOCK_BYTES * config.num_stages
 
 
-def fitting_configs(shared: int) -> list[triton.Config]:
-    """Those of CONFIGS that a processor with ``shared`` bytes of shared memory a block can run."""
-    return [config for config in CONFIGS if shared_bytes(config) <= shared]
+def fitting_configs(shared: int, major: int) -> list[triton.Config]:
+    """Those that a processor of compute capability ``major`` with ``shared`` bytes of shared memory a block can run."""
+    configs = CONFIGS if major in (9, 10) else REGISTER_CONFIGS
+    return [config for config in configs if shared_bytes(config) <= shared]
 
 
-def _prune(_configs, _arguments, *, PRECISION, **_meta):
+def _prune(configs, _arguments, *, PRECISION, **_meta):
+    if len(configs) == 1:  # the caller chose
+        return configs
     if PRECISION == "ieee":  # without tensor cores: the smallest will do
         return CONFIGS[-1:]
     utils = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
-    return fitting_configs(utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
+    shared = utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+    return fitting_configs(shared, torch.cuda.get_device_capability()[0])
 
 
 @triton.jit
@@ -77,18 +89,14 @@ def _product(
     BLOCK_PROTOS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """query[rows] keys[protos]^T, a tile in float32."""
+    """query[rows] keys[protos]^T, a tile in float32. D is a multiple of BLOCK_D."""
     row_ok, proto_ok = (rows < num_rows)[:, None], (protos < num_prototypes)[None, :]
     row_at, proto_at = rows[:, None].to(tl.int64) * D, protos[None, :].to(tl.int64) * D
     total = tl.zeros([BLOCK_ROWS, BLOCK_PROTOS], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        if D % BLOCK_D == 0:
-            a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
-            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
-        else:
-            a = tl.load(query + row_at + d[None, :], mask=row_ok & (d < D)[None, :], other=0.0)
-            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok & (d < D)[:, None], other=0.0)
+        a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
+        b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
@@ -233,12 +241,12 @@ def launcher(configs: list[triton.Config]):
     return triton.autotune(
         configs,
         key=["rows_bucket", "num_prototypes", "D", "OFFSET"],
-        prune_configs_by={"early_config_prune": _prune} if len(configs) > 1 else None,
+        prune_configs_by={"early_config_prune": _prune},
         cache_results=True,
     )(_exponentials)
 
 
-launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else CONFIGS)
+launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else [*CONFIGS, REGISTER_CONFIGS[2]])
 
 
 # ==== launching ====
@@ -259,6 +267,12 @@ def block_d(dtype: torch.dtype) -> int:
     return BLOCK_BYTES // dtype.itemsize
 
 
+def whole_steps(rows: torch.Tensor) -> torch.Tensor:
+    """(R, D) with zeros behind the last dimension, so that D is read in whole steps: masks would cost registers."""
+    missing = -rows.shape[1] % block_d(rows.dtype)
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
 def exponentials(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -272,6 +286,7 @@ def exponentials(
 
     query (R, D) and keys (K, D): contiguous, of one dtype; offset (K,) and anchors (R,): float32; out: rows contiguous.
     """
+    query, keys = whole_steps(query), whole_steps(keys)
     (rows, d), k = query.shape, len(keys)
     sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
     sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
@@ -294,6 +309,7 @@ def log_sum_exp(
     safe: float = SAFE,
 ) -> torch.Tensor:
     """(R,) float32 log2 of the sum of 2^(scale (query keys^T + offset)) where bounds (R,) > safe; anything where not."""
+    query, keys = whole_steps(query), whole_steps(keys)
     (rows, d), k = query.shape, len(keys)
     tiles = SMALL if knobs.runtime.interpret else ROW_TILES
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
