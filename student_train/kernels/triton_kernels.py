@@ -13,6 +13,9 @@ kernel has a plain reference of its name in reference.py.
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,9 +69,12 @@ def fitting_configs(shared: int, major: int) -> list[triton.Config]:
 
 
 def _prune(configs, _arguments, *, PRECISION, **_meta):
-    if len(configs) == 1:  # the caller chose
-        return configs
-    if PRECISION == "ieee":  # without tensor cores: the smallest will do
+    return configs if len(configs) == 1 else device_configs(PRECISION)  # of one, the caller chose it
+
+
+def device_configs(precision: str) -> list[triton.Config]:
+    """Those to try on the current device."""
+    if precision == "ieee":  # without tensor cores: the smallest will do
         return CONFIGS[-1:]
     utils = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
     shared = utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
@@ -83,17 +89,17 @@ def _product(
     protos,
     num_rows,
     num_prototypes,
-    D: tl.constexpr,
+    width,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROTOS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """query[rows] keys[protos]^T, a tile in float32. D is a multiple of BLOCK_D."""
+    """query[rows] keys[protos]^T, a tile in float32. ``width``, D, is a multiple of BLOCK_D."""
     row_ok, proto_ok = (rows < num_rows)[:, None], (protos < num_prototypes)[None, :]
-    row_at, proto_at = rows[:, None].to(tl.int64) * D, protos[None, :].to(tl.int64) * D
+    row_at, proto_at = rows[:, None].to(tl.int64) * width, protos[None, :].to(tl.int64) * width
     total = tl.zeros([BLOCK_ROWS, BLOCK_PROTOS], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
         b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
@@ -101,7 +107,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_prototypes", "rows_bucket"])
 def _exponentials(
     query,  # (R, D)
     keys,  # (K, D)
@@ -114,7 +120,7 @@ def _exponentials(
     stride,
     scale,
     rows_bucket,  # autotuning key only: num_rows rounded up to a power of two
-    D: tl.constexpr,
+    width,  # D, a multiple of BLOCK_D
     OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     LIFT: tl.constexpr,
@@ -129,7 +135,7 @@ def _exponentials(
     rows = tl.program_id(0) % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     protos = proto_tile * BLOCK_PROTOS + tl.arange(0, BLOCK_PROTOS)
     s = _product(
-        query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
+        query, keys, rows, protos, num_rows, num_prototypes, width, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
     )  # fmt: skip
     row_ok, proto_ok = rows < num_rows, protos < num_prototypes
     if OFFSET:
@@ -149,7 +155,7 @@ def _exponentials(
     tl.store(where, made, mask=row_ok[:, None] & proto_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_prototypes", "split"])
 def _log_sum_exp(
     query,  # (R, D)
     keys,  # (K, D)
@@ -161,7 +167,7 @@ def _log_sum_exp(
     split,  # prototypes a split
     scale,
     safe,
-    D: tl.constexpr,
+    width,  # D, a multiple of BLOCK_D
     OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,7 +185,7 @@ def _log_sum_exp(
         for start in range(first, last, BLOCK_PROTOS):
             protos = start + tl.arange(0, BLOCK_PROTOS)
             s = _product(
-                query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
+                query, keys, rows, protos, num_rows, num_prototypes, width, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
             )  # fmt: skip
             if OFFSET:
                 s += tl.load(offset + protos, mask=protos < num_prototypes, other=0.0)[None, :]
@@ -190,7 +196,7 @@ def _log_sum_exp(
         tl.store(log_sums + tl.program_id(1) * num_rows + rows, largest + tl.log2(total), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_prototypes"])
 def _softmax_rows(
     logits,  # (R, K), rows `logits_stride` apart; -inf excludes a prototype
     offset,  # (K,) float32, when OFFSET
@@ -240,8 +246,9 @@ def launcher(configs: list[triton.Config]):
     """`exponentials`, by the fastest of ``configs`` at each size."""
     return triton.autotune(
         configs,
-        key=["rows_bucket", "num_prototypes", "D", "OFFSET"],
+        key=["rows_bucket", "num_prototypes", "width", "OFFSET"],
         prune_configs_by={"early_config_prune": _prune},
+        do_bench=lambda run, quantiles: triton.testing.do_bench(run, warmup=5, rep=20, quantiles=quantiles),
         cache_results=True,
     )(_exponentials)
 
@@ -250,6 +257,22 @@ launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else [*CONFI
 
 
 # ==== launching ====
+
+_compiled: set[tuple] = set()
+
+
+def compile_together(arguments: tuple, constants: dict[str, Any]) -> None:
+    """All tiles of `exponentials` compiled at once, on all cores, the first time that it meets these dtypes and constants.
+
+    One after the other, as the autotuner would, they take a quarter of a minute.
+    """
+    key = (torch.cuda.current_device(), arguments[0].dtype, arguments[4].dtype, *constants.values())
+    if key in _compiled or not hasattr(triton, "AsyncCompileMode"):
+        return
+    _compiled.add(key)
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for config in device_configs(constants["PRECISION"]):
+            _exponentials.warmup(*arguments, grid=(1,), **constants, **config.all_kwargs())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -290,12 +313,22 @@ def exponentials(
     (rows, d), k = query.shape, len(keys)
     sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
     sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
-    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+    arguments = (
         query, keys, anchors if offset is None else offset, anchors, out, sums, rows, k, out.stride(0), scale,
-        triton.next_power_of_2(rows),
-        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), LIFT=lift(out.dtype),
-        BLOCK_D=block_d(query.dtype), SUM_BLOCK=sum_block,
+        triton.next_power_of_2(rows), d,
     )  # fmt: skip
+    constants = dict(
+        OFFSET=offset is not None,
+        PRECISION=precision(query.dtype),
+        LIFT=lift(out.dtype),
+        BLOCK_D=block_d(query.dtype),
+        SUM_BLOCK=sum_block,
+    )
+    if query.is_cuda:
+        compile_together(arguments, constants)
+    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+        *arguments, **constants
+    )
     made, exact = sums.sum(1)
     return made, exact
 
@@ -320,8 +353,8 @@ def log_sum_exp(
     log_sums = bounds.new_empty(splits, rows)
     options = {} if knobs.runtime.interpret else dict(num_warps=8, num_stages=ROW_STAGES)
     _log_sum_exp[(row_blocks, splits)](
-        query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe,
-        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
+        query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe, d,
+        OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
     )  # fmt: skip
     return log_sums[0] if splits == 1 else _join(log_sums)
 
