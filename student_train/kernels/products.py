@@ -38,7 +38,8 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
     parts = parts_of(*a.shape, b.shape[1], _processors(a.device))
     if parts == 1:
         return product(a, b)
-    a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
+    (m, k), n = a.shape, b.shape[1]
+    a, b = a.reshape(m, parts, k // parts).transpose(0, 1), b.reshape(parts, k // parts, n)
     if _widens(a.device, a.dtype):
         return torch.bmm(a, b, out_dtype=torch.float32).sum(0)  # pyright: ignore[reportCallIssue]
     return torch.bmm(a.float(), b.float()).sum(0)
