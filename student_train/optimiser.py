@@ -38,7 +38,7 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, 
     # A decay of 0 at the start would mark no group as one that decays.
     weight_decay = config.weight_decay or config.weight_decay_end or 0.0
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
-    lr = config.lr * batch_size / LR_BATCH_SIZE
+    lr = config.peak * batch_size / LR_BATCH_SIZE
     of_lars: dict[str, Any] = {} if config.trust is None else {"trust_coeff": config.trust}
     of_adamw: dict[str, Any] = {"fused": True} if fused and config.name == "adamw" else {}
     return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum, **of_lars, **of_adamw)

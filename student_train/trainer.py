@@ -38,7 +38,7 @@ class Trainer:
         num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
-        assert config.objective is not None and isinstance(config.pairing, PairingConfig), "train_student chooses them"
+        assert config.objective and isinstance(config.pairing, PairingConfig) and config.epochs, "the plan chooses them"
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
