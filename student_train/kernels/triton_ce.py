@@ -157,7 +157,8 @@ class Problem:
         assert self.bias is not None
         if topk is None:
             return (product(e, _two_halves(self.bias, e.dtype)).sum(1) * shares).view(n, g)
-        return topk_means(*topk, self.bias.unsqueeze(1)).squeeze(2)
+        ids, at_ids, elsewhere = topk
+        return topk_means(ids, at_ids, elsewhere, self.bias.unsqueeze(1)).squeeze(2)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ BLOCK_BYTES = 128
 SUM_BLOCK = 128
 """Prototypes a row of `exponentials`' partial sums: the narrowest tile."""
 
-ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=64)
+ROW_TILES = dict(BLOCK_ROWS=64, BLOCK_PROTOS=64)
 """Of `log_sum_exp`, which few runs need: not tuned."""
 
 ROW_STAGES = 3
