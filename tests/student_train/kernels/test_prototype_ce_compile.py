@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is a Linux package")
 
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
 from rob.student_train.kernels import triton_kernels  # noqa: E402
 
@@ -107,6 +109,40 @@ def test_largest_tiles_fit_without_spills(kernel, architecture):
 def test_every_gpu_has_tiles_to_choose_from_and_no_more_than_four(architecture):
     """Each is compiled and timed when a size is met for the first time."""
     assert 2 <= len(triton_kernels.fitting_configs(SHARED[architecture], architecture // 10)) <= 4
+
+
+class NoGpu:
+    """A driver of an H100 that is not there: enough to compile for it."""
+
+    class utils:
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_shared_mem": SHARED[90]}
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.slow
+def test_a_first_call_compiles_all_tiles_and_another_size_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(triton_kernels, "_compiled", set())
+    constants = dict(OFFSET=False, PRECISION="tf32", LIFT=0, BLOCK_D=64, SUM_BLOCK=128)
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    for rows, prototypes, width in ((48, 1003, 256), (65, 1024, 384)):
+        query, keys = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (rows, prototypes))
+        out, anchors, sums = keys.new_empty(rows, 1024), torch.zeros(rows), torch.zeros(2, 8, rows)
+        sizes = rows, prototypes, 1024, 14.4, triton.next_power_of_2(rows), width
+        triton_kernels._compiled.clear()
+        triton_kernels.compile_together((query, keys, anchors, anchors, out, sums, *sizes), constants)
+        assert len(triton_kernels._exponentials.device_caches[0][0]) == len(triton_kernels.CONFIGS)
 
 
 if __name__ == "__main__":
