@@ -68,6 +68,7 @@ def _step(section: Section, name: str) -> None:
         ObjectiveConfig(name, hidden_dim=32, queue=64 if name in ("moco", "disco", "seed") else None),
         pairing,
         OptimiserConfig(warmup_epochs=0),
+        epochs=1,
         average=0.99,
     )
     if name == "swav":
