@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from rob.benchmarks.loss_sizes import SIZES, check_losses, measure_losses, measure_parts
+from rob.benchmarks.loss_cases import check_losses
+from rob.benchmarks.loss_sizes import SIZES, measure_losses, measure_parts
 
 BROKEN_DEVICE = 3
 """Exit code of a process whose device does not answer any more."""

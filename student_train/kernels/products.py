@@ -40,7 +40,7 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
         return product(a, b)
     a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
     if _widens(a.device, a.dtype):
-        return torch.bmm(a, b, out_dtype=torch.float32).sum(0)
+        return torch.bmm(a, b, out_dtype=torch.float32).sum(0)  # pyright: ignore[reportCallIssue]
     return torch.bmm(a.float(), b.float()).sum(0)
 
 
