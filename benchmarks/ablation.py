@@ -170,7 +170,7 @@ def do_all(config: AblationConfig, todo: list[Job], started: float) -> int:
 
     Processes are forked off a server that has imported everything and has not touched a GPU: they start in a moment.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     context.set_forkserver_preload(PRELOADED)
     waiting, running, failed = deque(todo), {}, 0
     try:
