@@ -23,9 +23,9 @@ from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
-from .objectives import ObjectiveConfig
+from .objectives import OBJECTIVES, ObjectiveConfig
 from .run_folder import RunFolder
-from .students import check_input_size, describe_student
+from .students import check_input_size, describe_student, with_usual_patch_drop
 from .targets.branch import RunContext
 from .targets.pairing import check_pairing, choose_pairing, plan_views
 from .train_config import TrainConfig
@@ -80,7 +80,8 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     else:
         pairing = choose_pairing(objective.name, branch.recipe, branch.views, config.pairing, branch.from_student)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
-    config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
+    student = with_usual_patch_drop(config.student, OBJECTIVES[objective.name].patch_drop)
+    config = replace(config, student=student, objective=objective, pairing=pairing, freeze_prototypes=freeze)
     if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
