@@ -26,7 +26,7 @@ from .crops import Preparation, crop_sets
 from .objectives import OBJECTIVES, ObjectiveConfig
 from .run_folder import RunFolder
 from .students import check_input_size, describe_student, with_usual_patch_drop
-from .targets.branch import RunContext
+from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import check_pairing, choose_pairing, plan_views
 from .train_config import TrainConfig
 from .trainer import Trainer
@@ -34,10 +34,13 @@ from .trainer import Trainer
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """What a caller may show: every log line as it is written, and notes; both may be left out."""
+    """What a caller may show: every log line as it is written, notes, and what was chosen for the run, before anything of it is
+    written; each may be left out.
+    """
 
     log: Callable[[dict[str, Any], int], None] = lambda line, total_steps: None
     note: Callable[[str], None] = lambda text: None
+    chosen: Callable[[TrainConfig, TargetBranch], None] = lambda config, branch: None
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,11 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     autocast(device, config.precision)
     check_loader(config.loader, device)
     data = Beton(config.data)
-    branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
-    objective = config.objective or ObjectiveConfig(branch.usual_objective)
+    asked = config.objective if isinstance(config.objective, ObjectiveConfig) else None
+    branch = config.targets.open(RunContext(data, device, config.precision, config.seed, asked))
+    if asked is None:
+        progress.note(f"`objective` {branch.usual_objective}, since {branch.why_usual}")
+    objective = asked or (config.objective or ObjectiveConfig)(branch.usual_objective)
     if isinstance(config.pairing, PairingConfig):
         pairing = check_pairing(objective.name, config.pairing)
     else:
@@ -82,6 +88,7 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     student = with_usual_patch_drop(config.student, OBJECTIVES[objective.name].patch_drop)
     config = replace(config, student=student, objective=objective, pairing=pairing, freeze_prototypes=freeze)
+    progress.chosen(config, branch)
     if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "

@@ -1,5 +1,6 @@
 """The settings of a training run, and of what is made of one."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +17,15 @@ from .targets.config import TargetsConfig
 class TrainConfig:
     """What to train, on what, against which ``targets``, and how.
 
-    ``objective`` None is the usual one of such targets; what ``pairing`` leaves open is as the objective's paper has it.
+    ``objective`` None is the usual one of such targets, or a function gives it by that one's name; what ``pairing`` leaves open
+    is as the objective's paper has it.
     """
 
     data: Data
     out: Annotated[Path, Setting("The run folder. A run that was killed goes on from its checkpoint there.")]
     student: StudentConfig
     targets: TargetsConfig
-    objective: ObjectiveConfig | None = None
+    objective: ObjectiveConfig | Callable[[str], ObjectiveConfig] | None = None
     pairing: PairingConfig | PairingChoice | None = None
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     epochs: Annotated[int, Setting("Passes over the images.", low=1)] = 100

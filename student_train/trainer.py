@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..common.errors import MisuseError
 from ..common.ranks import ALONE, Ranks, normalise_together
 from ..common.run import autocast, seed_everything
-from .config import PairingConfig
+from .config import ObjectiveConfig, PairingConfig
 from .kernels.target import Target
 from .objectives import build_objective
 from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
@@ -37,7 +37,9 @@ class Trainer:
         num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
-        assert config.objective is not None and isinstance(config.pairing, PairingConfig), "train_student chooses them"
+        assert isinstance(config.objective, ObjectiveConfig) and isinstance(config.pairing, PairingConfig), (
+            "chosen before"
+        )
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)

@@ -9,7 +9,7 @@ import typer
 
 from ...common.config import Checkpoint, Device, ViewSize
 from ...common.errors import MisuseError
-from ...common.options import refuse
+from ...common.options import refuse, spelled
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
@@ -94,17 +94,15 @@ def train_student(
     load_teacher: LoadTeacher,
 ) -> None:
     """Stage 2: train a student from cached targets, from the live teacher, or without one."""
-    from ...common.images.beton import Beton
     from ...common.ranks import leave_ranks
     from ...common.run import pick_device
     from ...common.signals import stopped_by_signals
     from ..bottleneck import describe_shares, worst_share
     from ..presets import get_preset
-    from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
+    from ..targets.branch import USUAL_OVER_PROTOTYPES, TargetBranch
     from ..targets.cached import Cached
     from ..targets.momentum import Momentum
     from ..targets.online import Online
-    from ..targets.pairing import choose_pairing
     from ..targets.with_copy import WithCopy
     from ..train import TrainProgress, train_student
 
@@ -138,31 +136,30 @@ def train_student(
         )
         filling = Cached(Path(targets), window_mib, cache_in_memory, preferred, overrides.local_scale)
 
-    # ==== the objective, and the views that meet ====
+    # ==== the run ====
     shape = student()
     small = shape.image_size <= 64 if small_images is None else small_images
-    source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
-    run = config(student=replace(shape, small_images=small), targets=source)
-    run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
     if objective is None and targets == "momentum":
         objective = USUAL_OVER_PROTOTYPES
-    asked = None if objective is None else matched(name=objective)
-    branch = source.open(replace(run_context, objective=asked))
-    if isinstance(filling, Cached) and preferred is not None:
-        replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
-        note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
-    if asked is None:
-        asked = matched(name=branch.usual_objective)
-        found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
-        note(f"--objective {asked.name}, since {'it has a use for the copy' if with_copy else found}")
-    pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
-    if not pairing.num_local:
-        refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
-    if not isinstance(filling, Cached):
-        made = f"is for a store of targets, and these are made on the spot (--targets {targets})"
-        refuse(context, ("cache_in_memory",), made)
+    named = lambda name: matched(name=name)  # noqa: E731
+    run = config(
+        student=replace(shape, small_images=small),
+        targets=WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling,
+        objective=named if objective is None else named(objective),
+        pairing=choice,
+    )
 
-    # ==== the run ====
+    def refuse_unused(chosen: TrainConfig, branch: TargetBranch) -> None:
+        """What the choices of this run leave without a use."""
+        if isinstance(filling, Cached) and preferred is not None:
+            replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
+            note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
+        if not chosen.pairing.num_local:
+            refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
+        if not isinstance(filling, Cached):
+            made = f"is for a store of targets, and these are made on the spot (--targets {targets})"
+            refuse(context, ("cache_in_memory",), made)
+
     if small and small_images is None:
         note(f"the small-image form of {shape.name}, for --image-size up to 64; --no-small-images keeps timm's")
     note_slow_loader(run.loader)
@@ -172,8 +169,9 @@ def train_student(
             speed = f"{line['images_per_second']:,.0f} images/s"
             update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
 
+        progress = TrainProgress(log=log, note=lambda text: note(spelled(text)), chosen=refuse_unused)
         with stopped_by_signals():
-            result = train_student(replace(run, objective=asked, pairing=pairing), TrainProgress(log=log, note=note))
+            result = train_student(run, progress)
         leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:

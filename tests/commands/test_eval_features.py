@@ -52,7 +52,8 @@ def test_features_of_a_student(rob, made, vit, task) -> None:
     plain = rob("eval", task, vit, made.data, *rest)
     assert plain.code == 0, plain.err
     assert re.search(r"bicubic to 32 px", plain.out)
-    assert not {"pooling", "interpolation"} & result(vit, task).keys()
+    assert result(vit, task)["interpolation"] == "bicubic"
+    assert "pooling" not in result(vit, task)
     for features, width in (("cls4", 4 * 192), ("cls+mean", 2 * 192), ("cls", 192)):
         outcome = rob("eval", task, vit, made.data, "--features", features, *rest)
         assert outcome.code == 0, outcome.err

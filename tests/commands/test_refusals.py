@@ -40,7 +40,7 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--optimiser", "adam"), "unknown optimiser 'adam': did you mean adamw"),
         (("--precision", "fp17"), "unknown precision 'fp17': did you mean fp16"),
         (("--precision", "fp16"), "fp16 needs a GPU: on a CPU use fp32"),
-        (("--device", "gpu0"), r"unknown device 'gpu0' \(known: auto, cpu, cuda, mps\)$"),
+        (("--device", "gpu0"), "unknown device 'gpu0'"),
         (("--batch-size", 25), "--batch-size 25 is more than the 24 images"),
         (("--step-targets", 3), "holds 2 views .* --step-targets 2"),
         (("--warmup-epochs", 1), "leaves nothing of a run of 1"),
