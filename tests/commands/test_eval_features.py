@@ -57,7 +57,7 @@ def test_features_of_a_student(rob, made, vit, task) -> None:
     for features, width in (("cls4", 4 * 192), ("cls+mean", 2 * 192), ("cls", 192)):
         outcome = rob("eval", task, vit, made.data, "--features", features, *rest)
         assert outcome.code == 0, outcome.err
-        assert f"vit_tiny_patch16_224, {features}, bilinear" in " ".join(outcome.out.split())
+        assert f"vit_tiny_patch16_224, {features}, bicubic" in " ".join(outcome.out.split())
         assert "an earlier result with other features is replaced" in " ".join(outcome.out.split())
         assert result(vit, task)["pooling"] == features
         assert any(rows.shape == (24, width) for rows in kept(vit))
