@@ -120,8 +120,8 @@ __all__ = [
 ]
 try:
     __version__ = version("rob")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "absent"
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:

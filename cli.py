@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
@@ -116,6 +117,18 @@ def bench(
     note(f"written to {report.write(out)}")
 
 
+def gpu_check(config: GpuCheckConfig) -> None:
+    """What works on this GPU and how fast; stores what later runs there choose. Exit code 1 where a check failed."""
+    from rob.benchmarks.gpu_check.check import passed, run, tables
+
+    report = run(config, note)
+    for table in tables(report):
+        table.show(console)
+    note(f"written to {config.out}" + (f"; settings to {report['stored']}" if "stored" in report else ""))
+    if not passed(report):
+        raise typer.Exit(1)
+
+
 # ==== the application ====
 
 app = typer.Typer(
@@ -136,6 +149,7 @@ app.command("train-student", cls=PresetCommand)(command(train_student, load_teac
 app.command("export-teacher")(command(export_teacher))
 for function in (teachers, verify, sweep, compare, demo, bench):
     app.command()(command(function))
+app.command("gpu-check")(command(gpu_check))
 for function in (knn, linear, lowshot, transfer):
     evaluate.command()(command(function, load_teacher=load_teacher))
 evaluate.command()(command(detect))

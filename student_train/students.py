@@ -46,6 +46,8 @@ VIT_PATCH_SMALL = 4
 VIT_FAMILIES = ("vision_transformer", "deit")
 MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
+SMALL_SIDE = 64
+"""Pixels a side of the largest images that the small form is for."""
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
 
 
@@ -53,7 +55,8 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     """The description of ``config``'s student. MisuseError: a name unknown to timm, or one with no small-image form."""
     kwargs: dict[str, Any] = {"num_classes": 0}
     family = model_family(config.name)
-    if config.small_images and family not in SMALL_IMAGE_FAMILIES:
+    small = is_small(config)
+    if small and family not in SMALL_IMAGE_FAMILIES:
         raise MisuseError(
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
             "choose one of those, or do without `small_images`"
@@ -61,9 +64,16 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
-        if config.small_images:
+        if small:
             kwargs["patch_size"] = VIT_PATCH_SMALL
-    return StudentInfo(config.name, kwargs, config.image_size, config.small_images)
+    return StudentInfo(config.name, kwargs, config.image_size, small)
+
+
+def is_small(config: StudentConfig) -> bool:
+    """Whether the student has its small-image form: by the size of its images, where nothing else is said and it has one."""
+    if config.small_images is None:
+        return config.image_size <= SMALL_SIDE and model_family(config.name) in SMALL_IMAGE_FAMILIES
+    return config.small_images
 
 
 def build_student(config: StudentConfig) -> nn.Module:

@@ -77,11 +77,6 @@ class TargetBranch:
         return USUAL_OVER_PROTOTYPES if self.space.num_prototypes else "embedding"
 
     @property
-    def why_usual(self) -> str:
-        """The reason, for a note."""
-        return f"the targets have {'' if self.space.num_prototypes else 'no '}prototypes"
-
-    @property
     def state(self) -> dict[str, nn.Module]:
         """What a checkpoint has to hold of the branch, by name."""
         return {}

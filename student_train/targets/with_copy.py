@@ -80,10 +80,6 @@ class TargetsWithCopy(TargetBranch):
         return USUAL_WITH_COPY
 
     @property
-    def why_usual(self) -> str:
-        return "it has a use for the copy"
-
-    @property
     def state(self) -> dict[str, nn.Module]:
         return self.frozen.state | self.moving.state
 

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from rob.common.errors import MisuseError
 from rob.common.store.encodings import Encoding
 from rob.common.views.loader import LoaderConfig, geometry
 from rob.common.views.recipes import get_recipe
@@ -18,7 +17,6 @@ from rob.student_train.config import PairingChoice
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
-from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.online import Online
 from rob.student_train.targets.pairing import PairingConfig
@@ -189,40 +187,4 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
         with pytest.raises(SystemExit):
             cli.main()
         said = TrainConfig(config.data, out, StudentConfig("resnet18"), Cached(store.path), ObjectiveConfig(objective))
-        assert given[-1].pairing == PairingChoice()  # nothing asked for
-        assert replace(given[-1], pairing=None) == said
-        tiny = replace(config, out=out, objective=replace(config.objective, name=objective), epochs=1)
-        train_student(replace(tiny, pairing=None))
-        assert json.loads((out / "config.json").read_text())["pairing"] == asdict(PairingConfig("same", 2))
-
-
-def test_the_branch_is_opened_once_and_what_was_chosen_is_said(config, store, tmp_path):
-    opened: list[RunContext] = []
-
-    @dataclass(frozen=True)
-    class Counted(Cached):
-        def open(self, run: RunContext):
-            opened.append(run)
-            return super().open(run)
-
-    notes, chosen = [], []
-    progress = TrainProgress(note=notes.append, chosen=lambda config, branch: chosen.append((config, branch)))
-    named = lambda name: replace(config.objective, name=name)  # noqa: E731
-    out = tmp_path / "run"
-    train_student(
-        replace(config, out=out, targets=Counted(store.path), objective=named, pairing=None, epochs=1), progress
-    )
-    (settings, branch), *more = chosen
-    assert not more
-    assert len(opened) == 1
-    assert settings.objective.name == branch.usual_objective == "dino"
-    assert settings.objective.hidden_dim == config.objective.hidden_dim
-    assert notes[0] == "`objective` dino, since the targets have prototypes"
-
-    def refuse(config: TrainConfig, branch: object) -> None:
-        raise MisuseError("no use")
-
-    refused_out = tmp_path / "refused"
-    with pytest.raises(MisuseError, match="no use"):
-        train_student(replace(config, out=refused_out), TrainProgress(chosen=refuse))
-    assert not refused_out.exists()
+        assert given[-1] == replace(said, pairing=PairingChoice())
