@@ -219,7 +219,8 @@ def one_run(config: AblationConfig, job: Job) -> None:
 
 def student_config(student: str) -> StudentConfig:
     name = student.partition(":")[0]
-    return StudentConfig(STUDENTS.get(name, name), image_size=IMAGE_SIZE, small_images=True)
+    # MSN's drop of patches is left out: the student is to have the same work in every row.
+    return StudentConfig(STUDENTS.get(name, name), image_size=IMAGE_SIZE, small_images=True, patch_drop=0.0)
 
 
 def training(config: AblationConfig, job: Job) -> TrainConfig:
