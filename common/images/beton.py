@@ -293,7 +293,7 @@ class Beton:
         for image_id in image_ids[~self._checked[image_ids]].tolist():
             if not self.is_whole(image_id):
                 raise FailureError(
-                    f"{self.path}: image {image_id} is damaged (its checksum does not match); pack it again"
+                    f"{self.path}: image {image_id} is damaged (its checksum does not match); pack the data again"
                 )
             self._checked[image_id] = True
 
