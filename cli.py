@@ -16,6 +16,7 @@ from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unkno
 from rob.common.options import command
 from rob.common.screen import accuracies, bar, console, note
 from rob.common.settings import Setting
+from rob.common.signals import end_with_parent
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
+    end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,18 @@ def lock_file(path: Path, taken: str) -> int:
         os.close(descriptor)
         raise MisuseError(taken)
     return descriptor
+
+
+def wait_for_lock(path: Path, seconds: float) -> None:
+    """Wait until nobody holds ``path``, where there is such a file, or for so long."""
+    end = time.monotonic() + seconds
+    while path.exists() and time.monotonic() < end:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        free = lock(descriptor)
+        os.close(descriptor)
+        if free:
+            return
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -62,16 +75,34 @@ def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         with new_file(temporary) as file:
             yield file
             flush_to_disk(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+            if not os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
+                raise OSError(errno.EBUSY, "another process is writing it", str(path))
+            os.replace(temporary, path)
+    except BaseException as error:
+        if not (isinstance(error, OSError) and error.errno == errno.EBUSY):
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file of this process's own: what is at ``path`` goes, so that nothing is written through a link."""
+    """A file of this process's own, locked: what is at ``path`` goes, so that nothing is written through a link.
+
+    OSError, EBUSY: another process is writing there.
+    """
+    try:
+        earlier = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise
+    else:
+        free = lock(earlier)
+        os.close(earlier)
+        if not free:
+            raise OSError(errno.EBUSY, "another process is writing it", str(path))
     path.unlink(missing_ok=True)
-    return open(path, "xb")
+    file = open(path, "xb")  # noqa: SIM115
+    lock(file.fileno())
+    return file
 
 
 def append_to(path: Path) -> BinaryIO:

@@ -1,5 +1,6 @@
 """Ctrl-C, and the other ways in which a run is asked to end: taken at once, or held back until a step is whole."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,6 +10,22 @@ from contextlib import contextmanager
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A cluster's or a container's way to end a job, and a terminal's that is closed."""
+
+
+PARENT = "ROB_PARENT"
+"""In the environment: the process that a command was started by, and is to end with."""
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Where ``PARENT`` is set, have Linux send SIGTERM when that process dies, however it does; at once if it is dead."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -134,6 +134,8 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
         raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
     state = trainer.state | branch.state
     step = run.resume(state, device)
+    for text in run.notes:
+        progress.note(text)
     if step == total_steps:
         progress.note(f"{config.out} is complete already: nothing to do")
 

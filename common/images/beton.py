@@ -95,7 +95,6 @@ class BetonWriter:
         _remove_stale(path)
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         self._file = new_file(self._temporary)
-        lock(self._file.fileno())
         self._end = self._file.seek(ROWS_AT + self._rows.nbytes)
 
     def __enter__(self) -> "BetonWriter":

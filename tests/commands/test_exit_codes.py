@@ -121,5 +121,5 @@ def test_a_damaged_line_of_the_log_is_named(rob, refused, made, tmp_path):
     assert rob(*train).code == 0
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 4, "lo\n')
-    refused(1, r"metrics\.jsonl: line \d is damaged: delete that line", *train)
-    refused(1, r"metrics\.jsonl: line \d is damaged", "compare", tmp_path / "run", "--out", tmp_path / "a.png")
+    refused(1, r"metrics\.jsonl: line \d is cut or no JSON: delete that line", *train)
+    refused(1, r"metrics\.jsonl: line \d is cut or no JSON", "compare", tmp_path / "run", "--out", tmp_path / "a.png")

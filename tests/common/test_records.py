@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -51,10 +52,8 @@ def test_no_flipped_bit_and_no_cut_passes(content, draw):
     flipped = bytearray(data)
     flipped[at // 8] ^= 1 << at % 8
     for damaged in (bytes(flipped), data[: at // 8]):
-        try:
+        with suppress(DamagedError):
             assert unsealed(damaged, Anything) == json.loads(json.dumps(content))  # a space that became a tab
-        except DamagedError:
-            pass
 
 
 @given(st.binary(max_size=200) | OBJECTS.map(lambda value: json.dumps(value).encode()))
@@ -112,7 +111,7 @@ def test_the_sentence_names_the_file_and_what_to_do(tmp_path):
 def test_only_a_regular_file_of_sane_size_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # to read it would wait for ever
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
-        with pytest.raises(OSError, match="regular|directory"):
+        with pytest.raises(OSError, match=r"regular|directory"):
             read_record(type(tmp_path)(path), Point, "")
     with open(tmp_path / "large", "wb") as file:
         file.truncate(1 << 40)

@@ -156,5 +156,5 @@ def test_a_small_arrays_own_description_is_checked(whole, tmp_path):
     description = path / "prototypes" / "zarr.json"
     description.write_text(description.read_text().replace('"float32"', '"int32"').replace("0.0", "0"))
     assert zarr.open_array(path / "prototypes", mode="r")[...].dtype == np.int32
-    with pytest.raises(FailureError, match="array 'prototypes' is damaged .its checksum does not match"):
+    with pytest.raises(FailureError, match=r"array 'prototypes' is damaged \(its checksum does not match"):
         _ = TargetStore.open(path).prototypes
