@@ -17,6 +17,7 @@ from rob.common.options import command
 from rob.common.screen import accuracies, bar, console, note
 from rob.common.settings import Setting
 from rob.common.signals import end_with_parent
+from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
@@ -134,7 +135,7 @@ for function in (pack, views, inspect):
     app.command()(command(function))
 app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
-for function in (teachers, verify, sweep, compare, demo, bench):
+for function in (teachers, verify, check, sweep, compare, demo, bench):
     app.command()(command(function))
 for function in (knn, linear, lowshot, transfer):
     evaluate.command()(command(function, load_teacher=load_teacher))
