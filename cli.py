@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that --help is instant.
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
-from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
+from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.options import command
 from rob.common.screen import accuracies, bar, console, note
 from rob.common.settings import Setting
@@ -39,10 +40,10 @@ def main() -> None:
     try:
         app(prog_name="rob")
     except (MisuseError, FailureError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
-        print(f"error: {error.filename or 'rob'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {printable(f'{error.filename or os.getcwd()}: {error.strerror or error}')}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

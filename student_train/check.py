@@ -30,7 +30,7 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
 
     MisuseError: there is nothing of ours at ``path``, or what is there cannot even be opened.
     """
-    if path.suffix == ".beton" or path.is_file() and path.suffix not in (".safetensors", ".pt"):
+    if path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".pt")):
         data = Beton(path)
         damaged = data.damaged(progress)
         return Checked(f"{data.num_images:,} images", tuple(f"{path}: image {i} is damaged" for i in damaged))

@@ -171,10 +171,12 @@ class RunFolder:
         self._images = 0
         if warning := self.watch(line):
             line["warning"] = warning
-        with append_to(self.out / "metrics.jsonl") as metrics:
-            metrics.write(sealed(line))
-        with append_to(self.out / "train.log") as text:
-            text.write(self._sentence(line).encode())
+        for name, text in (("metrics.jsonl", sealed(line)), ("train.log", self._sentence(line).encode())):
+            try:
+                with append_to(self.out / name) as file:
+                    file.write(text)
+            except OSError as error:
+                raise FailureError(f"cannot write {self.out / name}: {error.strerror or error}") from error
         self.on_log(line, self.total_steps)
 
     def check_losses(self, step: int) -> Tensor:

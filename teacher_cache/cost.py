@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from ..common.errors import MisuseError
@@ -53,7 +54,7 @@ def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> 
     if needed > free:
         beside = ", with the embeddings beside it until it is done," if len(bytes_when_done) > 1 else ""
         raise MisuseError(
-            f"{out}{beside} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
+            f"{out}{beside} needs {decimal(needed)} and {decimal(free)} are free there: "
             "take fewer `views`, a smaller `encoding` (topk, or embedding in int8), or another disk"
         )
 
