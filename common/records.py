@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import (
     Annotated,
@@ -100,9 +101,9 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     DamagedError names the first place that is of another type. Unknown fields are refused in a dataclass, which is built from
     all of them, and left alone in a TypedDict.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind is Any or (type(value) is kind and kind not in (dict, list)):
         return value
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return typed(arguments[0], value, name)
     if origin in (Union, types.UnionType):
@@ -126,17 +127,20 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {key: typed(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
     elif kind is float:
-        if type(value) in (int, float):
+        if type(value) is int and abs(value) < 1 << 1000:
             return float(value)
     elif type(value) is (type(None) if kind is None else kind):
         return value
     raise _wrong(name, value)
 
 
+_hints = cache(get_type_hints)
+
+
 def _object(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(name, value)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     if is_dataclass(kind):
         optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
         unknown = value.keys() - hints.keys()
@@ -144,7 +148,8 @@ def _object(kind: Any, value: Any, name: str) -> Any:
             raise DamagedError(f"says {_short(min(unknown))}, which is nothing here")
     else:
         optional = kind.__optional_keys__
-    missing = [field for field in hints if field not in value and field not in optional]
+    inside = f"{name.removeprefix('.')}." if name else ""
+    missing = [inside + field for field in hints if field not in value and field not in optional]
     if missing:
         raise DamagedError(f"lacks {', '.join(missing)}")
     found = {field: typed(hints[field], one, f"{name}.{field}") for field, one in value.items() if field in hints}

@@ -324,7 +324,7 @@ class Beton:
         if self.modes[image_id] == RAW:
             return np.array(stored).reshape(self.heights[image_id], self.widths[image_id], 3)
         try:
-            with Image.open(io.BytesIO(stored.tobytes())) as image:
+            with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG", "MPO")) as image:
                 if image.size != (self.widths[image_id], self.heights[image_id]):
                     raise OSError("it is of another size than its row says")
                 return np.array(image)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
 from ....common.errors import FailureError
-from ....common.files import replacing
+from ....common.files import locked, replacing
 from ....common.run import pick_device, seed_everything
 from ....common.weights import hash_weights
 from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
@@ -50,6 +51,7 @@ class DetectProgress:
 
     train: Callable[[int, int, str], None] = lambda done, total, text: None
     test: Callable[[int, int], None] = lambda done, total: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectProgress | None = None) -> DetectResult:
@@ -63,6 +65,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     device = pick_device(config.device)
     train = open_detection(config.data, config.train)
     test = open_detection(config.data, config.test).with_classes_of(train)
+    for sentence in (*train.left_out, *test.left_out):
+        progress.note(sentence)
+    DetectionTensors(test, masks=False).check_sizes()  # not only after the training
     backbone, info = load_student(config.run)
     source = hash_weights(backbone.state_dict())
     seed_everything(config.seed)
@@ -78,7 +83,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     settings = {k: v for k, v in asdict(config).items() if k not in ("run", "data", "test", "workers", "device")}
     settings |= {"weights": source, "classes": train.classes, "masks": masks}
     settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
-    fit(detector, train, masks, config, device, checkpoint, settings, progress)
+    taken = f"{checkpoint}: another rob eval detect is at work on this run; wait for it, or give another `out`"
+    with locked(checkpoint.with_suffix(".lock"), taken) if checkpoint else nullcontext():
+        fit(detector, train, masks, config, device, checkpoint, settings, progress)
 
     found = find(detector, test, masks, device, progress)
     truth = test.to_coco()
