@@ -39,6 +39,8 @@ class Source:
     classes: tuple[str, ...] | None
     left_out: tuple[str, ...] = ()
     """Sentences on files that were left out."""
+    folder: Path | None = None
+    """That the paths start from, where there is one."""
 
     def take(self, limit: int | None) -> "Source":
         """``limit`` images spread evenly over the sorted order, hence over the classes of a folder with sub-folders."""
@@ -97,7 +99,7 @@ def open_folder(folder: Path) -> Source:
     def read(path: str) -> tuple[bytes, int]:
         return read_regular(folder / path, LARGEST), labels.get(path.rpartition("/")[0], -1)
 
-    return Source(paths, read, classes, left_out)
+    return Source(paths, read, classes, left_out, folder)
 
 
 def _other_files(folder: Path, paths: list[str]) -> tuple[str, ...]:
