@@ -18,6 +18,7 @@ from torchvision.models.detection import FasterRCNN
 from ....common.errors import FailureError
 from ....common.files import locked, replacing
 from ....common.run import pick_device, seed_everything
+from ....common.shared_memory import shared_memory_holds
 from ....common.weights import hash_weights
 from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
 from ...optimiser import cosine_decay
@@ -185,12 +186,13 @@ def _training_batches(
     order = torch.randperm(len(data.images), generator=generator).tolist()
     flips = torch.rand(len(order), generator=generator) < 0.5
     images = Subset(DetectionTensors(data, masks, flips), order)
+    needed = 4 * 3 * max(i["width"] * i["height"] for i in data.images) * config.batch_size * (2 * config.workers + 2)
     # A DataLoader draws a seed for its workers: from a generator of its own, so that a resumed run draws the same.
     return iter(
         DataLoader(
             images,
             config.batch_size,
-            num_workers=config.workers,
+            num_workers=config.workers if shared_memory_holds(needed) else 0,
             collate_fn=_columns,
             generator=torch.Generator(),
         )
