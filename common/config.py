@@ -14,7 +14,7 @@ Precision = Annotated[
         "fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."
     ),
 ]
-Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]
+Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high=2**40)]
 
 TeacherName = Annotated[
     str,

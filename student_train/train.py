@@ -13,8 +13,9 @@ import numpy as np
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
-from ..common.ranks import ALONE, Ranks, join_ranks, whole_steps
+from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, whole_steps
 from ..common.run import autocast, pick_device, seed_step, versions
+from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
@@ -62,13 +63,15 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes.
 
     Under torchrun every rank takes its share of each batch and of the images; rank 0 writes the files.
-    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number (the last good
-    checkpoint stays).
+    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number, or another rank is lost (the
+    last good checkpoint stays).
     """
-    progress = progress or TrainProgress()
+    with lost_ranks_are_a_failure(), interrupted_once():
+        return _train(config, progress or TrainProgress(), join_ranks())
 
+
+def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainResult:
     # ==== what is trained, and against what ====
-    ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)
     check_loader(config.loader, device)
