@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
@@ -22,6 +23,7 @@ from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
+from rob.student_train.commands.export import export_teacher
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -119,6 +121,18 @@ def bench(
     note(f"written to {report.write(out)}")
 
 
+def gpu_check(config: GpuCheckConfig) -> None:
+    """What works on this GPU and how fast; stores what later runs there choose. Exit code 1 where a check failed."""
+    from rob.benchmarks.gpu_check.check import passed, run, tables
+
+    report = run(config, note)
+    for table in tables(report):
+        table.show(console)
+    note(f"written to {config.out}" + (f"; settings to {report['stored']}" if "stored" in report else ""))
+    if not passed(report):
+        raise typer.Exit(1)
+
+
 # ==== the application ====
 
 app = typer.Typer(
@@ -136,8 +150,10 @@ for function in (pack, views, inspect):
     app.command()(command(function))
 app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
+app.command("export-teacher")(command(export_teacher))
 for function in (teachers, verify, check, sweep, compare, demo, bench):
     app.command()(command(function))
+app.command("gpu-check")(command(gpu_check))
 for function in (knn, linear, lowshot, transfer):
     evaluate.command()(command(function, load_teacher=load_teacher))
 evaluate.command()(command(detect))

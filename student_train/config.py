@@ -12,6 +12,8 @@ HEADS = ("fresh", "teacher", "frozen")
 HEAD_TYPES = ("projection", "mlp")
 PAIRINGS = ("same", "cross", "all")
 OPTIMISERS = ("adamw", "sgd", "lars")
+PUBLISHED_LR = 5e-4
+"""DINO's for a small ViT, for a batch of 256."""
 
 READ: dict[str, frozenset[str]] = {}
 """By objective: the fields of ``ObjectiveConfig``, of those that not all read, that it does. ``Objective`` fills it."""
@@ -31,8 +33,10 @@ class StudentConfig:
         ),
     ] = "vit_tiny_patch16_224"
     image_size: Annotated[int, Setting("Side in pixels of the student's global crops.", low=8)] = 224
-    small_images: bool = False
-    """A stem that reduces less, for up to 64 px."""
+    small_images: Annotated[
+        bool | None,
+        Setting("A stem that reduces less, for up to 64 px; default by --image-size, and by the time there is."),
+    ] = None
     drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
     patch_drop: Annotated[
         float | None,
@@ -305,8 +309,13 @@ class OptimiserConfig:
         ),
     ] = "adamw"
     lr: Annotated[
-        float, Setting("Peak rate for a batch of 256, scaled linearly. NaN or a rising loss: halve it.", low=0)
-    ] = 5e-4
+        float | None,
+        Setting(
+            "Peak rate for a batch of 256, scaled linearly. Default by the plan; 5e-4 with --epochs and --batch-size. NaN or a "
+            "rising loss: halve it.",
+            low=0,
+        ),
+    ] = None
     min_lr: Annotated[float, Setting("Where the rate's cosine ends; not scaled with the batch.", low=0)] = 1e-6
     warmup_epochs: Annotated[float | None, Setting("Default a tenth of the epochs, at most 10.", low=0)] = None
     weight_decay: Annotated[float, Setting("0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.", low=0)] = 0.04
@@ -324,6 +333,11 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def peak(self) -> float:
+        """``lr``, the published one where it was left open."""
+        return PUBLISHED_LR if self.lr is None else self.lr
 
     def warmup(self, epochs: int) -> float:
         """Epochs of warm-up in a run of ``epochs``."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..common.errors import MisuseError
 from ..common.views.batch import Batch, ViewSet
 from ..common.views.recipes import Recipe
-from .students import VIT_PATCH_SMALL
+from .students import VIT_PATCH_SMALL, is_small
 from .targets.pairing import ViewPlan
 from .train_config import TrainConfig
 
@@ -30,7 +30,7 @@ def crop_sets(config: TrainConfig, recipe: Recipe, plan: ViewPlan) -> tuple[View
         raise MisuseError(
             f"`local_size` {config.local_size} is more than `image_size` {size}: local crops are the smaller ones"
         )
-    patch = VIT_PATCH_SMALL if config.student.small_images else VIT_PATCH
+    patch = VIT_PATCH_SMALL if is_small(config.student) else VIT_PATCH
     patches = max(1, round(size * local.size / recipe.global_crops[0].size / patch))
     return (*sets, ViewSet(plan.locals, config.local_size or patches * patch))
 

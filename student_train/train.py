@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
 from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, whole_steps
-from ..common.run import autocast, pick_device, seed_step, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
@@ -25,20 +26,26 @@ from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .objectives import ObjectiveConfig
+from .plan import TrainPlan, plan_run
 from .run_folder import RunFolder
 from .students import check_input_size, describe_student
 from .targets.branch import RunContext
-from .targets.pairing import check_pairing, choose_pairing, plan_views
+from .targets.pairing import plan_views
 from .train_config import TrainConfig
 from .trainer import Trainer
 
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """What a caller may show: every log line as it is written, and notes; both may be left out."""
+    """What a caller may show, each of which may be left out: every log line as it is written, notes, every step (those done,
+    all), what is being waited for, and the plan. With ``plan`` the time of a step is measured before the run.
+    """
 
     log: Callable[[dict[str, Any], int], None] = lambda line, total_steps: None
     note: Callable[[str], None] = lambda text: None
+    step: Callable[[int, int], None] = lambda done, total_steps: None
+    say: Callable[[str], None] = lambda text: None
+    plan: Callable[[TrainPlan], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,17 +80,23 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
 def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainResult:
     # ==== what is trained, and against what ====
     device = pick_device(config.device)
-    autocast(device, config.precision)
+    autocast(device, config.precision)  # refuses what this device does not have
+    allow_fast_arithmetic(device, config.precision)
+    if config.precision == "auto":
+        config = replace(config, precision=choose_precision(device, config.precision))
+        if device.type == "cuda":
+            progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
     data = Beton(config.data)
-    branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
+    context = RunContext(data, device, config.precision, config.seed, config.objective)
+    branch = config.targets.open(context)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    if isinstance(config.pairing, PairingConfig):
-        pairing = check_pairing(objective.name, config.pairing)
-    else:
-        pairing = choose_pairing(objective.name, branch.recipe, branch.views, config.pairing, branch.from_student)
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
-    config = replace(config, objective=objective, pairing=pairing, freeze_prototypes=freeze)
+    config = replace(config, objective=objective, freeze_prototypes=freeze)
+    measured = progress.plan is not None
+    plan = plan_run(config, replace(context, objective=objective), branch, ranks, measured, progress.say)
+    config, pairing = plan.config, plan.config.pairing
+    assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
     if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
@@ -141,17 +154,20 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.note(text)
     if step == total_steps:
         progress.note(f"{config.out} is complete already: nothing to do")
+    elif progress.plan is not None and ranks.is_main:
+        progress.plan(plan)
+    progress.step(step, total_steps)
 
     # ==== the loop ====
     try:
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
-            plan = plan_views(pairing, branch.views, epoch)
-            pair_weights = plan.pair_weights.to(device)
+            views = plan_views(pairing, branch.views, epoch)
+            pair_weights = views.pair_weights.to(device)
             order = epoch_order(config, data.num_images, branch.window_blocks, epoch, ranks)[done * batch_size :]
-            crops = crop_sets(config, branch.recipe, plan)
-            with whole_steps(ranks) as whole_step, branch.targets(order, batch_size, plan) as target_of:
-                for batch in timed(loader.epoch(order, crops + branch.view_sets(plan)), stopwatch):
+            crops = crop_sets(config, branch.recipe, views)
+            with whole_steps(ranks) as whole_step, branch.targets(order, batch_size, views) as target_of:
+                for batch in timed(loader.epoch(order, crops + branch.view_sets(views)), stopwatch):
                     seed_step(config.seed, ranks.rank, step)
                     with stopwatch("prepare"):
                         batch = batch.to(device)
@@ -166,6 +182,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             if trainer.moved:
                                 branch.after_step(step)
                         step += 1
+                        progress.step(step, total_steps)
                         run.log(
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,

@@ -1,5 +1,6 @@
-"""The settings of a training run."""
+"""The settings of a training run, and of what is made of one."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,36 @@ from ..common.views.config import LoaderConfig
 from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig, StudentConfig
 from .targets.config import TargetsConfig
 
+EFFORTS = ("minutes", "hours", "full")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(budget: str | None) -> float | None:
+    """``20m`` -> 1200.0, ``1h30m`` -> 5400.0. MisuseError: it is no time."""
+    if budget is None:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])[a-z]*", budget.lower())
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if not seconds or not re.fullmatch(r"(\s*\d+(\.\d+)?\s*[smhd][a-z]*)+\s*", budget.lower()):
+        raise MisuseError(f"`budget` is {budget!r}, expected a time such as 20m, 90s or 1h30m")
+    return seconds
+
+
+USUAL_BATCH = 256
+"""Images a step, as DINO's rates are quoted for."""
+
+
+class LoaderByPlan(LoaderConfig):
+    """One whose ``batch_size`` nobody asked for: the plan finds another."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train, on what, against which ``targets``, and how.
 
-    ``objective`` None is the usual one of such targets; what ``pairing`` leaves open is as the objective's paper has it.
+    ``objective`` None is the usual one of such targets; what ``pairing`` leaves open is as the objective's paper has it. What is
+    None of ``epochs``, ``optimiser.lr`` and ``student.small_images``, how many local crops there are, and the batch where no
+    ``loader`` is given, is chosen for the images and the machine (``plan.make_plan``).
     """
 
     data: Data
@@ -26,7 +51,23 @@ class TrainConfig:
     objective: ObjectiveConfig | None = None
     pairing: PairingConfig | PairingChoice | None = None
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    epochs: Annotated[int, Setting("Passes over the images.", low=1)] = 100
+    epochs: Annotated[
+        int | None,
+        Setting("Passes over the images; default as many as --effort or --budget has steps and time for.", low=1),
+    ] = None
+    effort: Annotated[
+        str | None,
+        Setting(
+            "How long the plan may train, where --epochs are not given: minutes (at most 15; default on a CPU), hours (at most "
+            "4; default on a GPU), full (100 epochs or more, as in papers).",
+            choices=EFFORTS,
+        ),
+    ] = None
+    budget: Annotated[str | None, Setting("The same as a time: 20m, 90s, 2h. The plan fills it.")] = None
+    knn_every: Annotated[
+        int | None,
+        Setting("Epochs after which the student is compared with its random start, besides at the end.", low=1),
+    ] = None
     local_size: Annotated[
         int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
     ] = None
@@ -60,10 +101,18 @@ class TrainConfig:
         Setting("Decay of a moving average of the student, exported beside it (0.99 to 0.9999).", low=0, high=1),
     ] = None
     seed: Seed = 0
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    compile: Annotated[
+        bool | None,
+        Setting(
+            "Compile the student: minutes at the start, then fewer and larger kernels. Default what rob gpu-check found to be "
+            "faster on this GPU, else not.",
+            option="--compile/--no-compile",
+        ),
+    ] = None
     device: Device = "auto"
-    loader: Annotated[LoaderConfig, {"batch_size": Setting("Images a step. Lower it when memory runs out.", low=2)}] = (
-        field(default_factory=lambda: LoaderConfig(batch_size=256))
+    loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
+        default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)
     )
     log_every: Annotated[int, Setting("Steps per log line.", low=1)] = 10
     checkpoint_every: Annotated[
@@ -75,6 +124,12 @@ class TrainConfig:
         if self.average is not None and not 0 < self.average < 1:
             raise MisuseError(f"`average` is {self.average:g}, expected a value between 0 and 1, such as 0.999")
         check(self)
+        seconds_of(self.budget)
+        if self.budget and (self.effort or self.epochs):
+            other = "effort" if self.effort else "epochs"
+            raise MisuseError(f"`budget` and `{other}` both say how long to train: leave one of them out")
+        if self.effort and self.epochs:
+            raise MisuseError("`effort` and `epochs` both say how long to train: leave one of them out")
         if self.clip_each and not self.clip_grad:
             raise MisuseError(
                 "`clip_each` needs a limit, and `clip_grad` is 0: use `clip_grad` 3, or leave `clip_each` out"
@@ -89,3 +144,20 @@ class TrainConfig:
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for name, value in values.items()
         }
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Of which run, and where to. ``half`` halves the file; the teacher computes in float32 whatever its file holds."""
+
+    run: Annotated[Path, Setting("A run folder with its checkpoint.pt.", argument="RUN")]
+    out: Annotated[Path, Setting("The teacher's file.", argument="OUT.safetensors")]
+    image_size: Annotated[
+        int | None, Setting("Side in pixels that the teacher sees views at; default the student's.", low=8)
+    ] = None
+    half: Annotated[bool, Setting("Store float16: half the bytes.", option="--half")] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.out.suffix != ".safetensors":
+            raise MisuseError(f"`out` {self.out}: name it {self.out.with_suffix('.safetensors')}")

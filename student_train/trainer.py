@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.ranks import ALONE, Ranks, normalise_together
 from ..common.run import autocast, seed_everything
@@ -37,16 +38,23 @@ class Trainer:
         num_images: int | None = None,
     ) -> None:
         seed_everything(config.seed)
-        assert config.objective is not None and isinstance(config.pairing, PairingConfig), "train_student chooses them"
+        assert config.objective and isinstance(config.pairing, PairingConfig) and config.epochs, "the plan chooses them"
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
         normalise_together(self.model, device)
+        if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
+            backbone.to(memory_format=torch.channels_last)
+        if stored_settings(device).compile if config.compile is None else config.compile:
+            self.model.compile_backbone()
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
-        self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size)
+        arguments = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        self.parallel = self.model if alone else DistributedDataParallel(self.model, **arguments)
+        # Not for fp16: a fused one takes the scaler's verdict on the device, and whether a step was skipped stays unknown here.
+        fused = device.type == "cuda" and config.precision != "fp16"
+        self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size, fused)
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = build_average(self.model.backbone, config.average) if config.average else None

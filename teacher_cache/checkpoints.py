@@ -12,8 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +19,8 @@ from torch import Tensor, nn
 from ..common.errors import MisuseError
 from ..common.files import open_regular
 from ..common.heads import Activation, ProjectionHead
+from ..common.records import DamagedError
+from ..common.weights import read_tensor_file
 
 Tensors = dict[str, Tensor]
 
@@ -92,11 +92,9 @@ def _read(path: Path) -> Any:
             raise MisuseError(f"checkpoint {path} is {what}")
     if path.suffix == ".safetensors" or (begins[8:9] == b"{" and begins[5:8] == bytes(3)):  # whatever it is called
         try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise MisuseError(
-                f"checkpoint {path} is truncated or not a safetensors file ({error}); fetch it again"
-            ) from error
+            return read_tensor_file(path, foreign=True)[0]
+        except (DamagedError, OSError) as problem:
+            raise MisuseError(f"checkpoint {path} {problem}; fetch or make it again") from problem
     try:
         with torch.serialization.safe_globals(HARMLESS_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -9,7 +9,7 @@ import typer
 
 from ...common.config import Checkpoint, Device, ViewSize
 from ...common.errors import MisuseError
-from ...common.options import refuse
+from ...common.options import given, refuse
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
@@ -25,8 +25,9 @@ from ..targets.config import (
     WarmupTeacherTempEpochs,
     WindowMib,
 )
-from ..train_config import TrainConfig
+from ..train_config import USUAL_BATCH, LoaderByPlan, TrainConfig
 from .preset import use_preset
+from .show_plan import show_plan
 from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
@@ -58,10 +59,7 @@ def train_student(
             "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
-    student: Annotated[partial[StudentConfig], {"small_images": None}],
-    small_images: Annotated[
-        bool | None, Setting("A stem that reduces less, for up to 64 px; default: by --image-size.")
-    ] = None,
+    student: StudentConfig,
     objective: Annotated[
         str | None,
         Setting(
@@ -74,6 +72,11 @@ def train_student(
     matched: partial[ObjectiveConfig],
     choice: PairingChoice,
     config: Annotated[partial[TrainConfig], {"student": None}],
+    batch_size: Annotated[
+        int | None,
+        Setting("Images a step; default by the plan. Lower it when memory runs out.", low=2),
+    ] = None,
+    plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only")] = False,
     window_mib: WindowMib = 256,
     cache_in_memory: CacheInMemory = False,
     teacher: Annotated[str | None, Setting("With --targets online: the teacher, as for rob cache-teacher.")] = None,
@@ -98,7 +101,9 @@ def train_student(
     from ...common.ranks import leave_ranks
     from ...common.run import pick_device
     from ...common.signals import stopped_by_signals
+    from ...common.views.config import LoaderConfig
     from ..bottleneck import describe_shares, worst_share
+    from ..plan import make_plan
     from ..presets import get_preset
     from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
     from ..targets.cached import Cached
@@ -139,10 +144,12 @@ def train_student(
         filling = Cached(Path(targets), window_mib, cache_in_memory, preferred, overrides.local_scale)
 
     # ==== the objective, and the views that meet ====
-    shape = student()
-    small = shape.image_size <= 64 if small_images is None else small_images
     source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
-    run = config(student=replace(shape, small_images=small), targets=source)
+    loader = config.keywords["loader"]
+    kind = LoaderByPlan if batch_size is None else LoaderConfig
+    run = config(
+        student=student, targets=source, loader=kind(loader.backend, batch_size or USUAL_BATCH, loader.workers)
+    )
     run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
     if objective is None and targets == "momentum":
         objective = USUAL_OVER_PROTOTYPES
@@ -156,6 +163,8 @@ def train_student(
         found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
         note(f"--objective {asked.name}, since {'it has a use for the copy' if with_copy else found}")
     pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
+    if choice.num_local is None and {"local_size", "local_scale"} & given(context):
+        choice = replace(choice, num_local=pairing.num_local)  # who shapes local crops wants some
     if not pairing.num_local:
         refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
     if not isinstance(filling, Cached):
@@ -163,17 +172,25 @@ def train_student(
         refuse(context, ("cache_in_memory",), made)
 
     # ==== the run ====
-    if small and small_images is None:
-        note(f"the small-image form of {shape.name}, for --image-size up to 64; --no-small-images keeps timm's")
     note_slow_loader(run.loader)
+    run = replace(run, objective=asked, pairing=choice)
+    if plan_only:
+        show_plan(make_plan(run))
+        return
     with bar("training", "steps") as update:
+        latest = ""
 
         def log(line: dict[str, Any], total: int) -> None:
+            nonlocal latest
             speed = f"{line['images_per_second']:,.0f} images/s"
-            update(line["step"], total, f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}")
+            latest = f"loss {line['loss']:.4f}  {speed}  {worst_share(line['shares'])}"
+            update(line["step"], total, latest)
+
+        def step(done: int, total: int) -> None:
+            update(done, total, latest)
 
         with stopped_by_signals():
-            result = train_student(replace(run, objective=asked, pairing=pairing), TrainProgress(log=log, note=note))
+            result = train_student(run, TrainProgress(log, note, step, plan=show_plan))
         leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:

@@ -1,0 +1,51 @@
+"""A run that goes on does so as it was planned, however fast the machine is now."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..common.records import read_record
+from ..common.views.config import LoaderConfig
+from .config import PairingChoice
+from .train_config import LoaderByPlan, TrainConfig
+
+
+def read_begun(out: Path) -> dict[str, Any] | None:
+    """The settings of the run whose checkpoint is in ``out``: it goes on as it was planned, however fast the machine is now.
+
+    FailureError: they are damaged.
+    """
+    if not (out / "checkpoint.pt").exists() or not (out / "config.json").exists():
+        return None
+    return read_record(
+        out / "config.json", dict[str, Any], "delete it, and give the settings that the run was begun with"
+    )
+
+
+def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
+    """``config`` with what it leaves open as the run in its folder has it."""
+    student, optimiser, loader, pairing = config.student, config.optimiser, config.loader, config.pairing
+    try:
+        if student.small_images is None:
+            student = replace(student, small_images=begun["student"]["small_images"])
+        if optimiser.lr is None:
+            optimiser = replace(optimiser, lr=begun["optimiser"]["lr"])
+        if optimiser.warmup_epochs is None and config.epochs is None:
+            optimiser = replace(optimiser, warmup_epochs=begun["optimiser"]["warmup_epochs"])
+        if isinstance(loader, LoaderByPlan):
+            loader = LoaderConfig(loader.backend, begun["loader"]["batch_size"], loader.workers)
+        if pairing is None or (isinstance(pairing, PairingChoice) and pairing.num_local is None):
+            pairing = replace(pairing or PairingChoice(), num_local=begun["pairing"]["num_local"])
+        epochs = config.epochs or begun["epochs"]
+    except (KeyError, TypeError):  # not what a run writes: the checkpoint will say so
+        return config
+    return replace(
+        config,
+        student=student,
+        optimiser=optimiser,
+        loader=loader,
+        pairing=pairing,
+        epochs=epochs,
+        effort=None,
+        budget=None,
+    )

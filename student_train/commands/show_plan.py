@@ -1,0 +1,48 @@
+"""The plan of a run, printed before it."""
+
+from typing import TYPE_CHECKING, Any
+
+from ...common.screen import facts, note
+
+if TYPE_CHECKING:
+    from ..plan import TrainPlan
+
+
+def show_plan(plan: "TrainPlan") -> None:
+    """What will be done, what was chosen for it and why, and what to think of first."""
+    rows = [
+        ("images", f"{plan.num_images:,}, a step {plan.config.loader.batch_size}"),
+        ("views of an image a step", plan.views),
+        ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epochs"),
+    ]
+    if plan.trial and plan.seconds is not None:
+        rows += [
+            ("a step, measured", f"{plan.trial.seconds:.2f} s"),
+            ("in all", f"about {in_words(plan.seconds)}"),
+            ("memory", f"about {plan.trial.memory_bytes / 1e9:.1f} GB" + _free(plan.free_bytes)),
+        ]
+    facts("plan", rows)
+    if plan.choices:
+        chosen = [
+            (f"--{choice.setting.replace('_', '-')}", _text(choice.value), choice.reason) for choice in plan.choices
+        ]
+        facts("chosen, unless you give it", chosen)
+    for warning in plan.warnings:
+        note(f"warning: {warning}.")
+
+
+def in_words(seconds: float) -> str:
+    """``4 minutes``."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _free(free: int | None) -> str:
+    return f" of {free / 1e9:.1f} GB that are free" if free else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

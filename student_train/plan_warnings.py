@@ -1,0 +1,86 @@
+"""What of a run will not work, in plain words, each with the option that helps."""
+
+from collections.abc import Sequence
+
+import timm
+import torch
+
+from .config import PairingConfig
+from .crops import VIT_PATCH
+from .optimiser import LR_BATCH_SIZE
+from .students import VIT_FAMILIES, VIT_PATCH_SMALL
+from .targets.branch import TargetBranch
+from .train_config import TrainConfig
+from .trial import Trial
+
+LEAST_STEPS = 1_000
+"""Below that a student from random weights has been seen no better than they are (benchmarks/first_run.py)."""
+LEAST_RATE = {"cnn": 2e-3, "vit": 5e-4}
+"""Of AdamW in a step, whatever the batch: below it a short run ends where it began."""
+STRIDE = 32
+"""Of an ordinary CNN; an eighth of it would be 4."""
+STRIDE_SMALL = 8
+
+
+def warnings_of(
+    config: TrainConfig,
+    steps: int,
+    trial: Trial | None,
+    free_bytes: int | None,
+    branch: TargetBranch,
+    stride: int,
+    classes: Sequence[str] | None,
+) -> list[str]:
+    """One sentence each, without its full stop, of a ``config`` that leaves nothing open."""
+    found: list[str] = []
+    assert isinstance(config.pairing, PairingConfig)
+    if steps < LEAST_STEPS:
+        found.append(
+            f"{steps:,} steps are few: below about {LEAST_STEPS:,} a student is often no better than its random start. "
+            "More `epochs`, a smaller `batch_size`, or a longer `budget`"
+        )
+    rate, usual = config.optimiser.peak * config.loader.batch_size / LR_BATCH_SIZE, config.optimiser.name == "adamw"
+    if usual and rate < LEAST_RATE["vit"] / 2 and config.loader.batch_size < LR_BATCH_SIZE:
+        found.append(
+            f"the rate is scaled down with the batch: {config.optimiser.peak:g} x {config.loader.batch_size}/{LR_BATCH_SIZE} = "
+            f"{rate:.2g} in a step. `lr` {LEAST_RATE['vit'] * LR_BATCH_SIZE / config.loader.batch_size:g} would keep it up"
+        )
+    if trial and free_bytes and trial.memory_bytes > 0.9 * free_bytes:
+        found.append(
+            f"a step takes about {trial.memory_bytes / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are free: a smaller "
+            "`batch_size` or `image_size`, or `accumulate` 4"
+        )
+    teacher = parameters_of(str(branch.description.get("teacher", "")))
+    if trial and teacher and trial.parameters > teacher:
+        found.append(
+            f"the student has {trial.parameters / 1e6:.1f} M weights, its teacher {teacher / 1e6:.1f} M: distillation is "
+            "for smaller ones (`student`)"
+        )
+    if classes is not None and len(classes) == 1:
+        found.append(
+            "all images are of one class: their labels cannot tell whether the student learned. Pack one folder a class"
+        )
+    side = config.student.image_size
+    if side < stride:
+        found.append(f"images of {side} px are below the {stride}-fold reduction of the network: a larger `image_size`")
+    elif config.pairing.num_local and (config.local_size or side // 2) < stride:
+        found.append(
+            f"local crops are below the {stride}-fold reduction of the network: `num_local` 0, or a `local_size`"
+        )
+    return found
+
+
+def stride_of(family: str, small: bool) -> int:
+    """How many pixels a side become one position, of the usual network of a family."""
+    if family in VIT_FAMILIES:
+        return VIT_PATCH_SMALL if small else VIT_PATCH
+    return STRIDE_SMALL if small else STRIDE
+
+
+def parameters_of(name: str) -> int | None:
+    """Weights of the timm model that a teacher's ``name`` is of; None: it is none."""
+    name = name.partition(".")[0]
+    if not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())

@@ -1,0 +1,175 @@
+"""The plan of a run: what is left open is chosen for images and machine, what is given stays, what will not work is said."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rob.common.errors import MisuseError
+from rob.common.views.loader import LoaderConfig
+from rob.student_train import plan as plan_module
+from rob.student_train.config import PUBLISHED_LR, OptimiserConfig, PairingChoice
+from rob.student_train.plan import make_plan
+from rob.student_train.plan_warnings import LEAST_STEPS
+from rob.student_train.students import StudentConfig
+from rob.student_train.train import train_student
+from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
+from rob.student_train.trial import Trial, try_steps
+
+
+@pytest.fixture
+def open_config(config) -> TrainConfig:
+    """With everything left open that may be."""
+    return replace(
+        config, epochs=None, optimiser=OptimiserConfig(), pairing=None, loader=LoaderByPlan("torch", 256, 1)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def steps_take(monkeypatch):
+    """``steps_take(seconds, small=...)``: without trying any; a step of the form for small images takes ``small``."""
+
+    def take(seconds: float, small: float | None = None, memory: int = 1 << 20) -> None:
+        def tried(config, run):
+            is_small = config.student.small_images and small is not None
+            return Trial(small if is_small else seconds, memory, 1000)
+
+        monkeypatch.setattr(plan_module, "try_steps", tried)
+
+    return take
+
+
+def chosen(plan) -> dict:
+    return {choice.setting: choice.value for choice in plan.choices}
+
+
+def test_a_run_with_epochs_and_batch_is_as_published(config):
+    plan = make_plan(replace(config, optimiser=OptimiserConfig()))
+    assert plan.choices == ()
+    assert plan.config.optimiser.peak == plan.config.optimiser.lr == PUBLISHED_LR
+    assert (plan.config.epochs, plan.config.loader, plan.steps) == (config.epochs, config.loader, 12)
+
+
+def test_what_is_open_is_chosen_and_what_is_given_stays(open_config, steps_take):
+    steps_take(0.01)
+    plan = make_plan(open_config)
+    assert chosen(plan).keys() == {"batch_size", "lr", "small_images", "epochs", "warmup_epochs"}
+    assert plan.steps >= LEAST_STEPS
+    assert plan.config.loader.batch_size <= plan.num_images == 24
+    given = replace(
+        open_config,
+        epochs=7,
+        optimiser=OptimiserConfig(lr=0.1),
+        student=replace(open_config.student, small_images=False),
+        pairing=PairingChoice(num_local=3, pairing="cross"),
+    )
+    kept = make_plan(given)
+    assert chosen(kept).keys() == {"batch_size"}
+    assert (kept.config.epochs, kept.config.optimiser.lr, kept.config.pairing.num_local) == (7, 0.1, 3)
+    assert (
+        make_plan(replace(open_config, loader=LoaderConfig("torch", 256, 1), epochs=1)).config.loader.batch_size == 256
+    )
+
+
+def test_a_small_batch_keeps_its_rate_and_a_cpu_makes_no_local_crops(open_config, steps_take):
+    steps_take(0.01)
+    plan = make_plan(replace(open_config, pairing=PairingChoice(pairing="cross"), loader=LoaderConfig("torch", 8, 1)))
+    assert chosen(plan)["num_local"] == 0
+    assert plan.config.optimiser.peak * 8 / 256 >= 5e-4
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2 hours", 7200)])
+def test_a_budget_is_filled_and_not_overrun(open_config, steps_take, budget, seconds):
+    assert seconds_of(budget) == seconds
+    steps_take(0.5)
+    plan = make_plan(replace(open_config, budget=budget))
+    assert 0.9 * seconds < plan.seconds <= seconds
+
+
+def test_effort_never_takes_fewer_steps_than_a_student_needs(open_config, steps_take):
+    steps_take(10.0)
+    assert LEAST_STEPS <= make_plan(open_config).steps < 2 * LEAST_STEPS
+    assert make_plan(replace(open_config, budget="10m")).steps <= 60
+
+
+def test_a_budget_that_is_no_time_or_beside_epochs_is_refused(open_config):
+    for budget in ("soon", "20", "20x", "0m"):
+        with pytest.raises(MisuseError, match=r"`budget` is .*, expected a time such as 20m"):
+            replace(open_config, budget=budget)
+    with pytest.raises(MisuseError, match="`budget` and `epochs` both say how long"):
+        replace(open_config, budget="20m", epochs=3)
+    with pytest.raises(MisuseError, match="unknown effort 'hour': did you mean hours"):
+        replace(open_config, effort="hour")
+
+
+def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):
+    steps_take(0.1, small=0.2)
+    assert chosen(make_plan(open_config))["small_images"] is True
+    steps_take(0.1, small=5.0)
+    plan = make_plan(open_config)
+    assert chosen(plan)["small_images"] is False
+    assert "50 times as many steps" in next(c.reason for c in plan.choices if c.setting == "small_images")
+
+
+def test_what_will_not_work_is_said(config, steps_take):
+    steps_take(0.1, memory=1 << 50)
+    config = replace(config, pairing=PairingChoice("cross", num_local=2), optimiser=OptimiserConfig())
+    plain = replace(config, student=replace(config.student, small_images=False))
+    said = " ".join(make_plan(replace(plain, local_size=16)).warnings)
+    for expected in ("12 steps are few", "rate is scaled down", "GB are free", "local crops are below the 32-fold"):
+        assert expected in said
+    assert "1.56e-05" not in said  # two digits are enough
+    steps_take(0.1)
+    fine = replace(config, epochs=400, optimiser=OptimiserConfig(lr=0.02), pairing=PairingChoice("cross", num_local=0))
+    assert make_plan(fine).warnings == ()
+
+
+def test_a_run_goes_on_as_it_was_planned_on_a_slower_machine(open_config, steps_take):
+    steps_take(100.0)
+    train_student(replace(open_config, budget="7m"))
+    begun = json.loads((open_config.out / "config.json").read_text())
+    assert begun["epochs"] == 4
+    steps_take(1000.0)
+    again = make_plan(replace(open_config, budget="7m"))
+    assert (again.config.epochs, again.config.loader.batch_size) == (4, begun["loader"]["batch_size"])
+    assert again.config.optimiser.lr == begun["optimiser"]["lr"]
+    train_student(replace(open_config, budget="7m"))  # is complete, not of other settings
+
+
+def test_a_tried_step_leaves_the_run_as_it_would_have_been(config, tmp_path):
+    from rob.student_train.train import TrainProgress
+    from support.training import curve
+
+    train_student(config)
+    plans = []
+    other = replace(config, out=tmp_path / "measured")
+    train_student(other, TrainProgress(plan=plans.append))
+    assert curve(config.out) == curve(other.out)
+    (plan,) = plans
+    assert plan.trial.seconds > 0
+    assert plan.seconds == plan.trial.seconds * 12
+
+
+def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, data):
+    from rob.student_train.plan import make_plan
+    from rob.student_train.students import build_student, num_parameters
+    from rob.student_train.targets.branch import RunContext
+    from support.training import CPU
+
+    full = make_plan(config).config
+    small, large = (
+        try_steps(replace(full, loader=replace(full.loader, batch_size=size)), RunContext(data, CPU))
+        for size in (8, 24)
+    )
+    assert small.parameters == num_parameters(build_student(full.student))
+    assert small.memory_bytes < large.memory_bytes < 3 * small.memory_bytes + 1
+
+
+def test_python_and_the_command_choose_the_same_stem():
+    from rob.student_train.students import describe_student
+
+    assert describe_student(StudentConfig("test_resnet", 32)).small_images
+    assert not describe_student(StudentConfig("test_resnet", 65)).small_images
+    assert not describe_student(StudentConfig("convnext_atto", 64)).small_images
+    with pytest.raises(MisuseError, match="has no small-image form"):
+        describe_student(StudentConfig("convnext_atto", 64, small_images=True))
