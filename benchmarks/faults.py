@@ -208,9 +208,10 @@ def with_two_ranks(frozen: bool) -> Callable[[Bench, np.random.Generator], str]:
         time.sleep(random.uniform(0.3, 1.2) * seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[1], signal.SIGSTOP if frozen else signal.SIGKILL)
-            if frozen:
-                time.sleep(0.2)
-                os.kill(ranks[0], signal.SIGTERM)
+            time.sleep(0.2 if frozen else 5.0)
+            os.kill(
+                ranks[0], signal.SIGTERM
+            )  # as torchrun does; a rank that was told of a death may have ended by itself
         ended = wait(ranks[0], folder, log="rank0")
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[1], signal.SIGKILL)

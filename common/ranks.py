@@ -20,6 +20,7 @@ from .signals import ended_when_deaf, uninterrupted
 PATIENCE = 20.0
 """Seconds that a rank waits for the others once it was asked to end."""
 DEAF = "another rank does not answer: ended without saving, and the last checkpoint is kept"
+ABSENT = "ended while it waited for the other ranks to come"
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket Timeout|timed out", re.IGNORECASE)
 """What torch says when another rank has gone."""
 
@@ -43,7 +44,8 @@ ALONE = Ranks()
 def join_ranks() -> Ranks:
     """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with ended_when_deaf(ABSENT, 2.0):  # torch waits half an hour for ranks that have died
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return current_ranks()
 
 
