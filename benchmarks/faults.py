@@ -141,7 +141,10 @@ def damaged(subject: str, cut: bool) -> Callable[[Bench, np.random.Generator], s
         ended = run(words, folder)
         if ended.outcome != "same":
             return ended.outcome
-        return "same" if left_behind(folder, names) == wanted else "silent"
+        same = left_behind(folder, names) == wanted
+        return (
+            "same" if same else "told" if "has lost" in ended.said else "silent"
+        )  # of a log, a run that goes on says so
 
     return trial
 
