@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that --help is instant.
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,12 @@ import typer
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
-from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
+from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.options import command
 from rob.common.screen import accuracies, bar, console, note
 from rob.common.settings import Setting
+from rob.common.signals import end_with_parent
+from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
@@ -33,15 +36,16 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
+    end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:
         app(prog_name="rob")
     except (MisuseError, FailureError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
-        print(f"error: {error.filename or 'rob'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {printable(f'{error.filename or os.getcwd()}: {error.strerror or error}')}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -147,7 +151,7 @@ for function in (pack, views, inspect):
 app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
 app.command("export-teacher")(command(export_teacher))
-for function in (teachers, verify, sweep, compare, demo, bench):
+for function in (teachers, verify, check, sweep, compare, demo, bench):
     app.command()(command(function))
 app.command("gpu-check")(command(gpu_check))
 for function in (knn, linear, lowshot, transfer):

@@ -17,7 +17,7 @@ def pack(config: PackConfig) -> None:
     from .images.pack import pack
 
     with bar("packing", "images") as update:
-        manifest = pack(config, update)
+        manifest = pack(config, update, note=note)
     for path in manifest.skipped:
         note(f"skipped {path}: broken")
     size = config.out.stat().st_size

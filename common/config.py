@@ -15,7 +15,7 @@ Precision = Annotated[
         "losses with fp16 end with bf16."
     ),
 ]
-Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]
+Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high=2**40)]
 
 TeacherName = Annotated[
     str,

@@ -12,6 +12,13 @@ class FailureError(Exception):
     """The request was fine but the run broke: disk full, NaN loss, corrupt chunk. Exit code 1."""
 
 
+def printable(text: str) -> str:
+    """``text`` for a terminal or a picture: what would move the cursor, or is no text in any encoding, as ``\\x1b``."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
     of_its_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

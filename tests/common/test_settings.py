@@ -6,9 +6,11 @@ from math import nan
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
+from rob.common.config import Seed
 from rob.common.errors import MisuseError, unknown_name
 from rob.common.options import command, given, spelled
 from rob.common.settings import Setting, check, described
@@ -134,3 +136,16 @@ def test_an_unknown_name_offers_the_near_ones_or_all():
     near = unknown_name("protocol", "usaul", ("usual", "msn"))
     assert str(near) == "unknown protocol 'usaul': did you mean usual? (known: msn, usual)"
     assert str(unknown_name("protocol", "foo", ("usual", "msn"))) == "unknown protocol 'foo' (known: msn, usual)"
+
+
+def test_a_seed_fits_every_generator():
+    """2^70 was a traceback in some commands."""
+
+    @dataclass(frozen=True)
+    class Seeded:
+        seed: Seed = 0
+
+    check(Seeded(2**40))
+    with pytest.raises(MisuseError, match="`seed` is 1180591620717411303424, expected at most"):
+        check(Seeded(2**70))
+    torch.manual_seed(2**40 * 1_000_003 + 10_000)  # what evaluations make of it
