@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rob.benchmarks.gpu_check import check
-from rob.benchmarks.gpu_check.check import passed, run, settings_of, status_of
+from rob.benchmarks.gpu_check.check import kept, passed, run, settings_of, status_of
 from rob.benchmarks.gpu_check.config import SECTIONS, GpuCheckConfig
+from rob.benchmarks.gpu_check.losses import fastest
 from rob.benchmarks.gpu_check.section import Section, brief
 from rob.common.errors import MisuseError
 
@@ -121,3 +122,30 @@ def test_the_settings_of_the_sections_are_joined() -> None:
     found = settings_of({"sections": sections})
     assert found.loss == {"65536x256": "triton"}
     assert (found.loader, found.compile) == ("gpu", None)
+
+
+def test_the_fastest_call_says_which_loss_is_kept() -> None:
+    sizes = {"prototypes": 65536, "width": 256, "exact": True}
+    rows = [
+        sizes | {"impl": "triton", "ms": 2.9, "fastest_ms": 2.5},
+        sizes | {"impl": "chunked", "ms": 2.8, "fastest_ms": 2.7},  # its median was luckier
+        sizes
+        | {"impl": "eager", "ms": 1.0, "fastest_ms": 1.0},  # not a fused form: choice.py says up to where it is taken
+    ]
+    assert fastest(rows) == {"65536x256": "triton"}
+
+
+def test_a_report_becomes_a_result_to_keep() -> None:
+    section = {
+        "status": "failed", "seconds": 1.0, "notes": ["b: not reached in time"], "settings": {"loader": "gpu"},
+        "checks": [{"check": "a", "value": 2.0, "limit": 1.0, "passed": False}], "rows": [{"what": "x", "ms": 3.0}],
+    }  # fmt: skip
+    result = kept({"device": "G", "scale": "full", "versions": {"torch": "2"}, "sections": {"views": section}})
+    assert (result.name, result.device, result.rows) == (
+        "gpu_check",
+        "G",
+        [{"section": "views", "what": "x", "ms": 3.0}],
+    )
+    of = result.work["sections"]["views"]
+    assert (of["checks"], of["failed"], of["not_reached"]) == (1, ["a"], ["b: not reached in time"])
+    assert result.work["settings"]["loader"] == "gpu"
