@@ -218,7 +218,8 @@ def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device
     z, p = work.embedding.detach().flatten(0, 1).bfloat16(), work.prototypes.detach().bfloat16()
     (rows, d), k = z.shape, len(p)
     e = z.new_empty(rows, k)
-    log_sums = torch.zeros(rows, device=device)
+    sums, log_sums = torch.zeros(2, rows, device=device)
+    longest = torch.linalg.vector_norm(p, dim=1, dtype=torch.float32).max()
     logits_rows = max(64, min(rows, (64 << 20) // (4 * k)))
     logits = torch.randn(logits_rows, k, device=device)
     unit = 2 * rows * k * d
@@ -249,14 +250,17 @@ def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device
         "cast of the prototypes": (lambda: work.prototypes.detach().bfloat16(), 0),
         "longest prototype": (lambda: torch.linalg.vector_norm(p, dim=1, dtype=torch.float32).max(), 0),
         "exponentials": (lambda: triton_kernels.exponentials(z, p, None, log_sums, 14.4, e), unit),
-        "fill, tiled": (lambda: Scores(p, None, 0.1, True).fill(z, e), unit),
-        "fill, library": (lambda: Scores(p, None, 0.1, False).fill(z, e), unit),
+        "fill, tiled": (lambda: Scores(p, longest, None, 0.1, True).fill(z, e, sums, log_sums), unit),
+        "fill, library": (lambda: Scores(p, None, None, 0.1, False).fill(z, e, sums, log_sums), unit),
         "logits by the library, one block, float32": (
             lambda: products.product(z[:logits_rows], p.T),
             unit * logits_rows // rows,
         ),
         "logits by the library, all, bfloat16": (lambda: torch.mm(z, p.T, out=e), unit),
-        "softmax_rows, one block": (lambda: triton_kernels.softmax_rows(logits, None, 1.0, e[:logits_rows]), 0),
+        "softmax_rows, one block": (
+            lambda: triton_kernels.softmax_rows(logits, None, 1.0, e[:logits_rows], sums, log_sums),
+            0,
+        ),
         "e^T R": (lambda: products.product(e.T, z), unit),
         "e P": (lambda: products.long_product(e, p), unit),
     }
