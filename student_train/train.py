@@ -20,7 +20,7 @@ from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
+from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, settled
 from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
@@ -100,9 +100,11 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     plan = plan_run(config, replace(context, objective=objective), branch, ranks, measured, progress.say)
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
-    if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
+    views_like = branch.geometry if pairing.pairing != "cross" else None
+    view_loading = settled(config.loader, device, views_like)  # the run's settings keep "auto": it may go on elsewhere
+    if views_like not in (None, geometry(view_loading)):
         progress.note(
-            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
+            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(view_loading)}: "
             "the student's pixels differ slightly from the teacher's; use the same `loader` for exact pairs"
         )
     if config.loader.batch_size % ranks.world_size:
@@ -125,7 +127,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
-    loader = ViewLoader(data, branch.recipe, branch.seed, replace(config.loader, batch_size=batch_size))
+    loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
     stopwatch = Stopwatch(device)
     facts = {
         "student_info": info.to_dict(),

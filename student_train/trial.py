@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.order import block_shuffled_order
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
-from ..common.views.loader import ViewLoader
+from ..common.views.loader import ViewLoader, settled
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .students import describe_student, num_parameters
@@ -70,7 +70,8 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, most: int = 6) -> t
     crops, weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
-    loader = ViewLoader(run.data, branch.recipe, branch.seed, config.loader)
+    views_like = branch.geometry if config.pairing.pairing != "cross" else None
+    loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
     order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, 0, 0, 1)
     order = order[: min(most, len(order) // batch) * batch]
     times, kept = [], 0

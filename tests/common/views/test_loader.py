@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.views import loader as loader_module
 from rob.common.views.drawing import LOCAL, view_parameters
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry, settled
 from support.loaders import DINO, SETS, assert_same, needs_ffcv, views_by_image
 
 
@@ -222,3 +223,46 @@ def test_numbas_types_are_left_as_they_are(small_beton):
     next(iter(ViewLoader(small_beton, DINO, 3, LoaderConfig("ffcv", 4, 1)).epoch(np.arange(4), SETS)))
     assert bytes_type.mutable
     assert [sig.args for sig in count.nopython_signatures] == [(bytes_type,)]
+
+
+# ==== what auto stands for ====
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there, with ffcv and Triton; returns what is known of it, to be changed."""
+    known = {"loader": None}
+    monkeypatch.setattr(loader_module, "stored_settings", lambda device: SimpleNamespace(**known))
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: name)
+    if loader_module.ffcv_backend is None:
+        names = SimpleNamespace(GEOMETRY="planes", GEOMETRY_ON_GPU="planes-gpu")
+        monkeypatch.setattr(loader_module, "ffcv_backend", names)
+    return known
+
+
+def test_auto_on_a_gpu_is_the_gpus_views_unless_the_check_found_otherwise(gpu):
+    cuda, auto = torch.device("cuda", 0), LoaderConfig(batch_size=7)
+    assert settled(auto, cuda) == LoaderConfig("gpu", batch_size=7)
+    for found, backend in (("gpu", "gpu"), ("ffcv", "ffcv"), ("auto", "ffcv")):
+        gpu["loader"] = found
+        assert settled(auto, cuda).backend == backend
+    assert settled(auto, torch.device("cpu")).backend == "ffcv"
+
+
+def test_what_is_asked_for_by_name_is_taken(gpu):
+    for backend in ("ffcv", "torch", "gpu"):
+        assert settled(LoaderConfig(backend), torch.device("cuda", 0), "planes-gpu").backend == backend
+
+
+def test_exact_pairs_take_the_loader_of_their_targets(gpu):
+    cuda = torch.device("cuda", 0)
+    gpu["loader"] = "gpu"
+    assert geometry(settled(LoaderConfig(), cuda, "planes")) == "planes"
+    gpu["loader"] = "ffcv"
+    assert geometry(settled(LoaderConfig(), cuda, "planes-gpu")) == "planes-gpu"
+    assert settled(LoaderConfig(), torch.device("cpu"), "planes-gpu").backend == "ffcv"
+
+
+def test_without_triton_the_cpu_makes_them(gpu, monkeypatch):
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
+    assert settled(LoaderConfig(), torch.device("cuda", 0)).backend == "ffcv"
