@@ -212,7 +212,11 @@ def _one_process(config: GpuCheckConfig, device: torch.device, folder: Path, pen
             told = json.loads(line)
             if "begins" in told:
                 running, started, partly = told["begins"], time.perf_counter(), {}
-                limit = limits[running] + GRACE + (LONGEST_WAIT if running in ("stage1", "stage2") else 0)
+                limit = (
+                    told.get("seconds", limits[running])
+                    + GRACE
+                    + (LONGEST_WAIT if running in ("stage1", "stage2") else 0)
+                )
             elif "partly" in told:
                 del told["partly"]
                 partly = told
