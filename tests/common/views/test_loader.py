@@ -206,6 +206,21 @@ def test_without_ffcv_the_plain_backend_serves(monkeypatch, small_beton):
         check_loader(replace(config, backend="ffcv"))
 
 
+ASKED = """
+import torch
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, lambda *_, name=name: print(name, flush=True))
+import rob, rob.cli, rob.student_train.train, rob.teacher_cache.cache, rob.student_train.evaluate.linear, rob.benchmarks.ablation
+assert torch.cuda.is_available() is None  # and it is as before
+"""
+
+
+def test_no_import_asks_for_cuda():
+    """A process that was asked for it leaves every child that is forked off it without."""
+    done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "is_available\n"), done.stdout + done.stderr
+
+
 def test_torch_keeps_its_threads():
     """ffcv sets torch to one thread when it is imported: everything would then train on one core."""
     code = "import torch; torch.set_num_threads(2); import rob.common.views.loader; print(torch.get_num_threads())"
