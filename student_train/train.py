@@ -23,6 +23,7 @@ from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
+from .evaluate.yardstick import Yardstick, record
 from .objectives import ObjectiveConfig
 from .plan import TrainPlan, plan_run
 from .run_folder import RunFolder
@@ -147,6 +148,10 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
         progress.plan(plan)
     progress.step(step, total_steps)
 
+    yardstick = None
+    if config.knn_every and ranks.is_main and step < total_steps:
+        yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader)
+
     # ==== the loop ====
     try:
         while step < total_steps:
@@ -176,6 +181,13 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+            if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
+                found = yardstick.measure(trainer.model.backbone)
+                record(config.out, epoch + 1, step, found)
+                progress.note(
+                    f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
+                    f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
+                )
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
 
