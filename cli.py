@@ -5,8 +5,10 @@ Stages are imported inside the commands, so that --help is instant.
 
 import io
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +16,7 @@ from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
 from rob.common.options import command
-from rob.common.screen import accuracies, bar, console, note
+from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
@@ -86,6 +88,17 @@ def demo(
     note(f"written to {out}: summary.json, curve.png, student/student.safetensors")
 
 
+def at_once(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, behind a spinner until it shows something of its own: its libraries take seconds to load."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> None:
+        with waiting(f"rob {function.__name__.replace('_', '-')}: loading its libraries"):
+            function(*arguments, **options)
+
+    return run
+
+
 BENCHMARKS = {
     "pipeline": "PipelineConfig",
     "branches": "BranchesConfig",
@@ -110,7 +123,8 @@ def bench(
         raise unknown_name("benchmark", name, BENCHMARKS)
     module = import_module(f"rob.benchmarks.{name}")
     settings = getattr(module, BENCHMARKS[name])
-    report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
+    with waiting(f"measuring {name}: minutes, and the table comes at the end"):
+        report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
 
@@ -129,12 +143,12 @@ evaluate = typer.Typer(
     no_args_is_help=True,
 )
 for function in (pack, views, inspect):
-    app.command()(command(function))
-app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
-app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
+    app.command()(command(at_once(function)))
+app.command("cache-teacher")(command(at_once(cache_teacher), views_of_preset=views_of_preset))
+app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
 for function in (teachers, verify, sweep, compare, demo, bench):
-    app.command()(command(function))
+    app.command()(command(at_once(function)))
 for function in (knn, linear, lowshot, transfer):
-    evaluate.command()(command(function, load_teacher=load_teacher))
-evaluate.command()(command(detect))
+    evaluate.command()(command(at_once(function), load_teacher=load_teacher))
+evaluate.command()(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")

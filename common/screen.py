@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
 
 from .options import spelled
@@ -69,19 +70,56 @@ def bar(what: str, unit: str) -> Iterator[Update]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    _waiting.stop()
     with Progress(*columns, console=console, expand=True, disable=console.quiet) as progress:
-        task = progress.add_task(what, total=None, rate="")
-        first: list[tuple[int, float]] = []
+        task = progress.add_task(what, total=None, rate="", visible=False)
+        counted_from = last = (0, 0.0)
 
         def update(done: int, total: int, text: str | None = None) -> None:
+            nonlocal counted_from, last
             now = progress.get_time()
-            first.append((done, now)) if not first else None
-            passed = now - first[0][1]
-            rate = f"{(done - first[0][0]) / passed:,.0f} {unit}/s" if passed > 0.5 else ""
-            progress.update(task, completed=done, total=total, rate=text or rate)
+            if not progress.tasks[0].visible or done < last[0]:  # the first, or another part that begins anew
+                counted_from = (done, now)
+            last = (done, now)
+            passed = now - counted_from[1]
+            rate = (done - counted_from[0]) / passed if passed > 0.5 else 0.0
+            said = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s" if rate else ""
+            progress.update(task, completed=done, total=total, rate=said if text is None else text, visible=True)
 
-        try:
-            yield update
-        finally:
-            if not first:  # what failed at once, or was done already, has no progress to show
-                progress.update(task, visible=False)
+        yield update
+
+
+class _Waiting:
+    """The spinner of ``waiting``, of which there is one at a time."""
+
+    status: Status | None = None
+
+    def start(self, text: str) -> None:
+        if self.status is None:
+            self.status = console.status(text, spinner_style="none")
+            self.status.start()
+        self.status.update(text)
+
+    def stop(self) -> None:
+        status, self.status = self.status, None
+        if status is not None:
+            status.stop()
+
+
+_waiting = _Waiting()
+
+
+def say_waiting(text: str) -> None:
+    """What is being waited for, beside a spinner on a terminal, until the next ``bar`` or the end of ``waiting``."""
+    if console.is_terminal and not console.quiet:
+        _waiting.start(text)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner that says so at once, and is gone at the end."""
+    say_waiting(text)
+    try:
+        yield
+    finally:
+        _waiting.stop()

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+DONE = b"\0"
+SHOW_CURSOR = "\033[?25h\n"
+"""A progress bar had hidden it."""
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A cluster's or a container's way to end a job, and a terminal's that is closed."""
 
@@ -38,6 +42,43 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def answered(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block a Ctrl-C is answered at once, however long the main thread is in a kernel, and a second one leaves.
+
+    ``say`` is called from another thread. What is written is written as a whole or not at all, so that nothing is lost by leaving
+    but what came after the last checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def answer() -> None:
+        asked = 0
+        while (numbers := reading.recv(1)) and numbers != DONE:
+            if numbers[0] != signal.SIGINT:
+                continue
+            asked += 1
+            if asked > 1:
+                print("left", file=sys.stderr, end=SHOW_CURSOR if sys.stderr.isatty() else "\n", flush=True)
+                os._exit(130)
+            say("finishing this step, then saving; Ctrl-C again leaves without")
+
+    thread = threading.Thread(target=answer, name="Ctrl-C", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writing.send(DONE)
+        thread.join()
+        reading.close()
+        writing.close()
 
 
 @contextmanager

@@ -75,10 +75,15 @@ class FittedPrototypes:
     """Mean cosine of an embedding with its nearest prototype."""
 
 
-def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> FittedPrototypes:
+def fit_prototypes(
+    read: ReadRows,
+    num_rows: int,
+    config: PrototypeConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FittedPrototypes:
     """Fit ``config.num`` prototypes to the embeddings that ``read`` gives, a bounded number in memory at a time.
 
-    The same rows and configuration give the same prototypes. Raises ``MisuseError`` for more prototypes than the
+    The same rows and configuration give the same prototypes. ``progress`` is called with (batches done, all). Raises ``MisuseError`` for more prototypes than the
     embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
@@ -89,9 +94,14 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
     blocks_a_batch = max(1, BATCH_ELEMENTS // max(config.num, dim) // (BLOCK_ROWS * views))
     num_batches = -(-blocks_a_pass // blocks_a_batch)
 
+    batches, read_before = (config.epochs + 2) * num_batches, 0
+
     def one_pass() -> Iterator[Tensor]:
         """Batches (B, D) that cover the embeddings, or a fresh part of them, in random order."""
+        nonlocal read_before
         for batch in np.array_split(generator.permutation(blocks)[:blocks_a_pass], num_batches):
+            progress(read_before, batches)
+            read_before += 1
             yield torch.cat([_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch])
 
     wanted = max(config.num, SCALE_SAMPLE)
@@ -105,7 +115,9 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
             shares = balanced_assignment(embeddings @ prototypes.T, EPSILON_OF_SPREAD * spread)
             sums.mul_(1 - 1 / window).index_add_(0, shares.argmax(dim=1), embeddings)
             prototypes = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), prototypes)
-    return _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
+    fitted = _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
+    progress(batches, batches)
+    return fitted
 
 
 def refuse_unsuitable(num: int, num_embeddings: int) -> None:

@@ -10,7 +10,7 @@ import typer
 from ...common.config import Checkpoint, Device, ViewSize
 from ...common.errors import MisuseError
 from ...common.options import given, refuse
-from ...common.screen import bar, note, note_slow_loader
+from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
 from ..config import ObjectiveConfig, PairingChoice, StudentConfig
@@ -100,7 +100,7 @@ def train_student(
     from ...common.images.beton import Beton
     from ...common.ranks import current_ranks, leave_ranks
     from ...common.run import pick_device
-    from ...common.signals import stopped_by_signals
+    from ...common.signals import answered, stopped_by_signals
     from ...common.views.config import LoaderConfig
     from ..bottleneck import describe_shares, worst_share
     from ..plan import make_plan
@@ -189,8 +189,8 @@ def train_student(
         def step(done: int, total: int) -> None:
             update(done, total, latest)
 
-        with stopped_by_signals():
-            result = train_student(run, TrainProgress(log, note, step, plan=show_plan))
+        with stopped_by_signals(), answered(note):
+            result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan))
         alone = current_ranks().is_main
         leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
@@ -220,7 +220,8 @@ def measure(run: TrainConfig, steps: int) -> None:
     yardstick = Yardstick.of(Beton(run.data), student, run.targets, run.seed, device, loader)
     if yardstick is None:
         return
-    outcome = yardstick.measure(load_student(run.out, device)[0])
+    with waiting("measuring the student beside its random start"):
+        outcome = yardstick.measure(load_student(run.out, device)[0])
     write_outcome(run.out, outcome)
     rate = made["optimiser"]["lr"] * made["loader"]["batch_size"] / LR_BATCH_SIZE
     least = LEAST_RATE["vit"] / 2 if made["optimiser"]["name"] == "adamw" else 0.0
