@@ -9,7 +9,7 @@ The stages and the measurements are functions that take one frozen configuration
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .common.store.reader import TargetStore
     from .common.views.loader import LoaderConfig
     from .common.views.recipes import Recipe, RecipeOverrides, get_recipe
+    from .student_train.as_teacher import ExportConfig, export_teacher
     from .student_train.checkpoint import load_student
     from .student_train.config import PairingChoice
     from .student_train.evaluate.detection.detect import DetectConfig, detect
@@ -49,6 +50,7 @@ _HOME = {
     "common.views.loader": ("LoaderConfig",),
     "common.store.reader": ("TargetStore",),
     "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
+    "student_train.as_teacher": ("ExportConfig", "export_teacher"),
     "student_train.checkpoint": ("load_student",),
     "student_train.evaluate.detection.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
@@ -79,6 +81,7 @@ __all__ = [
     "Cached",
     "DetectConfig",
     "Encoding",
+    "ExportConfig",
     "FailureError",
     "FrozenNetwork",
     "LinearConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "WithCopy",
     "cache_teacher",
     "detect",
+    "export_teacher",
     "get_recipe",
     "knn",
     "labelled_images",
@@ -114,7 +118,10 @@ __all__ = [
     "train_student",
     "verify",
 ]
-__version__ = version("rob")
+try:
+    __version__ = version("rob")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
@@ -21,6 +22,7 @@ from rob.common.settings import Setting
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
+from rob.student_train.commands.export import export_teacher
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -129,6 +131,18 @@ def bench(
     note(f"written to {report.write(out)}")
 
 
+def gpu_check(config: GpuCheckConfig) -> None:
+    """What works on this GPU and how fast; stores what later runs there choose. Exit code 1 where a check failed."""
+    from rob.benchmarks.gpu_check.check import passed, run, tables
+
+    report = run(config, note)
+    for table in tables(report):
+        table.show(console)
+    note(f"written to {config.out}" + (f"; settings to {report['stored']}" if "stored" in report else ""))
+    if not passed(report):
+        raise typer.Exit(1)
+
+
 # ==== the application ====
 
 app = typer.Typer(
@@ -142,13 +156,20 @@ evaluate = typer.Typer(
     help="Measure a student, a teacher or raw pixels. Features are extracted once and kept in the run's eval folder.",
     no_args_is_help=True,
 )
-for function in (pack, views, inspect):
+# In the order of the work, in which --help lists them.
+for function in (pack, views):
     app.command()(command(at_once(function)))
+app.command()(command(at_once(teachers)))
 app.command("cache-teacher")(command(at_once(cache_teacher), views_of_preset=views_of_preset))
+app.command()(command(at_once(inspect)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
-for function in (teachers, verify, sweep, compare, demo, bench):
-    app.command()(command(at_once(function)))
 for function in (knn, linear, lowshot, transfer):
     evaluate.command()(command(at_once(function), load_teacher=load_teacher))
 evaluate.command()(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
+for function in (compare, sweep):
+    app.command()(command(at_once(function)))
+app.command("export-teacher")(command(at_once(export_teacher)))
+for function in (verify, demo, bench):
+    app.command()(command(at_once(function)))
+app.command("gpu-check")(command(at_once(gpu_check)))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rob.benchmarks.demo import STUDENT, TEACHER
-from rob.benchmarks.pipeline import Side
+from rob.benchmarks.pipeline import Side, tolerance_of
 from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
@@ -108,7 +108,9 @@ def _run(config: BranchesConfig, device: torch.device, folder: Path) -> Report:
         for side in sides.values():
             side.round()
     first, same = (sides[name].losses[: config.steps] for name in ("cached", "online"))
-    assert np.allclose(first, same, rtol=1e-3), f"the sides differ: {first} and {same}"
+    assert np.allclose(first, same, rtol=tolerance_of(device, config.precision)), (
+        f"the sides differ: {first} and {same}"
+    )
 
     rows = []
     for name, side in sides.items():

@@ -48,18 +48,11 @@ from rob.benchmarks.report import Report
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.views.colours import apply_colours
-from rob.common.views.decode import (
-    FACTOR_X,
-    FACTOR_Y,
-    LAYOUT_COLUMNS,
-    SCALE,
-    decode_planes,
-    decoder_handle,
-    plane_starts,
-)
+from rob.common.views.decode import decode_planes, decoder_handle, plane_starts
 from rob.common.views.drawing import CROP_HEIGHT, CROP_WIDTH
 from rob.common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.pillow_backend import resize_view
+from rob.common.views.planes import FACTOR_X, FACTOR_Y, LAYOUT_COLUMNS, SCALE
 from rob.common.views.recipes import Recipe, RecipeOverrides, get_recipe
 
 PLAIN = RecipeOverrides(colour=0.0, grey=0.0, blur=0.0, solarise=0.0)

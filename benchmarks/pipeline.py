@@ -113,7 +113,8 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         for side in sides.values():
             side.round()
     losses = {name: side.losses for name, side in sides.items()}
-    assert np.allclose(losses["cached"][: config.steps], losses["online"][: config.steps], rtol=1e-3), (
+    tolerance = tolerance_of(device, config.precision)
+    assert np.allclose(losses["cached"][: config.steps], losses["online"][: config.steps], rtol=tolerance), (
         f"the sides differ: {losses}"
     )
 
@@ -137,6 +138,12 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         "caching_images_per_second": data.num_images / caching,
     }
     return Report.of("pipeline", device, work, rows, ratios)
+
+
+def tolerance_of(device: torch.device, precision: str) -> float:
+    """How far two sides' losses may be apart, relative to their size: only float32 on a CPU keeps more than some ten bits of a
+    product."""
+    return 1e-3 if device.type == "cpu" and precision == "fp32" else 2e-2
 
 
 class Side:
@@ -178,6 +185,7 @@ class Side:
             if not self.kept:
                 with self.branch.targets(order, size, plan) as target_of:
                     for batch in self.loader.epoch(order, crops):
+                        batch = batch.to(self.trainer.device)
                         self.kept.append((self.prepare(batch, crops), target_of(batch)))
             self.stopwatch.take()
             for images, target in self.kept[1:]:
@@ -185,11 +193,12 @@ class Side:
         else:
             with self.branch.targets(order, size, plan) as target_of:
                 batches = self.loader.epoch(order, crops + self.branch.view_sets(plan))
-                first = next(batches)
+                first = next(batches).to(self.trainer.device)
                 target_of(first, self.prepare(first, crops))
                 self.stopwatch.take()
                 for batch in timed(batches, self.stopwatch):
                     with self.stopwatch("prepare"):
+                        batch = batch.to(self.trainer.device)  # as training does it: beside the computation
                         images = self.prepare(batch, crops)
                     with self.stopwatch("target"):
                         self.branch.before_step(self.step)

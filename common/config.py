@@ -11,7 +11,8 @@ Device = Annotated[str, Setting("auto (CUDA where there is one), cpu, cuda, cuda
 Precision = Annotated[
     str,
     Setting(
-        "fp32, bf16 or fp16 (fp16 on GPUs only). bf16 is faster on recent GPUs; NaN losses with fp16 end with bf16."
+        "auto (bf16 on GPUs from compute capability 8 on, which A100 has, else fp32), fp32, bf16 or fp16 (on GPUs only). NaN "
+        "losses with fp16 end with bf16."
     ),
 ]
 Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]

@@ -97,6 +97,10 @@ class Prototypes(nn.Module):
 
     def matrix(self) -> Tensor:
         """The effective rows, (K, D) float32."""
+        if (
+            self.weight_norm and self.weight_v.is_cuda
+        ):  # one pass forward and one back, where torch's operations take nine
+            return torch._weight_norm(self.weight_v, self.weight_g, 0)
         if self.weight_norm:
             return self.weight_g * F.normalize(self.weight_v, dim=1)
         return self.weight

@@ -12,6 +12,8 @@ import torch
 from .errors import MisuseError, unknown_name
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+AMPERE = 8, 0
+"""The compute capability from which on a GPU multiplies bfloat16 fast."""
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,10 +46,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def choose_precision(device: torch.device, precision: str) -> str:
+    """What ``auto`` stands for on ``device``: bf16 on GPUs of compute capability 8 and up, fp32 elsewhere. MisuseError: an
+    unknown one."""
+    if precision not in ("auto", *PRECISIONS):
+        raise unknown_name("precision", precision, ("auto", *PRECISIONS))
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE else "fp32"
+
+
+def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
+    """On CUDA: cuDNN tries its algorithms once a shape, of which a run has few; and unless fp32 was asked for by name, what is
+    left in float32 beside a network in half precision may be multiplied as TF32."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context to run a network in. Raises MisuseError for an unknown precision, and for fp16 on a CPU."""
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
+    precision = choose_precision(device, precision)
     dtype = PRECISIONS[precision]
     if dtype is None:
         return nullcontext()

@@ -1,13 +1,15 @@
 """What the user sees: the console, notes, tables and a progress bar. Under torchrun rank 0 speaks for all."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.status import Status
+from rich.spinner import Spinner
 from rich.table import Table
 
 from .options import spelled
@@ -77,7 +79,7 @@ def bar(what: str, unit: str) -> Iterator[Update]:
 
         def update(done: int, total: int, text: str | None = None) -> None:
             nonlocal counted_from, last
-            now = progress.get_time()
+            now = time.monotonic()
             if not progress.tasks[0].visible or done < last[0]:  # the first, or another part that begins anew
                 counted_from = (done, now)
             last = (done, now)
@@ -92,18 +94,20 @@ def bar(what: str, unit: str) -> Iterator[Update]:
 class _Waiting:
     """The spinner of ``waiting``, of which there is one at a time."""
 
-    status: Status | None = None
+    live: Live | None = None
 
     def start(self, text: str) -> None:
-        if self.status is None:
-            self.status = console.status(text, spinner_style="none")
-            self.status.start()
-        self.status.update(text)
+        spinner = Spinner("dots", text)
+        if self.live is None:
+            self.live = Live(spinner, console=console, transient=True, refresh_per_second=8)
+            self.live.start(refresh=True)
+        else:
+            self.live.update(spinner, refresh=True)
 
     def stop(self) -> None:
-        status, self.status = self.status, None
-        if status is not None:
-            status.stop()
+        live, self.live = self.live, None
+        if live is not None:
+            live.stop()
 
 
 _waiting = _Waiting()

@@ -104,4 +104,8 @@ def uninterrupted() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if held_back:
-        signal.raise_signal(held_back[0])
+        handler = before[held_back[0]]
+        if callable(handler):  # not by the signal again, which ``answered`` would take for a second Ctrl-C
+            handler(held_back[0], None)
+        else:
+            signal.raise_signal(held_back[0])

@@ -1,12 +1,13 @@
 """The frozen teacher as both stages see it, and the one way from a batch of views to its embeddings."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .run import autocast
+from .run import PRECISIONS, autocast, choose_precision
 from .views.batch import Batch
 from .views.recipes import Recipe
 
@@ -51,6 +52,7 @@ def embedder(
     """
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
     blur_scale = view_size / recipe.global_crops[0].size
+    teacher = cast_once(teacher, device, precision)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> Tensor:
@@ -59,3 +61,28 @@ def embedder(
             return teacher(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 
     return embed
+
+
+def cast_once(teacher: FrozenTeacher, device: torch.device, precision: str) -> FrozenTeacher:
+    """The teacher with its backbone's products in half precision already, on CUDA, where autocast would cast frozen weights for
+    every batch anew. A copy: the teacher itself stays as it was loaded."""
+    dtype = PRECISIONS[choose_precision(device, precision)]
+    backbone = getattr(teacher, "backbone", None)
+    if (
+        device.type != "cuda"
+        or dtype is None
+        or not isinstance(teacher, nn.Module)
+        or not isinstance(backbone, nn.Module)
+    ):
+        return teacher
+    copy = deepcopy(teacher)
+    half_products(copy.backbone, dtype)  # type: ignore[arg-type]
+    return copy
+
+
+def half_products(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that autocast would: of plain linear layers and convolutions. Under autocast the network then computes,
+    bit for bit, what it did."""
+    for module in network.modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            module.to(dtype)

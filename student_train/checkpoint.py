@@ -9,7 +9,6 @@ import pickle
 import random
 import zipfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from safetensors.torch import save as serialise_tensors
 from torch import nn
 
 from ..common.errors import FailureError, MisuseError
+from ..common.exported import StudentInfo, described_in
 from ..common.files import first_difference, replacing
-from .students import StudentInfo, create_student
+from ..common.run import versions
+from .students import create_student
 
 FORMAT_VERSION = 1
 """Raised whenever an older checkpoint can no longer be resumed."""
@@ -46,8 +47,23 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, A
 def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
     """The ``state`` of a checkpoint that a run of the same ``config`` wrote.
 
-    MisuseError: no such file, another format version, or another configuration (the first field that differs is named).
-    FailureError: truncated, or no checkpoint at all.
+    MisuseError: as ``read_checkpoint``, or another configuration (the first field that differs is named). FailureError as there.
+    """
+    payload = read_checkpoint(path, device)
+    difference = first_difference(payload["config"], _as_json(config))
+    if difference:
+        name, was, now = difference
+        raise MisuseError(
+            f"{path} was made with {name} = {was}, this run has {name} = {now}: "
+            "resume with the same, or choose another output folder"
+        )
+    return payload["state"]
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The ``state`` of a checkpoint and the ``config`` of the run that wrote it.
+
+    MisuseError: no such file, or another format version. FailureError: truncated, or no checkpoint at all.
     """
     if not path.is_file():
         raise MisuseError(f"{path}: no such checkpoint")
@@ -64,14 +80,7 @@ def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device 
         raise MisuseError(
             f"{path} has checkpoint format {payload['format_version']}, this version of rob reads {FORMAT_VERSION}"
         )
-    difference = first_difference(payload["config"], _as_json(config))
-    if difference:
-        name, was, now = difference
-        raise MisuseError(
-            f"{path} was made with {name} = {was}, this run has {name} = {now}: "
-            "resume with the same, or choose another output folder"
-        )
-    return payload["state"]
+    return payload
 
 
 def random_state() -> dict[str, Any]:
@@ -109,7 +118,7 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
         "student": json.dumps(info.to_dict(), sort_keys=True),
         "timm_name": info.name,
         "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True),
-        "rob_version": version("rob"),
+        "rob_version": versions("rob")["rob"],
     }
     with replacing(path) as file:
         file.write(serialise_tensors(tensors, metadata))
@@ -131,14 +140,9 @@ def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise MisuseError(f"{path} is truncated or no safetensors file") from error
-    if "student" not in metadata:
+    info = described_in(metadata, path)
+    if info is None:
         raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")
-    try:
-        info = StudentInfo.from_dict(json.loads(metadata["student"]))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise MisuseError(
-            f"{path}: its description of the student is damaged or made up ({error}): do not use the file"
-        ) from error
     backbone = create_student(info)
     try:
         backbone.load_state_dict(tensors)

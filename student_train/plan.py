@@ -46,6 +46,8 @@ STEPS_AN_EPOCH = 32
 BY_SIZE = f"for --image-size up to {SMALL_SIDE}; --no-small-images keeps timm's"
 WORTH_A_STEM = 2.0
 """Times as many steps in the same time, for which the form for small images is given up."""
+WORTH_MEASURING = 50
+"""Steps of a run: a shorter one is over before its length is known."""
 LEAST_WARMUP_STEPS = 50
 
 
@@ -90,10 +92,12 @@ class TrainPlan:
 
 def make_plan(config: TrainConfig) -> TrainPlan:
     """The plan of ``config``, as ``train_student`` would follow it. MisuseError as there."""
-    from ..common.run import pick_device
+    from ..common.run import choose_precision, pick_device
     from .objectives import ObjectiveConfig
 
-    run = RunContext(Beton(config.data), pick_device(config.device), config.precision, config.seed, config.objective)
+    device = pick_device(config.device)
+    config = replace(config, precision=choose_precision(device, config.precision))
+    run = RunContext(Beton(config.data), device, config.precision, config.seed, config.objective)
     branch = config.targets.open(run)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
     return plan_run(replace(config, objective=objective), replace(run, objective=objective), branch, measured=True)
@@ -115,6 +119,10 @@ def plan_run(
     if begun is not None:
         config = as_begun(config, begun)
     planner = Planner(config, run, branch, ranks, say)
+    if not isinstance(config.loader, LoaderByPlan) and run.data.num_images < config.loader.batch_size:
+        raise MisuseError(
+            f"`batch_size` {config.loader.batch_size} is more than the {run.data.num_images} images of {run.data.path}"
+        )
     if config.epochs is None or isinstance(config.loader, LoaderByPlan):
         planner.choose()
     else:
@@ -325,11 +333,12 @@ class Planner:
 
     def plan(self, measured: bool) -> TrainPlan:
         """What was found, and what there is to warn of."""
-        if measured and self.trial is None and self.ranks.world_size == 1:
-            self._try()
         config = self.config
-        free = free_memory(self.run.device)
         assert config.epochs is not None
+        worth_it = measured and self.steps_per_epoch * config.epochs >= WORTH_MEASURING
+        if worth_it and self.trial is None and self.ranks.world_size == 1:
+            self._try()
+        free = free_memory(self.run.device)
         steps = self.steps_per_epoch * config.epochs
         warnings = warnings_of(
             config, steps, self.trial, free, self.branch, self.stride, self.run.data.manifest.classes

@@ -21,7 +21,7 @@ from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkp
 from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
-    *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader"),
+    *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader", "compile"),
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie

@@ -29,6 +29,7 @@ class StudentWithHead(nn.Module):
         super().__init__()
         self.backbone, self.objective, self.parts, self.recompute = backbone, objective, parts, parts > 1
         self._patch_dropouts = patch_dropouts(backbone)
+        self._compiled = False
 
     def forward(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
@@ -52,12 +53,19 @@ class StudentWithHead(nn.Module):
             layer.train(drop_patches and self.training)
         return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
+    def compile_backbone(self) -> None:
+        """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are."""
+        self._compiled = True
+        self.backbone.compile(dynamic=False)
+
     def copy_for_targets(self) -> "StudentWithHead":
         """A copy that only embeds: it is not trained, gathers nothing and drops neither path nor patch."""
         copy = StudentWithHead(deepcopy(self.backbone), self.objective.copy_for_targets(), self.parts)
         for module in copy.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
+        if self._compiled:
+            copy.compile_backbone()
         return copy.train(self.training).requires_grad_(False)
 
 

@@ -19,15 +19,12 @@ Weights of an ordinary student and of any ViT load with timm alone: ``timm.creat
 takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import MixedConv2d, PatchDropout, PatchDropoutWithIndices
-from timm.models import EfficientNet, MobileNetV3, ResNet, model_entrypoint
+from timm.layers import PatchDropout, PatchDropoutWithIndices
+from timm.models import model_entrypoint
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
     EdgeResidual,
@@ -39,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
+from ..common.exported import StudentInfo, adapt_stem
 from .config import StudentConfig
 
 VIT_PATCH_SMALL = 4
@@ -50,45 +48,6 @@ MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, Univers
 SMALL_SIDE = 64
 """Pixels a side of the largest images that the small form is for."""
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
-
-TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_size"))
-"""All that ``describe_student`` has timm called with; nothing else in a file's description is."""
-LARGEST_SIDE = 1 << 14
-"""Pixels a side of an image that a description may name."""
-
-
-@dataclass(frozen=True)
-class StudentInfo:
-    """All that a weights file needs beside its tensors: how to rebuild the network, and the pixels it expects.
-
-    ``mean`` and ``std`` (RGB, in units of 1) normalise its input. Written into the weights file as JSON.
-    """
-
-    name: str
-    timm_kwargs: Mapping[str, Any]
-    image_size: int
-    small_images: bool
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
-        """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
-        which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
-        kwargs = values.get("timm_kwargs", {})
-        unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
-        if unknown:
-            raise ValueError(f"no student has {', '.join(sorted(unknown))}")
-        sides = [values["image_size"], *(value for name, value in kwargs.items() if name != "num_classes")]
-        sound = isinstance(values["name"], str) and isinstance(values["small_images"], bool)
-        sound &= kwargs.get("num_classes") == 0 and all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
-        sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
-        if not sound:
-            raise ValueError("a value is none that a student has")
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def describe_student(config: StudentConfig) -> StudentInfo:
@@ -160,23 +119,6 @@ def patch_dropouts(backbone: nn.Module) -> list[nn.Module]:
     return [module for module in backbone.modules() if isinstance(module, (PatchDropout, PatchDropoutWithIndices))]
 
 
-def adapt_stem(backbone: nn.Module) -> nn.Module:
-    """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
-    if isinstance(backbone, (EfficientNet, MobileNetV3)):
-        for layer in _halving_layers(backbone)[:2]:
-            for conv in layer:
-                conv.stride = (1, 1)
-    elif isinstance(backbone, ResNet):
-        backbone.maxpool = nn.Identity()
-        if isinstance(backbone.conv1, nn.Conv2d):
-            stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)
-            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
-            backbone.conv1 = stem
-        else:  # the stem of ResNet-C and -D is three 3x3 convolutions already
-            _halving_layers(backbone)[0][0].stride = (1, 1)
-    return backbone
-
-
 def start_residuals_at_zero(backbone: nn.Module) -> None:
     """Let every residual branch of a MobileNet or EfficientNet begin as zero, in place, as timm's ResNets do already.
 
@@ -228,14 +170,3 @@ def _forward_one(backbone: nn.Module, size: int) -> None:
         backbone.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
     finally:
         backbone.train(training)
-
-
-def _halving_layers(backbone: nn.Module) -> list[list[nn.Conv2d]]:
-    """The layers of stride 2, in the order of the forward pass: one convolution each, or MixNet's side by side."""
-    layers: dict[str, list[nn.Conv2d]] = {}
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-            parent = name.rpartition(".")[0]
-            mixed = isinstance(backbone.get_submodule(parent), MixedConv2d)
-            layers.setdefault(parent if mixed else name, []).append(module)
-    return list(layers.values())

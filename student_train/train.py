@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
 from ..common.ranks import ALONE, Ranks, join_ranks, whole_steps
-from ..common.run import autocast, pick_device, seed_step, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
@@ -77,7 +78,12 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     # ==== what is trained, and against what ====
     ranks = join_ranks()
     device = pick_device(config.device)
-    autocast(device, config.precision)
+    autocast(device, config.precision)  # refuses what this device does not have
+    allow_fast_arithmetic(device, config.precision)
+    if config.precision == "auto":
+        config = replace(config, precision=choose_precision(device, config.precision))
+        if device.type == "cuda":
+            progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
     data = Beton(config.data)
     context = RunContext(data, device, config.precision, config.seed, config.objective)
@@ -97,10 +103,6 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     if config.loader.batch_size % ranks.world_size:
         raise MisuseError(
             f"`batch_size` {config.loader.batch_size} cannot be shared by {ranks.world_size} ranks: take a multiple"
-        )
-    if data.num_images < config.loader.batch_size:
-        raise MisuseError(
-            f"`batch_size` {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
         )
 
     # ==== how ====

@@ -1,4 +1,4 @@
-"""The settings of a training run."""
+"""The settings of a training run, and of what is made of one."""
 
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -101,7 +101,15 @@ class TrainConfig:
         Setting("Decay of a moving average of the student, exported beside it (0.99 to 0.9999).", low=0, high=1),
     ] = None
     seed: Seed = 0
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
+    compile: Annotated[
+        bool | None,
+        Setting(
+            "Compile the student: minutes at the start, then fewer and larger kernels. Default what rob gpu-check found to be "
+            "faster on this GPU, else not.",
+            option="--compile/--no-compile",
+        ),
+    ] = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)
@@ -136,3 +144,20 @@ class TrainConfig:
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for name, value in values.items()
         }
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Of which run, and where to. ``half`` halves the file; the teacher computes in float32 whatever its file holds."""
+
+    run: Annotated[Path, Setting("A run folder with its checkpoint.pt.", argument="RUN")]
+    out: Annotated[Path, Setting("The teacher's file.", argument="OUT.safetensors")]
+    image_size: Annotated[
+        int | None, Setting("Side in pixels that the teacher sees views at; default the student's.", low=8)
+    ] = None
+    half: Annotated[bool, Setting("Store float16: half the bytes.", option="--half")] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.out.suffix != ".safetensors":
+            raise MisuseError(f"`out` {self.out}: name it {self.out.with_suffix('.safetensors')}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.ranks import ALONE, Ranks, normalise_together
 from ..common.run import autocast, seed_everything
@@ -43,6 +44,10 @@ class Trainer:
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
         normalise_together(self.model, device)
+        if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
+            backbone.to(memory_format=torch.channels_last)
+        if stored_settings(device).compile if config.compile is None else config.compile:
+            self.model.compile_backbone()
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = self.model if alone else DistributedDataParallel(self.model, broadcast_buffers=False)

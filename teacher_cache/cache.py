@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
-from ..common.run import autocast, pick_device, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, versions
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
@@ -35,7 +35,8 @@ TEMPORARY = Encoding("embedding", dtype="float16")
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show: the plan before the first batch, then the rows done, and the batches that prototypes were fitted to; all may be left out."""
+    """What a caller may show, each of which may be left out: the plan, the rows done, notes, and the batches that prototypes
+    were fitted to."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
@@ -43,17 +44,22 @@ class CacheProgress:
     fitting: Callable[[int, int], None] = lambda done, total: None
 
 
-def cache_teacher(config: CacheConfig, progress: CacheProgress | None = None) -> StoreManifest:
-    """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed.
+def cache_teacher(
+    config: CacheConfig, progress: CacheProgress | None = None, teacher: Teacher | None = None
+) -> StoreManifest:
+    """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed. A ``teacher`` that is
+    given is taken as it is, instead of ``config.teacher``'s being loaded.
 
     Raises MisuseError for settings that cannot be and for a disk that is too small, FailureError when the disk fills up.
     """
     progress = progress or CacheProgress()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
+    allow_fast_arithmetic(device, config.precision)
+    config = replace(config, precision=choose_precision(device, config.precision))
     check_loader(config.loader, device)
     data = Beton(config.data)
-    teacher = load_teacher(config.teacher).to(device)
+    teacher = (teacher or load_teacher(config.teacher)).to(device)
     _check(config, data, teacher)
 
     fitting = PrototypeConfig(config.prototypes, seed=config.seed)

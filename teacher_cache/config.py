@@ -78,7 +78,7 @@ class CacheConfig:
     prototypes: Annotated[
         int, Setting("Fit so many prototypes for a teacher without a head; at most a quarter of the views.", low=0)
     ] = 0
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     device: Device = "auto"
     loader: Annotated[
         LoaderConfig,

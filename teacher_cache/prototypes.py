@@ -83,8 +83,8 @@ def fit_prototypes(
 ) -> FittedPrototypes:
     """Fit ``config.num`` prototypes to the embeddings that ``read`` gives, a bounded number in memory at a time.
 
-    The same rows and configuration give the same prototypes. ``progress`` is called with (batches done, all). Raises ``MisuseError`` for more prototypes than the
-    embeddings bear.
+    The same rows and configuration give the same prototypes. ``progress`` is called with (batches done, all).
+    Raises ``MisuseError`` for more prototypes than the embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
     refuse_unsuitable(config.num, num_rows * views)

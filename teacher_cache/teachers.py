@@ -1,6 +1,8 @@
 """Teachers by name: a frozen backbone with its published head and prototypes, loaded from a file or from timm."""
 
 import importlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -11,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import MisuseError, is_out_of_memory, unknown_name
-from ..common.heads import ProjectionHead
+from ..common.exported import StudentInfo, adapt_stem, described_in, read_metadata
+from ..common.heads import ACTIVATIONS, ProjectionHead
 from ..common.tokens import check_tokens, token_features
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
-from .checkpoints import Parts, read_tensors, take_apart
+from .checkpoints import Layout, Parts, read_tensors, take_apart
 from .config import TeacherConfig
 from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_BACKBONE, STAND_IN_PACKAGE, TEACHERS, Entry
+
+OUR_LAYOUT = Layout(backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="centre")
+"""Of the files of ``rob export-teacher``; a student's own file is a backbone without more."""
 
 DINO_FINAL_TEMP = 0.07
 """Teacher temperature of a file in DINO's layout that no entry describes: where DINO's published schedules end."""
@@ -114,6 +120,11 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         if config.teacher_features:
             check_tokens(teacher.backbone, config.teacher_features, config.name, "teacher_features")
         return teacher
+    if config.checkpoint is not None:
+        metadata = read_metadata(config.checkpoint)
+        info = described_in(metadata, config.checkpoint)
+        if info is not None:
+            return _our_own(config, config.checkpoint, info, metadata.get("teacher", "{}"))
     entry = TEACHERS.get(config.name) or _timm_entry(config.name)
     arguments = {**entry.backbone_args, **config.backbone_args}
     if config.checkpoint is not None:
@@ -147,6 +158,48 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     )
 
 
+def _our_own(config: TeacherConfig, path: Path, info: StudentInfo, made: str) -> Teacher:
+    """The network of a file that ``rob`` wrote: what it says of itself is what is built, its small-image form included.
+
+    MisuseError: it is another network than the one that was named, or what it says of its head is damaged.
+    """
+    if config.name != info.name:
+        raise MisuseError(
+            f"checkpoint {path} holds a {info.name}, and `teacher` is {config.name}: give `teacher` {info.name}"
+        )
+    try:
+        said = {"method": "rob", "activation": "gelu", "teacher_temp": None} | json.loads(made)
+        method, activation, temperature = str(said["method"]), said["activation"], said["teacher_temp"]
+        if activation not in ACTIVATIONS or not (temperature is None or float(temperature) > 0):
+            raise ValueError("a value is none that a head has")
+    except (ValueError, TypeError) as error:
+        raise MisuseError(f"{path}: its description of the head is damaged or made up ({error})") from error
+    backbone = build_backbone(info.name, {**info.timm_kwargs, **config.backbone_args})
+    if info.small_images:
+        adapt_stem(backbone)
+    parts = _taken(config.name, path, replace(OUR_LAYOUT, activation=activation), backbone)
+    pooling = config.teacher_features
+    if pooling and parts.head is not None:
+        raise MisuseError(
+            f"`teacher_features` {pooling}: the head of {path} takes what it was trained on, leave it out"
+        )
+    if pooling:
+        check_tokens(backbone, pooling, config.name, "teacher_features")
+    return Teacher(
+        config.name,
+        backbone,
+        parts.head,
+        parts.prototypes,
+        parts.centre,
+        teacher_temp=None if parts.prototypes is None else temperature,
+        mean=info.mean,
+        std=info.std,
+        view_size=info.image_size,
+        head_name="none" if parts.head is None else method,
+        pooling=pooling,
+    )
+
+
 def _timm_entry(name: str) -> Entry:
     """Any timm model. A file with a head in DINO's layout brings it along: what ``rob`` and DINO's own code train."""
     models = {*timm.list_models(), *timm.list_pretrained()}
@@ -171,12 +224,18 @@ def _timm_entry(name: str) -> Entry:
 
 def _parts(name: str, path: Path, entry: Entry, backbone: nn.Module) -> Parts:
     """What the file at ``path`` holds; ``backbone`` is filled with its part."""
-    parts = take_apart(read_tensors(path), entry.layout)
-    load_backbone(backbone, parts.backbone, name, path)
+    parts = _taken(name, path, entry.layout, backbone)
     if entry.head and parts.head is None:
         raise MisuseError(f"checkpoint {path} has no projection head, only a backbone; {name} needs {entry.file}")
     if entry.num_prototypes and parts.prototypes is None:
         raise MisuseError(f"checkpoint {path} has no prototypes; {name} needs {entry.file}")
+    return parts
+
+
+def _taken(name: str, path: Path, layout: Layout, backbone: nn.Module) -> Parts:
+    """The parts of the file at ``path``, which fit each other; ``backbone`` is filled with its own."""
+    parts = take_apart(read_tensors(path), layout)
+    load_backbone(backbone, parts.backbone, name, path)
     features = backbone.num_features
     if parts.head is not None and parts.head.in_dim != features:
         raise MisuseError(f"checkpoint {path}: its head takes {parts.head.in_dim} numbers, {name} gives {features}")

@@ -19,20 +19,7 @@ from numba import njit, types
 
 from ..images.beton import RAW
 from .drawing import CROP_HEIGHT, CROP_WIDTH
-
-LAYOUT_COLUMNS = 6
-KIND, SCALE, HEIGHT, WIDTH, FACTOR_Y, FACTOR_X = range(LAYOUT_COLUMNS)
-"""Columns of a layout row: what ``decode_planes`` made of an image.
-
-Three planes lie one behind another without gaps: (HEIGHT, WIDTH), then twice (HEIGHT / FACTOR_Y, WIDTH / FACTOR_X).
-SCALE is by how much the stored image is larger than the first plane.
-"""
-
-UNDECODED, YCC, RGB = range(3)
-"""Values of KIND. YCC planes are JFIF's full-range YCbCr."""
-
-SLACK = 64
-"""Bytes behind an image's planes that belong to none: vector loads may run past the last one."""
+from .planes import FACTOR_X, FACTOR_Y, HEIGHT, KIND, RGB, SCALE, SLACK, UNDECODED, WIDTH, YCC
 
 MARGIN = 3
 """A triangle filter lets some detail finer than a view's pixels through, which a smaller decode has lost, and chroma is

@@ -11,19 +11,9 @@ from PIL import Image
 
 from ..images.beton import RAW, Beton
 from .batch import Batch, Slot, ViewSet
-from .decode import (
-    KIND,
-    LAYOUT_COLUMNS,
-    SCALE,
-    UNDECODED,
-    decode_planes,
-    decode_scales,
-    decoder_handle,
-    plane_starts,
-    split_pixels,
-)
+from .decode import decode_planes, decode_scales, decoder_handle, plane_starts, split_pixels
 from .drawing import COLOUR_COLUMNS, view_parameters
-from .planes import Planes
+from .planes import KIND, LAYOUT_COLUMNS, SCALE, UNDECODED, Planes
 from .recipes import Recipe
 from .resize import resize_views
 

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import decode, drawing
+from . import drawing
+from . import planes as layouts
 from .colours_compiled import ORDERS
 from .kernel_filters import bell, box, cubic, cubic_box, filtered, gaussian, triangle
 from .planes import Planes
@@ -34,15 +35,19 @@ ROWS, COLUMNS = 32, 32
 WARPS = 8
 """Of a program. With four, fewer fit a multiprocessor: twice the pixels a thread, and more registers than that costs."""
 
-_YCC = tl.constexpr(decode.YCC)
-_KIND, _SCALE, _HEIGHT = tl.constexpr(decode.KIND), tl.constexpr(decode.SCALE), tl.constexpr(decode.HEIGHT)
-_WIDTH, _FACTOR_Y, _FACTOR_X = tl.constexpr(decode.WIDTH), tl.constexpr(decode.FACTOR_Y), tl.constexpr(decode.FACTOR_X)
+_YCC = tl.constexpr(layouts.YCC)
+_KIND, _SCALE, _HEIGHT = tl.constexpr(layouts.KIND), tl.constexpr(layouts.SCALE), tl.constexpr(layouts.HEIGHT)
+_WIDTH, _FACTOR_Y, _FACTOR_X = (
+    tl.constexpr(layouts.WIDTH),
+    tl.constexpr(layouts.FACTOR_Y),
+    tl.constexpr(layouts.FACTOR_X),
+)
 _BRIGHTNESS, _CONTRAST = tl.constexpr(drawing.BRIGHTNESS), tl.constexpr(drawing.CONTRAST)
 _SATURATION, _HUE, _ORDER = tl.constexpr(drawing.SATURATION), tl.constexpr(drawing.HUE), tl.constexpr(drawing.ORDER)
 _GREY, _SIGMA, _SOLARISE = tl.constexpr(drawing.GREY), tl.constexpr(drawing.SIGMA), tl.constexpr(drawing.SOLARISE)
 _TOP, _LEFT, _FLIP = tl.constexpr(drawing.TOP), tl.constexpr(drawing.LEFT), tl.constexpr(drawing.FLIP)
 _CROP_HEIGHT, _CROP_WIDTH = tl.constexpr(drawing.CROP_HEIGHT), tl.constexpr(drawing.CROP_WIDTH)
-_LAYOUT_COLUMNS = tl.constexpr(decode.LAYOUT_COLUMNS)
+_LAYOUT_COLUMNS = tl.constexpr(layouts.LAYOUT_COLUMNS)
 _GEOMETRY_COLUMNS = tl.constexpr(drawing.GEOMETRY_COLUMNS)
 _COLOUR_COLUMNS = tl.constexpr(drawing.COLOUR_COLUMNS)
 

@@ -1,9 +1,23 @@
-"""Decoded images on their way to a GPU, which makes the views itself."""
+"""Decoded images as planes of bytes, and on their way to a GPU, which makes the views itself."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LAYOUT_COLUMNS = 6
+KIND, SCALE, HEIGHT, WIDTH, FACTOR_Y, FACTOR_X = range(LAYOUT_COLUMNS)
+"""Columns of a layout row: what ``decode_planes`` made of an image.
+
+Three planes lie one behind another without gaps: (HEIGHT, WIDTH), then twice (HEIGHT / FACTOR_Y, WIDTH / FACTOR_X).
+SCALE is by how much the stored image is larger than the first plane.
+"""
+
+UNDECODED, YCC, RGB = range(3)
+"""Values of KIND. YCC planes are JFIF's full-range YCbCr."""
+
+SLACK = 64
+"""Bytes behind an image's planes that belong to none: vector loads may run past the last one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .colours import apply_colours_torch
-from .decode import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, WIDTH, YCC
 from .drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP
-from .planes import Planes
+from .planes import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, WIDTH, YCC, Planes
 
 
 def views_from_planes(

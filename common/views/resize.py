@@ -18,8 +18,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-from .decode import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, SLACK, WIDTH, YCC
 from .drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP
+from .planes import FACTOR_X, FACTOR_Y, HEIGHT, KIND, SCALE, SLACK, WIDTH, YCC
 
 intrinsic: Any = numba_intrinsic  # untyped: called with one argument less than it is written with
 

@@ -173,7 +173,8 @@ def train_student(
 
     # ==== the run ====
     note_slow_loader(run.loader)
-    run = replace(run, objective=asked, pairing=choice)
+    by_hand = run.epochs is not None and batch_size is not None  # or by a preset: the plan has no view to choose
+    run = replace(run, objective=asked, pairing=pairing if by_hand else choice)
     if plan_only:
         show_plan(make_plan(run))
         return

@@ -1,4 +1,4 @@
-"""The prototype cross-entropy in torch, a few images at a time, on any device: what CPU and MPS use.
+"""The prototype cross-entropy in torch, a few images at a time, on any device: what CPU and MPS use, and float64 anywhere.
 
 With z a student row, s = (z P^T + a) / student_temp its logits, p = softmax(s), and w_g its weights against the targets q_g:
 
@@ -29,9 +29,8 @@ FEWEST_ROWS = 96
 """Rows a chunk should have even if they need more bytes: the matrix products slow down below."""
 
 
-def images_per_chunk(num_images: int, rows_per_image: int, bytes_per_row: int, device: torch.device) -> int:
-    """As many images as the budget allows, spread evenly over the chunks."""
-    budget = CHUNK_BYTES.get(device.type, OTHER_CHUNK_BYTES)
+def images_per_chunk(num_images: int, rows_per_image: int, bytes_per_row: int, budget: int) -> int:
+    """As many images as a budget of bytes allows, spread evenly over the chunks."""
     most = max(budget // bytes_per_row, FEWEST_ROWS) // rows_per_image
     chunks = -(-num_images // max(1, most))
     return -(-num_images // chunks)
@@ -121,7 +120,8 @@ def loss_and_gradients(
         target = EmbeddingTarget(target.embedding, target.matrix.to(dtype))
 
     dense_views = 0 if isinstance(target, TopKTarget) else g
-    n = images_per_chunk(num_images, v + dense_views, k * dtype.itemsize, prototypes.device)
+    budget = CHUNK_BYTES.get(prototypes.device.type, OTHER_CHUNK_BYTES)
+    n = images_per_chunk(num_images, v + dense_views, k * dtype.itemsize, budget)
     student_logits, target_logits = prototypes.new_empty(n * v, k), prototypes.new_empty(n * dense_views, k)
     loss = prototypes.new_zeros(())
     grad_embedding = prototypes.new_empty(num_images, v, d) if needs_embedding else None

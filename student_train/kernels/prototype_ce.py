@@ -1,23 +1,12 @@
 """The prototype cross-entropy of RoB, DINO, iBOT, SwAV and MSN, from embeddings and prototypes: one public function."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import choice, chunked, reference
 from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 
 IMPLS = ("auto", "triton", "chunked", "reference")
-
-SMALLEST_CHUNKED = 1 << 15
-"""Student logits (B V K) from which `chunked` is at least as fast as `reference` on a CPU: benchmarks/loss_notes.md."""
-
-SMALLEST_TRITON = 1 << 22
-"""The same for `triton` on CUDA, by reckoning: some ten launches have to be worth it. Not measured on a GPU yet."""
-
-WIDEST_TRITON = 256
-"""The widest rows whose accumulators fit the register file."""
 
 
 def prototype_cross_entropy(
@@ -33,7 +22,7 @@ def prototype_cross_entropy(
     impl: str = "auto",
     check_finite: bool | None = None,
 ) -> Tensor:
-    """sum_{v,g} pair_weights[v,g] * mean_b H(q[b,g], p[b,v]), without a tensor of all rows by all prototypes.
+    """sum_{v,g} pair_weights[v,g] * mean_b H(q[b,g], p[b,v]), without a tensor of all rows by all prototypes beyond a budget.
 
     B images, V student views, G target views, K prototypes, D dimensions; H(q, p) = -sum_k q_k log p_k in nats,
     p = softmax((student_embedding student_prototypes^T + student_bias) / student_temp), q = softmax((t - centre) / teacher_temp)
@@ -49,8 +38,9 @@ def prototype_cross_entropy(
     pair_weights: (V, G), or (B, V, G) to weigh images too, used as given: zero where a pair is skipped, 1 / number of
         pairs for a mean.
     student_bias: (K,) float, of a head whose last layer has one. Gets a gradient.
-    impl: "triton" (CUDA, compute capability 8 and up, D <= 256, no bias), "chunked" (torch, any device), "reference" (the
-        formula, with every logit in memory), or "auto", which picks by device, dtype and size.
+    impl: "triton" (CUDA, compute capability 8 and up: the logits by a kernel of ours), "chunked" (any device: the logits by
+        the library, on CUDA in the autocast dtype), "reference" (the formula, with every logit in memory in float32), or
+        "auto", which picks by device, dtype and size (choice.py).
     check_finite: whether to raise when the loss is not finite. The check reads the loss back, which makes a GPU wait: by
         default only CPU tensors are checked, and elsewhere a bad row shows as a NaN loss.
 
@@ -66,46 +56,45 @@ def prototype_cross_entropy(
     )
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLS)}")
-    if impl == "triton" and student_bias is not None:
-        raise ValueError("impl 'triton' has no student_bias: use 'auto' or 'chunked'")
     if impl == "auto":
-        impl = choose_impl(student_embedding, student_prototypes, target, student_bias)
-    inputs = student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, pair_weights
-    device = student_embedding.device
-    autocast_dtype = _autocast_dtype(device)
+        impl = choose_impl(student_embedding, student_prototypes, target)
+    inputs = (
+        student_embedding,
+        student_prototypes,
+        target,
+        student_temp,
+        teacher_temp,
+        centre,
+        pair_weights,
+        student_bias,
+    )
+    device, dtype = student_embedding.device, _product_dtype(student_embedding, student_prototypes)
     with torch.autocast(device.type, enabled=impl == "reference" and torch.is_autocast_enabled(device.type)):
         if impl == "reference":
-            loss = reference.prototype_cross_entropy(*inputs, student_bias)
-        elif impl == "chunked":
-            loss = chunked.prototype_cross_entropy(*inputs, student_bias)
-        else:
+            loss = reference.prototype_cross_entropy(*inputs)
+        elif impl == "triton" or (impl == "chunked" and choice.has_kernels(device, dtype)):
             from . import triton_ce  # triton is a Linux package
 
-            loss = triton_ce.prototype_cross_entropy(*inputs, dtype=autocast_dtype)
+            loss = triton_ce.prototype_cross_entropy(*inputs, dtype=dtype, tiled=impl == "triton")
+        else:
+            loss = chunked.prototype_cross_entropy(*inputs)
     if device.type == "cpu" if check_finite is None else check_finite:
         _raise_unless_finite(loss, student_embedding, student_prototypes, target, centre, pair_weights, student_bias)
     return loss
 
 
-def choose_impl(
-    student_embedding: Tensor, student_prototypes: Tensor, target: Target, student_bias: Tensor | None = None
-) -> str:
+def choose_impl(student_embedding: Tensor, student_prototypes: Tensor, target: Target) -> str:
     """What "auto" stands for: by device, dtype and size."""
-    device, size = student_embedding.device, student_embedding[..., 0].numel() * len(student_prototypes)
-    if device.type != "cuda":
-        return "chunked" if size >= SMALLEST_CHUNKED else "reference"
-    if size < SMALLEST_TRITON:
-        return "reference"
-    dtype = _autocast_dtype(device) or torch.promote_types(student_embedding.dtype, student_prototypes.dtype)
-    fast = dtype.itemsize == 2 or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest")
-    widest = max(student_embedding.shape[2], target.embedding.shape[2] if isinstance(target, EmbeddingTarget) else 0)
-    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    tiled = fast and widest <= WIDEST_TRITON and ampere and student_bias is None
-    return "triton" if tiled and find_spec("triton") else "chunked"
+    (b, v, d), k = student_embedding.shape, len(student_prototypes)
+    widest = max(d, target.embedding.shape[2] if isinstance(target, EmbeddingTarget) else 0)
+    dtype = _product_dtype(student_embedding, student_prototypes)
+    return choice.fastest(student_embedding.device, dtype, b * v, k, widest)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if device.type == "cuda" and torch.is_autocast_enabled("cuda") else None
+def _product_dtype(embedding: Tensor, prototypes: Tensor) -> torch.dtype:
+    if embedding.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return torch.promote_types(embedding.dtype, prototypes.dtype)
 
 
 def _check_arguments(embedding, prototypes, target, student_temp, teacher_temp, centre, pair_weights, bias) -> None:

@@ -1,4 +1,6 @@
-"""The prototype losses written plainly. Slow and large on purpose: this is what the fast ones are tested against."""
+"""The prototype losses, and the Triton kernels by their names, written plainly. Slow and large on purpose: the tests' truth."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -55,3 +57,27 @@ def mean_entropy(student_embedding: Tensor, prototypes: Tensor, temp: float, bia
         logits = logits + wide(bias)
     p = torch.softmax(logits / temp, dim=1).mean(dim=0)
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
+
+
+def exponentials(
+    query: Tensor, keys: Tensor, offset: Tensor | None, anchors: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """2^(s - anchor) and its sums over the prototypes, s = scale (query keys^T + offset). query (R, D); keys (K, D); offset (K,);
+    anchors (R,)."""
+    made = torch.exp2(_scaled(query @ keys.T, offset, scale) - anchors.unsqueeze(1))
+    return made, made.sum(1)
+
+
+def log_sum_exp(query: Tensor, keys: Tensor, offset: Tensor | None, scale: float) -> Tensor:
+    """(R,) log2 of the sum of 2^s, as above."""
+    return softmax_rows(query @ keys.T, offset, scale)[1]
+
+
+def softmax_rows(logits: Tensor, offset: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """2^s over its sum, s = scale (logits + offset), and the sum's log2. logits (R, K); offset (K,)."""
+    log_sums = torch.logsumexp(_scaled(logits, offset, scale) * math.log(2), dim=1) / math.log(2)
+    return torch.exp2(_scaled(logits, offset, scale) - log_sums.unsqueeze(1)), log_sums
+
+
+def _scaled(logits: Tensor, offset: Tensor | None, scale: float) -> Tensor:
+    return scale * (logits if offset is None else logits + offset)

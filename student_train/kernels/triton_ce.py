@@ -1,157 +1,274 @@
-"""The prototype cross-entropy on CUDA, around the two kernels of triton_kernels.py.
+"""The prototype cross-entropy on CUDA: exponentials once, in half precision, and products by the library around them.
 
-With z a student row, P the student's prototypes and w the pair weights, all that the loss needs of a target q is the
-mean of the prototypes under it, a D-vector: <q, s> = z . (q P) / student_temp. So, per image,
+With z a student row, P the student's prototypes, a their bias and w the pair weights, all that the loss needs of a target q is
+the mean of the prototypes and of the bias under it: <q, s> = (z . (q P) + q . a) / student_temp. So, per image,
 
     mix_v   = sum_g w[v,g] q_g P               W_v = sum_g w[v,g]
-    loss    = sum_v W_v logsumexp(s_v) - z_v . mix_v / student_temp
+    loss    = sum_v W_v logsumexp(s_v) - (z_v . mix_v + sum_g w[v,g] q_g . a) / student_temp
     dz_v    = (W_v p_v P - mix_v) / student_temp
     dP      = sum_v W_v p_v^T z_v / student_temp - sum_g q_g^T (sum_v w[v,g] z_v) / student_temp
 
-p P and q P come from `attend` in the forward pass, the two sums over rows of dP from `prototype_gradient` in the
-backward pass. Each row costs four matrix products, one of them recomputed, and the largest thing in memory is S x rows x D
-for S splits. A top-k target needs no kernel: k prototypes are gathered, and the rest share one sum.
+E holds what p and q of a chunk of images are before they are divided by their sums, student rows above target rows. Then E P is
+all the means, and E^T R all of dP, with R the rows that meet them, their weights and sums included. E is made by
+
+    `tiled`     the kernel `exponentials`: the product and what follows it in one pass, relative to an anchor |z| max |P| / temp.
+                Where that bound is not safe, as with rows of any length, `log_sum_exp` finds the row's own first.
+    otherwise   the library's product into float32 logits, a block of rows at a time, and the kernel `softmax_rows`.
+
+Three products a student row either way. A top-k target needs none: k prototypes are gathered, and the rest share one sum.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .target import DenseTarget, EmbeddingTarget, Target
+from . import chunked
+from .frozen import cast_of, largest_norm
+from .products import long_product, product
+from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .topk import add_topk_gradient_, topk_means, topk_probabilities
-from .triton_kernels import TARGET_STAGES, attend, prototype_gradient
+from .triton_kernels import SAFE, exponentials, lift, log_sum_exp, softmax_rows
 
-BLOCKS_PER_PROCESSOR = 2
-"""Thread blocks of `attend` to launch for each multiprocessor: splits over the prototypes make up for few rows."""
+MEMORY_SHARE = 64
+"""E may take this part of the device's memory: more images go in chunks, each of which adds to dP once more."""
 
+SMALLEST_BUDGET = 256 << 20
+"""Bytes that E may take on any device."""
 
-def _split(num_rows: int, num_prototypes: int, device: torch.device) -> int:
-    """Prototypes a split, a multiple of 128 so that no split is empty whatever the tile."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    splits = max(1, BLOCKS_PER_PROCESSOR * processors // triton.cdiv(num_rows, 128))
-    return 128 * triton.cdiv(triton.cdiv(num_prototypes, splits), 128)
+LOGITS_BYTES = 64 << 20
+"""Bytes of float32 logits that the untiled form holds at once: few, so that they are read back from cache."""
 
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" and dtype == torch.float32 else "tf32"
+LN_2 = math.log(2)
 
 
-def _lift(dtype: torch.dtype) -> int:
-    return 12 if dtype == torch.float16 else 0
+def chunk_bytes(device: torch.device) -> int:
+    """The budget of E."""
+    if device.type != "cuda":
+        return SMALLEST_BUDGET
+    return max(SMALLEST_BUDGET, torch.cuda.get_device_properties(device).total_memory // MEMORY_SHARE)
 
 
-def _means(
-    query: Tensor,  # (R, DQ), or (R, K) logits when keys is None
-    keys: Tensor | None,  # (K, DQ)
-    values: Tensor,  # (K, DV)
-    temp: float,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(R, DV) mean of the values under each row's softmax, and (R,) base-2 log-sum-exp of its logits; both float32."""
-    (rows, dq), (k, dv) = query.shape, values.shape
-    dense = keys is None
-    dq = 1 if dense else dq
-    split = _split(rows, k, values.device)
-    splits = triton.cdiv(k, split)
-    means = values.new_empty(splits, rows, dv, dtype=torch.float32)
-    log_sums = values.new_empty(splits, rows, dtype=torch.float32)
-    attend[lambda meta: (triton.cdiv(rows, meta["BLOCK_OUT"]), splits)](
-        query, values if dense else keys, values, query, log_sums if centre is None else centre, means, log_sums,
-        rows, k, split, math.log2(math.e) / temp, triton.next_power_of_2(rows),
-        DQ=dq, DV=dv, WIDTH_Q=max(16, triton.next_power_of_2(dq)), WIDTH_V=max(16, triton.next_power_of_2(dv)),
-        DENSE=dense, CENTRED=centre is not None, SHARED=keys is values,
-        PRECISION=_precision(values.dtype), LIFT=_lift(values.dtype),
-    )  # fmt: skip
-    if splits == 1:
-        return means[0], log_sums[0]
-    total = torch.logsumexp(log_sums * math.log(2), dim=0) / math.log(2)
-    shares = torch.exp2(log_sums - total)
-    return torch.einsum("sr,srd->rd", shares, means), total
+@dataclass(frozen=True)
+class Scores:
+    """What scores rows: prototypes, an offset a prototype, a temperature."""
+
+    keys: Tensor  # (K, D)
+    offset: Tensor | None  # (K,) float32
+    temp: float
+    tiled: bool
+
+    def fill(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """out (R, K) becomes the rows' (R, D) exponentials; returns what to multiply them with to get the softmax, and the
+        logits' log-sum-exp, (R,) float32 both."""
+        scale = 1 / (LN_2 * self.temp)
+        if not self.tiled:
+            most = max(64, LOGITS_BYTES // (4 * len(self.keys)))
+            parts = [
+                softmax_rows(product(block, self.keys.T), self.offset, scale, part)
+                for block, part in zip(rows.split(most), out.split(most), strict=True)
+            ]
+            sums, log_sums = (torch.cat(each) for each in zip(*parts, strict=True))
+            return 1 / sums, log_sums * LN_2
+        bounds = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) * largest_norm(self.keys)
+        if self.offset is not None:
+            bounds = bounds + self.offset.abs().max()
+        bounds = bounds * scale
+        safe = SAFE if out.dtype != torch.float16 else -1.0  # float16 holds nothing far below its row's largest
+        own = log_sum_exp(rows, self.keys, self.offset, bounds, scale, safe)
+        anchors = torch.where(bounds <= safe, bounds, own)
+        sums, exact = exponentials(rows, self.keys, self.offset, anchors, scale, out)
+        return 1 / sums, (anchors + torch.log2(exact) - lift(out.dtype)) * LN_2
+
+
+def _two_halves(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, 2) columns of ``dtype`` whose sum is x (N,) to twice its digits."""
+    high = x.to(dtype)
+    return torch.stack([high, (x - high.float()).to(dtype)], dim=1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All of the loss but its images: prepared once a call."""
+
+    prototypes: Tensor  # (K, D) in the operands' dtype
+    bias: Tensor | None  # (K,) float32
+    centre: Tensor | None  # (K,) float32
+    student_temp: float
+    teacher_temp: float
+    tiled: bool
+
+    def chunk(self, embedding: Tensor, target: Target, weights: Tensor) -> "Chunk":
+        """embedding (n, V, D) in the operands' dtype; weights (n, V, G) float32."""
+        (n, v, d), g, k = embedding.shape, target.num_views, len(self.prototypes)
+        dtype, z = embedding.dtype, embedding.reshape(n * v, d).contiguous()
+        sparse = isinstance(target, TopKTarget)
+        padded = 64 * -(-k // 64)  # rows that begin at a line of cache
+        e = z.new_empty(n * (v + (0 if sparse else g)), padded)[:, :k]
+        shares, log_sums = Scores(self.prototypes, self.bias, self.student_temp, self.tiled).fill(z, e[: n * v])
+        topk = None
+        match target:
+            case EmbeddingTarget():
+                half = target.embedding.element_size() == 2 and dtype.itemsize == 2
+                target_dtype = target.embedding.dtype if half else dtype
+                rows = target.embedding.reshape(n * g, -1).to(target_dtype).contiguous()
+                scores = Scores(cast_of(target.matrix, target_dtype), self._offset, self.teacher_temp, self.tiled)
+                shares = torch.cat([shares, scores.fill(rows, e[n * v :])[0]])
+            case DenseTarget():
+                rows = target.logits.reshape(n * g, -1)
+                sums, _ = softmax_rows(rows, self._offset, 1 / (LN_2 * self.teacher_temp), e[n * v :])
+                shares = torch.cat([shares, 1 / sums])
+            case _:
+                topk = target.ids, *topk_probabilities(target, self.teacher_temp, self.centre)
+        means = long_product(e, self.prototypes) * shares.unsqueeze(1)
+        student_means = means[: n * v].view(n, v, d)
+        target_means = means[n * v :].view(n, g, d) if topk is None else topk_means(*topk, self.prototypes)
+
+        rows_z, total = embedding.float(), weights.sum(2)
+        mix = torch.einsum("nvg,ngd->nvd", weights, target_means)
+        loss = (total * log_sums.view(n, v)).sum() - (rows_z * mix).sum() / self.student_temp
+        if self.bias is not None:
+            loss = (
+                loss
+                - (weights.sum(1) * self._bias_means(e[n * v :], shares[n * v :], topk, n, g)).sum() / self.student_temp
+            )
+        mixed = torch.einsum("nvg,nvd->ngd", weights, rows_z).flatten(0, 1)
+        meets = (rows_z * total.unsqueeze(2)).flatten(0, 1)
+        row_weights = total.flatten()
+        if topk is None:
+            meets, row_weights = torch.cat([meets, -mixed]), torch.cat([row_weights, -weights.sum(1).flatten()])
+        return Chunk(
+            loss,
+            (total.unsqueeze(2) * student_means - mix) / self.student_temp,
+            e,
+            meets * shares.unsqueeze(1) / self.student_temp,
+            row_weights * shares / self.student_temp,
+            topk and (*topk, mixed / self.student_temp, weights.sum(1) / self.student_temp),
+        )
+
+    @property
+    def _offset(self) -> Tensor | None:
+        return None if self.centre is None else -self.centre
+
+    def _bias_means(self, e: Tensor, shares: Tensor, topk, n: int, g: int) -> Tensor:
+        """(n, G) mean of the bias under the target."""
+        assert self.bias is not None
+        if topk is None:
+            return (product(e, _two_halves(self.bias, e.dtype)).sum(1) * shares).view(n, g)
+        return topk_means(*topk, self.bias.unsqueeze(1)).squeeze(2)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What some images add to the loss and its gradients."""
+
+    loss: Tensor  # ()
+    grad_embedding: Tensor  # (n, V, D) float32
+    e: Tensor  # (R, K)
+    meets: Tensor  # (R, D) float32, R of the module's docstring
+    row_weights: Tensor  # (R,) float32, the same for the bias
+    topk: (
+        tuple[Tensor, ...] | None
+    )  # a top-k target's own: ids, at_ids, elsewhere, and what they meet, (n * G, D) and (n, G)
+
+    def grad_prototypes(self, upstream: Tensor | float = 1.0) -> Tensor:
+        """(K, D) float32."""
+        gradient = _times_rows(self.e, self.meets * upstream)
+        if self.topk is not None:
+            ids, at_ids, elsewhere, mixed, _ = self.topk
+            add_topk_gradient_(gradient, ids, at_ids, elsewhere, mixed * -upstream)
+        return gradient
+
+    def grad_bias(self, upstream: Tensor | float = 1.0) -> Tensor:
+        """(K,) float32."""
+        weights = self.row_weights * upstream
+        if self.e.dtype == torch.float32:
+            gradient = product(self.e.T, weights.unsqueeze(1))
+        else:
+            largest = weights.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            gradient = product(self.e.T, _two_halves(weights / largest, self.e.dtype)).sum(1, keepdim=True) * largest
+        if self.topk is not None:
+            ids, at_ids, elsewhere, _, met = self.topk
+            add_topk_gradient_(gradient, ids, at_ids, elsewhere, met.reshape(-1, 1) * -upstream)
+        return gradient.squeeze(1)
+
+
+def _times_rows(e: Tensor, rows: Tensor) -> Tensor:
+    """(K, D) e^T rows. float16 gets rows of at most 1: they are of the order 1 / (B V)."""
+    if e.dtype != torch.float16:
+        return product(e.T, rows.to(e.dtype))
+    largest = rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return product(e.T, (rows / largest).half()).mul_(largest)
 
 
 class _TritonCrossEntropy(torch.autograd.Function):
+    """The last chunk's part of dP is left to the backward pass, where the upstream gradient costs R x D and not K x D."""
+
     @staticmethod
-    def forward(ctx, student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, weights, dtype):
-        (b, v, d), g = student_embedding.shape, target.num_views
-        z = student_embedding.to(dtype).reshape(b * v, d).contiguous()
-        prototypes = student_prototypes.to(dtype).contiguous()
-        weights = weights.float() / b
-        centre = None if centre is None else centre.float().contiguous()
-
-        student_means, student_log_sums = _means(z, prototypes, prototypes, student_temp, None)
-        rows = keys = target_log_sums = topk = None
-        match target:
-            case EmbeddingTarget():
-                target_dtype = target.embedding.dtype if target.embedding.element_size() == 2 else dtype
-                rows = target.embedding.reshape(b * g, -1).to(target_dtype).contiguous()
-                keys = target.matrix.to(target_dtype).contiguous()
-                means, target_log_sums = _means(rows, keys, prototypes, teacher_temp, centre)
-            case DenseTarget():
-                rows = target.logits.reshape(b * g, -1).contiguous()
-                means, target_log_sums = _means(rows, None, prototypes, teacher_temp, centre)
-            case _:
-                topk = target.ids, *topk_probabilities(target, teacher_temp, centre)
-                means = topk_means(*topk, prototypes).view(b * g, d)
-
-        total = weights.sum(2)
-        mix = torch.einsum("bvg,bgd->bvd", weights, means.view(b, g, d))
-        log_sum_exp = student_log_sums.view(b, v) * math.log(2)
-        rows_z = z.view(b, v, d).float()
-        loss = (total * log_sum_exp).sum() - (rows_z * mix).sum() / student_temp
+    def forward(ctx, embedding, prototypes, bias, target, student_temp, teacher_temp, centre, weights, dtype, tiled):
+        (b, v, _), k, dense_views = (
+            embedding.shape,
+            len(prototypes),
+            0 if isinstance(target, TopKTarget) else target.num_views,
+        )
+        problem = Problem(
+            prototypes.to(dtype).contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            None if centre is None else centre.float().contiguous(),
+            student_temp,
+            teacher_temp,
+            tiled,
+        )
+        weights, z = weights.float() / b, embedding.to(dtype)
+        n = chunked.images_per_chunk(b, v + dense_views, k * dtype.itemsize, chunk_bytes(embedding.device))
+        loss, grads, done, chunk = 0.0, [], None, None
+        for start in range(0, b, n):
+            if chunk is not None:
+                done = _added(done, chunk, ctx.needs_input_grad)
+            stop = min(start + n, b)
+            chunk = None  # its memory is the next one's
+            chunk = problem.chunk(z[start:stop], target.images(start, stop), weights[start:stop])
+            loss = loss + chunk.loss
+            grads.append(chunk.grad_embedding)
+        assert chunk is not None
         if ctx.needs_input_grad[0]:
-            ctx.grad_embedding = (total.unsqueeze(2) * student_means.view(b, v, d) - mix) / student_temp
-        if ctx.needs_input_grad[1]:
-            mixed_student = torch.einsum("bvg,bvd->bgd", weights, rows_z).reshape(b * g, d)
-            ctx.save_for_backward(
-                z, prototypes, student_log_sums, total, mixed_student, rows, keys, centre, target_log_sums
-            )
-            ctx.topk = topk
-            ctx.temps = student_temp, teacher_temp
-        ctx.dtypes = student_embedding.dtype, student_prototypes.dtype
+            ctx.grad_embedding = torch.cat(grads) if len(grads) > 1 else grads[0]
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            ctx.save_for_backward(chunk.e, chunk.meets, chunk.row_weights, *(chunk.topk or ()))
+            ctx.done = done
+        ctx.dtypes = [None if t is None else t.dtype for t in (embedding, prototypes, bias)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator's signature)
         (upstream,) = grad_outputs
-        grad_embedding = grad_prototypes = None
-        if ctx.needs_input_grad[0]:
-            grad_embedding = (ctx.grad_embedding * upstream).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            grad_prototypes = _grad_prototypes(ctx, upstream)
-        return grad_embedding, grad_prototypes, None, None, None, None, None, None
+        gradients: list[Tensor | None] = [None, None, None]
+        with torch.autocast(upstream.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                gradients[0] = ctx.grad_embedding * upstream
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                e, meets, row_weights, *topk = ctx.saved_tensors
+                last = Chunk(upstream, meets, e, meets, row_weights, tuple(topk) or None)
+                if ctx.needs_input_grad[1]:
+                    gradients[1] = last.grad_prototypes(upstream)
+                if ctx.needs_input_grad[2]:
+                    gradients[2] = last.grad_bias(upstream)
+                for index, before in enumerate(ctx.done or (), start=1):
+                    if before is not None:
+                        gradients[index] = gradients[index].add_(before * upstream)
+        cast = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *cast, *(None for _ in range(7))
 
 
-def _grad_prototypes(ctx, upstream: Tensor) -> Tensor:
-    z, prototypes, student_log_sums, total, mixed_student, rows, keys, centre, target_log_sums = ctx.saved_tensors
-    student_temp, teacher_temp = ctx.temps
-    (k, d), sparse, dense = prototypes.shape, rows is None, keys is None
-    dt = 1 if dense else keys.shape[1]
-    # Weights are brought to at most 1 before they meet the operands' dtype: they are of the order 1 / (B V).
-    largest = torch.maximum(total.abs().max(), mixed_student.abs().max()).clamp_min(torch.finfo(torch.float32).tiny)
-    student_weights = (total / largest).flatten()
-    mixed = (mixed_student / largest).to(z.dtype)
-    target_weights = mixed.new_full((len(mixed),), -1.0, dtype=torch.float32)
-    gradient = prototypes.new_empty(k, d, dtype=torch.float32 if sparse else ctx.dtypes[1])
-    prototype_gradient[lambda meta: (triton.cdiv(k, meta["BLOCK_OUT"]),)](
-        z, prototypes, student_log_sums, student_weights,
-        z if rows is None or dense else rows, prototypes if dense else keys, z if rows is None else rows,
-        student_weights if centre is None else centre,
-        student_log_sums if sparse else target_log_sums, target_weights, mixed,
-        gradient, upstream * largest / student_temp,
-        len(z), len(mixed), k, math.log2(math.e) / student_temp, math.log2(math.e) / teacher_temp,
-        triton.next_power_of_2(len(z)),
-        D=d, DT=dt, WIDTH=max(16, triton.next_power_of_2(d)), WIDTH_T=max(16, triton.next_power_of_2(dt)),
-        DENSE=dense and not sparse, CENTRED=centre is not None and not sparse,
-        PRECISION=_precision(z.dtype), LIFT=_lift(z.dtype), TARGETS=not sparse, TARGET_STAGES=TARGET_STAGES,
-    )  # fmt: skip
-    if ctx.topk is not None:
-        ids, at_ids, elsewhere = ctx.topk
-        add_topk_gradient_(gradient, ids, at_ids, elsewhere, mixed_student * (-upstream / student_temp))
-    return gradient.to(ctx.dtypes[1])
+def _added(done, chunk: Chunk, needs: tuple[bool, ...]):
+    """The gradients by prototypes and bias so far, and this chunk's."""
+    more = [chunk.grad_prototypes() if needs[1] else None, chunk.grad_bias() if needs[2] else None]
+    if done is None:
+        return more
+    return [None if new is None else old.add_(new) for old, new in zip(done, more, strict=True)]
 
 
 def prototype_cross_entropy(
@@ -162,14 +279,26 @@ def prototype_cross_entropy(
     teacher_temp: float,
     centre: Tensor | None,
     pair_weights: Tensor,
+    student_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    tiled: bool = True,
 ) -> Tensor:
     """As reference.prototype_cross_entropy, accumulated in float32.
 
-    dtype: what the tensor cores multiply; None for that of the embedding and prototypes.
+    dtype: what the tensor cores multiply, float32 or half; None for that of the embedding and prototypes.
+    tiled: whether the logits are made by the kernel `exponentials`, or by the library.
     """
     dtype = dtype or torch.promote_types(student_embedding.dtype, student_prototypes.dtype)
     weights = pair_weights.expand(len(student_embedding), -1, -1)
     return _TritonCrossEntropy.apply(
-        student_embedding, student_prototypes, target, student_temp, teacher_temp, centre, weights, dtype
+        student_embedding,
+        student_prototypes,
+        student_bias,
+        target,
+        student_temp,
+        teacher_temp,
+        centre,
+        weights,
+        dtype,
+        tiled,
     )

@@ -1,13 +1,14 @@
-"""The two Triton kernels of the prototype cross-entropy. Neither writes anything of size rows x prototypes.
+"""The three Triton kernels of the prototype cross-entropy. With s = scale * (query keys^T + offset) in base 2:
 
-Both are attention in disguise. With queries the student's rows (or a target's) and keys the prototypes that score them:
+    exponentials   2^(s - anchor + LIFT) in the operands' dtype, its float32 sums over a tile, and those before rounding
+    log_sum_exp    log2 of the sum of 2^s, for rows whose s may spread so far that no anchor known beforehand is safe
+    softmax_rows   2^(s - log_sum_exp + LIFT) of logits that are in memory already, its sums and log_sum_exp
 
-    attend               softmax(query keys^T) values, and the row's log-sum-exp: the prototypes' mean under p (or q)
-    prototype_gradient   softmax(query keys^T)^T rows, for p and q together: what the prototypes get back
-
-Each recomputes its logits tile by tile. Exponentials are base 2, in float32, relative to a running row maximum, so that no
-finite logit overflows. LIFT is added to every exponent before the cast to the operands' dtype and taken off again in the
-result: without it float16 would flush the small probabilities, of which there are many.
+`exponentials` is a plain product with an epilogue: a row's largest logit need not be known, as an anchor that bounds it
+(Cauchy-Schwarz) divides out again with the sum. The sums are of what was stored, rounded as it is, so that weights divided by
+them sum to one: else a mean of prototypes that all lie on one side of a row would be off by as much. The log-sum-exp comes from
+the exact ones. LIFT keeps small probabilities out of float16's subnormal numbers. Each
+kernel has a plain reference of its name in reference.py.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
@@ -18,260 +19,314 @@ import triton.language as tl
 from triton import knobs
 
 CONFIGS = [
-    triton.Config({"BLOCK_OUT": out, "BLOCK_IN": inner}, num_warps=warps, num_stages=stages)
-    for out, inner, warps, stages in [
-        (128, 128, 8, 2),
-        (128, 64, 8, 4),
-        (128, 64, 8, 3),
-        (128, 64, 8, 2),
-        (128, 32, 8, 3),
-        (64, 64, 8, 3),
-        (64, 64, 8, 2),
-        (64, 64, 4, 2),
-        (64, 32, 8, 3),
-        (64, 32, 8, 2),
-        (64, 32, 4, 3),
-        (32, 32, 4, 2),
-        (16, 32, 4, 2),
-    ]
+    triton.Config({"BLOCK_ROWS": rows, "BLOCK_PROTOS": protos}, num_warps=warps, num_stages=stages)
+    for rows, protos, warps, stages in [(128, 256, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3)]
 ]
-"""Tiles to try. BLOCK_OUT rows of the result stay in registers; BLOCK_IN rows are streamed past them."""
+"""Tiles to try: a program scores BLOCK_ROWS rows against BLOCK_PROTOS prototypes."""
 
-SHARED_MEMORY = {8: 163 << 10, 9: 227 << 10}
-"""Bytes of shared memory that a block may have, by the major compute capability: A100 and H100."""
+BLOCK_BYTES = 128
+"""Bytes of a row that a step of a product reads: 64 half or 32 float32 dimensions, a line of cache."""
 
-REGISTERS = {8: 100, 9: 160}
-"""Float32 values of accumulator and logits that a thread may hold. Ampere's mma also wants its operands in registers."""
+SUM_BLOCK = 128
+"""Prototypes a row of `exponentials`' partial sums: the narrowest tile."""
 
-TARGET_STAGES = 2
-"""Pipeline stages of the prototype gradient's loop over targets, which streams two tensors where the student's needs one."""
+ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=128)
+"""Of `log_sum_exp`, which few runs need: not tuned."""
 
+ROW_STAGES = 3
 
-def fitting_configs(
-    kernel: str, width: int, itemsize: int, major: int, one_stream: bool, dense: bool
-) -> list[triton.Config]:
-    """The configs without spills and within shared memory, which tests/test_prototype_ce_compile.py compiles to see.
+SMALL = dict(BLOCK_ROWS=16, BLOCK_PROTOS=32)
+"""The interpreter's tiles."""
 
-    kernel: "attend" or "prototype_gradient"; width: the widest row, a power of two; itemsize: of an operand; major: the
-    compute capability; one_stream: the inner loop reads one tensor, as keys and values are one or there are no targets;
-    dense: it reads logits.
-    """
+PASS_BLOCK = 4096
+"""Logits of a row that `softmax_rows` holds at once."""
 
-    def fits(config: triton.Config) -> bool:
-        out, inner, stages = config.kwargs["BLOCK_OUT"], config.kwargs["BLOCK_IN"], config.num_stages
-        if one_stream:
-            streamed = inner * stages
-        elif kernel == "attend":
-            streamed = 2 * inner * stages
-        else:
-            streamed = max(inner * stages, 2 * inner * TARGET_STAGES)
-        pointers = 2 * inner if dense else 0
-        registers = out * (width + inner + pointers) / (32 * config.num_warps)
-        return (out + streamed) * width * itemsize <= SHARED_MEMORY[min(major, 9)] and registers <= REGISTERS[
-            min(major, 9)
-        ]
-
-    fitting = [config for config in CONFIGS if fits(config)]
-    large = [config for config in fitting if config.kwargs["BLOCK_OUT"] >= 64]
-    return large or fitting
+SAFE = 60.0
+"""Bounds on |s| up to which the exponents, in [-2 bound, 0], stay above bfloat16's and float32's smallest, 2^-126."""
 
 
-def _prune_attend(_configs, arguments, *, WIDTH_Q, WIDTH_V, SHARED, DENSE, **_meta):
-    itemsize, major = arguments["values"].element_size(), torch.cuda.get_device_capability()[0]
-    return fitting_configs("attend", max(WIDTH_Q, WIDTH_V), itemsize, major, SHARED, DENSE)
+def shared_bytes(config: triton.Config) -> int:
+    """Of the operands' tiles in flight."""
+    rows, protos = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_PROTOS"]
+    return (rows + protos) * BLOCK_BYTES * config.num_stages
 
 
-def _prune_prototype_gradient(_configs, arguments, *, WIDTH, WIDTH_T, TARGETS, DENSE, **_meta):
-    itemsize, major = arguments["prototypes"].element_size(), torch.cuda.get_device_capability()[0]
-    return fitting_configs("prototype_gradient", max(WIDTH, WIDTH_T), itemsize, major, not TARGETS, DENSE)
+def fitting_configs(shared: int) -> list[triton.Config]:
+    """Those of CONFIGS that a processor with ``shared`` bytes of shared memory a block can run."""
+    return [config for config in CONFIGS if shared_bytes(config) <= shared]
+
+
+def _prune(_configs, _arguments, *, PRECISION, **_meta):
+    if PRECISION == "ieee":  # without tensor cores: the smallest will do
+        return CONFIGS[-1:]
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return fitting_configs(properties["max_shared_mem"])
 
 
 @triton.jit
-def _attend(
-    query,  # (R, DQ)
-    keys,  # (K, DQ)
-    values,  # (K, DV)
-    logits,  # (R, K), read in place of query keys^T when DENSE
-    centre,  # (K,) float32, subtracted from the logits when CENTRED
-    means,  # (S, R, DV) float32 out: the values' mean under the softmax of split s
-    log_sums,  # (S, R) float32 out: log2 of the sum of 2^logit over split s
-    num_rows,
-    num_prototypes,
-    split,  # prototypes a split, a multiple of every BLOCK_IN
-    scale,  # log2(e) / temperature
-    rows_bucket,  # autotuning key only: num_rows rounded up to a power of two
-    DQ: tl.constexpr,
-    DV: tl.constexpr,
-    WIDTH_Q: tl.constexpr,  # DQ and DV rounded up to powers of two
-    WIDTH_V: tl.constexpr,
-    DENSE: tl.constexpr,
-    CENTRED: tl.constexpr,
-    SHARED: tl.constexpr,  # keys and values are one tensor
-    PRECISION: tl.constexpr,
-    LIFT: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    dq, dv = tl.arange(0, WIDTH_Q), tl.arange(0, WIDTH_V)
-    row_ok = rows < num_rows
-    if not DENSE:
-        query_tile = tl.load(query + rows[:, None] * DQ + dq, mask=row_ok[:, None] & (dq < DQ), other=0.0)
-
-    largest = tl.full([BLOCK_OUT], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_OUT], tl.float32)
-    weighted = tl.zeros([BLOCK_OUT, WIDTH_V], tl.float32)
-    first = tl.program_id(1) * split
-    for start in range(first, tl.minimum(first + split, num_prototypes), BLOCK_IN):
-        protos = start + tl.arange(0, BLOCK_IN)
-        proto_ok = protos < num_prototypes
-        if DENSE:
-            offsets = rows[:, None].to(tl.int64) * num_prototypes + protos
-            s = tl.load(logits + offsets, mask=row_ok[:, None] & proto_ok, other=0.0).to(tl.float32)
-        else:
-            key_tile = tl.load(keys + protos[:, None] * DQ + dq, mask=proto_ok[:, None] & (dq < DQ), other=0.0)
-            s = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
-        if CENTRED:
-            s -= tl.load(centre + protos, mask=proto_ok, other=0.0)
-        s = tl.where(proto_ok, s * scale, float("-inf"))
-
-        new_largest = tl.maximum(largest, tl.max(s, axis=1))
-        anchor = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # as yet only excluded prototypes
-        p = tl.exp2(s - anchor[:, None] + LIFT)
-        shrink = tl.exp2(largest - anchor)
-        total = total * shrink + tl.sum(p, axis=1)
-        if SHARED:
-            value_tile = key_tile
-        else:
-            value_tile = tl.load(values + protos[:, None] * DV + dv, mask=proto_ok[:, None] & (dv < DV), other=0.0)
-        weighted = tl.dot(p.to(value_tile.dtype), value_tile, weighted * shrink[:, None], input_precision=PRECISION)
-        largest = new_largest
-
-    out = tl.program_id(1) * num_rows + rows
-    mean = weighted / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(means + out[:, None].to(tl.int64) * DV + dv, mean, mask=row_ok[:, None] & (dv < DV))
-    tl.store(log_sums + out, largest + tl.log2(total) - LIFT, mask=row_ok)
-
-
-@triton.jit
-def _add_rows(
-    gradient,  # (BLOCK_OUT, WIDTH_V) the sum so far
+def _product(
+    query,
+    keys,
+    rows,
     protos,
-    query,  # (R, DQ)
-    keys,  # (K, DQ)
-    rows_given,  # (R, DV)
-    logits,
-    centre,
-    log_sums,  # (R,)
-    row_weights,  # (R,)
     num_rows,
     num_prototypes,
-    scale,
-    DQ: tl.constexpr,
-    DV: tl.constexpr,
-    WIDTH_Q: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    DENSE: tl.constexpr,
-    CENTRED: tl.constexpr,
-    SHARED: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
-    LIFT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    STAGES: tl.constexpr,  # None: as the config says
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PROTOS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """gradient + sum over rows of row_weight 2^(logit - log_sum + LIFT) row."""
-    dq, dv = tl.arange(0, WIDTH_Q), tl.arange(0, WIDTH_V)
-    proto_ok = protos < num_prototypes
-    if not DENSE:
-        key_tile = tl.load(keys + protos[:, None] * DQ + dq, mask=proto_ok[:, None] & (dq < DQ), other=0.0)
-    if CENTRED:
-        centre_tile = tl.load(centre + protos, mask=proto_ok, other=0.0)
-    for start in tl.range(0, num_rows, BLOCK_IN, num_stages=STAGES):
-        rows = start + tl.arange(0, BLOCK_IN)
-        row_ok = rows < num_rows
-        if DENSE:
-            offsets = rows.to(tl.int64) * num_prototypes + protos[:, None]
-            s = tl.load(logits + offsets, mask=proto_ok[:, None] & row_ok, other=0.0).to(tl.float32)
+    """query[rows] keys[protos]^T, a tile in float32."""
+    row_ok, proto_ok = (rows < num_rows)[:, None], (protos < num_prototypes)[None, :]
+    row_at, proto_at = rows[:, None].to(tl.int64) * D, protos[None, :].to(tl.int64) * D
+    total = tl.zeros([BLOCK_ROWS, BLOCK_PROTOS], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        if D % BLOCK_D == 0:
+            a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
+            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
         else:
-            query_tile = tl.load(query + rows[:, None] * DQ + dq, mask=row_ok[:, None] & (dq < DQ), other=0.0)
-            s = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
-        if CENTRED:
-            s -= centre_tile[:, None]
-        log_sum = tl.load(log_sums + rows, mask=row_ok, other=float("inf"))  # so that a missing row weighs nothing
-        weight = tl.load(row_weights + rows, mask=row_ok, other=0.0)
-        # Recomputed in another order, an enormous logit may exceed its row's log-sum-exp by rounding.
-        p = tl.exp2(tl.minimum(s * scale - log_sum, 0.0) + LIFT) * weight
-        if SHARED:
-            value_tile = query_tile
-        else:
-            value_tile = tl.load(rows_given + rows[:, None] * DV + dv, mask=row_ok[:, None] & (dv < DV), other=0.0)
-        gradient = tl.dot(p.to(value_tile.dtype), value_tile, gradient, input_precision=PRECISION)
-    return gradient
+            a = tl.load(query + row_at + d[None, :], mask=row_ok & (d < D)[None, :], other=0.0)
+            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok & (d < D)[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
-def _prototype_gradient(
-    student,  # (RS, D)
-    prototypes,  # (K, D)
-    student_log_sums,  # (RS,) float32, base 2
-    student_weights,  # (RS,) float32
-    target,  # (RT, DT)
-    target_prototypes,  # (K, DT)
-    target_logits,  # (RT, K), read in place of target target_prototypes^T when DENSE
-    centre,  # (K,) float32
-    target_log_sums,  # (RT,) float32, base 2
-    target_weights,  # (RT,) float32
-    mixed_student,  # (RT, D) the student rows that meet a target, weighted and summed
-    gradient,  # (K, D) out
-    upstream,  # () the loss's own gradient
-    num_student_rows,
-    num_target_rows,  # 0 where the target is not of all prototypes
+def _exponentials(
+    query,  # (R, D)
+    keys,  # (K, D)
+    offset,  # (K,) float32, when OFFSET
+    anchors,  # (R,) float32
+    out,  # (R, K) in the dtype of what it will be multiplied with, rows `stride` apart
+    sums,  # (2, ceil(K / SUM_BLOCK), R) float32 out: of what is stored, and of what it was before it was rounded
+    num_rows,
     num_prototypes,
-    student_scale,  # log2(e) / student temperature
-    target_scale,
-    student_rows_bucket,  # autotuning keys only
+    stride,
+    scale,
+    rows_bucket,  # autotuning key only: num_rows rounded up to a power of two
     D: tl.constexpr,
-    DT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_T: tl.constexpr,
-    DENSE: tl.constexpr,
-    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     LIFT: tl.constexpr,
-    TARGETS: tl.constexpr,
-    TARGET_STAGES: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PROTOS: tl.constexpr,
 ):
-    protos = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    total = tl.zeros([BLOCK_OUT, WIDTH], tl.float32)
-    total = _add_rows(
-        total, protos, student, prototypes, student, student, centre, student_log_sums, student_weights,
-        num_student_rows, num_prototypes, student_scale,
-        D, D, WIDTH, WIDTH, False, False, True, PRECISION, LIFT, BLOCK_IN, None,
+    # Neighbouring programs share their prototypes: all rows pass while a tile of prototypes is in cache.
+    row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    proto_tile = tl.program_id(0) // row_tiles
+    rows = tl.program_id(0) % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    protos = proto_tile * BLOCK_PROTOS + tl.arange(0, BLOCK_PROTOS)
+    s = _product(
+        query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
     )  # fmt: skip
-    if TARGETS:
-        total = _add_rows(
-            total, protos, target, target_prototypes, mixed_student, target_logits, centre, target_log_sums,
-            target_weights, num_target_rows, num_prototypes, target_scale,
-            DT, D, WIDTH_T, WIDTH, DENSE, CENTRED, False, PRECISION, LIFT, BLOCK_IN, TARGET_STAGES,
-        )  # fmt: skip
-    d = tl.arange(0, WIDTH)
-    total *= tl.load(upstream).to(tl.float32) * tl.exp2(-1.0 * LIFT)
-    where = gradient + protos[:, None].to(tl.int64) * D + d
-    tl.store(where, total, mask=(protos < num_prototypes)[:, None] & (d < D))
+    row_ok, proto_ok = rows < num_rows, protos < num_prototypes
+    if OFFSET:
+        s += tl.load(offset + protos, mask=proto_ok, other=0.0)[None, :]
+    anchor = tl.load(anchors + rows, mask=row_ok, other=float("inf"))
+    exact = tl.where(proto_ok[None, :], tl.exp2(s * scale - anchor[:, None] + LIFT), 0.0)
+    made = exact.to(out.dtype.element_ty)
+    exact_sum, sum_made = tl.sum(exact, axis=1), tl.sum(made.to(tl.float32), axis=1)
+    slots = tl.cdiv(num_prototypes, SUM_BLOCK)
+    for part in tl.static_range(BLOCK_PROTOS // SUM_BLOCK):  # the same rows of sums whatever the tile
+        slot = proto_tile * (BLOCK_PROTOS // SUM_BLOCK) + part
+        where, ok = sums + slot.to(tl.int64) * num_rows + rows, row_ok & (slot < slots)
+        tl.store(where, sum_made if part == 0 else tl.zeros_like(sum_made), mask=ok)
+        tl.store(where + slots.to(tl.int64) * num_rows, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
+    where = out + rows[:, None].to(tl.int64) * stride + protos[None, :]
+    tl.store(where, made, mask=row_ok[:, None] & proto_ok[None, :])
 
 
-def _autotuned(kernel, prune, key):
-    configs = CONFIGS[-1:] if knobs.runtime.interpret else CONFIGS
-    return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": prune}, cache_results=True)(kernel)
+@triton.jit
+def _log_sum_exp(
+    query,  # (R, D)
+    keys,  # (K, D)
+    offset,  # (K,) float32, when OFFSET
+    bounds,  # (R,) float32: a block of rows whose bounds are all at most `safe` is left out
+    log_sums,  # (S, R) float32 out: log2 of the sum of 2^s over the prototypes of split s
+    num_rows,
+    num_prototypes,
+    split,  # prototypes a split
+    scale,
+    safe,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PROTOS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_ok = rows < num_rows
+    bound = tl.load(bounds + rows, mask=row_ok, other=0.0)
+    if tl.sum((bound > safe).to(tl.int32), axis=0) > 0:
+        largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        first = tl.program_id(1) * split
+        last = tl.minimum(first + split, num_prototypes)
+        for start in range(first, last, BLOCK_PROTOS):
+            protos = start + tl.arange(0, BLOCK_PROTOS)
+            s = _product(
+                query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
+            )  # fmt: skip
+            if OFFSET:
+                s += tl.load(offset + protos, mask=protos < num_prototypes, other=0.0)[None, :]
+            s = tl.where((protos < last)[None, :], s * scale, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(s, axis=1))
+            total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(s - new_largest[:, None]), axis=1)
+            largest = new_largest
+        tl.store(log_sums + tl.program_id(1) * num_rows + rows, largest + tl.log2(total), mask=row_ok)
 
 
-attend = _autotuned(
-    _attend, _prune_attend, key=["rows_bucket", "num_prototypes", "WIDTH_Q", "WIDTH_V", "DENSE", "SHARED"]
-)
-prototype_gradient = _autotuned(
-    _prototype_gradient,
-    _prune_prototype_gradient,
-    key=["student_rows_bucket", "num_prototypes", "WIDTH", "WIDTH_T", "DENSE", "TARGETS"],
-)
+@triton.jit
+def _softmax_rows(
+    logits,  # (R, K), rows `logits_stride` apart; -inf excludes a prototype
+    offset,  # (K,) float32, when OFFSET
+    out,  # (R, K), rows `stride` apart
+    sums,  # (R,) float32 out: of `out`
+    log_sums,  # (R,) float32 out
+    num_prototypes,
+    logits_stride,
+    stride,
+    scale,
+    OFFSET: tl.constexpr,
+    LIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    given, made = logits + row * logits_stride, out + row * stride
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)  # one a lane, so that no step waits for a reduction
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_prototypes, BLOCK):
+        protos = start + tl.arange(0, BLOCK)
+        ok = protos < num_prototypes
+        s = tl.load(given + protos, mask=ok, other=float("-inf")).to(tl.float32)
+        if OFFSET:
+            s += tl.load(offset + protos, mask=ok, other=0.0)
+        s *= scale
+        new_largest = tl.maximum(largest, s)
+        anchor = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # as yet only excluded prototypes
+        total = total * tl.exp2(largest - anchor) + tl.exp2(s - anchor)
+        largest = new_largest
+    top = tl.max(largest, axis=0)
+    log_sum = top + tl.log2(tl.sum(total * tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top)), axis=0))
+    tl.store(log_sums + row, log_sum)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_prototypes, BLOCK):
+        protos = start + tl.arange(0, BLOCK)
+        ok = protos < num_prototypes
+        s = tl.load(given + protos, mask=ok, other=float("-inf")).to(tl.float32)
+        if OFFSET:
+            s += tl.load(offset + protos, mask=ok, other=0.0)
+        p = tl.exp2(s * scale - log_sum + LIFT).to(out.dtype.element_ty)
+        tl.store(made + protos, p, mask=ok)
+        total += p.to(tl.float32)
+    tl.store(sums + row, tl.sum(total, axis=0))
+
+
+def launcher(configs: list[triton.Config]):
+    """`exponentials`, by the fastest of ``configs`` at each size."""
+    return triton.autotune(
+        configs,
+        key=["rows_bucket", "num_prototypes", "D", "OFFSET"],
+        prune_configs_by={"early_config_prune": _prune} if len(configs) > 1 else None,
+        cache_results=True,
+    )(_exponentials)
+
+
+launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else CONFIGS)
+
+
+# ==== launching ====
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a kernel multiplies operands of ``dtype``: float32 by torch's own setting."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" and dtype == torch.float32 else "tf32"
+
+
+def lift(dtype: torch.dtype) -> int:
+    """Added to exponents before they are rounded to ``dtype``."""
+    return 12 if dtype == torch.float16 else 0
+
+
+def block_d(dtype: torch.dtype) -> int:
+    """Dimensions that a step of a product reads."""
+    return BLOCK_BYTES // dtype.itemsize
+
+
+def exponentials(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    offset: torch.Tensor | None,
+    anchors: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (R, K) = 2^(scale (query keys^T + offset) - anchors + lift); returns their sums (R,) in float32, and those before they
+    were rounded to out's dtype.
+
+    query (R, D) and keys (K, D): contiguous, of one dtype; offset (K,) and anchors (R,): float32; out: rows contiguous.
+    """
+    (rows, d), k = query.shape, len(keys)
+    sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
+    sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
+    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+        query, keys, anchors if offset is None else offset, anchors, out, sums, rows, k, out.stride(0), scale,
+        triton.next_power_of_2(rows),
+        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), LIFT=lift(out.dtype),
+        BLOCK_D=block_d(query.dtype), SUM_BLOCK=sum_block,
+    )  # fmt: skip
+    made, exact = sums.sum(1)
+    return made, exact
+
+
+def log_sum_exp(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    offset: torch.Tensor | None,
+    bounds: torch.Tensor,
+    scale: float,
+    safe: float = SAFE,
+) -> torch.Tensor:
+    """(R,) float32 log2 of the sum of 2^(scale (query keys^T + offset)) where bounds (R,) > safe; anything where not."""
+    (rows, d), k = query.shape, len(keys)
+    tiles = SMALL if knobs.runtime.interpret else ROW_TILES
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+    row_blocks, block = triton.cdiv(rows, tiles["BLOCK_ROWS"]), tiles["BLOCK_PROTOS"]
+    splits = max(1, 2 * processors // row_blocks)
+    split = block * triton.cdiv(triton.cdiv(k, splits), block)
+    splits = triton.cdiv(k, split)
+    log_sums = bounds.new_empty(splits, rows)
+    options = {} if knobs.runtime.interpret else dict(num_warps=8, num_stages=ROW_STAGES)
+    _log_sum_exp[(row_blocks, splits)](
+        query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe,
+        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
+    )  # fmt: skip
+    return log_sums[0] if splits == 1 else _join(log_sums)
+
+
+def _join(log_sums: torch.Tensor) -> torch.Tensor:
+    largest = log_sums.amax(0)
+    return largest + torch.exp2(log_sums - largest).sum(0).log2()
+
+
+def softmax_rows(
+    logits: torch.Tensor, offset: torch.Tensor | None, scale: float, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (R, K) = 2^(s - log_sum_exp + lift), s = scale (logits + offset); returns its sums and log_sum_exp, (R,) float32 both.
+
+    logits (R, K), out (R, K): rows contiguous, any dtype up to float32; offset (K,): float32.
+    """
+    rows, k = logits.shape
+    sums, log_sums = logits.new_empty(2, rows, dtype=torch.float32)
+    options = {} if knobs.runtime.interpret else dict(num_warps=8)
+    _softmax_rows[(rows,)](
+        logits, log_sums if offset is None else offset, out, sums, log_sums,
+        k, logits.stride(0), out.stride(0), scale,
+        OFFSET=offset is not None, LIFT=lift(out.dtype), BLOCK=min(PASS_BLOCK, triton.next_power_of_2(k)), **options,
+    )  # fmt: skip
+    return sums, log_sums

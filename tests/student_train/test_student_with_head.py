@@ -263,3 +263,18 @@ def test_the_heads_batchnorm_sees_sizes_together_or_apart(apart, monkeypatch):
 def test_a_head_without_batchnorm_has_no_sizes_to_keep_apart():
     with pytest.raises(MisuseError, match="`norm_by_size` is for the head's BatchNorm, and this head has none"):
         built(VIT, "moco", norm_by_size=True)
+
+
+def test_a_compiled_student_has_the_same_parameters_and_so_has_its_copy():
+    """What is compiled is the call: nothing that a checkpoint holds, and nothing that a copy shares."""
+    model = built(VIT)
+    names, crops = [*model.state_dict()], crops_of(0)[0]
+    expected = model.features(crops)
+    model.compile_backbone()
+    copy = model.copy_for_targets()
+    assert [*model.state_dict()] == names
+    for each in (model, copy):
+        assert each.backbone._compiled_call_impl is not None
+    assert copy.backbone._compiled_call_impl is not model.backbone._compiled_call_impl
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model.features(crops), expected)

@@ -28,6 +28,7 @@ else:
 
     from rob.common.views.kernel import views_from_planes
     from rob.common.views.reference import views_from_planes as reference
+    from support.interpreter import scalars_index
     from support.view_cases import (
         JITTERS,
         JPEGS,
@@ -43,6 +44,10 @@ else:
         resized_on_cpu,
         stored_photograph,
     )
+
+    @pytest.fixture(autouse=True)
+    def any_triton(monkeypatch):
+        scalars_index(monkeypatch)
 
     @pytest.mark.parametrize(("stored", "scale"), [(s, 1) for s in STORED] + [(s, d) for s in JPEGS for d in (2, 4, 8)])
     @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])

@@ -15,6 +15,7 @@ from support.photographs import photograph
 decode = pytest.importorskip("rob.common.views.decode", reason="ffcv is not installed")
 resize = pytest.importorskip("rob.common.views.resize")
 
+from rob.common.views.planes import KIND, UNDECODED  # noqa: E402
 from support.stored_images import SUBSAMPLING, decoded, jpeg, planes_of  # noqa: E402
 
 CUBIC = pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
@@ -25,7 +26,7 @@ def views_of(
 ) -> list[np.ndarray]:
     """The views of one stored image, each (size, size, 3)."""
     planes, plane_starts, layout = planes_of(stored, mode, *shape[:2], scale)
-    assert layout[0, decode.KIND] != decode.UNDECODED
+    assert layout[0, KIND] != UNDECODED
     sizes = np.array(sizes)
     starts = np.concatenate([[0], np.cumsum(3 * sizes**2)])
     out = np.zeros(starts[-1] + 1, np.uint8)
@@ -223,7 +224,7 @@ def test_what_libjpeg_turbo_complains_about_is_left_to_pillow():
         (jpeg(pixels, keep_rgb=True), (48, 64)),
     ):
         *_, layout = planes_of(stored, JPEG, *shape)
-        assert layout[0, decode.KIND] == decode.UNDECODED
+        assert layout[0, KIND] == UNDECODED
 
 
 def test_split_pixels_is_what_an_uncompressed_image_becomes():

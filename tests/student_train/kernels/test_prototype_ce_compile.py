@@ -1,13 +1,15 @@
-"""The Triton kernels compiled ahead of time for A100 and H100, without a GPU: within shared memory and without spills.
+"""The Triton kernels compiled ahead of time, without a GPU, for every kind of one: within shared memory and without spills.
 
-The tests compile the largest tiles. All of them, for every dtype and width: python tests/test_prototype_ce_compile.py
+The tests compile a few. All of them, as the table in benchmarks/loss_notes.md: python tests/.../test_prototype_ce_compile.py [90]
 """
 
 import re
 import subprocess
+import sys
 import tempfile
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,89 +21,100 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from rob.student_train.kernels import triton_kernels  # noqa: E402
 
-ARCHITECTURES = {8: 80, 9: 90}
-FLAGS = {
-    "attend": [dict(SHARED=True), dict(), dict(DENSE=True)],
-    "prototype_gradient": [dict(TARGETS=False), dict(), dict(DENSE=True)],
-}
-FLOATS = {"centre", "means", "log_sums", "student_log_sums", "student_weights", "target_log_sums", "target_weights"}
-SCALARS = {"scale": "fp32", "student_scale": "fp32", "target_scale": "fp32"}
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory a block, by architecture: A100, RTX 30, RTX 40 and L4, H100 and H200, B200, RTX 50."""
+OPERANDS = {"bf16": 2, "fp16": 2, "fp32": 4}
+POINTERS = {"offset", "anchors", "sums", "log_sums", "bounds"}  # to float32 whatever the operands
+SCALARS = {"scale": "fp32", "safe": "fp32"}
 
 
-def ptxas() -> str:
-    return knobs.nvidia.ptxas.path
+class Variant(NamedTuple):
+    """What is compiled: a kernel, its constants and how it is launched."""
+
+    kernel: str
+    dtype: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
 
 
-def compiled(kernel: str, config, major: int, dtype: str, width: int, flags: dict):
-    """Compile one config; returns (bytes of shared memory, bytes spilled, registers a thread)."""
-    function = getattr(triton_kernels, kernel).fn
-    constants = {name: flags.get(name, name == "TARGETS") for name in ("DENSE", "SHARED", "TARGETS")}
-    constants |= {name: width for name in ("D", "DT", "DQ", "DV", "WIDTH", "WIDTH_T", "WIDTH_Q", "WIDTH_V")}
-    constants |= dict(CENTRED=True, PRECISION="tf32", LIFT=12 if dtype == "fp16" else 0)
-    constants |= dict(TARGET_STAGES=triton_kernels.TARGET_STAGES) | config.kwargs
+def variants(shared: int) -> Iterator[Variant]:
+    """All that a GPU with ``shared`` bytes a block may be asked for, at widths that are read in whole steps and in parts."""
+    for dtype, itemsize in OPERANDS.items():
+        lift = 12 if dtype == "fp16" else 0
+        block_d = triton_kernels.BLOCK_BYTES // itemsize
+        for width in (256, 2048, 200) if dtype == "bf16" else (256,):
+            scored = dict(D=width, OFFSET=True, PRECISION="tf32", BLOCK_D=block_d)
+            for config in triton_kernels.fitting_configs(shared):
+                constants = dict(scored, LIFT=lift, SUM_BLOCK=triton_kernels.SUM_BLOCK, **config.kwargs)
+                yield Variant("_exponentials", dtype, constants, config.num_warps, config.num_stages)
+            yield Variant("_log_sum_exp", dtype, dict(scored, **triton_kernels.ROW_TILES), 8, triton_kernels.ROW_STAGES)
+        yield Variant("_softmax_rows", dtype, dict(OFFSET=True, LIFT=lift, BLOCK=triton_kernels.PASS_BLOCK), 8, 3)
+
+
+def compiled(variant: Variant, architecture: int) -> tuple[int, int, int]:
+    """Bytes of shared memory, bytes spilled, registers a thread."""
+    function = getattr(triton_kernels, variant.kernel)
     signature, divisible = {}, {}
     for index, name in enumerate(function.arg_names):
-        if name in constants:
+        if name in variant.constants:
             signature[name] = "constexpr"
-        elif name in SCALARS or name.startswith("num_") or name.endswith(("split", "bucket")):
+        elif name in SCALARS or name.startswith("num_") or name.endswith(("split", "bucket", "stride")):
             signature[name] = SCALARS.get(name, "i32")
         else:
-            signature[name] = "*fp32" if name in FLOATS | {"gradient", "upstream"} else f"*{dtype}"
-        if signature[name].startswith("*") or name in ("num_prototypes", "split"):
+            wide = name in POINTERS or (variant.kernel == "_softmax_rows" and name == "logits")
+            signature[name] = "*fp32" if wide else f"*{variant.dtype}"
+        if signature[name].startswith("*") or name in ("num_prototypes", "split", "stride", "logits_stride"):
             divisible[(index,)] = [["tt.divisibility", 16]]
-    values = {(function.arg_names.index(name),): v for name, v in constants.items() if name in function.arg_names}
-    kernel_ = triton.compile(
+    values = {(function.arg_names.index(name),): value for name, value in variant.constants.items()}
+    kernel = triton.compile(
         ASTSource(function, signature, values, divisible),
-        target=GPUTarget("cuda", ARCHITECTURES[major], 32),
-        options=dict(num_warps=config.num_warps, num_stages=config.num_stages),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(num_warps=variant.num_warps, num_stages=variant.num_stages),
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel_.asm["ptx"])
-        gpu = "sm_90a" if major == 9 else "sm_80"
-        command = [ptxas(), "-v", f"--gpu-name={gpu}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        source.write_text(kernel.asm["ptx"])
+        gpu = f"sm_{architecture}" + "a" * (architecture >= 90)
+        command = [ptxas(architecture), "-v", f"--gpu-name={gpu}", str(source), "-o", str(source.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    (spilled,), (registers,) = (re.findall(p, said) for p in (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
-    return kernel_.metadata.shared, int(spilled), int(registers)
+    spilled, registers = (re.findall(p, said)[0] for p in (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
+    return kernel.metadata.shared, int(spilled), int(registers)
 
 
-def fitting(kernel: str, major: int, dtype: str, width: int, flags: dict):
-    one_stream, dense = bool(flags.get("SHARED") or flags.get("TARGETS") is False), flags.get("DENSE", False)
-    return triton_kernels.fitting_configs(kernel, width, 4 if dtype == "fp32" else 2, major, one_stream, dense)
+def ptxas(architecture: int) -> str:
+    """Triton's own, of which it has a second for Blackwell."""
+    tools = knobs.nvidia
+    return tools.ptxas_blackwell.path if architecture >= 100 and hasattr(tools, "ptxas_blackwell") else tools.ptxas.path
 
 
-def check(kernel: str, config, major: int, dtype: str, width: int, flags: dict) -> str:
-    shared, spilled, registers = compiled(kernel, config, major, dtype, width, flags)
-    assert shared <= triton_kernels.SHARED_MEMORY[major], f"{shared} bytes of shared memory"
+def check(variant: Variant, architecture: int) -> str:
+    shared, spilled, registers = compiled(variant, architecture)
+    assert shared <= SHARED[architecture], f"{shared} bytes of shared memory"
     assert spilled == 0, f"{spilled} bytes spilled"
-    return f"{shared >> 10:4} KiB shared, {registers} registers"
+    return f"{shared >> 10} KiB, {registers} registers"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(ptxas()).exists(), reason="no ptxas: triton ships one on Linux")
-@pytest.mark.parametrize("major", ARCHITECTURES)
-@pytest.mark.parametrize(("kernel", "flags"), [("attend", dict(SHARED=True)), ("prototype_gradient", {})])
-def test_largest_tiles_fit_without_spills(kernel, flags, major):
-    check(kernel, fitting(kernel, major, "bf16", 256, flags)[0], major, "bf16", 256, flags)
+@pytest.mark.skipif(not Path(ptxas(80)).exists(), reason="no ptxas: triton ships one on Linux")
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("kernel", ["_exponentials", "_log_sum_exp", "_softmax_rows"])
+def test_largest_tiles_fit_without_spills(kernel, architecture):
+    check(next(v for v in variants(SHARED[architecture]) if v.kernel == kernel), architecture)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("major", [8, 9, 10, 12])
-@pytest.mark.parametrize("width", [16, 64, 256])
-def test_some_config_fits_every_width(width, major, itemsize):
-    for kernel, one_stream, dense in product(FLAGS, (False, True), (False, True)):
-        assert triton_kernels.fitting_configs(kernel, width, itemsize, major, one_stream, dense)
+@pytest.mark.parametrize("architecture", SHARED)
+def test_every_gpu_has_tiles_to_choose_from_and_no_more_than_four(architecture):
+    """Each is compiled and timed when a size is met for the first time."""
+    assert 2 <= len(triton_kernels.fitting_configs(SHARED[architecture])) <= 4
 
 
 if __name__ == "__main__":
-    for major in ARCHITECTURES:
-        for dtype in ("bf16", "fp16", "fp32"):
-            for width in (64, 128, 256):
-                for kernel, choices in FLAGS.items():
-                    for flags in choices:
-                        for config in fitting(kernel, major, dtype, width, flags):
-                            try:
-                                said = check(kernel, config, major, dtype, width, flags)
-                            except AssertionError as error:
-                                said = f"FAILED: {error}"
-                            print(ARCHITECTURES[major], dtype, width, kernel, flags, config, said, flush=True)
+    for architecture in map(int, sys.argv[1:] or SHARED):
+        for variant in variants(SHARED[architecture]):
+            try:
+                said = check(variant, architecture)
+            except (AssertionError, subprocess.CalledProcessError, RuntimeError) as error:
+                said = f"FAILED: {type(error).__name__} {error}"[:200]
+            tile = {n: v for n, v in variant.constants.items() if n.startswith("BLOCK") or n == "D"}
+            print(architecture, variant.kernel, variant.dtype, tile, f"{variant.num_warps} warps", said, flush=True)

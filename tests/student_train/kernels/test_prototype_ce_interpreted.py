@@ -6,6 +6,7 @@ TRITON_INTERPRET has to be set before triton is first imported, so this file run
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -24,38 +25,104 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert " passed" in done.stdout
 
 else:
-    import numpy as np
-    import triton.language as tl
     from hypothesis import given, settings
     from hypothesis import strategies as st
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from rob.student_train.kernels import prototype_cross_entropy, reference, triton_ce
+    from rob.student_train.kernels import (
+        chunked,
+        products,
+        prototype_cross_entropy,
+        reference,
+        triton_ce,
+        triton_kernels,
+    )
+    from support.interpreter import bfloat16_dots, scalars_index
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
     @pytest.fixture(autouse=True)
-    def bfloat16_dots(monkeypatch):
-        """Triton 3.8's interpreter keeps bfloat16 as 16-bit patterns, and multiplies the patterns."""
+    def repaired_interpreter(monkeypatch):
+        scalars_index(monkeypatch)
+        bfloat16_dots(monkeypatch)
 
-        def floats(x):
-            return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+    @pytest.fixture(params=[True, False], ids=["tiled", "library"])
+    def form(request):
+        return partial(triton_ce.prototype_cross_entropy, tiled=request.param)
 
-        def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-            return TensorHandle(np.matmul(floats(a), floats(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    @pytest.fixture
+    def small_chunks(monkeypatch):
+        """Chunks of two images or so, so that there are several and the last is short; blocks of 64 rows; a product in parts."""
+        monkeypatch.setattr(triton_ce, "SMALLEST_BUDGET", 1)
+        monkeypatch.setattr(chunked, "FEWEST_ROWS", 12)
+        monkeypatch.setattr(triton_ce, "LOGITS_BYTES", 1)
+        monkeypatch.setattr(products, "FEWEST_PER_PART", 16)
 
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    # ==== the kernels, against their references ====
 
-    @pytest.fixture(params=[1, 3], ids=["one split", "three splits"])
-    def splits(request, monkeypatch):
-        """Splits of `attend` over the prototypes, where there are that many times 128."""
-        monkeypatch.setattr(triton_ce, "_split", lambda rows, k, device: 128 * -(-k // (128 * request.param)))
+    def scored(dtype, rows=37, d=50, k=333, length=1.0):
+        case = make_case("embedding", rows, 1, dim=d, num_prototypes=k, dtype=dtype)
+        offset = 0.3 * torch.randn(k)
+        return (case.embedding[:, 0] * length).to(dtype).contiguous(), case.prototypes, offset
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("with_offset", [True, False])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_exponentials(dtype, with_offset):
+        query, keys, offset = scored(dtype)
+        offset = offset if with_offset else None
+        anchors = torch.linspace(-3, 12, len(query)) + 20 * (dtype == torch.float16)
+        out = torch.full((len(query), 384), torch.nan, dtype=dtype)
+        sums, exact_sums = triton_kernels.exponentials(query, keys, offset, anchors, 14.4, out[:, :333])
+        wide_offset = None if offset is None else offset.double()
+        lifted = anchors.double() - triton_kernels.lift(dtype)
+        made, exact = reference.exponentials(query.double(), keys.double(), wide_offset, lifted, 14.4)
+        torch.testing.assert_close(sums, out[:, :333].float().sum(1))
+        torch.testing.assert_close(exact_sums.double(), exact, rtol=1e-4, atol=0)
+        torch.testing.assert_close(out[:, :333].double(), made, rtol=2e-4 + torch.finfo(dtype).eps, atol=1e-7)
+        assert out[:, 333:].isnan().all(), "nothing is written beside the rows"
+
+    def test_log_sum_exp_of_rows_of_any_length_and_only_where_asked():
+        query, keys, offset = scored(torch.float32, length=40.0)
+        bounds = torch.full((len(query),), torch.inf)
+        found = triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4)
+        exact = reference.log_sum_exp(query.double(), keys.double(), offset.double(), 14.4)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+        bounds[:16] = 1.0
+        again = triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4)
+        assert torch.equal(again[16:], found[16:])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_softmax_rows(dtype, monkeypatch):
+        monkeypatch.setattr(triton_kernels, "PASS_BLOCK", 64)
+        query, keys, offset = scored(torch.float32)
+        logits = 5 * query @ keys.T
+        logits[3, :100] = -torch.inf
+        out = torch.full((len(query), 384), torch.nan, dtype=dtype)
+        sums, log_sums = triton_kernels.softmax_rows(logits, offset, 14.4, out[:, :333])
+        p, exact = reference.softmax_rows(logits.double(), offset.double(), 14.4)
+        torch.testing.assert_close(log_sums.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums, out[:, :333].float().sum(1))
+        found = out[:, :333].double() * 2.0 ** -triton_kernels.lift(dtype)
+        torch.testing.assert_close(found, p, rtol=2e-4 + torch.finfo(dtype).eps, atol=1e-10)
+        assert out[:, 333:].isnan().all()
+
+    # ==== the loss ====
+
+    @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kind", KINDS)
-    def test_as_exact_as_torch(kind, dtype, splits):
+    def test_as_exact_as_torch(kind, dtype, biased, form, small_chunks):
         """The slack: p and q are rounded one by one before their product with the values, torch rounds p - q."""
-        case = make_case(kind, images=12, views=3, dim=48, teacher_dim=20, num_prototypes=333, dtype=dtype)
-        assert_as_exact_as_torch(triton_ce.prototype_cross_entropy, case, slack=1.5)
+        case = make_case(kind, 12, 3, dim=48, teacher_dim=20, num_prototypes=320, dtype=dtype, biased=biased)
+        assert_as_exact_as_torch(form, case, slack=3 if dtype == torch.float16 else 1.5)
+
+    def test_as_exact_as_torch_in_one_chunk(form):
+        case = make_case("embedding", 12, 3, dim=48, num_prototypes=333, dtype=torch.bfloat16, biased=True)
+        assert_as_exact_as_torch(form, case, slack=1.5)
+
+    def test_rows_2048_wide(form):
+        case = make_case("embedding", 5, 2, dim=2048, num_prototypes=60, dtype=torch.bfloat16, biased=True)
+        assert_as_exact_as_torch(form, case, slack=1.5)
 
     @settings(max_examples=12)
     @given(
@@ -68,36 +135,74 @@ else:
         student_temp=st.floats(0.05, 5),
         teacher_temp=st.floats(0.05, 5),
         centred=st.booleans(),
+        biased=st.booleans(),
+        tiled=st.booleans(),
         seed=st.integers(0, 100),
     )
-    def test_any_shape_and_temperature(**arguments):
+    def test_any_shape_and_temperature(tiled, **arguments):
         case = make_case(**arguments)
         truth = outcome(reference.prototype_cross_entropy, wide(case), upstream=3.0)
-        found = outcome(triton_ce.prototype_cross_entropy, case, upstream=3.0)
+        found = outcome(partial(triton_ce.prototype_cross_entropy, tiled=tiled), case, upstream=3.0)
         scale = 1 / arguments["student_temp"]
         for ours, exact in zip(found, truth, strict=True):
             torch.testing.assert_close(ours, exact, rtol=2e-5, atol=2e-5 * scale)
 
-    def test_large_logits_do_not_overflow():
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_of_very_different_lengths(dtype, form):
+        """Some within the safe bound and some far outside of it, where exponents relative to the bound would all underflow."""
+        case = make_case("embedding", 20, 2, num_prototypes=140, dtype=dtype, student_temp=0.04, teacher_temp=0.04)
+        lengths = torch.logspace(-1, 2.5, 20).view(20, 1, 1)
+        target = type(case.target)((case.target.embedding.float() * lengths).to(dtype), case.target.prototypes)
+        case = case._replace(embedding=(case.embedding.float() * lengths).to(dtype), target=target)
+        truth = outcome(reference.prototype_cross_entropy, wide(case))
+        assert max(errors(outcome(form, case), truth)) < (1e-4 if dtype == torch.float32 else 1e-2)
+
+    def test_large_logits_do_not_overflow(form):
         case = make_case("embedding", dtype=torch.float16, student_temp=0.04, teacher_temp=0.04, num_prototypes=140)
         for scale in (25.0, 2000.0):
             scaled = case._replace(
                 embedding=(case.embedding.float() * scale).half(), prototypes=(case.prototypes.float() * scale).half()
             )
-            found = outcome(triton_ce.prototype_cross_entropy, scaled)
+            found = outcome(form, scaled)
             assert torch.isfinite(found[0])
             truth = outcome(reference.prototype_cross_entropy, wide(scaled))
             assert errors(found, truth)[0] < 1e-3
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_logit_at_the_bound_underflows(dtype, form):
+        """The worst that a bound allows: every prototype opposite to the row."""
+        prototypes = torch.zeros(40, 24, dtype=dtype)
+        prototypes[:, 0] = -1 - torch.arange(40) / 400
+        case = make_case("embedding", num_prototypes=40, dtype=dtype, student_temp=0.03, centred=False)
+        embedding = torch.zeros_like(case.embedding)
+        embedding[..., 0] = 1.0
+        case = case._replace(prototypes=prototypes, embedding=embedding)
+        truth = outcome(reference.prototype_cross_entropy, wide(case))
+        assert max(errors(outcome(form, case), truth)) < (1e-4 if dtype == torch.float32 else 1e-2)
+
+    def test_twice_the_same_bits(form, small_chunks):
+        case = make_case("embedding", 12, 3, dim=48, num_prototypes=320, dtype=torch.bfloat16, biased=True)
+        for first, second in zip(outcome(form, case), outcome(form, case), strict=True):
+            assert torch.equal(first, second)
+
+    def test_backward_twice_and_only_what_asks(form, small_chunks):
+        case = make_case("topk", 12, 3, num_prototypes=140, biased=True)
+        full = outcome(form, case)
+        for index, name in enumerate(("embedding", "prototypes", "student_bias"), start=1):
+            asked = getattr(case, name).clone().requires_grad_()
+            loss = form(*case._replace(**{name: asked}))
+            for _ in range(2):
+                (gradient,) = torch.autograd.grad(loss, [asked], retain_graph=True)
+                torch.testing.assert_close(gradient.double(), full[index])
+
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the row of nothing: log2 of zero
-    def test_excluded_prototypes_and_rows_of_nothing():
+    @pytest.mark.parametrize("impl", ["triton"])
+    def test_excluded_prototypes_and_rows_of_nothing(impl):
         """A whole first tile excluded is no NaN; a whole row is."""
         case = make_case("dense", num_prototypes=140)
         logits = case.target.logits.clone()
         logits[..., :130] = -torch.inf
-        arguments = dict(
-            student_temp=0.1, teacher_temp=0.05, centre=None, pair_weights=case.pair_weights, impl="triton"
-        )
+        arguments = dict(student_temp=0.1, teacher_temp=0.05, centre=None, pair_weights=case.pair_weights, impl=impl)
         target = type(case.target)(logits)
         loss = prototype_cross_entropy(case.embedding, case.prototypes, target, **arguments)
         exact = prototype_cross_entropy(case.embedding, case.prototypes, target, **{**arguments, "impl": "reference"})
@@ -106,10 +211,22 @@ else:
         with pytest.raises(FloatingPointError, match=r"target.logits\[\[2, 1\]\]"):
             prototype_cross_entropy(case.embedding, case.prototypes, target, **arguments)
 
-    def test_float16_gradients_survive_a_gradient_scaler():
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_bad_row_is_a_loss_that_is_not_finite(value, form):
+        case = make_case("embedding", num_prototypes=140)
+        for name in ("embedding", "prototypes"):
+            bad = getattr(case, name).clone()
+            bad.view(-1)[30] = value
+            assert not torch.isfinite(form(*case._replace(**{name: bad})))
+        bad = case.target.embedding.clone()
+        bad[3, 1, 0] = value
+        assert not torch.isfinite(form(*case._replace(target=type(case.target)(bad, case.target.prototypes))))
+
+    def test_float16_gradients_survive_a_gradient_scaler(form):
         """Small gradients are scaled before they are rounded to float16."""
-        case = make_case("embedding", images=16, num_prototypes=140, dtype=torch.float16)
+        case = make_case("embedding", images=16, num_prototypes=140, dtype=torch.float16, biased=True)
         weights = case.pair_weights * 1e-5
         exact = outcome(reference.prototype_cross_entropy, wide(case._replace(pair_weights=weights)), upstream=65536.0)
-        found = outcome(triton_ce.prototype_cross_entropy, case._replace(pair_weights=weights), upstream=65536.0)
+        found = outcome(form, case._replace(pair_weights=weights), upstream=65536.0)
         assert max(errors(found, exact)[1:]) < 5e-3

@@ -1,0 +1,109 @@
+"""Stage 1: caching against the bare teacher, the same views in memory through the same network."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch.nn.functional import normalize
+
+from rob.benchmarks.gpu_check.images import photographs
+from rob.benchmarks.gpu_check.section import Section
+from rob.common.images.beton import Beton
+from rob.common.run import autocast
+from rob.common.store.codec import decode
+from rob.common.store.encodings import Encoding
+from rob.common.store.reader import TargetStore
+from rob.common.teacher import embedder
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.recipes import get_recipe
+from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
+from rob.teacher_cache.teachers import Teacher, TeacherConfig
+
+RECIPE, VIEWS = "dino", 2
+
+
+def run(section: Section) -> None:
+    data = photographs(section)
+    small, large = section.size(
+        ("test_vit", "test_vit"),
+        ("vit_small_patch16_224",) * 2,
+        ("vit_small_patch16_224", "vit_large_patch16_224"),
+    )
+    many = section.size(32, 65536, 65536)
+    cases = [(small, "bf16", 0), (small, "bf16", many), (small, "fp32", 0)]
+    if large != small:
+        cases += [(large, "bf16", many), (large, "fp32", 0)]
+    for name, precision, k in cases:
+        words = f"{name}, {precision}, K {k}"
+        section.measure(words, lambda n=name, p=precision, k=k, w=words: _compare(section, data, n, p, k, w))
+    for row in section.rows:
+        if "error" in row:
+            section.checks.append({"check": row["what"], "passed": False, "error": row["error"]})
+
+
+def random_teacher(name: str, device: torch.device, k: int) -> Teacher:
+    """Of random weights, which are as much work; K random prototypes, or none."""
+    torch.manual_seed(0)
+    with device:
+        backbone = timm.create_model(name, num_classes=0)
+        rows = normalize(torch.randn(k, int(backbone.num_features)), dim=1) if k else None  # type: ignore[arg-type]
+    size = timm.data.resolve_data_config(model=backbone)["input_size"][-1]
+    return Teacher(name, backbone, prototypes=rows, teacher_temp=0.05 if k else None, view_size=size)
+
+
+def cache(section: Section, out: Path, data: Beton, teacher: Teacher, precision: str) -> float:
+    """Seconds of writing the store ``out`` from the first batch asked for."""
+    shutil.rmtree(out, ignore_errors=True)
+    started: list[float] = []
+    config = CacheConfig(
+        data.path, out, TeacherConfig(teacher.name), get_recipe(RECIPE), VIEWS, encoding=Encoding("embedding", "float16"),
+        precision=precision, device=str(section.device), loader=LoaderConfig(batch_size=section.size(8, 64, 64)),
+    )  # fmt: skip
+    cache_teacher(config, CacheProgress(rows=lambda done, total: started.append(time.perf_counter())), teacher)
+    return time.perf_counter() - started[0]
+
+
+def _compare(section: Section, data: Beton, name: str, precision: str, k: int, words: str) -> dict[str, object]:
+    device = section.device
+    teacher = random_teacher(name, device, k)
+    embed = embedder(teacher, get_recipe(RECIPE), teacher.view_size, device, precision)
+    batch_size = section.size(8, 64, 64)
+    loader = ViewLoader(data, get_recipe(RECIPE), 0, LoaderConfig(batch_size=batch_size))
+    mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+    ready = []
+    for batch in loader.epoch(np.arange(data.num_images), [ViewSet(tuple(range(VIEWS)), teacher.view_size)]):
+        scale = teacher.view_size / get_recipe(RECIPE).global_crops[0].size
+        ready.append(batch.to(device).augment(0, scale, mean, std).flatten(0, 1))
+
+    def bare() -> torch.Tensor:
+        with torch.inference_mode(), autocast(device, precision):
+            return torch.cat([teacher(images).float() for images in ready])
+
+    expected = bare()
+    bare_seconds = section.seconds_of(bare, 2, 1)
+    out = section.data / "stage1.zarr"
+    cache(section, out, data, teacher, precision)
+    seconds = cache(section, out, data, teacher, precision)
+    store = TargetStore.open(out)
+    stored = decode(store.encoding, store.read(0, data.num_images))["embedding"].flatten(0, 1)
+    limit = 2e-3 if device.type == "cpu" else 5e-2
+    section.check(f"{words}: cached as the bare teacher says", (stored - expected.cpu()).norm(dim=1).max(), limit)
+    views = data.num_images * VIEWS
+    del embed
+    return {
+        "views_per_second": views / seconds,
+        "bare_views_per_second": views / bare_seconds,
+        "of_bare": bare_seconds / seconds,
+        "peak_gb": _peak(section),
+    }
+
+
+def _peak(section: Section) -> float | None:
+    if section.device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak

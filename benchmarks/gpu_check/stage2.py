@@ -1,0 +1,117 @@
+"""Stage 2: students trained from a cache, with each loader; and a run that is stopped and goes on."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rob.benchmarks.gpu_check.images import photographs
+from rob.benchmarks.gpu_check.section import Section
+from rob.benchmarks.gpu_check.stage1 import cache, random_teacher
+from rob.common.images.beton import Beton
+from rob.common.views.loader import LoaderConfig
+from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig, StudentConfig
+from rob.student_train.targets.cached import Cached
+from rob.student_train.train import TrainProgress, train_student
+from rob.student_train.train_config import TrainConfig
+
+
+def run(section: Section) -> None:
+    data = photographs(section)
+    store = section.data / "stage2.zarr"
+    if not (store / "zarr.json").exists():
+        name, k = section.size(("test_vit", 32), ("vit_small_patch16_224", 65536), ("vit_small_patch16_224", 65536))
+        cache(section, store, data, random_teacher(name, section.device, k), "bf16" if _cuda(section) else "fp32")
+    students = section.size(
+        [("test_resnet", 32)],
+        [("resnet18", 224), ("vit_tiny_patch16_224", 224)],
+        [("resnet18", 224), ("vit_tiny_patch16_224", 224), ("mobilenetv2_100", 224)],
+    )
+    speeds: dict[str, float] = {}
+    for number, (name, size) in enumerate(students):
+        for loader in ("auto", "gpu") if _cuda(section) and number == 0 else ("auto",):
+            words = f"{name} at {size} px, loader {loader}"
+            row = section.measure(
+                words, lambda n=name, s=size, at=loader, w=words: _train(section, data, store, n, s, at, w)
+            )
+            if number == 0 and row and "images_per_second" in row:
+                speeds[loader] = row["images_per_second"]
+    if len(speeds) == 2:
+        section.settings["loader"] = max(speeds, key=lambda name: speeds[name])
+    section.attempt("stopped and resumed", lambda: _resume(section, data, store))
+    for row in section.rows:
+        if "error" in row:
+            section.checks.append({"check": row["what"], "passed": False, "error": row["error"]})
+
+
+def _cuda(section: Section) -> bool:
+    return section.device.type == "cuda"
+
+
+def _config(section: Section, data: Beton, store: Path, out: Path, student: str, size: int, loader: str) -> TrainConfig:
+    batch = section.size(8, 128, 128)
+    return TrainConfig(
+        data.path,
+        out,
+        StudentConfig(student, size, small_images=section.toy),
+        Cached(store),
+        ObjectiveConfig("dino", hidden_dim=section.size(16, 2048, 2048)),
+        PairingConfig("cross", 2, num_local=section.size(2, 6, 6)),
+        OptimiserConfig(warmup_epochs=0),
+        epochs=2,
+        precision="bf16" if _cuda(section) else "fp32",
+        device=str(section.device),
+        loader=LoaderConfig(loader, batch_size=batch),
+        log_every=1,
+    )
+
+
+def _log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _train(
+    section: Section, data: Beton, store: Path, student: str, size: int, loader: str, words: str
+) -> dict[str, Any]:
+    out = section.data / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    if _cuda(section):
+        torch.cuda.reset_peak_memory_stats()
+    train_student(_config(section, data, store, out, student, size, loader))
+    lines = _log(out)
+    section.check(f"{words}: the loss falls", lines[-1]["loss"] - lines[0]["loss"], 0.0)
+    settled = lines[len(lines) // 2 :]  # what is compiled at first is not counted
+    return {
+        "images_per_second": median(line["images_per_second"] for line in settled),
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        **{f"{name}_share": median(line["shares"][name] for line in settled) for name in lines[0]["shares"]},
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if _cuda(section) else None,
+    }
+
+
+def _resume(section: Section, data: Beton, store: Path) -> None:
+    """The losses of a run that was stopped in its middle, beside those of one that was not."""
+    whole, halves = section.data / "whole", section.data / "halves"
+    for folder in (whole, halves):
+        shutil.rmtree(folder, ignore_errors=True)
+    config = _config(section, data, store, whole, *section.size(("test_resnet", 32), *[("resnet18", 64)] * 2), "auto")
+    train_student(config)
+    steps = len(_log(whole))
+
+    def stop(line: dict[str, Any], total: int) -> None:
+        if line["step"] == steps // 2:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        train_student(replace(config, out=halves), TrainProgress(log=stop))
+    train_student(replace(config, out=halves))
+    pairs = zip(_log(whole), _log(halves), strict=True)
+    gap = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
+    section.figures["resume_gap"] = gap
+    section.check("stopped and resumed: largest difference of a loss", gap, 5e-2)

@@ -1,0 +1,63 @@
+"""What ``rob gpu-check`` found best on a device, kept for the runs that follow there."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .files import replacing
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """``loss`` names the implementation by size ("65536x256": K by D); ``loader`` is auto or gpu; ``compile`` whether the student
+    is compiled. What is None, or not named, was not measured.
+    """
+
+    loss: dict[str, str] = field(default_factory=dict)
+    loader: str | None = None
+    compile: bool | None = None
+
+
+def settings_path() -> Path:
+    """The file of all devices, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob" / "devices.json"
+
+
+def store_settings(device: torch.device, settings: DeviceSettings) -> Path:
+    """Keep them for ``device``, in place of what was known; where."""
+    path = settings_path()
+    known = _known(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(known | {_key(device): asdict(settings)}, indent=1).encode())
+    stored_settings.cache_clear()
+    return path
+
+
+@cache
+def stored_settings(device: torch.device) -> DeviceSettings:
+    """What is known of ``device``; nothing of a CPU, and nothing where the file cannot be read."""
+    if device.type != "cuda":
+        return DeviceSettings()
+    found = _known(settings_path()).get(_key(device))
+    try:
+        return DeviceSettings(**found) if isinstance(found, dict) else DeviceSettings()
+    except TypeError:  # written by another version
+        return DeviceSettings()
+
+
+def _key(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}"
+
+
+def _known(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,106 @@
+"""What a weights file of ours says of its network, so that both stages can build it; a CNN's small-image form."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import MixedConv2d
+from timm.models import EfficientNet, MobileNetV3, ResNet
+from torch import nn
+
+from .errors import MisuseError
+
+TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_size"))
+"""All that ``describe_student`` has timm called with; nothing else in a file's description is."""
+LARGEST_SIDE = 1 << 14
+"""Pixels a side of an image that a description may name."""
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """All that a weights file needs beside its tensors: how to rebuild the network, and the pixels it expects.
+
+    ``mean`` and ``std`` (RGB, in units of 1) normalise its input. Written into the weights file as JSON.
+    """
+
+    name: str
+    timm_kwargs: Mapping[str, Any]
+    image_size: int
+    small_images: bool
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
+        """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
+        which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
+        kwargs = values.get("timm_kwargs", {})
+        unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
+        if unknown:
+            raise ValueError(f"no student has {', '.join(sorted(unknown))}")
+        sides = [values["image_size"], *(value for name, value in kwargs.items() if name != "num_classes")]
+        sound = isinstance(values["name"], str) and isinstance(values["small_images"], bool)
+        sound &= kwargs.get("num_classes") == 0 and all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
+        sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
+        if not sound:
+            raise ValueError("a value is none that a student has")
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself; nothing of a file of another kind, or of none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def described_in(metadata: Mapping[str, str], path: Path) -> StudentInfo | None:
+    """The description that ``rob train-student`` left in the metadata of the file ``path``; None: it is not ours.
+
+    MisuseError: damaged, or made up.
+    """
+    if "student" not in metadata:
+        return None
+    try:
+        return StudentInfo.from_dict(json.loads(metadata["student"]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MisuseError(
+            f"{path}: its description of the student is damaged or made up ({error}): do not use the file"
+        ) from error
+
+
+def adapt_stem(backbone: nn.Module) -> nn.Module:
+    """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
+    if isinstance(backbone, (EfficientNet, MobileNetV3)):
+        for layer in _halving_layers(backbone)[:2]:
+            for conv in layer:
+                conv.stride = (1, 1)
+    elif isinstance(backbone, ResNet):
+        backbone.maxpool = nn.Identity()
+        if isinstance(backbone.conv1, nn.Conv2d):
+            stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+            backbone.conv1 = stem
+        else:  # the stem of ResNet-C and -D is three 3x3 convolutions already
+            _halving_layers(backbone)[0][0].stride = (1, 1)
+    return backbone
+
+
+def _halving_layers(backbone: nn.Module) -> list[list[nn.Conv2d]]:
+    """The layers of stride 2, in the order of the forward pass: one convolution each, or MixNet's side by side."""
+    layers: dict[str, list[nn.Conv2d]] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+            parent = name.rpartition(".")[0]
+            mixed = isinstance(backbone.get_submodule(parent), MixedConv2d)
+            layers.setdefault(parent if mixed else name, []).append(module)
+    return list(layers.values())

@@ -1,0 +1,83 @@
+"""A trained student as the next teacher: its backbone, head and prototypes in one file that ``rob cache-teacher`` takes.
+
+``student.safetensors`` has the backbone alone, which is what downstream tasks want; objectives over prototypes want the rest.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save as serialise_tensors
+from torch import Tensor
+
+from ..common.errors import MisuseError
+from ..common.exported import StudentInfo
+from ..common.files import replacing
+from ..common.run import versions
+from .checkpoint import read_checkpoint
+from .objectives import OBJECTIVES
+from .objectives.embedding import EmbeddingObjective
+from .objectives.prototypes import PrototypeObjective
+from .train_config import ExportConfig
+
+
+def export_teacher(config: ExportConfig) -> Path:
+    """Write ``config.out``: of a run with a momentum copy the copy, of another the student.
+
+    Tensors ``backbone.*`` by timm's names, ``head.mlp.*``, ``head.last_layer.weight`` (K, D), the effective prototypes, and
+    ``centre`` (K,) where the run kept one; the metadata has the description of ``student.safetensors``, the method and the
+    temperature of its targets. MisuseError: no checkpoint, or a head that is no teacher's.
+    """
+    payload = read_checkpoint(config.run / "checkpoint.pt")
+    settings, state = payload["config"], payload["state"]
+    info = StudentInfo.from_dict(settings["student_info"])
+    if config.image_size is not None:
+        info = replace(info, image_size=config.image_size)
+    method, branch = settings["objective"]["name"], settings["branch"]
+    kind = OBJECTIVES[method]
+    student: dict[str, Tensor] = state["model"]
+    teacher: dict[str, Tensor] = state.get("momentum", student)
+    if "objective.prototypes.bias" in student:
+        raise MisuseError(
+            f"{config.run}: its head ends in logits with biases (`head_type` mlp), and a teacher's prototypes have none: take "
+            "student.safetensors, the backbone, as the teacher"
+        )
+    tensors = {name: t for name, t in teacher.items() if name.startswith("backbone.")}
+    tensors |= {
+        f"head.{name.removeprefix('objective.head.')}": t for name, t in teacher.items() if "objective.head." in name
+    }
+    if issubclass(kind, PrototypeObjective):
+        rows = _rows(student if branch.get("own_prototypes") else teacher)
+        tensors["head.last_layer.weight"] = F.normalize(rows, dim=1) if kind.unit_prototypes else rows
+        if "objective.centres.0.centre" in student:
+            tensors["centre"] = student["objective.centres.0.centre"]
+        activation = kind.activation
+    else:
+        assert issubclass(kind, EmbeddingObjective)
+        activation = "relu"
+    temperature = settings["objective"]["teacher_temp"] or branch.get("teacher_temp")
+    made: dict[str, Any] = {"method": method, "activation": activation, "teacher_temp": temperature}
+    metadata = {
+        "format": "pt",
+        "student": json.dumps(info.to_dict(), sort_keys=True),
+        "teacher": json.dumps(made, sort_keys=True),
+        "rob_version": versions("rob")["rob"],
+    }
+    kept = {name: _stored(tensor, config.half) for name, tensor in tensors.items()}
+    with replacing(config.out) as file:
+        file.write(serialise_tensors(kept, metadata))
+    return config.out
+
+
+def _rows(tensors: dict[str, Tensor]) -> Tensor:
+    """(K, D): what the prototypes of a checkpoint come to."""
+    if "objective.prototypes.weight_v" in tensors:
+        directions = F.normalize(tensors["objective.prototypes.weight_v"], dim=1)
+        return tensors["objective.prototypes.weight_g"] * directions
+    return tensors["objective.prototypes.weight"]
+
+
+def _stored(tensor: Tensor, half: bool) -> Tensor:
+    return (tensor.half() if half and tensor.is_floating_point() else tensor).contiguous()
