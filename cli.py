@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
-from rob.common.options import command
+from rob.common.options import GroupedCommand, command
 from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
 from rob.student_train.commands.compare import compare
@@ -24,6 +25,7 @@ from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export_teacher
 from rob.student_train.commands.preset import PresetCommand
+from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
 from rob.teacher_cache.commands import cache_teacher, teachers, verify
@@ -145,9 +147,24 @@ def gpu_check(config: GpuCheckConfig) -> None:
 
 # ==== the application ====
 
+WIDEST_HELP = 160
+"""Columns; it is as wide as the terminal up to here."""
+
+
+class InOrder(TyperGroup):
+    """Lists ``eval``, a group, where it is used, not behind all commands."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "eval"]
+        names.insert(names.index("train-student") + 1, "eval")
+        return names
+
+
 app = typer.Typer(
+    cls=InOrder,
     help="Tiny vision backbones without labels: run a teacher once, train many students from its cached targets.",
     no_args_is_help=True,
+    context_settings={"max_content_width": WIDEST_HELP},
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
@@ -158,18 +175,19 @@ evaluate = typer.Typer(
 )
 # In the order of the work, in which --help lists them.
 for function in (pack, views):
-    app.command()(command(at_once(function)))
-app.command()(command(at_once(teachers)))
-app.command("cache-teacher")(command(at_once(cache_teacher), views_of_preset=views_of_preset))
-app.command()(command(at_once(inspect)))
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command(cls=GroupedCommand)(command(at_once(teachers)))
+app.command("cache-teacher", cls=GroupedCommand)(command(at_once(cache_teacher), views_of_preset=views_of_preset))
+app.command(cls=GroupedCommand)(command(at_once(inspect)))
+app.command(cls=GroupedCommand)(command(at_once(students)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer):
-    evaluate.command()(command(at_once(function), load_teacher=load_teacher))
-evaluate.command()(command(at_once(detect)))
+    evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
+evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
 for function in (compare, sweep):
-    app.command()(command(at_once(function)))
-app.command("export-teacher")(command(at_once(export_teacher)))
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
 for function in (verify, demo, bench):
-    app.command()(command(at_once(function)))
-app.command("gpu-check")(command(at_once(gpu_check)))
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command("gpu-check", cls=GroupedCommand)(command(at_once(gpu_check)))

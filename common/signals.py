@@ -104,7 +104,7 @@ def uninterrupted() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if held_back:
-        handler = before[held_back[0]]
+        handler = signal.getsignal(held_back[0])  # the one from before
         if callable(handler):  # not by the signal again, which ``answered`` would take for a second Ctrl-C
             handler(held_back[0], None)
         else:

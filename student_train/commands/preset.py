@@ -6,9 +6,8 @@ from typing import Any
 
 import typer
 from rich.table import Table
-from typer.core import TyperCommand
 
-from ...common.options import given
+from ...common.options import GroupedCommand, given
 from ...common.screen import console
 
 OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
@@ -28,7 +27,7 @@ def use_preset(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-class PresetCommand(TyperCommand):
+class PresetCommand(GroupedCommand):
     """A command with ``--preset``: it prints the preset in force, and gets None for what of it the run does not read."""
 
     def invoke(self, ctx: Any) -> Any:
