@@ -1,4 +1,4 @@
-"""The cases in which the fused forms of the prototype cross-entropy must be exact on a GPU: see ``loss_sizes.check_losses``."""
+"""The cases in which the fused forms of the prototype cross-entropy must be exact on a GPU."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rob.benchmarks.loss_sizes import brief, poison
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, Target, TopKTarget, chunked, reference
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -93,11 +94,11 @@ def make(
     )
 
 
-def failures(device: torch.device) -> list[str]:
+def check_losses(device: torch.device | None = None) -> list[str]:
     """A sentence for every case and form that is not exact, gives other bits the second time, or raises."""
-    from rob.benchmarks.loss_sizes import brief, poison
     from rob.student_train.kernels import triton_ce
 
+    device = device or torch.device("cuda", torch.cuda.current_device())
     found = []
     kept = torch.get_float32_matmul_precision(), triton_ce.chunk_bytes, triton_ce.LOGITS_BYTES, chunked.FEWEST_ROWS
     torch.set_float32_matmul_precision("high")

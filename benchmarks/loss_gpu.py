@@ -2,8 +2,8 @@
 
     python -m rob.benchmarks.loss_gpu OUT.json [SECONDS]
 
-Processes of their own: where the device does not answer any more, a new one goes on with the next size. OUT.json is written after
-every row. Exit code 1 if one of our implementations is not exact.
+All in a process of its own; where that dies, or its device does not answer any more, another goes on behind what broke.
+OUT.json is written after every row. Exit code 1 if one of our implementations is not exact.
 """
 
 import json
@@ -11,103 +11,130 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rob.benchmarks.loss_sizes import SIZES, check_losses, measure_losses, measure_parts
+from rob.benchmarks.loss_cases import check_losses
+from rob.benchmarks.loss_sizes import COMPILED, SIZES, Size, brief, measure_losses, measure_parts
 
 BROKEN_DEVICE = 3
 """Exit code of a process whose device does not answer any more."""
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[dict[str, Any]]:
-    """The results so far, written again at the end."""
-    results = json.loads(path.read_text()) if path.exists() else {"rows": [], "parts": [], "failures": []}
-    yield results
-    path.write_text(json.dumps(results, indent=1) + "\n")
+def named(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
-def _child(path: Path, seconds: float, task: str) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TASKS = (named(SIZES[0]), "parts", "check", *map(named, SIZES[1:]), "torch.compile")
+"""In this order, as far as the time goes."""
+
+
+class Results:
+    """What is known, in a file after every addition."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        empty: dict[str, list[Any]] = {"rows": [], "parts": [], "failures": [], "begun": [], "device": []}
+        self.found = json.loads(path.read_text()) if path.exists() else empty
+
+    def add(self, what: str, *values: Any) -> None:
+        self.found[what] += values
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def passed(self) -> bool:
+        """Whether something of ours was measured, and all of it was exact."""
+        ours = [row for row in self.found["rows"] if row.get("impl") in ("triton", "chunked")]
+        return bool(ours) and all(row.get("exact") for row in ours) and not self.found["failures"]
+
+
+def do(results: Results, tasks: list[str], seconds: float) -> None:
+    """``tasks``, one after the other, in this process."""
+    device, ends = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter() + seconds
+    if device.type == "cuda":
+        results.add("device", torch.cuda.get_device_name(device), torch.__version__)
 
     def said(row: dict[str, Any]) -> None:
-        with _written(path) as results:
-            results["rows"].append(row)
-        print(_line(row), flush=True)
-        if "error" in row and device.type == "cuda":
-            try:
-                torch.cuda.synchronize()
-            except Exception:
-                sys.stdout.flush()
-                os._exit(BROKEN_DEVICE)
+        results.add("rows", row)
+        print(line(row), flush=True)
+        answers(device)
 
-    if task == "check":
-        failed = check_losses(device)
-        with _written(path) as results:
-            results["failures"] = failed
-        print("\n".join(failed) or "every implementation is exact in every case", flush=True)
-    elif task == "parts":
-        found = measure_parts(device=device)
-        with _written(path) as results:
-            results["parts"] += found
-        for row in found:
-            print(
-                f"{row['part']:90} {row.get('ms', float('nan')):8.3f} ms",
-                f"{row.get('tflops', 0):6.0f} TFLOP/s {row.get('error', '')}",
-            )
-    else:
-        sizes = [(int(k), int(d)) for k, d in (part.split("x") for part in task.split(","))]
-        measure_losses(sizes, seconds, device, said=said)
+    for task in tasks:
+        if (left := ends - time.perf_counter()) <= 0:
+            print(f"{task} and what follows: no time left", flush=True)
+            return
+        results.add("begun", task)
+        try:
+            match task:
+                case "check":
+                    failed = check_losses(device)
+                    results.add("failures", *failed)
+                    print("\n".join(failed) or "every fused form is exact in every case", flush=True)
+                case "parts":
+                    found = measure_parts(device=device)
+                    results.add("parts", *found)
+                    print("\n".join(map(line_of_part, found)), flush=True)
+                case "torch.compile":
+                    measure_losses(COMPILED, left, device, said=said, compiled=True)
+                case _:
+                    k, d = task.split("x")
+                    measure_losses([(int(k), int(d))], left, device, said=said)
+        except Exception as error:
+            results.add("failures", f"{task}: {brief(error)}")
+            print(f"{task}: {brief(error)}", flush=True)
+        answers(device)
 
 
-def _line(row: dict[str, Any]) -> str:
+def answers(device: torch.device) -> None:
+    """Ends the process if the device does not: whatever else would run at exit may wait for it for ever."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            print(brief(error), flush=True)
+            os._exit(BROKEN_DEVICE)
+
+
+def line(row: dict[str, Any]) -> str:
     at = f"K {row['prototypes']:6} D {row['width']:4} {row.get('impl', '-'):14}"
     if "ms" not in row:
         return f"{at} {row.get('error', '')}"
     off = max(row["errors"]) if "errors" in row else float("nan")
     return (
         f"{at} {row['ms']:8.3f} ms, launched in {row['host_ms']:6.2f} ms, {row['of_floor']:5.1%} of the floor, "
-        f"{row['extra_mb'] or 0:7.0f} MB, error {off:.1e} {row.get('error', '')}"
+        f"{row.get('extra_mb') or 0:7.0f} MB, error {off:.1e} {row.get('error', '')}"
     )
 
 
+def line_of_part(row: dict[str, Any]) -> str:
+    took = f"{row['ms']:8.3f} ms {row['tflops']:6.0f} TFLOP/s" if "ms" in row else row["error"]
+    return f"{row['part']:100} {took}"
+
+
 def main(path: Path, seconds: float = 85.0) -> int:
-    """Check, sizes, parts; each in processes of their own."""
     ends = time.perf_counter() + seconds
     path.unlink(missing_ok=True)
-
-    def run(task: str, most: float) -> int:
-        command = [sys.executable, "-m", "rob.benchmarks.loss_gpu", str(path), str(most), task]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks = list(TASKS)
+    while tasks and (left := ends - time.perf_counter()) > 0:
+        command = [sys.executable, "-m", "rob.benchmarks.loss_gpu", str(path), str(left), ",".join(tasks)]
         try:
-            return subprocess.run(command, timeout=most + 20).returncode
+            code = subprocess.run(command, timeout=left + 15).returncode
         except subprocess.TimeoutExpired:
-            print(f"{task}: stopped after {most + 20:.0f} s", flush=True)
-            return 1
-
-    first = SIZES[0]
-    run(f"{first[0]}x{first[1]}", 0.4 * seconds)
-    run("parts", 15)
-    left = list(SIZES[1:])
-    while left and (most := ends - time.perf_counter() - 0.3 * seconds) > 3:
-        code = run(",".join(f"{k}x{d}" for k, d in left), most)
-        if code != BROKEN_DEVICE:
+            print(f"stopped after {seconds:.0f} s", flush=True)
             break
-        with _written(path) as results:
-            reached = {(row["prototypes"], row["width"]) for row in results["rows"]}
-        left = [size for size in left if size not in reached]
-    run("check", max(10.0, ends - time.perf_counter()))
-    with _written(path) as results:
-        wrong = [row for row in results["rows"] if row.get("impl") in ("triton", "chunked") and not row.get("exact")]
-        return 1 if wrong or results["failures"] or not results["rows"] else 0
+        if code == 0:
+            break
+        results = Results(path)
+        broke = results.found["begun"][-1] if results.found["begun"] else tasks[0]
+        results.add("failures", f"{broke}: its process ended with {code}")
+        tasks = [task for task in tasks if task not in {*results.found["begun"], broke}]
+    return 0 if Results(path).passed() else 1
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        _child(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
+        do(Results(Path(sys.argv[1])), sys.argv[3].split(","), float(sys.argv[2]))
     else:
         sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 85.0))

@@ -49,8 +49,8 @@ def make_work(size: Size, images: int, device: torch.device) -> Work:
     return work
 
 
-def sides(work: Work, size: Size) -> dict[str, Loss]:
-    """What each implementation computes from (embedding, prototypes); ours first."""
+def sides(work: Work, compiled: bool = False) -> dict[str, Loss]:
+    """What each implementation computes from (embedding, prototypes), ours first; or torch.compile alone."""
     from rob.benchmarks.loss import STUDENT_TEMP, TEACHER_TEMP
 
     def ours(impl: str) -> Loss:
@@ -71,9 +71,7 @@ def sides(work: Work, size: Size) -> dict[str, Loss]:
     found["eager"] = eager
     if work.embedding.is_cuda and find_spec("liger_kernel"):
         found["liger"] = liger(work)
-    if size in COMPILED:
-        found["torch.compile"] = torch.compile(eager, dynamic=False)
-    return found
+    return {"torch.compile": torch.compile(eager, dynamic=False)} if compiled else found
 
 
 # ==== one side at one size ====
@@ -158,6 +156,7 @@ def measure_losses(
     device: torch.device | None = None,
     images: int = 256,
     said: Callable[[dict[str, Any]], None] = lambda row: None,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """A row a size and implementation: errors, times, share of the floor, memory; ``error`` where it raised. ``said`` gets each
     row at once. Stops at the first row that would begin after ``seconds``."""
@@ -173,46 +172,40 @@ def measure_losses(
                 return rows
             row: dict[str, Any] = {"prototypes": size[0], "width": size[1], "floor_ms": floor}
             try:
-                done = _next_row(row, names, size, images, device)
+                done = _next_row(row, names, size, images, device, compiled)
             except Exception as error:
-                row["error"], done = brief(error), not names
+                row["error"], done = brief(error), "impl" not in row
+            if not done or "error" in row:
+                rows.append(row)
+                said(row)
+            free(device)
             if done:
                 break
-            rows.append(row)
-            said(row)
-            free(device)
     return rows
 
 
-def _next_row(row: dict[str, Any], names: list[str], size: Size, images: int, device: torch.device) -> bool:
+def _next_row(
+    row: dict[str, Any], names: list[str], size: Size, images: int, device: torch.device, compiled: bool
+) -> bool:
     """Fill the row of the first side that is not in ``names``, and name it there; True when there is none left."""
     small = make_work(size, min(images, CHECKED_IMAGES), device)
-    losses = sides(small, size)
-    left = [name for name in losses if name not in names]
-    if not left:
+    losses = sides(small, compiled)
+    name = next((name for name in losses if name not in names), None)
+    if name is None:
         return True
-    name = left[0]
     names.append(name)
     row["impl"] = name
-    if name != "torch.compile":  # another shape would be compiled for it
+    if not compiled:  # which another shape would set off again
         off = errors(losses[name], small)
         row["errors"] = off
         row["exact"] = max(off[1:] if name == "liger" else off) < LIMIT
     del small, losses
     work = make_work(size, images, device)
-    loss = sides(work, size)[name]
+    loss = sides(work, compiled)[name]
     row |= times(partial(step, loss, work), device)
     row["of_floor"] = row["floor_ms"] / row["ms"]
     row["extra_mb"] = extra_mb(loss, work)
     return False
-
-
-def check_losses(device: torch.device | None = None) -> list[str]:
-    """A sentence for every implementation and case that is not exact, or that raised: all kinds of targets, in several chunks,
-    with a bias, rows of any length, and the same bits twice."""
-    from rob.benchmarks.loss_cases import failures
-
-    return failures(device or torch.device("cuda", torch.cuda.current_device()))
 
 
 def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device | None = None) -> list[dict[str, Any]]:
@@ -241,8 +234,10 @@ def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device
         return run
 
     def with_config(config: Any) -> Callable[[], object]:
+        own = triton_kernels.launcher([config])
+
         def run() -> None:
-            kept, triton_kernels.launch = triton_kernels.launch, triton_kernels.launcher([config])
+            kept, triton_kernels.launch = triton_kernels.launch, own
             try:
                 triton_kernels.exponentials(z, p, None, log_sums, 14.4, e)
             finally:

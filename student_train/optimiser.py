@@ -21,8 +21,9 @@ LR_BATCH_SIZE = 256
 """Images a step that ``OptimiserConfig.lr`` is quoted for, as in DINO, SwAV, MoCo-v2 and SSLight."""
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) -> Optimizer:
-    """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks.
+def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, fused: bool = False) -> Optimizer:
+    """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks. ``fused``: AdamW
+    as one kernel, where the parameters are on a GPU.
 
     Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
     gives them no adaptive rate. MisuseError: LARS with no weight decay, a ``trust`` that is not LARS's or not
@@ -39,7 +40,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int) 
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
     lr = config.peak * batch_size / LR_BATCH_SIZE
     of_lars: dict[str, Any] = {} if config.trust is None else {"trust_coeff": config.trust}
-    return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum, **of_lars)
+    of_adamw: dict[str, Any] = {"fused": True} if fused and config.name == "adamw" else {}
+    return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum, **of_lars, **of_adamw)
 
 
 class Schedule:

@@ -7,6 +7,8 @@ torchvision's (``torchvision.transforms.functional``), with one factor a sample.
 
 import math
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,10 +27,19 @@ def apply_colours(images: Tensor, colour: Tensor, blur_scale: float, mean: Tenso
     over the size that the recipe's blur radii refer to. mean, std: (3,) of the network's input, in [0, 1] units, on the
     images' device. Returns (N, 3, S, S) float32, contiguous.
 
-    On a CPU this is compiled code (``colours_compiled.py``), nine times as fast as the torch formulas, and equal to a few 1e-6.
+    On a CPU this is compiled code (``colours_compiled.py``), nine times as fast as the torch formulas, and equal to a few 1e-6;
+    on CUDA it is ``kernel_colours.py``, which rounds what it blurs to float16.
     """
-    run = apply_colours_compiled if images.device.type == "cpu" else apply_colours_torch
-    return run(images, colour, blur_scale, mean, std)
+    return _of_device(images.device.type)(images, colour, blur_scale, mean, std)
+
+
+@cache
+def _of_device(kind: str) -> Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]:
+    if kind == "cuda" and find_spec("triton") is not None:
+        from .kernel_colours import apply_colours_triton
+
+        return apply_colours_triton
+    return apply_colours_compiled if kind == "cpu" else apply_colours_torch
 
 
 def apply_colours_torch(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
@@ -98,9 +109,16 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = (hue + 6 * shift[:, :, :, 0]) % 6
     # A channel falls linearly from the value by the chroma as the hue moves away from it (Smith 1978, without the case split).
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    offsets = _channel_offsets(x.device)
     k = (offsets + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+@cache
+def _channel_offsets(device: torch.device) -> Tensor:
+    """Copied there once: a copy in every call would have the host wait for the device each time."""
+    with torch.inference_mode(False):
+        return torch.tensor([5.0, 3.0, 1.0], device=device).view(1, 3, 1, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

@@ -35,10 +35,11 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
 
     The parts' number depends on the shapes alone, and they are added in order: the same inputs give the same bits.
     """
-    parts = parts_of(*a.shape, b.shape[1], _processors(a.device))
+    (m, k), n = a.shape, b.shape[1]
+    parts = parts_of(m, k, n, _processors(a.device))
     if parts == 1:
         return product(a, b)
-    a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
+    a, b = a.reshape(m, parts, k // parts).transpose(0, 1), b.reshape(parts, k // parts, n)
     if _widens(a.device, a.dtype):
         return torch.bmm(a, b, out_dtype=torch.float32).sum(0)
     return torch.bmm(a.float(), b.float()).sum(0)

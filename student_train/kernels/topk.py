@@ -5,6 +5,7 @@ log-sum-exp. Their joint mass is spread evenly over the prototypes that are not 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,7 +27,14 @@ def log_tail(target: TopKTarget, temp: float) -> Tensor:
         raise ValueError(f"temperature {temp:g} is outside of the target's {min(temps):g} to {max(temps):g}")
     beta, points = 1 / temp, [1 / other for other in temps]
     weights = [math.prod((beta - other) / (own - other) for other in points if other != own) for own in points]
-    return (tail * tail.new_tensor(weights)).sum(2)
+    return (tail * _on_device(tuple(weights), tail.dtype, tail.device)).sum(2)
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied there once: a copy in every step would have the host wait for the device each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def topk_probabilities(target: TopKTarget, temp: float, centre: Tensor | None) -> tuple[Tensor, Tensor]:

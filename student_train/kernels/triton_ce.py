@@ -157,7 +157,8 @@ class Problem:
         assert self.bias is not None
         if topk is None:
             return (product(e, _two_halves(self.bias, e.dtype)).sum(1) * shares).view(n, g)
-        return topk_means(*topk, self.bias.unsqueeze(1)).squeeze(2)
+        ids, at_ids, elsewhere = topk
+        return topk_means(ids, at_ids, elsewhere, self.bias.unsqueeze(1)).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,8 @@ class _TritonCrossEntropy(torch.autograd.Function):
                 if ctx.needs_input_grad[2]:
                     gradients[2] = last.grad_bias(upstream)
                 for index, before in enumerate(ctx.done or (), start=1):
-                    if before is not None:
-                        gradients[index] = gradients[index].add_(before * upstream)
+                    if before is not None and (own := gradients[index]) is not None:
+                        own.add_(before * upstream)
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *cast, *(None for _ in range(7))
 

@@ -11,18 +11,29 @@ the exact ones. LIFT keeps small probabilities out of float16's subnormal number
 kernel has a plain reference of its name in reference.py.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
-CONFIGS = [
-    triton.Config({"BLOCK_ROWS": rows, "BLOCK_PROTOS": protos}, num_warps=warps, num_stages=stages)
-    for rows, protos, warps, stages in [(128, 256, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3)]
-]
+
+def _configs(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
+    return [
+        triton.Config({"BLOCK_ROWS": rows, "BLOCK_PROTOS": protos}, num_warps=warps, num_stages=stages)
+        for rows, protos, warps, stages in tiles
+    ]
+
+
+CONFIGS = _configs((128, 256, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3))
 """Tiles to try: a program scores BLOCK_ROWS rows against BLOCK_PROTOS prototypes."""
+
+REGISTER_CONFIGS = _configs((128, 256, 8, 3), (128, 128, 8, 3), (64, 256, 8, 2), (64, 128, 4, 3))
+"""The same where a product's operands pass through registers: everything but Hopper and the B200."""
 
 BLOCK_BYTES = 128
 """Bytes of a row that a step of a product reads: 64 half or 32 float32 dimensions, a line of cache."""
@@ -30,7 +41,7 @@ BLOCK_BYTES = 128
 SUM_BLOCK = 128
 """Prototypes a row of `exponentials`' partial sums: the narrowest tile."""
 
-ROW_TILES = dict(BLOCK_ROWS=128, BLOCK_PROTOS=128)
+ROW_TILES = dict(BLOCK_ROWS=64, BLOCK_PROTOS=64)
 """Of `log_sum_exp`, which few runs need: not tuned."""
 
 ROW_STAGES = 3
@@ -51,16 +62,23 @@ def shared_bytes(config: triton.Config) -> int:
     return (rows + protos) * BLOCK_BYTES * config.num_stages
 
 
-def fitting_configs(shared: int) -> list[triton.Config]:
-    """Those of CONFIGS that a processor with ``shared`` bytes of shared memory a block can run."""
-    return [config for config in CONFIGS if shared_bytes(config) <= shared]
+def fitting_configs(shared: int, major: int) -> list[triton.Config]:
+    """Those that a processor of compute capability ``major`` with ``shared`` bytes of shared memory a block can run."""
+    configs = CONFIGS if major in (9, 10) else REGISTER_CONFIGS
+    return [config for config in configs if shared_bytes(config) <= shared]
 
 
-def _prune(_configs, _arguments, *, PRECISION, **_meta):
-    if PRECISION == "ieee":  # without tensor cores: the smallest will do
+def _prune(configs, _arguments, *, PRECISION, **_meta):
+    return configs if len(configs) == 1 else device_configs(PRECISION)  # of one, the caller chose it
+
+
+def device_configs(precision: str) -> list[triton.Config]:
+    """Those to try on the current device."""
+    if precision == "ieee":  # without tensor cores: the smallest will do
         return CONFIGS[-1:]
-    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    return fitting_configs(properties["max_shared_mem"])
+    utils = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
+    shared = utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+    return fitting_configs(shared, torch.cuda.get_device_capability()[0])
 
 
 @triton.jit
@@ -71,29 +89,25 @@ def _product(
     protos,
     num_rows,
     num_prototypes,
-    D: tl.constexpr,
+    width,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROTOS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """query[rows] keys[protos]^T, a tile in float32."""
+    """query[rows] keys[protos]^T, a tile in float32. ``width``, D, is a multiple of BLOCK_D."""
     row_ok, proto_ok = (rows < num_rows)[:, None], (protos < num_prototypes)[None, :]
-    row_at, proto_at = rows[:, None].to(tl.int64) * D, protos[None, :].to(tl.int64) * D
+    row_at, proto_at = rows[:, None].to(tl.int64) * width, protos[None, :].to(tl.int64) * width
     total = tl.zeros([BLOCK_ROWS, BLOCK_PROTOS], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        if D % BLOCK_D == 0:
-            a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
-            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
-        else:
-            a = tl.load(query + row_at + d[None, :], mask=row_ok & (d < D)[None, :], other=0.0)
-            b = tl.load(keys + proto_at + d[:, None], mask=proto_ok & (d < D)[:, None], other=0.0)
+        a = tl.load(query + row_at + d[None, :], mask=row_ok, other=0.0)
+        b = tl.load(keys + proto_at + d[:, None], mask=proto_ok, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_prototypes", "rows_bucket"])
 def _exponentials(
     query,  # (R, D)
     keys,  # (K, D)
@@ -106,7 +120,7 @@ def _exponentials(
     stride,
     scale,
     rows_bucket,  # autotuning key only: num_rows rounded up to a power of two
-    D: tl.constexpr,
+    width,  # D, a multiple of BLOCK_D
     OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     LIFT: tl.constexpr,
@@ -121,7 +135,7 @@ def _exponentials(
     rows = tl.program_id(0) % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     protos = proto_tile * BLOCK_PROTOS + tl.arange(0, BLOCK_PROTOS)
     s = _product(
-        query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
+        query, keys, rows, protos, num_rows, num_prototypes, width, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
     )  # fmt: skip
     row_ok, proto_ok = rows < num_rows, protos < num_prototypes
     if OFFSET:
@@ -134,13 +148,14 @@ def _exponentials(
     for part in tl.static_range(BLOCK_PROTOS // SUM_BLOCK):  # the same rows of sums whatever the tile
         slot = proto_tile * (BLOCK_PROTOS // SUM_BLOCK) + part
         where, ok = sums + slot.to(tl.int64) * num_rows + rows, row_ok & (slot < slots)
+        above = sums + (slots + slot).to(tl.int64) * num_rows + rows
         tl.store(where, sum_made if part == 0 else tl.zeros_like(sum_made), mask=ok)
-        tl.store(where + slots.to(tl.int64) * num_rows, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
+        tl.store(above, exact_sum if part == 0 else tl.zeros_like(exact_sum), mask=ok)
     where = out + rows[:, None].to(tl.int64) * stride + protos[None, :]
     tl.store(where, made, mask=row_ok[:, None] & proto_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_prototypes", "split"])
 def _log_sum_exp(
     query,  # (R, D)
     keys,  # (K, D)
@@ -152,7 +167,7 @@ def _log_sum_exp(
     split,  # prototypes a split
     scale,
     safe,
-    D: tl.constexpr,
+    width,  # D, a multiple of BLOCK_D
     OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -170,7 +185,7 @@ def _log_sum_exp(
         for start in range(first, last, BLOCK_PROTOS):
             protos = start + tl.arange(0, BLOCK_PROTOS)
             s = _product(
-                query, keys, rows, protos, num_rows, num_prototypes, D, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
+                query, keys, rows, protos, num_rows, num_prototypes, width, PRECISION, BLOCK_ROWS, BLOCK_PROTOS, BLOCK_D
             )  # fmt: skip
             if OFFSET:
                 s += tl.load(offset + protos, mask=protos < num_prototypes, other=0.0)[None, :]
@@ -181,7 +196,7 @@ def _log_sum_exp(
         tl.store(log_sums + tl.program_id(1) * num_rows + rows, largest + tl.log2(total), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_prototypes"])
 def _softmax_rows(
     logits,  # (R, K), rows `logits_stride` apart; -inf excludes a prototype
     offset,  # (K,) float32, when OFFSET
@@ -231,16 +246,33 @@ def launcher(configs: list[triton.Config]):
     """`exponentials`, by the fastest of ``configs`` at each size."""
     return triton.autotune(
         configs,
-        key=["rows_bucket", "num_prototypes", "D", "OFFSET"],
-        prune_configs_by={"early_config_prune": _prune} if len(configs) > 1 else None,
+        key=["rows_bucket", "num_prototypes", "width", "OFFSET"],
+        prune_configs_by={"early_config_prune": _prune},
+        do_bench=lambda run, quantiles: triton.testing.do_bench(run, warmup=5, rep=20, quantiles=quantiles),
         cache_results=True,
     )(_exponentials)
 
 
-launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else CONFIGS)
+launch = launcher([triton.Config(SMALL)] if knobs.runtime.interpret else [*CONFIGS, REGISTER_CONFIGS[2]])
 
 
 # ==== launching ====
+
+_compiled: set[tuple] = set()
+
+
+def compile_together(arguments: tuple, constants: dict[str, Any]) -> None:
+    """All tiles of `exponentials` compiled at once, on all cores, the first time that it meets these dtypes and constants.
+
+    One after the other, as the autotuner would, they take a quarter of a minute.
+    """
+    key = (torch.cuda.current_device(), arguments[0].dtype, arguments[4].dtype, *constants.values())
+    if key in _compiled or not hasattr(triton, "AsyncCompileMode"):
+        return
+    _compiled.add(key)
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for config in device_configs(constants["PRECISION"]):
+            _exponentials.warmup(*arguments, grid=(1,), **constants, **config.all_kwargs())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -258,6 +290,12 @@ def block_d(dtype: torch.dtype) -> int:
     return BLOCK_BYTES // dtype.itemsize
 
 
+def whole_steps(rows: torch.Tensor) -> torch.Tensor:
+    """(R, D) with zeros behind the last dimension, so that D is read in whole steps: masks would cost registers."""
+    missing = -rows.shape[1] % block_d(rows.dtype)
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
 def exponentials(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -271,15 +309,26 @@ def exponentials(
 
     query (R, D) and keys (K, D): contiguous, of one dtype; offset (K,) and anchors (R,): float32; out: rows contiguous.
     """
+    query, keys = whole_steps(query), whole_steps(keys)
     (rows, d), k = query.shape, len(keys)
     sum_block = SMALL["BLOCK_PROTOS"] if knobs.runtime.interpret else SUM_BLOCK
     sums = anchors.new_empty(2, triton.cdiv(k, sum_block), rows)
-    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+    arguments = (
         query, keys, anchors if offset is None else offset, anchors, out, sums, rows, k, out.stride(0), scale,
-        triton.next_power_of_2(rows),
-        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), LIFT=lift(out.dtype),
-        BLOCK_D=block_d(query.dtype), SUM_BLOCK=sum_block,
+        triton.next_power_of_2(rows), d,
     )  # fmt: skip
+    constants = dict(
+        OFFSET=offset is not None,
+        PRECISION=precision(query.dtype),
+        LIFT=lift(out.dtype),
+        BLOCK_D=block_d(query.dtype),
+        SUM_BLOCK=sum_block,
+    )
+    if query.is_cuda:
+        compile_together(arguments, constants)
+    launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
+        *arguments, **constants
+    )
     made, exact = sums.sum(1)
     return made, exact
 
@@ -293,6 +342,7 @@ def log_sum_exp(
     safe: float = SAFE,
 ) -> torch.Tensor:
     """(R,) float32 log2 of the sum of 2^(scale (query keys^T + offset)) where bounds (R,) > safe; anything where not."""
+    query, keys = whole_steps(query), whole_steps(keys)
     (rows, d), k = query.shape, len(keys)
     tiles = SMALL if knobs.runtime.interpret else ROW_TILES
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
@@ -303,8 +353,8 @@ def log_sum_exp(
     log_sums = bounds.new_empty(splits, rows)
     options = {} if knobs.runtime.interpret else dict(num_warps=8, num_stages=ROW_STAGES)
     _log_sum_exp[(row_blocks, splits)](
-        query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe,
-        D=d, OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
+        query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe, d,
+        OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
     )  # fmt: skip
     return log_sums[0] if splits == 1 else _join(log_sums)
 

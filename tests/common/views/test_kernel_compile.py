@@ -15,28 +15,37 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from rob.common.views import kernel as kernel_module  # noqa: E402
+from rob.common.views import kernel_blur, kernel_colours  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 """Bytes a block may have, by compute capability."""
 POINTERS = {
     "planes": "u8", "starts": "i64", "layout": "i32", "geometry": "i32", "colour": "fp32", "orders": "i32",
-    "places": "i32", "mean": "fp32", "std": "fp32", "sums": "fp32", "kept": "fp16",
+    "images": "u8", "places": "i32", "mean": "fp32", "std": "fp32", "sums": "fp32", "kept": "fp16",
 }  # fmt: skip
-CONSTANTS = {name: getattr(kernel_module, name) for name in ("TILE", "ROWS", "COLUMNS")}
+TILES = {name: getattr(kernel_blur, name) for name in ("TILE", "ROWS", "COLUMNS")}
+KERNELS = {
+    "view_kernel": (kernel_module, kernel_blur.WARPS, TILES),
+    "blur_kernel": (kernel_blur, kernel_blur.WARPS, TILES),
+    "colours_kernel": (kernel_colours, kernel_colours.WARPS, {"BLOCK": kernel_colours.BLOCK}),
+}
 
 
 def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[int, int, int]:
     """Compile one kernel; returns (bytes of shared memory, bytes spilled, registers a thread)."""
-    function, constants = getattr(kernel_module, kernel), CONSTANTS | flags
+    module, warps, constants = KERNELS[kernel]
+    function, constants = getattr(module, kernel), constants | flags
     types = {**dict.fromkeys(constants, "constexpr"), "blur_scale": "fp32", "out": f"*{dtype}"}
     types |= {name: f"*{pointer}" for name, pointer in POINTERS.items()}
     signature = {name: types.get(name, "i32") for name in function.arg_names}
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name == "size"]
+    aligned = [
+        i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name in ("size", "area")
+    ]
     kernel_ = triton.compile(
         ASTSource(function, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=kernel_module.WARPS),
+        options=dict(num_warps=warps),
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -57,10 +66,11 @@ def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[in
     [
         *(("view_kernel", dict(MEASURE=m, CUBIC=c, TILES=64)) for m in (False, True) for c in (False, True)),
         ("blur_kernel", {}),
+        *(("colours_kernel", dict(MEASURE=m, TILES=64)) for m in (False, True)),
     ],
 )
 def test_it_compiles_within_shared_memory_and_without_spills(kernel, flags, capability, dtype):
     shared, spilled, registers = compiled(kernel, capability, dtype, **flags)
     assert shared <= SHARED_MEMORY[capability]
     assert spilled == 0
-    assert registers * 32 * kernel_module.WARPS <= 65536 // 2, "at least two programs a multiprocessor"
+    assert registers * 32 * KERNELS[kernel][1] <= 65536 // 2, "at least two programs a multiprocessor"

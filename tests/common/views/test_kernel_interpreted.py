@@ -26,7 +26,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import torch
 
+    from rob.common.views.colours import apply_colours_torch
     from rob.common.views.kernel import views_from_planes
+    from rob.common.views.kernel_colours import apply_colours_triton
     from rob.common.views.reference import views_from_planes as reference
     from support.interpreter import scalars_index
     from support.view_cases import (
@@ -77,6 +79,18 @@ else:
         assert error.mean() < 0.1
         assert (error > 0.5).float().mean() < 2e-3  # to either side of a threshold: solarise, or the largest channel
         assert (exact - reference(planes, 0, size, neutral(1), 0.8, MEAN, STD, torch.float32)).abs().mean() > 0.002
+
+    @pytest.mark.parametrize("size", [9, 37])
+    def test_colours_of_resized_views_are_those_of_the_torch_formulas(size):
+        """One block and two of them, neither full; every jitter in one batch, with views that change nothing among them."""
+        colour = torch.cat([neutral(1, **columns)[0] for columns in JITTERS.values()] + [neutral(2)[0]])
+        random = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (len(colour), 3, size, size), dtype=torch.uint8, generator=random)
+        ours, exact = (f(images, colour, 0.8, MEAN, STD) for f in (apply_colours_triton, apply_colours_torch))
+        error = (ours - exact).abs() * STD.view(3, 1, 1) * 255
+        assert error.mean() < 0.05
+        assert (error > 0.5).float().mean() < 2e-3
+        assert apply_colours_triton(images[:0], colour[:0], 0.8, MEAN, STD).shape == (0, 3, size, size)
 
     def test_some_views_of_several_images_in_bfloat16():
         """The views of a set lie behind those of the sets before it."""
