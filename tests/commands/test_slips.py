@@ -64,3 +64,10 @@ def test_what_is_no_folder_says_what_to_do_instead(refused, tmp_path, monkeypatc
     if "/" not in name:
         Path(name).write_bytes(b"x")
     refused(2, said, "pack", name, tmp_path / "out.beton")
+
+
+def test_a_sweep_tries_the_words_of_every_cell_before_the_first_run(refused, made, tmp_path):
+    out = tmp_path / "sweep"
+    words = ("--vary", "epochs=1,0", "--device", "cpu", "--", made.data, "--targets", made.store)
+    refused(2, r"rob train-student .*--epochs 0 .*: Invalid value for '--epochs'", "sweep", out, *words)
+    assert not out.exists()
