@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ...common.options import GroupedCommand, given
-from ...common.screen import console
+from ...common.screen import console, say_waiting
 
 OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
 """Options of a preset that are for ``--targets momentum`` alone."""
@@ -20,9 +20,10 @@ OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
     """Callback of the eager option: the preset's values become the defaults of the options parsed after it."""
-    from ..presets import get_preset
-
     if name is not None:
+        say_waiting("rob train-student: loading the preset")  # torch comes with it
+        from ..presets import get_preset
+
         context.default_map = {**(context.default_map or {}), **get_preset(name).options()}
     return name
 
