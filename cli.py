@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that --help is instant.
 """
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,10 +17,12 @@ from typer.core import TyperGroup
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
-from rob.common.errors import FailureError, MisuseError, is_out_of_memory, unknown_name
+from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.options import GroupedCommand, command
 from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
+from rob.common.signals import end_with_parent
+from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
@@ -37,15 +40,16 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
+    end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:
         app(prog_name="rob")
     except (MisuseError, FailureError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
-        print(f"error: {error.filename or 'rob'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {printable(f'{error.filename or os.getcwd()}: {error.strerror or error}')}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -188,6 +192,6 @@ app.add_typer(evaluate, name="eval")
 for function in (compare, sweep):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
-for function in (verify, demo, bench):
+for function in (verify, check, demo, bench):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command("gpu-check", cls=GroupedCommand)(command(at_once(gpu_check)))

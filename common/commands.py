@@ -19,7 +19,7 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
 
     refuse_existing(config.out, overwrite)
     with bar("packing", "images") as update:
-        manifest = pack(config, update)
+        manifest = pack(config, update, note=note)
     for path in manifest.skipped:
         note(f"skipped {path}: broken")
     size = config.out.stat().st_size

@@ -16,7 +16,7 @@ Precision = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, Setting("Replace what is there already.", option="--overwrite")]
-Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0)]
+Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high=2**40)]
 
 TeacherName = Annotated[
     str,

@@ -1,6 +1,5 @@
 """What a weights file of ours says of its network, so that both stages can build it; a CNN's small-image form."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,8 @@ from timm.models import EfficientNet, MobileNetV3, ResNet
 from torch import nn
 
 from .errors import MisuseError
+from .files import open_regular
+from .records import parsed
 
 TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_size"))
 """All that ``describe_student`` has timm called with; nothing else in a file's description is."""
@@ -57,6 +58,8 @@ class StudentInfo:
 def read_metadata(path: Path) -> Mapping[str, str]:
     """What a safetensors file says of itself; nothing of a file of another kind, or of none."""
     try:
+        with open_regular(path):  # safetensors would wait for a pipe
+            pass
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError):
@@ -71,8 +74,8 @@ def described_in(metadata: Mapping[str, str], path: Path) -> StudentInfo | None:
     if "student" not in metadata:
         return None
     try:
-        return StudentInfo.from_dict(json.loads(metadata["student"]))
-    except (ValueError, TypeError, AttributeError) as error:
+        return StudentInfo.from_dict(parsed(metadata["student"].encode()))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise MisuseError(
             f"{path}: its description of the student is damaged or made up ({error}): do not use the file"
         ) from error

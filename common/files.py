@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,23 @@ def lock_file(path: Path, taken: str) -> int:
     MisuseError, which says ``taken``, when another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not lock(descriptor):
         os.close(descriptor)
         raise MisuseError(taken)
     return descriptor
+
+
+def wait_for_lock(path: Path, seconds: float) -> None:
+    """Wait until nobody holds ``path``, where there is such a file, or for so long."""
+    end = time.monotonic() + seconds
+    while path.exists() and time.monotonic() < end:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        free = lock(descriptor)
+        os.close(descriptor)
+        if free:
+            return
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -52,19 +66,68 @@ def lock(descriptor: int) -> bool:
 def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that is at ``path`` once all of it is on disk, and not before, even after a power cut.
 
-    Until then it is ``temporary`` (``path`` with ``.tmp`` behind it), which a killed process leaves and the next one writes
-    over. OSError is the caller's.
+    Until then it is ``temporary`` (``path`` with ``.tmp`` behind it), which a killed process leaves and the next one replaces.
+    OSError is the caller's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with new_file(temporary) as file:
             yield file
             flush_to_disk(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+            if not os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
+                raise OSError(errno.EBUSY, "another process is writing it", str(path))
+            os.replace(temporary, path)
+    except BaseException as error:
+        if not (isinstance(error, OSError) and error.errno == errno.EBUSY):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A file of this process's own, locked: what is at ``path`` goes, so that nothing is written through a link.
+
+    OSError, EBUSY: another process is writing there.
+    """
+    try:
+        earlier = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise
+    else:
+        free = lock(earlier)
+        os.close(earlier)
+        if not free:
+            raise OSError(errno.EBUSY, "another process is writing it", str(path))
+    path.unlink(missing_ok=True)
+    file = open(path, "xb")  # noqa: SIM115
+    lock(file.fileno())
+    return file
+
+
+def append_to(path: Path) -> BinaryIO:
+    """``path``, to be written at its end, and not through a link."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """All bytes of a regular file. OSError: it is none (a pipe would never end, a device neither), or of more than ``largest``
+    bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(largest + 1) if size <= largest else b""
+    if max(size, len(data)) > largest:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {largest:,} that are read", str(path))
+    return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. OSError: it is a folder, a pipe or a device."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def flush_to_disk(file: BinaryIO) -> None:

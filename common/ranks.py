@@ -4,6 +4,7 @@ Alone (no process group) every function here gives back what it was given.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .signals import uninterrupted
+from .errors import FailureError
+from .signals import ended_when_deaf, uninterrupted
+
+PATIENCE = 20.0
+"""Seconds that a rank waits for the others once it was asked to end."""
+DEAF = "another rank does not answer: ended without saving, and the last checkpoint is kept"
+ABSENT = "ended while it waited for the other ranks to come"
+LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket Timeout|timed out", re.IGNORECASE)
+"""What torch says when another rank has gone."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ ALONE = Ranks()
 def join_ranks() -> Ranks:
     """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with ended_when_deaf(ABSENT, 2.0):  # torch waits half an hour for ranks that have died
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return current_ranks()
 
 
@@ -62,7 +72,7 @@ def whole_steps(ranks: Ranks) -> Iterator[Callable[[], AbstractContextManager[ob
     if ranks.world_size == 1:
         yield uninterrupted
         return
-    with uninterrupted() as held_back:
+    with uninterrupted() as held_back, ended_when_deaf(DEAF, PATIENCE):  # ended before what was held back is sent again
 
         @contextmanager
         def step() -> Iterator[None]:
@@ -73,6 +83,21 @@ def whole_steps(ranks: Ranks) -> Iterator[Callable[[], AbstractContextManager[ob
                 raise KeyboardInterrupt
 
         yield step
+
+
+@contextmanager
+def lost_ranks_are_a_failure() -> Iterator[None]:
+    """FailureError where another rank dies, which torch reports in the words of its transport."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistBackendError and DistNetworkError are of it
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST.search(str(error)):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise FailureError(
+            f"rank {rank} has lost another rank, which was killed or cannot be reached: start all again, and the run goes "
+            "on from its last checkpoint"
+        ) from error
 
 
 def normalise_together(model: nn.Module, device: torch.device) -> None:

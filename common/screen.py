@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.spinner import Spinner
 from rich.table import Table
 
+from .errors import printable
 from .options import spelled
 from .views.config import LoaderConfig
 
@@ -29,7 +30,8 @@ class Update(Protocol):
 
 def note(text: str) -> None:
     """A line of text, with settings named as options. It is not wrapped: a path is copied whole."""
-    console.print(spelled(text), highlight=False, soft_wrap=True)
+    lines = map(printable, spelled(text).split("\n"))
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def note_slow_loader(config: LoaderConfig) -> None:
@@ -44,7 +46,7 @@ def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
     """A table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 
@@ -57,7 +59,12 @@ def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 and named else "right")
     for row in rows:
-        table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if isinstance(x, float) else x for x in row))
+        table.add_row(
+            *(
+                f"{x:,}" if isinstance(x, int) else f"{x:,.2f}" if isinstance(x, float) else x and printable(x)
+                for x in row
+            )
+        )
     console.print(table)
 
 

@@ -1,18 +1,38 @@
 """Ctrl-C, and the other ways in which a run is asked to end: taken at once, or held back until a step is whole."""
 
+import ctypes
 import os
+import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 DONE = b"\0"
 SHOW_CURSOR = "\033[?25h\n"
 """A progress bar had hidden it."""
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A cluster's or a container's way to end a job, and a terminal's that is closed."""
+
+
+PARENT = "ROB_PARENT"
+"""In the environment: the process that a command was started by, and is to end with."""
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Where ``PARENT`` is set, have Linux send SIGTERM when that process dies, however it does; at once if it is dead."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -45,8 +65,75 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def answered(say: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block a Ctrl-C is answered at once, however long the main thread is in a kernel, and a second one leaves.
+def interrupted_once() -> Iterator[None]:
+    """Inside the block the first Ctrl-C or one of ``ENDINGS`` is taken as ever, and what follows is ignored: whoever presses
+    Ctrl-C six times wants the run to end, and what it has to be saved.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [n for n in (signal.SIGINT, *ENDINGS) if callable(signal.getsignal(n))]
+    before: dict[int, Any] = {}
+    asked: list[int] = []
+
+    def once(number: int, frame: Any) -> None:
+        if not asked:
+            asked.append(number)
+            before[number](number, frame)
+
+    before.update({number: signal.signal(number, once) for number in numbers})
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ended_when_deaf(told: str, seconds: float, again_after: float = 2.0) -> Iterator[None]:
+    """Inside the block a process that waits in C code, where no handler of Python's runs, still ends: ``seconds`` after the first
+    of ``SIGINT`` and ``ENDINGS``, or at the second, if that comes ``again_after`` seconds later or more (torchrun repeats what a
+    terminal sends to all). It then says ``told``, saves nothing, and exits with 128 and the signal's number.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # C writes there whatever the main thread does
+
+    def watch() -> None:
+        first, began = 0, 0.0
+        while True:
+            left = None if not first else max(0.0, began + seconds - time.monotonic())
+            ready, _, _ = select.select([reads], [], [], left)
+            received = os.read(reads, 1) if ready else b""
+            if ready and received in (b"", b"\0"):
+                return  # the block has ended
+            if not ready or (
+                first and time.monotonic() - began >= again_after and received[0] in (signal.SIGINT, *ENDINGS)
+            ):
+                os.write(2, f"error: {told}\n".encode())
+                os._exit(128 + first)
+            if not first and received[0] in (signal.SIGINT, *ENDINGS):
+                first, began = received[0], time.monotonic()
+
+    watching = threading.Thread(target=watch, name="signals", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writes, b"\0")
+        watching.join()
+        os.close(reads)
+        os.close(writes)
+
+
+@contextmanager
+def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[None]:
+    """Inside the block a Ctrl-C is answered at once, however long the main thread is in a kernel. One that comes ``again_after``
+    seconds later or more leaves; those before are of the same impatience, and what the run has is still saved.
 
     ``say`` is called from another thread. What is written is written as a whole or not at all, so that nothing is lost by leaving
     but what came after the last checkpoint.
@@ -59,15 +146,16 @@ def answered(say: Callable[[str], None]) -> Iterator[None]:
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
 
     def answer() -> None:
-        asked = 0
+        asked = 0.0
         while (numbers := reading.recv(1)) and numbers != DONE:
             if numbers[0] != signal.SIGINT:
                 continue
-            asked += 1
-            if asked > 1:
+            if asked and time.monotonic() - asked >= again_after:
                 print("left", file=sys.stderr, end=SHOW_CURSOR if sys.stderr.isatty() else "\n", flush=True)
                 os._exit(130)
-            say("finishing this step, then saving; Ctrl-C again leaves without")
+            if not asked:
+                say("finishing this step, then saving; Ctrl-C again, in two seconds or more, leaves without")
+                asked = time.monotonic()
 
     thread = threading.Thread(target=answer, name="Ctrl-C", daemon=True)
     thread.start()

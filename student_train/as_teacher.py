@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.exported import StudentInfo
 from ..common.files import replacing
 from ..common.run import versions
+from ..common.weights import tensor_file
 from .checkpoint import read_checkpoint
 from .objectives import OBJECTIVES
 from .objectives.embedding import EmbeddingObjective
@@ -67,7 +67,7 @@ def export_teacher(config: ExportConfig) -> Path:
     }
     kept = {name: _stored(tensor, config.half) for name, tensor in tensors.items()}
     with replacing(config.out) as file:
-        file.write(serialise_tensors(kept, metadata))
+        file.write(tensor_file(kept, metadata))
     return config.out
 
 

@@ -1,23 +1,25 @@
 """A run that goes on does so as it was planned, however fast the machine is now."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.records import read_record
 from ..common.views.config import LoaderConfig
 from .config import PairingChoice
 from .train_config import LoaderByPlan, TrainConfig
 
 
 def read_begun(out: Path) -> dict[str, Any] | None:
-    """The settings of the run whose checkpoint is in ``out``: it goes on as it was planned, however fast the machine is now."""
-    if not (out / "checkpoint.pt").exists():
+    """The settings of the run whose checkpoint is in ``out``: it goes on as it was planned, however fast the machine is now.
+
+    FailureError: they are damaged.
+    """
+    if not (out / "checkpoint.pt").exists() or not (out / "config.json").exists():
         return None
-    try:
-        return json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return read_record(
+        out / "config.json", dict[str, Any], "delete it, and give the settings that the run was begun with"
+    )
 
 
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:

@@ -1,10 +1,12 @@
 """What a run leaves on disk: a checkpoint to resume from, and weights that timm loads.
 
 Both are written under a temporary name and renamed, so that a run killed while writing keeps the file it had. Both are
-read without unpickling code: ``torch.load(weights_only=True)`` and safetensors.
+read without unpickling code: ``torch.load(weights_only=True)`` and safetensors. Both have checksums: torch writes one for each
+part of a checkpoint, and never looks at it.
 """
 
 import json
+import os
 import pickle
 import random
 import zipfile
@@ -14,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise_tensors
 from torch import nn
 
 from ..common.errors import FailureError, MisuseError
 from ..common.exported import StudentInfo, described_in
-from ..common.files import first_difference, replacing
+from ..common.files import first_difference, open_regular, replacing
+from ..common.records import DamagedError
 from ..common.run import versions
+from ..common.weights import NoChecksumError, read_tensor_file, tensor_file
 from .students import create_student
 
 FORMAT_VERSION = 1
@@ -63,24 +65,50 @@ def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The ``state`` of a checkpoint and the ``config`` of the run that wrote it.
 
-    MisuseError: no such file, or another format version. FailureError: truncated, or no checkpoint at all.
+    MisuseError: no such file, or another format version. FailureError: truncated, damaged, or no checkpoint at all.
     """
     if not path.is_file():
         raise MisuseError(f"{path}: no such checkpoint")
     unreadable = f"{path} is truncated or no checkpoint of rob: delete it to start afresh"
-    if not zipfile.is_zipfile(path):  # torch.load would try the format of old versions, which we never wrote
+    if (
+        whole := is_whole_archive(path)
+    ) is None:  # torch.load would try the format of old versions, which we never wrote
         raise FailureError(unreadable)
+    if not whole:
+        raise FailureError(f"{path} is damaged, a checksum in it does not match: delete it to start afresh")
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         raise FailureError(unreadable) from error
     if not isinstance(payload, dict) or not {"format_version", "config", "state"} <= payload.keys():
+        raise FailureError(unreadable)
+    if not isinstance(payload["state"], dict) or not isinstance(payload["config"], dict):
         raise FailureError(unreadable)
     if payload["format_version"] != FORMAT_VERSION:
         raise MisuseError(
             f"{path} has checkpoint format {payload['format_version']}, this version of rob reads {FORMAT_VERSION}"
         )
     return payload
+
+
+def is_whole_archive(path: Path) -> bool | None:
+    """Whether all parts of a file that ``torch.save`` wrote have their checksums; None: it is no such file."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                return None  # torch compresses nothing
+            return archive.testzip() is None
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return None
 
 
 def random_state() -> dict[str, Any]:
@@ -121,25 +149,34 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
         "rob_version": versions("rob")["rob"],
     }
     with replacing(path) as file:
-        file.write(serialise_tensors(tensors, metadata))
+        file.write(tensor_file(tensors, metadata))
 
 
 def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentInfo]:
     """The trained student of a run folder or of a weights file, in eval mode, and its description.
 
-    MisuseError: nothing there, a file rob did not write, or tensors that are not the described student's.
+    MisuseError: nothing there, a file rob did not write, a damaged one, or tensors that are not the described student's.
     """
     run_or_weights = Path(run_or_weights)
     path = run_or_weights / WEIGHTS_NAME if run_or_weights.is_dir() else run_or_weights
-    if not path.is_file():
+    if not path.exists():
         expected = f"no {WEIGHTS_NAME} in {run_or_weights}" if run_or_weights.is_dir() else f"{path}: no such file"
         raise MisuseError(f"{expected}: give a finished run's folder or a weights file")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise MisuseError(f"{path} is truncated or no safetensors file") from error
+        tensors, metadata = read_tensor_file(path)
+    except NoChecksumError as problem:
+        raise MisuseError(
+            f"{path} {problem}; give weights written by rob train-student: run it again in the same folder, and from its "
+            "checkpoint it writes them anew"
+        ) from None
+    except DamagedError as problem:
+        raise MisuseError(
+            f"{path} {problem}: copy it again, or run rob train-student again in its folder, which writes it anew"
+        ) from None
+    except OSError as error:
+        raise MisuseError(
+            f"{path} cannot be read ({error.strerror}): give a finished run's folder or a weights file"
+        ) from None
     info = described_in(metadata, path)
     if info is None:
         raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")

@@ -1,20 +1,20 @@
 """The folder of a training run: its configuration, its log, its checkpoint and its weights."""
 
-import json
 import math
 import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import lock_file, replacing
+from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
 from ..common.ranks import ALONE, Ranks
+from ..common.records import DamagedError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
@@ -26,6 +26,21 @@ FREE_TO_CHANGE = (
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
 elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order."""
+LARGEST_LOG = 1 << 32
+"""Bytes."""
+
+
+class LogLine(TypedDict):
+    """What is read back of a line of ``metrics.jsonl``."""
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    images_per_second: float
+    data_wait: float
+    shares: dict[str, float]
+    warning: NotRequired[str]
 
 
 class RunFolder:
@@ -57,9 +72,11 @@ class RunFolder:
         fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
         self._fixed = {k: v for k, v in fixed.items() if k == "epochs"} | fixed  # first: some others go by them
         self._fixed["batch_size"] = config["loader"]["batch_size"]
-        self._config_json = json.dumps(settings, indent=2, default=str) + "\n"
+        self._config_json = sealed(settings, indent=2)
+        self.notes: list[str] = []
         self._health: list[Tensor] = []  # of the steps since the last line
         self._images = 0
+        self._lines: int | None = None  # of the log, when the checkpoint was written
         self._unlock = lambda: None
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
@@ -73,14 +90,21 @@ class RunFolder:
         step = 0
         if self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
-            for name, part in state.items():
-                part.load_state_dict(saved[name])
-            step = saved["step"]
-            self._health = list(saved["health"])
+            try:
+                for name, part in state.items():
+                    part.load_state_dict(saved[name])
+                step = saved["step"]
+                self._health = list(saved["health"])
+                self._lines = saved.get("lines")
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise FailureError(
+                    f"{self.checkpoint} is not of this run, or of another rob ({reason}): delete it to start afresh"
+                ) from error
         if not self.ranks.is_main:
             return step
         with replacing(self.out / "config.json") as file:
-            file.write(self._config_json.encode())
+            file.write(self._config_json)
         self._cut_log(step)
         return step
 
@@ -93,8 +117,16 @@ class RunFolder:
         health = self.check_losses(step)
         if not self.ranks.is_main:
             return
+        for name in (
+            "metrics.jsonl",
+            "train.log",
+        ):  # what is logged must not be lost once its steps will not be run again
+            if (self.out / name).exists():
+                with append_to(self.out / name) as file:
+                    flush_to_disk(file)
         parts = {name: part.state_dict() for name, part in state.items()}
-        save_checkpoint(self.checkpoint, parts | {"step": step, "health": health}, self._fixed)
+        found = {"step": step, "health": health, "lines": len(read_log(self.out))}
+        save_checkpoint(self.checkpoint, parts | found, self._fixed)
 
     def is_logged(self, step: int) -> bool:
         """Whether a line is written after step number ``step`` (from 1)."""
@@ -139,10 +171,12 @@ class RunFolder:
         self._images = 0
         if warning := self.watch(line):
             line["warning"] = warning
-        with open(self.out / "metrics.jsonl", "a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
-        with open(self.out / "train.log", "a") as text:
-            text.write(self._sentence(line))
+        for name, text in (("metrics.jsonl", sealed(line)), ("train.log", self._sentence(line).encode())):
+            try:
+                with append_to(self.out / name) as file:
+                    file.write(text)
+            except OSError as error:
+                raise FailureError(f"cannot write {self.out / name}: {error.strerror or error}") from error
         self.on_log(line, self.total_steps)
 
     def check_losses(self, step: int) -> Tensor:
@@ -177,8 +211,12 @@ class RunFolder:
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""
         lines = [line for line in read_log(self.out) if line["step"] <= step]
+        if self._lines is not None and len(lines) < self._lines:
+            self.notes.append(
+                f"{self.out / 'metrics.jsonl'} has lost {self._lines - len(lines)} of the {self._lines} lines up to step {step}"
+            )
         with replacing(self.out / "metrics.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.write(b"".join(map(sealed, lines)))
         with replacing(self.out / "train.log") as file:
             file.write("".join(map(self._sentence, lines)).encode())
 
@@ -192,18 +230,18 @@ class RunFolder:
         )
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
+def read_log(run: Path) -> list[LogLine]:
     """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
 
     FailureError: a line is not what a run writes.
     """
     metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    lines = read_regular(metrics, LARGEST_LOG).splitlines(keepends=True) if metrics.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
+        if line.endswith(b"\n"):
             try:
-                found.append(json.loads(line))
-            except ValueError:
-                raise FailureError(f"{metrics}: line {number} is damaged: delete that line") from None
+                found.append(unsealed(line, LogLine))
+            except DamagedError as problem:
+                raise FailureError(f"{metrics}: line {number} {problem}: delete that line") from None
     return found

@@ -5,6 +5,7 @@ done again, and what was killed goes on where it stopped, because the commands d
 was made with: another sweep does not take its result for its own.
 """
 
+import io
 import json
 import os
 import queue
@@ -16,15 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import first_difference, replacing
+from ..common.files import first_difference, new_file, replacing, wait_for_lock
 from ..common.images.beton import Beton
+from ..common.records import read_record, sealed
+from ..common.signals import PARENT
 from ..common.store.reader import TargetStore
 from .evaluate.results import read_results
+from .run_folder import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +38,18 @@ MOST_RUNS = 400
 
 RECORD_NAME = "sweep.json"
 """In a finished run's folder: its result and what it was made with. In the sweep's own: all results."""
+
+
+LAST_STEP_SECONDS = 60.0
+"""How long a run whose sweep was killed may take to save and end."""
+
+
+class Record(TypedDict):
+    """What is read back of a finished run's ``sweep.json``."""
+
+    made_with: dict[str, Any]
+    loss: float
+    knn_top1: float
 
 
 class Flag(NamedTuple):
@@ -237,7 +253,10 @@ def is_finished(config: SweepConfig, cell: Sequence[str]) -> bool:
     folder, wanted = config.folder(cell), config.made_with(cell)
     if not (folder / RECORD_NAME).exists():
         return False  # train-student goes on with what is there, or refuses it
-    made = json.loads((folder / RECORD_NAME).read_text())["made_with"]
+    try:
+        made = read_record(folder / RECORD_NAME, Record, "")["made_with"]
+    except (OSError, FailureError):
+        return False  # damaged: its commands find that they are done, and it is written again
     different = first_difference(made, wanted)
     if different:
         name, was, now = different
@@ -278,6 +297,7 @@ class Processes:
 
     def run(self, words: Sequence[str], log: IO[str], environment: Mapping[str, str]) -> bool:
         """Whether the command ended well."""
+        environment = {**environment, PARENT: str(os.getpid())}  # killed, this process takes its runs with it
         with subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True) as process:
             self.running.append(process)
             if self.stopped:  # between the two lines before
@@ -296,22 +316,22 @@ def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None, processes: P
     folder, made_with = config.folder(cell), config.made_with(cell)
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    with open(folder / "sweep.log", "w") as log:
+    wait_for_lock(folder / ".lock", LAST_STEP_SECONDS)
+    with io.TextIOWrapper(new_file(folder / "sweep.log")) as log:
         for words in config.commands(cell):
             log.write(" ".join(words) + "\n")
             log.flush()
             if not processes.run(words, log, environment):
                 return False
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    result = {"loss": last["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}
+    result = {"loss": read_log(folder)[-1]["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}
     with replacing(folder / RECORD_NAME) as file:
-        file.write((json.dumps({"made_with": made_with, **result}, indent=2) + "\n").encode())
+        file.write(sealed({"made_with": made_with, **result}, indent=2))
     return True
 
 
 def read_row(config: SweepConfig, cell: tuple[str, ...]) -> SweepRow:
     """What a finished run came to."""
-    result = json.loads((config.folder(cell) / RECORD_NAME).read_text())
+    result = read_record(config.folder(cell) / RECORD_NAME, Record, "run the sweep again")
     return SweepRow(cell, result["loss"], result["knn_top1"])
 
 

@@ -15,8 +15,9 @@ from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
-from ..common.ranks import ALONE, Ranks, join_ranks, whole_steps
+from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, whole_steps
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
+from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
@@ -72,13 +73,15 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
     """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes.
 
     Under torchrun every rank takes its share of each batch and of the images; rank 0 writes the files.
-    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number (the last good
-    checkpoint stays).
+    Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number, or another rank is lost (the
+    last good checkpoint stays).
     """
-    progress = progress or TrainProgress()
+    with lost_ranks_are_a_failure(), interrupted_once():
+        return _train(config, progress or TrainProgress(), join_ranks())
 
+
+def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainResult:
     # ==== what is trained, and against what ====
-    ranks = join_ranks()
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuses what this device does not have
     allow_fast_arithmetic(device, config.precision)
@@ -147,6 +150,8 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
         raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
     state = trainer.state | branch.state
     step = run.resume(state, device)
+    for text in run.notes:
+        progress.note(text)
     if step == total_steps:
         progress.note(f"{config.out} is complete already: nothing to do")
     elif progress.plan is not None and ranks.is_main:

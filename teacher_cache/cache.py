@@ -78,10 +78,22 @@ def cache_teacher(
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
         source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting)
         progress.note(f"encoding {config.encoding.kind} targets")
-        manifest = replace(manifest, teacher_temp=source.manifest.teacher_temp)
-        write_logits(source, config.out, manifest, progress.rows, device)
+        temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
+        write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows, device)
     shutil.rmtree(embeddings, ignore_errors=True)
     return TargetStore.open(config.out).manifest
+
+
+def _within_ladder(encoding: Encoding, temp: float | None, note: Callable[[str], None]) -> float | None:
+    """The nearest temperature that a store of this encoding can be read at."""
+    if temp is None or encoding.kind != "topk":
+        return temp
+    nearest = min(max(temp, min(encoding.temps)), max(encoding.temps))
+    if nearest != temp:
+        note(
+            f"teacher temperature {nearest:g}, as the tail of topk targets is kept at {min(encoding.temps):g} to {nearest:g}"
+        )
+    return nearest
 
 
 def _temporary_store(config: CacheConfig) -> Path | None:

@@ -12,14 +12,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import MisuseError
+from ..common.files import open_regular
 from ..common.heads import Activation, ProjectionHead
+from ..common.records import DamagedError
+from ..common.weights import read_tensor_file
 
 Tensors = dict[str, Tensor]
 
@@ -38,8 +39,19 @@ HARMLESS_GLOBALS: list[Any] = [
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 """Name segments added by DataParallel and DDP, ``torch.compile`` and FSDP, wherever they wrapped."""
 
-CONTAINERS = ("state_dict", "model", "model_state_dict")
+AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+"""Keys of the averaged weights, which are better than the raw ones beside them; timm takes them, too."""
+CONTAINERS = (*AVERAGES, "state_dict", "model", "model_state_dict")
 """Keys under which files keep the weights apart from the epoch and the optimiser; ``model.`` also leads Lightning's names."""
+WEIGHT_NORM = {"original0": "weight_g", "original1": "weight_v"}
+"""``parametrizations.weight.*``, torch's newer names of a layer's gain and directions, and the older ones."""
+OTHER_FILES = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
+    b"<!doctype": "a web page, not a checkpoint: the download asked for something in between; fetch the file itself",
+    b"<html": "a web page, not a checkpoint: the download asked for something in between; fetch the file itself",
+    b"<?xml": "an error message of a file server, not a checkpoint: fetch it again",
+}
+"""By how a file begins."""
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -51,7 +63,8 @@ def read_tensors(path: Path) -> Tensors:
         raise MisuseError(f"checkpoint {path} does not exist; give the path of a .safetensors, .pth, .pt or .bin file")
     content = _read(path)
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        inner = next((content[key] for key in CONTAINERS if any(_walk(content.get(key), (key,)))), None)
+        inner = inner if isinstance(inner, Mapping) else None
         if inner is None:
             break
         content = inner
@@ -60,6 +73,8 @@ def read_tensors(path: Path) -> Tensors:
         segments = [segment for segment in segments if segment not in WRAPPERS]
         if len(segments) > 1 and segments[0] in CONTAINERS:
             segments = segments[1:]
+        if segments[-3:-1] == ["parametrizations", "weight"] and segments[-1] in WEIGHT_NORM:
+            segments = [*segments[:-3], WEIGHT_NORM[segments[-1]]]
         tensors[".".join(segments)] = tensor
     if not tensors:
         raise MisuseError(f"checkpoint {path} holds no tensors; a model's weights were expected")
@@ -67,18 +82,29 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    try:
+        with open_regular(path) as file:
+            begins = file.read(100)
+    except OSError as error:
+        raise MisuseError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    for beginning, what in OTHER_FILES.items():
+        if begins.lstrip().lower().startswith(beginning):
+            raise MisuseError(f"checkpoint {path} is {what}")
+    if path.suffix == ".safetensors" or (begins[8:9] == b"{" and begins[5:8] == bytes(3)):  # whatever it is called
         try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise MisuseError(
-                f"checkpoint {path} is truncated or not a safetensors file ({error}); fetch it again"
-            ) from error
+            return read_tensor_file(path, foreign=True)[0]
+        except (DamagedError, OSError) as problem:
+            raise MisuseError(f"checkpoint {path} {problem}; fetch or make it again") from problem
     try:
         with torch.serialization.safe_globals(HARMLESS_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if culprit and re.search(r"fsdp|_shard", culprit[1], re.IGNORECASE):
+            raise MisuseError(
+                f"checkpoint {path} is one rank's part of a training run (FSDP), not a network's weights: take the teacher's "
+                "exported checkpoint, such as teacher_checkpoint.pth"
+            ) from error
         if culprit is None:
             raise MisuseError(f"checkpoint {path} is not a PyTorch file or is corrupt; fetch it again") from error
         raise MisuseError(

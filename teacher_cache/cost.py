@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from ..common.errors import MisuseError
@@ -53,9 +54,12 @@ def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> 
         needed += max(0, size - done)
     free = free_bytes(out)
     if needed > free:
+        sizes = decimal(needed), decimal(free)
+        if sizes[0] == sizes[1]:
+            sizes = f"{needed:,} bytes", f"{free:,} bytes"
         beside = ", with the embeddings beside it until it is done," if len(bytes_when_done) > 1 else ""
         raise MisuseError(
-            f"{out}{beside} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there: "
+            f"{out}{beside} needs {sizes[0]} and {sizes[1]} are free there: "
             "take fewer `views`, a smaller `encoding` (topk, or embedding in int8), or another disk"
         )
 

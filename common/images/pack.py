@@ -12,54 +12,56 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from ..errors import FailureError, MisuseError
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
+from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
 from .sources import Source, open_source
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _BadImage(Exception):
-    """An image that cannot be packed; the message says why, without the path."""
-
-
 def pack(
-    config: PackConfig, progress: Callable[[int, int], None] | None = None, source: Source | None = None
+    config: PackConfig,
+    progress: Callable[[int, int], None] | None = None,
+    source: Source | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> PackManifest:
     """Writes ``config.out`` and its manifest. The same source gives the same bytes, for any number of workers.
 
     ``source`` takes the place of what ``config.source`` names.
 
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
-    called with (images done, all images) after each image.
+    called with (images done, all images) after each image, ``note`` with a sentence on files that were left out.
 
     Raises MisuseError for a wrong option or source, FailureError for a broken image (unless ``skip_bad``), when a
     data set cannot be downloaded and when the file cannot be written.
     """
     _check(config)
-    source = (source or open_source(config.source, config.split)).take(config.limit)
+    source = source or open_source(config.source, config.split)
+    for sentence in source.left_out:
+        note(sentence)
+    source = source.take(config.limit)
     source = source.shuffled() if config.shuffle else source
     total = len(source.paths)
     workers = config.workers or os.cpu_count() or 1
 
-    def encode(path: str) -> tuple[StoredImage | _BadImage, int]:
+    def encode(path: str) -> tuple[StoredImage | BadImage, int]:
         try:
             image, label = source.read(path)
             return encode_image(image, config), label
-        except _BadImage as problem:
+        except BadImage as problem:
             return problem, -1
         except OSError as error:
-            return _BadImage(error.strerror or str(error)), -1
+            return BadImage(error.strerror or str(error)), -1
 
     paths, labels, skipped = [], [], []
     try:
-        with BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(workers) as pool:
+        with quiet_pillow(), BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(workers) as pool:
             results = _map_in_order(pool, encode, source.paths, window=4 * workers)
             for path, (image, label) in zip(source.paths, results, strict=True):
                 if isinstance(image, StoredImage):
@@ -110,34 +112,29 @@ def _map_in_order(
 
 
 def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage:
-    """One image, from a file's bytes or from memory, in the form that ``config`` asks for. Raises _BadImage."""
+    """One image, from a file's bytes or from memory, in the form that ``config`` asks for. Raises BadImage."""
     try:
         if isinstance(source, bytes):
-            if not source:
-                raise _BadImage("the file is empty")
-            image = Image.open(io.BytesIO(source))
+            image = open_image(source, config.max_resolution)
         else:
             image = source
-        image.load()
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # after load: some formats put it at the end
-        upright = image if orientation not in range(2, 9) else ImageOps.exif_transpose(image)
+            image.load()
+        turned = upright(image)
         longest = config.max_resolution or max(image.size)
-        unchanged = upright is image and max(image.size) <= longest and not config.raw
+        unchanged = turned is image and max(image.size) <= longest and not config.raw
         if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):
             return StoredImage(source, image.height, image.width, JPEG)
-        return _store(shrink(to_rgb(upright), longest), config)
-    except (_BadImage, MemoryError):
+        return _store(shrink(to_rgb(turned), longest), config)
+    except (BadImage, MemoryError):
         raise
-    except UnidentifiedImageError:
-        raise _BadImage("not an image that Pillow can read") from None
-    except Exception as error:  # Pillow's decoders raise about every kind on broken files
-        raise _BadImage(str(error) or type(error).__name__) from error
+    except Exception as error:  # Pillow raises about every kind on broken files
+        raise BadImage(str(error) or type(error).__name__) from error
 
 
 def _store(pixels: Image.Image, config: PackConfig) -> StoredImage:
     width, height = pixels.size
     if max(width, height) > MAX_SIDE:
-        raise _BadImage(f"{width} x {height} pixels, the format holds {MAX_SIDE:,} a side: use `max_resolution`")
+        raise BadImage(f"{width} x {height} pixels, the format holds {MAX_SIDE:,} a side: use `max_resolution`")
     if config.raw:
         data, mode = pixels.tobytes(), RAW
     else:
@@ -145,22 +142,8 @@ def _store(pixels: Image.Image, config: PackConfig) -> StoredImage:
         pixels.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling="4:2:0")
         data, mode = buffer.getvalue(), JPEG
     if len(data) > MAX_IMAGE_BYTES:
-        raise _BadImage(f"{width} x {height} pixels are too many for one image: use `max_resolution`")
+        raise BadImage(f"{width} x {height} pixels are too many for one image: use `max_resolution`")
     return StoredImage(data, height, width, mode)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB. Raises ValueError for floating-point pixels, whose range is unknown."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; "I" is the 32-bit form that some readers put it in
-        levels = np.asarray(image).astype(np.int64).clip(0, 65_535)
-        return Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:  # hidden colours under transparent pixels are arbitrary, often black
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, "white")
-        image.alpha_composite(layer)
-    return image.convert("RGB")
 
 
 def shrink(image: Image.Image, longest: int) -> Image.Image:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,21 @@ import numpy as np
 from PIL import Image
 
 from ..errors import FailureError, MisuseError, unknown_name
+from ..files import read_regular
 from ..order import shuffled
+from .reading import EXTENSIONS
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-"""Files of a folder with one of these endings (in either case) are its images."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar", ".zst")
 LISTS = (".txt", ".csv", ".tsv", ".lst", ".list", ".json", ".jsonl")
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 """Names of folders that are parts of a data set."""
 ALL_PARTS = "all"
+LARGEST = 1 << 32
+"""Bytes of an image's file."""
+MACHINES_OWN = ("@eaDir", "__MACOSX", "lost+found")
+"""Folders that a NAS, an archiver and a file system leave among a user's."""
+ODD_ONES = 0.05
+"""At most this share of a folder's images lies beside its folders of classes by mistake."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the four files."""
 
@@ -35,6 +42,10 @@ class Source:
     read: Callable[[str], tuple[bytes | Image.Image, int]]
     """Path -> the file's bytes or a decoded image, and its label, -1 for none. Called from many threads."""
     classes: tuple[str, ...] | None
+    left_out: tuple[str, ...] = ()
+    """Sentences on files that were left out."""
+    folder: Path | None = None
+    """That the paths start from, where there is one."""
 
     def take(self, limit: int | None) -> "Source":
         """``limit`` images spread evenly over the sorted order, hence over the classes of a folder with sub-folders."""
@@ -54,6 +65,8 @@ def open_source(name: str, split: str = "train") -> Source:
     Raises MisuseError for what is neither, for a folder without images and for an unknown split; FailureError when a
     named data set cannot be downloaded.
     """
+    if not name:
+        raise MisuseError("SOURCE is empty: give a folder of images, or . for the one you are in")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return open_folder(folder, whole=split == ALL_PARTS)
@@ -90,42 +103,64 @@ def what_instead(name: str, path: Path) -> str | None:
 
 
 def open_folder(folder: Path, whole: bool = True) -> Source:
-    """All images below a folder, in sorted order of their relative paths; hidden files and folders are left out.
+    """All images below a folder, in sorted order of their relative paths; hidden files and folders are left out, and those that
+    a machine made for itself.
 
-    Labels exist when every image lies in a folder of its class: exactly one level below ``folder``. MisuseError, unless the
-    folder is wanted ``whole``: its folders are named as the parts of a data set, whose classes lie a level lower.
+    Labels exist when every image lies in a folder of its class: exactly one level below ``folder``. A few that lie beside these
+    folders are left out. MisuseError, unless the folder is wanted ``whole``: its folders are named as the parts of a data set.
     """
-    paths = tuple(sorted(_walk(folder, "", (folder.resolve(),))))
+    found = sorted(_walk(folder, "", (folder.resolve(),)))
+    paths = tuple(path for path in found if path.lower().endswith(EXTENSIONS))
     if not paths:
-        found = "the folder is empty" if not any(folder.iterdir()) else "no image in it or below"
-        raise MisuseError(f"{folder}: {found}; looked for {' '.join(EXTENSIONS)}")
+        listed = "the folder is empty" if not any(folder.iterdir()) else "no image in it or below"
+        raise MisuseError(f"{folder}: {listed}; looked for {' '.join(EXTENSIONS)}")
     parts = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if not whole and parts and all("/" in path for path in paths) and {part.lower() for part in parts} <= PARTS:
         raise MisuseError(
             f"{folder} has {', '.join(f'{part}/' for part in parts)}, which are parts of a data set and no classes: give one of "
             f"them as SOURCE ({folder / parts[0]}), or `split` {ALL_PARTS} for all their images in one file without classes"
         )
-    parents = {path.rpartition("/")[0] for path in paths}
-    one_level = all(parent and "/" not in parent for parent in parents) and not {p.lower() for p in parents} <= PARTS
+    left_out = _other_files(folder, [path for path in found if not path.lower().endswith(EXTENSIONS)])
+    beside = [path for path in paths if "/" not in path]
+    parents = {path.rpartition("/")[0] for path in paths} - {""}
+    if beside and len(parents) > 1 and len(beside) <= max(1, ODD_ONES * len(paths)):
+        paths = tuple(path for path in paths if "/" in path)
+        left_out += (f"left out {_some(beside)}: beside the folders of classes in {folder}",)
+    one_level = all(path.count("/") == 1 for path in paths) and not {p.lower() for p in parents} <= PARTS
     classes = tuple(sorted(parents)) if one_level else None
     labels = {name: index for index, name in enumerate(classes or ())}
 
     def read(path: str) -> tuple[bytes, int]:
-        return (folder / path).read_bytes(), labels.get(path.rpartition("/")[0], -1)
+        return read_regular(folder / path, LARGEST), labels.get(path.rpartition("/")[0], -1)
 
-    return Source(paths, read, classes)
+    return Source(paths, read, classes, left_out, folder)
+
+
+def _other_files(folder: Path, paths: list[str]) -> tuple[str, ...]:
+    """A sentence on what is no image, by its endings; none where there is nothing."""
+    endings = Counter(Path(path).suffix.lower() or "without an ending" for path in paths)
+    if not endings:
+        return ()
+    counted = ", ".join(f"{number:,} {ending}" for ending, number in endings.most_common(6))
+    rest = sum(endings.values()) - sum(number for _, number in endings.most_common(6))
+    more = f", {rest:,} others" if rest else ""
+    return (f"left out of {folder}, as no images by their names: {counted}{more}",)
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _walk(folder: Path, prefix: str, ancestors: tuple[Path, ...]) -> Iterator[str]:
-    """Relative paths of the images below ``folder``. Follows links, except to a folder that it is in."""
+    """Relative paths of the files below ``folder``. Follows links, except to a folder that it is in."""
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name in MACHINES_OWN:
             continue
         if entry.is_dir():
             real = Path(entry.path).resolve()
             if real not in ancestors:
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*ancestors, real))
-        elif entry.name.lower().endswith(EXTENSIONS):
+        else:
             yield prefix + entry.name
 
 

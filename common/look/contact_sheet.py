@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from ..errors import printable
 from ..images.beton import Beton
 from ..store.reader import TargetStore
 from ..views.drawing import CROP_HEIGHT, CROP_WIDTH, LEFT, LOCAL, TOP, view_parameters
@@ -228,7 +229,9 @@ class Sheet:
 
     def _write(self, left: float, top: float, text: str, points: int, colour: str, weight: str = "normal") -> None:
         x, y = left / self.width, 1 - (top + 0.035) / self.height
-        self.figure.text(x, y, text, size=points, color=colour, weight=weight, ha="left", va="top", parse_math=False)
+        self.figure.text(
+            x, y, printable(text), size=points, color=colour, weight=weight, ha="left", va="top", parse_math=False
+        )
 
     def chart(self, left: float, top: float, width: float, height: float):
         """Empty axes at these inches."""

@@ -1,15 +1,19 @@
-"""The target store's manifest: what its rows are targets of, and how they were made. The group's attributes."""
+"""The target store's manifest: what its rows are targets of, and how they were made. The group's attributes.
+
+Its checksum lies among the versions that wrote it, which are the part that no reader compares.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from ..errors import FailureError, MisuseError
-from ..files import differences
+from ..files import differences, read_regular
+from ..records import LARGEST, DamagedError, crc32c, parsed, typed
 from .encodings import Encoding
 from .shards import ShardedArray
 
@@ -18,6 +22,20 @@ CHUNK_ROWS = 256
 """Rows a chunk, and the block of the training order (sizes compared in benchmarks/store.py)."""
 SHARD_CHUNKS = 16
 """Chunks a shard file."""
+
+LIMITS = {
+    "num_images": (1, 1 << 40),
+    "view_size": (1, 1 << 14),
+    "dim": (1, 1 << 20),
+    "num_prototypes": (0, 1 << 26),
+    "chunk_rows": (1, 1 << 16),
+    "shard_chunks": (1, 1 << 16),
+}
+"""What numbers a manifest may have: memory is taken by them."""
+LARGEST_CHUNK = 1 << 32
+"""Bytes of a chunk of all arrays."""
+CHECKSUM = "crc32c"
+"""Its name among the versions."""
 
 AGAIN = "run rob cache-teacher again"
 """What to do about a store that is not whole."""
@@ -67,27 +85,55 @@ class StoreManifest:
         older than the choice.
         """
         values = {name: value for name, value in asdict(self).items() if (name, value) != ("pooling", None)}
-        return json.loads(json.dumps(values, sort_keys=True))
+        plain = json.loads(json.dumps(values, sort_keys=True))
+        return plain | {"versions": {CHECKSUM: _checksum(plain), **plain["versions"]}}
 
     @classmethod
-    def from_json(cls, path: Path, attributes: Mapping[str, Any]) -> Self:
+    def from_json(cls, path: Path, attributes: Any) -> Self:
         """The inverse of `to_json`. MisuseError when ``path`` is no store or of another format version, FailureError when
-        a field is missing.
+        it is damaged.
         """
-        if "format_version" not in attributes or "data_fingerprint" not in attributes:
+        if (
+            not isinstance(attributes, dict)
+            or "format_version" not in attributes
+            or "data_fingerprint" not in attributes
+        ):
             raise MisuseError(f"{path} is not a target store: it is a Zarr group without rob's manifest")
         if attributes["format_version"] != FORMAT_VERSION:
             raise MisuseError(
                 f"{path} has format version {attributes['format_version']}, this rob reads version {FORMAT_VERSION}: "
                 "cache the targets again, or use the rob that wrote it"
             )
-        attributes = {"pooling": None, **attributes}
-        missing = ", ".join(field.name for field in fields(cls) if field.name not in attributes)
-        if missing:
-            raise FailureError(f"{path} is damaged, its manifest lacks {missing}: delete the store and {AGAIN}")
-        known: dict[str, Any] = {field.name: attributes[field.name] for field in fields(cls)}
-        known["view_ids"] = tuple(known["view_ids"])
-        return cls(**known)
+        try:
+            found = typed(cls, attributes)
+            sealed = found.versions.pop(CHECKSUM, None)
+            if sealed is None:
+                raise MisuseError(
+                    f"{path} was cached by a rob from before checksums: cache the targets again, or use the rob that wrote it"
+                )
+            if sealed != _checksum({**attributes, "versions": found.versions}):
+                raise DamagedError("is damaged or was edited: its checksum does not match")
+            found._check_numbers()
+        except DamagedError as problem:
+            raise FailureError(f"{path} is damaged, its manifest {problem}: delete the store and {AGAIN}") from None
+        return found
+
+    def _check_numbers(self) -> None:
+        """DamagedError: numbers that no store has, by which memory would be taken."""
+        for name, (low, high) in LIMITS.items():
+            if not low <= vars(self)[name] <= high:
+                raise DamagedError(f"says {name} is {vars(self)[name]}, which it cannot be")
+        try:
+            arrays = self.arrays().values()
+        except (MisuseError, TypeError, ValueError) as error:
+            raise DamagedError(f"says of its encoding what cannot be ({error})") from None
+        if sum(int(np.prod(a.chunk_shape, dtype=float)) * a.dtype.itemsize for a in arrays) > LARGEST_CHUNK:
+            raise DamagedError("says a chunk is larger than memory")
+
+
+def _checksum(attributes: Mapping[str, Any]) -> str:
+    """Of attributes as `to_json` has them, less the checksum itself."""
+    return crc32c(json.dumps(attributes, sort_keys=True).encode())
 
 
 def differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -108,9 +154,6 @@ def _short(value: Any) -> str:
 def read_json(store: Path, name: str) -> dict[str, Any]:
     """The object in the file ``name`` of a store. FailureError when it is cut or otherwise damaged."""
     try:
-        content = json.loads((store / name).read_text())
-    except ValueError:  # no JSON, or not even text
-        content = None
-    if not isinstance(content, dict):
-        raise FailureError(f"{store} is damaged, its {name} is cut or no JSON: delete the store and {AGAIN}")
-    return content
+        return parsed(read_regular(store / name, LARGEST))
+    except DamagedError:
+        raise FailureError(f"{store} is damaged, its {name} is cut or no JSON: delete the store and {AGAIN}") from None

@@ -21,10 +21,15 @@ import numpy as np
 import zarr
 
 from ..errors import FailureError, MisuseError
+from ..files import read_regular
+from ..records import LARGEST, parsed
 from .encodings import Encoding
 from .manifest import AGAIN, StoreManifest, differing, read_json
-from .shards import ChunkError
+from .shards import ChunkError, checksum_of
 from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
+
+LARGEST_SMALL = 1 << 35
+"""Bytes of an array that is not one row an image: a million prototypes of 8192 dimensions."""
 
 __all__ = ["StoreManifest", "StoreWriter", "TargetStore", "add_prototypes"]
 
@@ -153,12 +158,19 @@ class TargetStore:
 
     def _small_array(self, name: str) -> np.ndarray:
         try:
+            parsed(read_regular(self.path / name / "zarr.json", LARGEST))
             array = zarr.open_array(self.path / name, mode="r")
+            if array.nbytes > LARGEST_SMALL:
+                raise ValueError(f"it is said to have {array.nbytes:,} bytes")
             if array.nchunks_initialized < array.nchunks:  # Zarr would read zeros
                 raise OSError("its file is missing")
-            return np.asarray(array[...])
-        except (ValueError, OSError) as error:
-            message = f"{self.path}: array {name!r} is damaged ({error}): delete the store and {AGAIN}"
+            values = np.asarray(array[...])
+            if array.attrs.get("crc32c") != checksum_of(values):
+                raise ValueError("its checksum does not match")
+            return values
+        except Exception as error:  # zarr and its codecs raise about every kind on a damaged file
+            reason = f"{error}".partition("\n")[0] or type(error).__name__
+            message = f"{self.path}: array {name!r} is damaged ({reason}): delete the store and {AGAIN}"
             raise FailureError(message) from None
 
     def _index(self, name: str, shard: int) -> np.ndarray:

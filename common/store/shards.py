@@ -5,6 +5,7 @@ of event loop a chunk, many times what checking and decompressing it takes (benc
 chunk that is missing. It makes the metadata here, and the tests read the arrays back with it.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]
 from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
+
+from ..records import crc32c
 
 blosc.use_threads = False  # bytes must not depend on which thread finishes first; callers run many chunks side by side
 
@@ -77,6 +80,8 @@ class ShardedArray:
         compressed = np.frombuffer(data, np.uint8)[:-4]  # not a copy
         if google_crc32c.value(compressed) != int.from_bytes(data[-4:], "little"):
             raise ChunkError("its checksum does not match")
+        if int.from_bytes(data[4:8], "little") != out.nbytes:  # as Blosc's header says
+            raise ChunkError("it is of another size")
         blosc.decompress(compressed, out)
 
     def assemble_shard(self, chunks: list[bytes]) -> bytes:
@@ -112,6 +117,8 @@ class ShardedArray:
             raise ChunkError("it was never written")
         try:
             with open(folder / self.shard_file(shard), "rb", buffering=0) as file:
+                if offset + length > os.fstat(file.fileno()).st_size:
+                    raise ChunkError("its shard file is too short")
                 file.seek(offset)
                 data = file.read(length)
         except OSError as error:
@@ -129,8 +136,16 @@ def small_array_files(values: np.ndarray) -> Mapping[str, bytes]:
         zarr.create_array,
         data=values,
         chunks=chunks,
+        attributes={"crc32c": checksum_of(values)},
         compressors=[BloscCodec(typesize=values.dtype.itemsize, **COMPRESSOR), Crc32cCodec()],
         config={"write_empty_chunks": True},
+    )
+
+
+def checksum_of(values: np.ndarray) -> str:
+    """Of an array's type, shape and values: what its own metadata might say otherwise."""
+    return crc32c(
+        f"{values.dtype.str} {values.shape}".encode(), np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import weakref
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import zarr
 
 from ..errors import FailureError, MisuseError
-from ..files import lock_file, whole_file
+from ..files import lock_file, open_regular, whole_file
 from .encodings import Encoding
 from .manifest import AGAIN, StoreManifest, differing, read_json
 from .shards import small_array_files, zarr_files
@@ -122,7 +123,7 @@ class StoreWriter:
         """The sums of the statistics of all rows done."""
         sums = dict(self._sums)
         for chunk in range(self._flushed, self._flushed + self._pending):
-            _add(sums, _with_prefix(np.load(_journal(self.path, chunk)), "statistics/"))
+            _add(sums, _with_prefix(_read_journal(_journal(self.path, chunk)) or {}, "statistics/"))
         return sums
 
     def append(self, arrays: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray] | None = None) -> None:
@@ -166,7 +167,11 @@ class StoreWriter:
             if self._pending < count:
                 return
             chunks = range(self._flushed, self._flushed + count)
-            journals = [np.load(_journal(self.path, chunk)) for chunk in chunks]
+            journals = [_read_journal(_journal(self.path, chunk)) for chunk in chunks]
+            if None in journals:  # damaged since this process began
+                raise FailureError(
+                    f"{self.path}: {_journal(self.path, chunks[journals.index(None)])} is damaged: {AGAIN}"
+                )
             sums = dict(self._sums)
             with disk_full_is_a_failure(self.path, self._bytes_left()):
                 for name, array in self._arrays.items():
@@ -215,13 +220,38 @@ def rows_done(path: Path, manifest: StoreManifest) -> int:
 
 
 def _progress(path: Path) -> tuple[dict[str, np.ndarray], int, int]:
-    """The statistics' sums over the chunks in shards, how many these are, and how many are journalled since."""
+    """The statistics' sums over the chunks in shards, how many these are, and how many are journalled since: those before the
+    first damaged one. FailureError: the sums themselves are damaged.
+    """
     state = path / "pending" / "state.npz"
-    sums = dict(np.load(state)) if state.exists() else {"chunks done": np.array(0)}
+    sums = _read_journal(state) if state.exists() else {"chunks done": np.array(0)}
+    if sums is None or "chunks done" not in sums:
+        raise FailureError(f"{path} is damaged, {state} cannot be read: delete the store and {AGAIN}")
     flushed, pending = int(sums.pop("chunks done")), 0
-    while _journal(path, flushed + pending).exists():
+    while _read_journal(_journal(path, flushed + pending)) is not None:
         pending += 1
     return sums, flushed, pending
+
+
+def _read_journal(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file that `_npz` made, each of which has a checksum; None where there is none, or it is damaged."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                return None  # nothing there is compressed
+            file.seek(0)
+            return dict(np.load(file, allow_pickle=False))
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        SyntaxError,
+        zipfile.BadZipFile,
+    ):
+        return None
 
 
 def _journal(path: Path, chunk: int) -> Path:

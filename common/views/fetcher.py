@@ -105,6 +105,7 @@ class ViewFetcher:
     ) -> None:
         """``decode_planes`` on the calling thread; what libjpeg-turbo complains about is Pillow's to judge."""
         data = self.data
+        data.check(image_ids)
         decode_planes(
             decoder_handle(), data.memory, data.pointers, data.sizes, data.modes, data.heights, data.widths,
             image_ids, scales, starts, planes, layout,

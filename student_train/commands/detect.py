@@ -12,7 +12,7 @@ def detect(config: DetectConfig, out: Out = None) -> None:
 
     folder = out or (config.run if config.run.is_dir() else None)
     with bar("training", "steps") as training, bar("testing", "images") as testing:
-        result = detect(config, folder, DetectProgress(training, testing))
+        result = detect(config, folder, DetectProgress(training, testing, note))
     accuracies(
         f"detection with {result.student}, {config.init} initialisation, on {result.num_test} images",
         ("", "AP %", "AP50 %", "AP75 %"),

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise_tensors
 from torch import Tensor, nn
 
 from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
+from ...common.records import DamagedError
+from ...common.weights import read_tensor_file, tensor_file
 
 SHARD_ROWS = 16_384
 """Images whose features are written at a time: 32 MB of 512 dimensions, and no more lost when extraction is killed."""
@@ -121,15 +121,23 @@ def cached_features(
     """
     shards = []
     for start in range(0, num_images, SHARD_ROWS):
-        path = key.folder(run_folder) / f"{start:09}.safetensors"
+        path, stop = key.folder(run_folder) / f"{start:09}.safetensors", min(start + SHARD_ROWS, num_images)
+        metadata = {"key": json.dumps(key.to_dict())}
         try:
-            with safe_open(path, framework="pt") as file:
-                shards.append(file.get_tensor("features"))
-        except (OSError, SafetensorError):
-            shards.append(extract(start, min(start + SHARD_ROWS, num_images)).contiguous())
+            shards.append(_kept(path, metadata, stop - start))
+        except (OSError, DamagedError):
+            shards.append(extract(start, stop).contiguous())
             with replacing(path) as file:
-                file.write(serialise_tensors({"features": shards[-1]}, {"key": json.dumps(key.to_dict())}))
+                file.write(tensor_file({"features": shards[-1]}, metadata))
     return torch.cat(shards)
+
+
+def _kept(path: Path, metadata: dict[str, str], rows: int) -> Tensor:
+    tensors, told = read_tensor_file(path)
+    features = tensors.get("features")
+    if told != metadata or features is None or features.dtype != torch.float32 or features.shape[:-1] != (rows,):
+        raise DamagedError("has other features")
+    return features
 
 
 def flatten_pixels(images: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.errors import MisuseError
+from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.images.beton import Beton
+from ...common.records import read_record, sealed
 from ...common.views.loader import LoaderConfig
 from ..optimiser import cosine_decay
 from .config import FinetuneConfig
@@ -64,18 +66,29 @@ def finetune_lowshot(
         settings |= {"data": [Beton(images.path).manifest.fingerprint for images in (train, test)]}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         done = keep_in and keep_in / f"{digest[:16]}.json"
-        if done and done.exists():
-            top1 = json.loads(done.read_text())["top1"]
-        else:
+        top1 = done and _kept(done)
+        if top1 is None:
             top1 = finetune(network, train, test, config, loader, share, seed)
             if done:
                 with replacing(done) as file:
-                    file.write(json.dumps({"top1": top1, **settings}).encode())
+                    file.write(sealed({"top1": top1, **settings}))
         accuracies.append(top1)
         if progress:
             progress(len(accuracies), len(seeds))
     num_train = len(share.rows(train.features.labels, seeds[0]))
     return LowshotResult.of(share, seeds, accuracies, num_train, len(test.image_ids))
+
+
+class Seed(TypedDict):
+    top1: float
+
+
+def _kept(path: Path) -> float | None:
+    """None: there is none, or it is damaged."""
+    try:
+        return read_record(path, Seed, "")["top1"]
+    except (OSError, FailureError):
+        return None
 
 
 def finetune(

@@ -17,7 +17,7 @@ SIMILARITIES_PER_BATCH = 16_000_000
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Accuracies in percent of one ``k``; top-5 is over fewer where there are fewer classes."""
+    """Accuracies in percent of one ``k``; top-5 is over fewer where fewer classes are there, or have a vote."""
 
     k: int
     temperature: float
@@ -47,12 +47,13 @@ def knn_sweep(
         if not 1 <= k <= len(train):
             raise MisuseError(f"k = {k} neighbours of {len(train)} training images: choose k from 1 to {len(train)}")
     similarities, votes = nearest_labels(train, test, max(ks))
-    weights = ((similarities - similarities[:, :1]) / temperature).exp()  # relative to the nearest: none overflows
+    # Relative to the nearest, none overflows; and every vote counts for more than none.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp().clamp_min(torch.finfo(similarities.dtype).tiny)
     results = []
     for k in ks:
         scores = weights.new_zeros(len(test), train.num_classes).scatter_add_(1, votes[:, :k], weights[:, :k])
-        best = scores.topk(min(5, train.num_classes)).indices
-        hits = best == test.labels[:, None]
+        best = scores.topk(min(5, train.num_classes))
+        hits = (best.indices == test.labels[:, None]) & (best.values > 0)  # a class without a vote is no answer
         top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
         results.append(KnnResult(k, temperature, 100 * top1, 100 * top5, len(train), len(test)))
     return tuple(results)

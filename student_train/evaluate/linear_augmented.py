@@ -5,11 +5,13 @@ part, and features are standardised, so that a rate means the same for every net
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from ...common.files import locked
 from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
 from ..checkpoint import load_checkpoint, save_checkpoint
@@ -44,11 +46,15 @@ def linear_augmented(
     def refit(chosen: LinearConfig) -> LinearHeads:
         return train_on_crops(network, train, chosen, loader, again, progress)
 
-    heads = train_on_crops(network, train.rows(rows), config, loader, checkpoint, progress)
-    result = choose_and_test(heads, train.features.rows(held_out), test, config, len(rows), refit)
-    for path in (checkpoint, again):
-        if path:
-            path.unlink(missing_ok=True)
+    taken = (
+        f"{checkpoint}: another rob eval linear --augment is at work on this run; wait for it, or give another `out`"
+    )
+    with locked(checkpoint.with_suffix(".lock"), taken) if checkpoint else nullcontext():
+        heads = train_on_crops(network, train.rows(rows), config, loader, checkpoint, progress)
+        result = choose_and_test(heads, train.features.rows(held_out), test, config, len(rows), refit)
+        for path in (checkpoint, again):
+            if path:
+                path.unlink(missing_ok=True)
     return result
 
 

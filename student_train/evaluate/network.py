@@ -20,8 +20,8 @@ from ..students import StudentConfig, StudentInfo, check_input_size, create_stud
 from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
 
 SMALL_SIDE = 64
-"""Data sets whose images are at most this many pixels a side are seen whole; from others 7/8 of the shorter side is cut,
-as usual.
+"""Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
+so that it is the same for every image that it is measured on.
 """
 
 
@@ -49,7 +49,7 @@ class FrozenNetwork:
     source: str
     device: torch.device
     tokens: str | None = None
-    interpolation: str = "bilinear"
+    interpolation: str = "bicubic"
 
     @classmethod
     def pixels(cls, size: int, device: torch.device) -> "FrozenNetwork":
@@ -91,7 +91,7 @@ class FrozenNetwork:
     ) -> "FrozenNetwork":
         return cls(name, backbone, size, mean, std, hash_weights(backbone.state_dict()), device)
 
-    def of(self, tokens: str | None, interpolation: str = "bilinear") -> "FrozenNetwork":
+    def of(self, tokens: str | None, interpolation: str = "bicubic") -> "FrozenNetwork":
         """The same weights with other features (None: the same), of images that are resized by ``interpolation``.
 
         MisuseError: it is no ViT, or one of too few blocks.
@@ -104,7 +104,7 @@ class FrozenNetwork:
 
     @property
     def unusual(self) -> dict[str, str]:
-        """The features and the interpolation, where they are not the usual ones."""
+        """The features and the interpolation, where they are not what older results, which do not name them, have."""
         found = {"pooling": self.tokens} if self.tokens else {}
         return found if self.interpolation == "bilinear" else {**found, "interpolation": self.interpolation}
 
@@ -116,9 +116,14 @@ class FrozenNetwork:
     @property
     def title(self) -> str:
         """For the head of a table."""
-        return ", ".join(
-            (self.name, *([self.tokens] if self.tokens else []), f"{self.interpolation} to {self.size} px")
-        )
+        seen = "the whole square" if self.sees_all else "the middle 7/8"
+        tokens = [self.tokens] if self.tokens else []
+        return ", ".join((self.name, *tokens, f"{seen}, {self.interpolation} to {self.size} px"))
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether nothing is cut off but what makes an image square."""
+        return self.size <= SMALL_SIDE
 
     def features(
         self,
@@ -169,8 +174,7 @@ class FrozenNetwork:
 
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""
-        small = max(int(data.heights.max()), int(data.widths.max())) <= SMALL_SIDE
-        recipe = evaluation_recipe(1.0 if small else 0.875, self.interpolation)
+        recipe = evaluation_recipe(1.0 if self.sees_all else 0.875, self.interpolation)
         return self.batches(ViewLoader(data, recipe, 0, loader), image_ids, 0)
 
     def batches(self, views: ViewLoader, image_ids: np.ndarray, view_id: int) -> Iterator[tuple[Tensor, Tensor]]:

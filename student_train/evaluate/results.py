@@ -1,12 +1,12 @@
 """The outcomes of evaluations in a run folder: one ``eval/TASK.json`` a task."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from ...common.errors import MisuseError
+from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
+from ...common.records import read_record, sealed
 
 IDENTITY = {
     "weights": "other weights",
@@ -19,6 +19,29 @@ IDENTITY = {
 """Facts of a result that tell whether it is another one, and their names in a note."""
 
 
+AGAIN = "delete it and evaluate again"
+
+
+class Shots(TypedDict):
+    """Of one number of labels."""
+
+    labels: str
+    mean: float
+
+
+class Precision(TypedDict):
+    ap: float | None
+
+
+class Result(TypedDict):
+    """What is read back of a result; each task has some of it, and more."""
+
+    top1: NotRequired[float]
+    results: NotRequired[list[Shots]]
+    box: NotRequired[Precision]
+    mask: NotRequired[Precision | None]
+
+
 def write_result(
     run_folder: Path, task: str, result: Mapping[str, Any], note: Callable[[str], None] = lambda text: None
 ) -> Path:
@@ -28,7 +51,12 @@ def write_result(
     of an earlier result of something else, whose place this one takes.
     """
     path = run_folder / "eval" / f"{task}.json"
-    earlier = _read(path)
+    earlier: dict[str, Any] = {}
+    if path.exists():
+        try:
+            earlier = dict(read_record(path, Result, "it is replaced"))
+        except (OSError, FailureError) as problem:
+            note(str(problem))
     different = [text for name, text in IDENTITY.items() if earlier and earlier.get(name) != result.get(name)]
     if earlier and "results" in result and not different:
         settings = (result.keys() | earlier.keys()) - {"results", "train", "test"}  # images may lie elsewhere
@@ -39,24 +67,16 @@ def write_result(
     if different:
         note(f"{path}: an earlier result with {different[0]} is replaced; another folder keeps results apart")
     with replacing(path) as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
+        file.write(sealed(result, indent=2))
     return path
 
 
 def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
-    """Task -> what its file says, in alphabetical order. MisuseError: a file that is not JSON."""
-    results = {}
+    """Task -> what its file says, in alphabetical order. MisuseError: a file that is damaged, or no result."""
+    results: dict[str, dict[str, Any]] = {}
     for path in sorted((run_folder / "eval").glob("*.json")):
         try:
-            results[path.stem] = json.loads(path.read_text())
-        except ValueError:
-            raise MisuseError(f"{path} is not JSON: delete it and evaluate again") from None
+            results[path.stem] = dict(read_record(path, Result, AGAIN))
+        except FailureError as problem:
+            raise MisuseError(str(problem)) from None
     return results
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What the file says; nothing where there is none, or none that can be read."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}

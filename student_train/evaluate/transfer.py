@@ -75,17 +75,27 @@ def packed_task(
     if name not in TASKS:
         raise unknown_name("transfer task", name, TASKS)
     some = f"-{limit}" if limit else ""
-    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-    whose = f"{name}-{digest}" if name == "folder" else name  # each root is another data set
+    sources = open_task(name, root, download) if name == "folder" else None
+    whose = f"{name}-{_digest(root, sources)}" if sources else name  # each root is another data set, and changes
     paths = packed / f"{whose}-train{some}-{max_resolution}px.beton", packed / f"{whose}-test-{max_resolution}px.beton"
     if not all(path.exists() for path in paths):
-        sources = open_task(name, root, download)
+        sources = sources or open_task(name, root, download)
         for path, source in zip(paths, (sources[0].take(limit), sources[1]), strict=True):
             if not path.exists():
                 pack(PackConfig(str(root), path, max_resolution), progress, source)
     for path in paths:
         Beton(path)
     return paths
+
+
+def _digest(root: Path, sources: Sources) -> str:
+    """Of where the images lie, which they are, and of the length and time of each file."""
+    digest = hashlib.sha256(str(root.resolve()).encode())
+    for source in sources:
+        for file in source.paths:
+            found = (source.folder / file).stat() if source.folder else None
+            digest.update(f"{file}\0{found and (found.st_size, found.st_mtime_ns)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:8]
 
 
 # ==== the tasks ====

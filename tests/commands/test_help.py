@@ -21,6 +21,7 @@ COMMANDS = [
     "views",
     "inspect",
     "verify",
+    "check",
     "demo",
     "bench",
     "teachers",

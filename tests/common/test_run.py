@@ -2,16 +2,19 @@
 
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from rob.common.errors import MisuseError
-from rob.common.ranks import ALONE, Ranks, join_ranks
+from rob.common.errors import FailureError, MisuseError
+from rob.common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure
 from rob.common.run import autocast, pick_device, seed_everything, versions
-from rob.common.signals import stopped_by_signals, uninterrupted
+from rob.common.signals import ended_when_deaf, interrupted_once, stopped_by_signals, uninterrupted
 
 
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +166,66 @@ def test_other_threads_have_no_signals_to_hold_back():
     thread.start()
     thread.join()
     assert errors == []
+
+
+def test_pressing_ctrl_c_six_times_ends_a_block_once():
+    """What is saved on the way out is saved."""
+    done = []
+    with pytest.raises(KeyboardInterrupt), stopped_by_signals(), interrupted_once():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.raise_signal(number)
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                done.append("saved")
+            raise
+    assert done == ["saved"]
+    with pytest.raises(KeyboardInterrupt):  # and then it is as ever
+        signal.raise_signal(signal.SIGINT)
+
+
+DEAF = """
+import signal, sys, time
+from rob.common.signals import ended_when_deaf, stopped_by_signals, uninterrupted
+
+with stopped_by_signals(), uninterrupted(), ended_when_deaf("nobody answers", float(sys.argv[1]), again_after=0.3):
+    print("deaf", flush=True)
+    while True:  # the signals are held back for ever
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signals"), [(1.0, 1), (60.0, 2)])
+def test_a_process_that_waits_for_a_frozen_rank_can_be_ended(seconds, signals):
+    """At the second signal, or some time after the first."""
+    words = [sys.executable, "-c", DEAF, str(seconds)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "deaf\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.6)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert error == "error: nobody answers\n"
+
+
+def test_a_block_that_hears_is_not_ended(tmp_path):
+    with pytest.raises(KeyboardInterrupt), uninterrupted(), ended_when_deaf("", 0.2, 0.0):
+        signal.raise_signal(signal.SIGINT)
+    time.sleep(0.5)  # and nothing ends this process
+
+
+def test_a_lost_rank_is_a_failure_in_one_sentence(monkeypatch):
+    told = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    sentence = r"rank 1 has lost another rank.*goes on from its last checkpoint"
+    with pytest.raises(FailureError, match=sentence), lost_ranks_are_a_failure():
+        raise RuntimeError(told)
+    with pytest.raises(RuntimeError, match="size mismatch"), lost_ranks_are_a_failure():
+        raise RuntimeError("size mismatch")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(RuntimeError, match="closed by peer"), lost_ranks_are_a_failure():
+        raise RuntimeError(told)

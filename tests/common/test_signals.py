@@ -3,12 +3,13 @@
 import signal
 import subprocess
 import sys
+from time import sleep
 
 SCRIPT = """
 import signal, time
 from rob.common.signals import answered, uninterrupted
 from contextlib import suppress
-with suppress(KeyboardInterrupt), answered(lambda text: print(text, flush=True)):
+with suppress(KeyboardInterrupt), answered(lambda text: print(text, flush=True), 0.2):
     with uninterrupted() as held:  # a step
         print("begun", flush=True)
         time.sleep(3600) if {long} else time.sleep(1)
@@ -36,5 +37,6 @@ def test_a_second_one_leaves():
     with start(long=True) as process:
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline().startswith("finishing this step, then saving")
+        sleep(0.3)
         process.send_signal(signal.SIGINT)
     assert process.returncode == 130

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rob.common.errors import FailureError, MisuseError
+from rob.common.weights import tensor_file
 from rob.student_train.checkpoint import (
     export_weights,
     load_checkpoint,
@@ -140,6 +141,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(MisuseError, match="truncated or no safetensors"):
         load_student(path)
     save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(MisuseError, match=r"has no checksum.*give weights written by rob train-student"):
+        load_student(path)
+    path.write_bytes(tensor_file({"weight": torch.zeros(1)}, {}))
     with pytest.raises(MisuseError, match="does not say which student"):
         load_student(path)
     export_weights(torch.nn.Linear(2, 2), describe_student(StudentConfig("resnet18")), path)
@@ -164,7 +168,7 @@ def test_nothing_that_a_weights_file_says_reaches_timm_unchecked(tmp_path, told,
     path, config = tmp_path / "student.safetensors", StudentConfig("test_resnet", 32, True)
     export_weights(build_student(config), describe_student(config), path)
     description = json.loads(json.dumps(describe_student(config).to_dict())) | told
-    save_file(load_file(path), path, {"student": json.dumps(description)})
+    path.write_bytes(tensor_file(load_file(path), {"student": json.dumps(description)}))
     with pytest.raises(
         MisuseError, match=rf"student\.safetensors: its description of the student is .*{message}.*do not use"
     ):
@@ -176,6 +180,6 @@ def test_a_students_name_is_one_of_timms_own(tmp_path):
     path, config = tmp_path / "student.safetensors", StudentConfig("test_resnet", 32, True)
     export_weights(build_student(config), describe_student(config), path)
     description = describe_student(config).to_dict() | {"name": f"local-dir:{tmp_path}"}
-    save_file(load_file(path), path, {"student": json.dumps(description)})
+    path.write_bytes(tensor_file(load_file(path), {"student": json.dumps(description)}))
     with pytest.raises(MisuseError, match="unknown student 'local-dir:"):
         load_student(path)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from rob.cli import main
 from rob.common.errors import FailureError, MisuseError
-from rob.common.files import lock_file
+from rob.common.files import lock_file, wait_for_lock
 from rob.common.images.beton import Beton
+from rob.common.records import sealed
 from rob.common.store.encodings import Encoding
 from rob.common.views.recipes import get_recipe
 from rob.student_train import sweep as sweep_module
@@ -35,6 +36,7 @@ from rob.student_train.sweep import (
     visible_gpus,
 )
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+from support.training import log_line
 
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
 
@@ -69,14 +71,12 @@ def commands(monkeypatch) -> Commands:
         if arguments[0] == "train-student":
             folder = sweep_module.Path(arguments[arguments.index("--out") + 1])
             size = int(arguments[arguments.index("--local-size") + 1])
-            (folder / "metrics.jsonl").write_text(
-                json.dumps({"loss": 2.0}) + "\n" + json.dumps({"loss": 16 / size}) + "\n"
-            )
+            (folder / "metrics.jsonl").write_bytes(log_line(loss=2.0) + log_line(loss=16 / size))
             (folder / "student.safetensors").touch()
         else:
             folder = sweep_module.Path(arguments[2])
             (folder / "eval").mkdir(exist_ok=True)
-            (folder / "eval" / "knn.json").write_text(json.dumps({"top1": 40.0 + len(seen)}))
+            (folder / "eval" / "knn.json").write_bytes(sealed({"top1": 40.0 + len(seen)}))
         return True
 
     monkeypatch.setattr(sweep_module.Processes, "run", run)
@@ -105,10 +105,24 @@ def test_finished_runs_are_not_made_again(tmp_path, data, commands):
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize("damage", [b'{"made_with": {}}', b"[]", b"\x00", None])
+def test_a_damaged_record_has_its_run_made_again(tmp_path, data, commands, damage):
+    config = SweepConfig(tmp_path, (data,), (SIZES,), device="cpu")
+    rows = sweep(config)
+    record, before = config.folder(("16",)) / "sweep.json", len(commands)
+    content = bytearray(record.read_bytes())
+    content[len(content) // 2] ^= 1
+    record.write_bytes(bytes(content) if damage is None else damage)
+    assert [row.loss for row in sweep(config)] == [row.loss for row in rows]
+    assert len(commands) == before + 2
+
+
 def test_the_result_of_another_sweep_is_refused(tmp_path, data, commands):
     config = SweepConfig(tmp_path / "out", (data, "--epochs", "2"), (SIZES,), device="cpu")
     rows = sweep(config)
-    (config.folder(("16",)) / "eval" / "knn.json").write_text('{"top1": 0.0}')  # measured on something else since
+    (config.folder(("16",)) / "eval" / "knn.json").write_bytes(
+        sealed({"top1": 0.0})
+    )  # measured on something else since
     elsewhere = shutil.copytree(Path(data).parent, tmp_path / "elsewhere") / Path(data).name
     moved = (str(elsewhere), "--workers", "1", "--epochs", "2")
     assert sweep(replace(config, device="auto", arguments=moved)) == rows
@@ -305,8 +319,8 @@ def test_the_command_with_real_processes(tmp_path, monkeypatch, capsys):
     assert error.startswith("error: unknown option of rob train-student 'local-sise': did you mean local-size")
 
 
-@pytest.mark.slow
-def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
+def long_sweep(tmp_path: Path, out: Path) -> list[str]:
+    """The words of a sweep whose trainings take long."""
     images = tiny_beton(tmp_path, 32)
     store = tiny_store(tmp_path / "targets.zarr", images, tiny_teacher_checkpoint(tmp_path))
     student = ("--student", "test_resnet", "--no-small-images", "--image-size", "32", "--hidden-dim", "16")
@@ -322,13 +336,43 @@ def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
         "--workers",
         "1",
     )
-    out = tmp_path / "out"
     words = (sys.executable, "-m", "rob", "sweep", out, "--vary", "seed=1,2", "--device", "cpu", "--", *training)
-    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(600):
-            if (out / "seed=1" / "metrics.jsonl").exists():
-                break
-            sleep(0.1)
+    return list(map(str, words))
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists() and path.read_bytes():
+            return
+        sleep(0.1)
+
+
+def is_free(lock: Path) -> bool:
+    try:
+        os.close(lock_file(lock, "held"))
+    except MisuseError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_run_with_it_which_saves(tmp_path):
+    """As an orphan it would train on, and another sweep would find its folder taken."""
+    run = tmp_path / "out" / "seed=1"
+    with subprocess.Popen(long_sweep(tmp_path, tmp_path / "out"), stdout=subprocess.DEVNULL) as process:
+        wait_for(run / "metrics.jsonl")
+        process.kill()
+    wait_for_lock(run / ".lock", 30)
+    assert is_free(run / ".lock")
+    assert (run / "checkpoint.pt").exists()
+    assert re.search(r"stopped at step \d+ of \d+", (run / "sweep.log").read_text())
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen(long_sweep(tmp_path, out), stdout=subprocess.PIPE, text=True) as process:
+        wait_for(out / "seed=1" / "metrics.jsonl")
         process.terminate()
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143

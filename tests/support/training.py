@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rob.common.errors import MisuseError
+from rob.common.records import sealed
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import Recipe
@@ -25,6 +26,12 @@ LOADER = LoaderConfig("torch", batch_size=8, workers=1)
 STEPS_PER_EPOCH = 3
 STUDENT = StudentConfig("test_resnet", 32)
 NO_WARM_UP = OptimiserConfig(warmup_epochs=0)
+
+
+def log_line(**values: Any) -> bytes:
+    """A line of a run's log."""
+    usual = {"step": 1, "epoch": 0, "loss": 1.0, "gradient_norm": 1.0, "lr": 0.1, "images_per_second": 1.0}
+    return sealed({**usual, "data_wait": 0.0, "shares": {"data": 0.0, "student": 1.0}, **values})
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rob.common.errors import MisuseError
+from rob.common.store.encodings import Encoding, check_temperature
 from rob.teacher_cache import prototypes as module
+from rob.teacher_cache.cache import _within_ladder
 from rob.teacher_cache.prototypes import PrototypeConfig, balanced_assignment, fit_prototypes
 
 
@@ -144,3 +146,15 @@ def test_assignments_give_every_prototype_the_same_share() -> None:
     similarity = F.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     shares = balanced_assignment(similarity + torch.linspace(0, 0.5, 8), epsilon=0.1, iterations=50)
     torch.testing.assert_close(shares.sum(dim=0), torch.full((8,), 1 / 8), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("fitted", "kept"), [(0.112, 0.1), (0.05, 0.05), (0.01, 0.025)])
+def test_a_topk_store_gets_a_temperature_within_its_own_ladder(fitted, kept):
+    """The tail's mass is known there alone, and the default training refuses others."""
+    said: list[str] = []
+    encoding = Encoding("topk", k=4)
+    temp = _within_ladder(encoding, fitted, said.append)
+    assert temp == kept
+    check_temperature(encoding.temps, temp)
+    assert len(said) == (fitted != kept)
+    assert _within_ladder(Encoding("dense"), fitted, said.append) == fitted

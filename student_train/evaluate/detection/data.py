@@ -1,19 +1,21 @@
 """Detection data in COCO's or VOC's layout, read as one thing: COCO's dictionary, checked, and tensors made from it."""
 
-import json
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ....common.errors import FailureError, MisuseError
+from ....common.files import read_regular
+from ....common.images.reading import MOST_PIXELS, BadImage, quiet_pillow, read_pixels
+from .coco import LARGEST, read_coco
+from .masks import UnusableError, checked_segmentation, draw_mask
+from .voc import is_inside, read_voc
 
 ROUNDING = 1.0
 """Pixels that a box may reach over its image's edge, from rounding or a convention of counting: it is cut off."""
@@ -38,6 +40,8 @@ class DetectionData:
     """Image id -> its objects."""
     categories: dict[int, str]
     classes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    """Sentences on objects that were left out."""
 
     @property
     def has_masks(self) -> bool:
@@ -79,10 +83,10 @@ def open_detection(folder: Path, split: str) -> DetectionData:
     if not folder.is_dir():
         raise MisuseError(f"{folder}: no such folder; detection data are laid out as {LAYOUTS}")
     if (folder / "ImageSets" / "Main").is_dir():
-        found, read = sorted((folder / "ImageSets" / "Main").glob("*.txt")), _read_voc
+        found, read = sorted((folder / "ImageSets" / "Main").glob("*.txt")), read_voc
         splits = {path.stem: path for path in found}
     elif (folder / "annotations").is_dir():
-        found, read = sorted((folder / "annotations").glob("instances_*.json")), _read_coco
+        found, read = sorted((folder / "annotations").glob("instances_*.json")), read_coco
         splits = {path.stem.removeprefix("instances_"): path for path in found}
     else:
         raise MisuseError(f"{folder} has neither layout that rob reads. {LAYOUTS}")
@@ -92,82 +96,53 @@ def open_detection(folder: Path, split: str) -> DetectionData:
     return _checked(content, splits[split], images)
 
 
-# ==== the two layouts ====
-
-
-def _read_coco(folder: Path, split: str, path: Path) -> tuple[dict[str, Any], Path]:
-    try:
-        content = json.loads(path.read_text())
-        _ = content["images"], content["annotations"], content["categories"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MisuseError(f"{path} is not an annotation file of COCO: {error!r}") from None
-    return content, folder / split
-
-
-def _read_voc(folder: Path, split: str, path: Path) -> tuple[dict[str, Any], Path]:
-    """VOC counts pixels from 1 and its boxes' last ones are inside; what is difficult counts as COCO's crowds: found or
-    not, it is no matter.
-    """
-    images, annotations, numbers = [], [], {}
-    for number, line in enumerate(path.read_text().split("\n")):
-        if not (words := line.split()):
-            continue
-        file = folder / "Annotations" / f"{words[0]}.xml"
-        try:
-            root = ElementTree.parse(file).getroot()
-            width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
-            images.append({"id": number, "file_name": f"{words[0]}.jpg", "width": width, "height": height})
-            for thing in root.iter("object"):
-                left, top, right, bottom = (
-                    float(_text(thing, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
-                )
-                box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-                category = numbers.setdefault(_text(thing, "name"), len(numbers) + 1)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number,
-                        "category_id": category,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": int(thing.findtext("difficult") or 0),
-                    }
-                )
-        except FileNotFoundError:
-            raise MisuseError(f"{path} names {words[0]}, and {file} is missing") from None
-        except (ElementTree.ParseError, ValueError) as error:
-            raise MisuseError(f"{file} is not an annotation file of VOC: {error}") from None
-    categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}, folder / "JPEGImages"
-
-
-def _text(element: ElementTree.Element, path: str) -> str:
-    text = element.findtext(path)
-    if text is None:
-        raise ValueError(f"no {path} in <{element.tag}>")
-    return text.strip()
+# ==== checks ====
 
 
 def _checked(content: dict[str, Any], path: Path, folder: Path) -> DetectionData:
+    """MisuseError names what cannot be. Objects are numbered from 1, as pycocotools takes 0 for no match."""
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"]: category["name"] for category in content["categories"]}
     if not images:
         raise MisuseError(f"{path} has no image")
+    for things, kind in ((content["images"], "image"), (content["categories"], "class")):
+        ids = Counter(thing["id"] for thing in things)
+        if len(ids) < len(things):
+            raise MisuseError(f"{path} has two of {kind} {ids.most_common(1)[0][0]}: give each an id of its own")
+    if len(set(categories.values())) < len(categories):
+        raise MisuseError(f"{path} has two classes of one name: {Counter(categories.values()).most_common(1)[0][0]}")
+    for image in content["images"]:
+        _check_image(image, path, folder)
     objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-    for annotation in content["annotations"]:
+    maskless = 0
+    for place, annotation in enumerate(content["annotations"], 1):
+        named = f"{path}: object {annotation.get('id', f'number {place}')}"
         image = images.get(annotation["image_id"])
         if image is None:
-            raise MisuseError(
-                f"{path}: object {annotation['id']} is of image {annotation['image_id']}, which is not there"
-            )
+            raise MisuseError(f"{named} is of image {annotation['image_id']}, which is not there")
         if annotation["category_id"] not in categories:
-            raise MisuseError(
-                f"{path}: object {annotation['id']} is of class {annotation['category_id']}, which is not there"
-            )
-        objects[image["id"]].append({**annotation, "bbox": _box_inside(annotation, image, path)})
-    for image in content["images"]:
-        if not (folder / image["file_name"]).is_file():
-            raise MisuseError(f"{path} names {image['file_name']}, and there is no such file in {folder}")
+            raise MisuseError(f"{named} is of class {annotation['category_id']}, which is not there")
+        thing = {name: annotation[name] for name in ("image_id", "category_id")}
+        box = _box_inside(annotation, image, path)
+        area = annotation.get("area")
+        thing |= {"id": place, "bbox": box, "iscrowd": int(bool(annotation.get("iscrowd")))}
+        thing["area"] = box[2] * box[3] if area is None else area
+        if annotation.get("segmentation") is not None:
+            try:
+                drawn = checked_segmentation(annotation["segmentation"], image["height"], image["width"])
+            except UnusableError as problem:
+                raise MisuseError(f"{named} {problem}") from None
+            if drawn is None:
+                maskless += 1
+            else:
+                thing["segmentation"] = drawn
+        objects[image["id"]].append(thing)
+    left_out: tuple[str, ...] = ()
+    if any("segmentation" in thing for of_image in objects.values() for thing in of_image):
+        bare = sum("segmentation" not in thing for of_image in objects.values() for thing in of_image)
+        if bare and bare == maskless:  # else the data are of boxes alone
+            left_out = (f"{path}: {bare} objects are left out, whose polygons have fewer than three corners",)
+            objects = {n: [thing for thing in of if "segmentation" in thing] for n, of in objects.items()}
     return DetectionData(
         path.stem,
         folder,
@@ -175,18 +150,25 @@ def _checked(content: dict[str, Any], path: Path, folder: Path) -> DetectionData
         {number: tuple(of_image) for number, of_image in objects.items()},
         categories,
         tuple(sorted(categories.values())),
+        left_out,
     )
+
+
+def _check_image(image: dict[str, Any], path: Path, folder: Path) -> None:
+    name, width, height = image["file_name"], image["width"], image["height"]
+    if not is_inside(name):
+        raise MisuseError(f"{path} names {name}, which is outside of {folder}")
+    if min(width, height) < 1 or width * height > MOST_PIXELS:
+        raise MisuseError(f"{path}: image {name} is said to have {width} x {height} pixels, which cannot be")
+    if not (folder / name).is_file():
+        raise MisuseError(f"{path} names {name}, and there is no such file in {folder}")
 
 
 def _box_inside(annotation: dict[str, Any], image: dict[str, Any], path: Path) -> list[float]:
     x, y, width, height = annotation["bbox"]
     right, bottom = image["width"], image["height"]
-    if (
-        min(x, y) < -ROUNDING
-        or x + width > right + ROUNDING
-        or y + height > bottom + ROUNDING
-        or min(width, height) < 0
-    ):
+    inside = min(x, y) >= -ROUNDING and x + width <= right + ROUNDING and y + height <= bottom + ROUNDING
+    if not (inside and min(width, height) >= 0):  # NaN compares false
         raise MisuseError(
             f"{path}: a box of {image['file_name']} lies outside it: x {x:g} to {x + width:g}, y {y:g} to {y + height:g} "
             f"in an image of {right} x {bottom}"
@@ -212,6 +194,11 @@ class DetectionTensors(Dataset):
     def __len__(self) -> int:
         return len(self.data.images)
 
+    def check_sizes(self) -> None:
+        """MisuseError or FailureError: an image that cannot be read, or is of another size than its annotation says."""
+        for record in self.data.images:
+            self._image(record)
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.data.images[index]
         image = self._image(record)
@@ -228,7 +215,7 @@ class DetectionTensors(Dataset):
             "image_id": record["id"],
         }
         if self.masks:
-            drawn = [_draw(a["segmentation"], record["height"], record["width"]) for a in objects]
+            drawn = [draw_mask(a["segmentation"], record["height"], record["width"]) for a in objects]
             target["masks"] = torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, *image.shape[1:]).byte()
         if self.flips is not None and self.flips[index]:
             image = image.flip(-1)
@@ -240,9 +227,9 @@ class DetectionTensors(Dataset):
     def _image(self, record: dict[str, Any]) -> Tensor:
         path = self.data.folder / record["file_name"]
         try:
-            with Image.open(path) as file:
-                pixels = np.array(file.convert("RGB"))
-        except OSError as error:
+            with quiet_pillow():
+                pixels = np.array(read_pixels(read_regular(path, LARGEST)))
+        except (OSError, BadImage) as error:
             raise FailureError(f"{path} cannot be read: {error}") from None
         if pixels.shape[:2] != (record["height"], record["width"]):
             raise MisuseError(
@@ -250,14 +237,3 @@ class DetectionTensors(Dataset):
                 f"{record['width']} x {record['height']}"
             )
         return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
-
-
-def _draw(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """COCO's polygons, or run lengths packed or not, as (height, width) uint8."""
-    if isinstance(segmentation, list):
-        packed = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        packed = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        packed = segmentation
-    return coco_mask.decode(packed)

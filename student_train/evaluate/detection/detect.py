@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
 from ....common.errors import FailureError
-from ....common.files import replacing
+from ....common.files import locked, replacing
 from ....common.run import pick_device, seed_everything
+from ....common.shared_memory import shared_memory_holds
 from ....common.weights import hash_weights
 from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
 from ...optimiser import cosine_decay
@@ -50,6 +52,7 @@ class DetectProgress:
 
     train: Callable[[int, int, str], None] = lambda done, total, text: None
     test: Callable[[int, int], None] = lambda done, total: None
+    note: Callable[[str], None] = lambda text: None
 
 
 def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectProgress | None = None) -> DetectResult:
@@ -63,6 +66,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     device = pick_device(config.device)
     train = open_detection(config.data, config.train)
     test = open_detection(config.data, config.test).with_classes_of(train)
+    for sentence in (*train.left_out, *test.left_out):
+        progress.note(sentence)
+    DetectionTensors(test, masks=False).check_sizes()  # not only after the training
     backbone, info = load_student(config.run)
     source = hash_weights(backbone.state_dict())
     seed_everything(config.seed)
@@ -78,7 +84,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     settings = {k: v for k, v in asdict(config).items() if k not in ("run", "data", "test", "workers", "device")}
     settings |= {"weights": source, "classes": train.classes, "masks": masks}
     settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
-    fit(detector, train, masks, config, device, checkpoint, settings, progress)
+    taken = f"{checkpoint}: another rob eval detect is at work on this run; wait for it, or give another `out`"
+    with locked(checkpoint.with_suffix(".lock"), taken) if checkpoint else nullcontext():
+        fit(detector, train, masks, config, device, checkpoint, settings, progress)
 
     found = find(detector, test, masks, device, progress)
     truth = test.to_coco()
@@ -178,12 +186,13 @@ def _training_batches(
     order = torch.randperm(len(data.images), generator=generator).tolist()
     flips = torch.rand(len(order), generator=generator) < 0.5
     images = Subset(DetectionTensors(data, masks, flips), order)
+    needed = 4 * 3 * max(i["width"] * i["height"] for i in data.images) * config.batch_size * (2 * config.workers + 2)
     # A DataLoader draws a seed for its workers: from a generator of its own, so that a resumed run draws the same.
     return iter(
         DataLoader(
             images,
             config.batch_size,
-            num_workers=config.workers,
+            num_workers=config.workers if shared_memory_holds(needed) else 0,
             collate_fn=_columns,
             generator=torch.Generator(),
         )

@@ -142,7 +142,7 @@ def test_empty_folder_and_folder_without_images(tmp_path):
     with pytest.raises(MisuseError, match=r"in: the folder is empty; looked for \.jpg"):
         packed(tmp_path / "in", tmp_path)
     (tmp_path / "in" / "readme.txt").touch()
-    with pytest.raises(MisuseError, match=r"in: no image in it or below; looked for \.jpg \.jpeg \.png"):
+    with pytest.raises(MisuseError, match=r"in: no image in it or below; looked for \.jpg \.jpeg \.jpe"):
         packed(tmp_path / "in", tmp_path)
 
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from rob.common.errors import FailureError
 from rob.common.images import pack as images
 from rob.common.images.beton import JPEG, RAW, StoredImage
-from rob.common.images.pack import PackConfig, encode_image, shrink, to_rgb
+from rob.common.images.pack import PackConfig, encode_image, shrink
+from rob.common.images.reading import to_rgb
 from support.packing import PHOTO, jpeg_bytes, packed
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

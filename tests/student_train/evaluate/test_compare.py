@@ -17,6 +17,7 @@ from rob.student_train.evaluate import compare
 from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
 from rob.student_train.evaluate.results import read_results, write_result
 from rob.student_train.students import StudentConfig, build_student, describe_student
+from support.training import log_line
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +39,8 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     write_result(first, "lowshot", {"results": shots, "test_fingerprint": "abc"})
     write_result(second, "knn", {"top1": 58.5, "test_fingerprint": "xyz"})
     write_result(second, "detect", {"box": {"ap": 12.5}, "mask": None})
-    lines = [{"images_per_second": speed} for speed in (100.0, 300.0, 200.0)]
-    (first / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    lines = b"".join(log_line(images_per_second=speed) for speed in (100.0, 300.0, 200.0))
+    (first / "metrics.jsonl").write_bytes(lines + b'{"cut')
 
     out = tmp_path / "plot.png"
     monkeypatch.setattr(screen.console, "_width", 250)
@@ -110,7 +111,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
     assert not check_comparable([summarise(run)])
     write_result(run, "knn", {})
     (run / "eval" / "knn.json").write_text("{")
-    with pytest.raises(MisuseError, match=r"knn\.json is not JSON"):
+    with pytest.raises(MisuseError, match=r"knn\.json is cut or no JSON: delete it and evaluate again"):
         read_results(run)
     with pytest.raises(MisuseError, match="no such file"):
         summarise(tmp_path / "nowhere")

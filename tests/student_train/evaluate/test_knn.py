@@ -61,3 +61,13 @@ def test_top5_of_few_classes_is_certain():
 def test_more_neighbours_than_images_are_refused():
     with pytest.raises(MisuseError, match="k = 20 neighbours of 10 training images"):
         knn(gaussian_classes(10), gaussian_classes(10), k=20)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_class_without_a_vote_is_not_among_the_five(k):
+    """Of one neighbour, top-5 is top-1."""
+    train, test = gaussian_classes(300, num_classes=10, seed=1), gaussian_classes(200, num_classes=10, seed=2)
+    _, votes = knn_module.nearest_labels(train, test, k)
+    voted = (votes == test.labels[:, None]).any(1).double().mean().item()
+    assert knn(train, test, k=k).top5 == pytest.approx(100 * voted)
+    assert knn(train, test, k=1).top5 == knn(train, test, k=1).top1

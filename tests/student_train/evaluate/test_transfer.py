@@ -195,6 +195,31 @@ def test_another_folder_is_not_taken_for_one_packed_before(tmp_path):
     assert packed[0] == packed[2]
 
 
+@pytest.mark.parametrize("change", ["a class more", "an image more", "an image less", "another label", "other pixels"])
+def test_a_folder_that_has_changed_is_packed_anew(tmp_path, change):
+    root = tmp_path / "root"
+    for part in ("train", "test"):
+        for kind in ("a", "b"):
+            for row in range(2):
+                save_image(root / part / kind / f"{row}.png", row)
+    before = Beton(packed_task("folder", root, tmp_path / "packed")[0]).manifest
+    image = root / "train" / "a" / "1.png"
+    if change == "a class more":
+        save_image(root / "train" / "c" / "0.png", 7)
+    elif change == "an image more":
+        save_image(root / "train" / "a" / "2.png", 7)
+    elif change == "an image less":
+        image.unlink()
+    elif change == "another label":
+        image.rename(root / "train" / "b" / "2.png")
+    else:
+        save_image(image, 9)
+    after = Beton(packed_task("folder", root, tmp_path / "packed")[0]).manifest
+    assert (after.paths, after.labels, after.classes, after.fingerprint) != (
+        *(before.paths, before.labels, before.classes, before.fingerprint),
+    )
+
+
 # ==== what is refused ====
 
 

@@ -1,0 +1,105 @@
+"""Is everything as it was written? Every checksum of packed images, target stores and run folders, looked at."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import FailureError, MisuseError
+from ..common.images.beton import Beton
+from ..common.records import DamagedError, read_record
+from ..common.store.reader import TargetStore
+from ..common.weights import read_tensor_file
+from .checkpoint import is_whole_archive
+from .run_folder import read_log
+
+Progress = Callable[[int, int], None]
+"""Gets (parts looked at, all parts) of the path at hand."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found at a path: how many parts there are of which kind, and a sentence for each damaged one."""
+
+    parts: str
+    damaged: tuple[str, ...]
+
+
+def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
+    """Look at a ``.beton``, a target store, a run folder, or a folder of those (a sweep).
+
+    MisuseError: there is nothing of ours at ``path``, or what is there cannot even be opened.
+    """
+    if path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".pt")):
+        data = Beton(path)
+        damaged = data.damaged(progress)
+        return Checked(f"{data.num_images:,} images", tuple(f"{path}: image {i} is damaged" for i in damaged))
+    if (path / "zarr.json").exists():
+        return _store(path, progress)
+    files = dict(_files_of_runs(path))
+    if not files:
+        raise MisuseError(f"{path}: neither packed images, nor a target store, nor a run folder")
+    damaged = []
+    for number, (file, problem_of) in enumerate(files.items(), 1):
+        if problem := problem_of(file):
+            damaged.append(problem)
+        progress(number, len(files))
+    return Checked(f"{len(files)} files", tuple(damaged))
+
+
+def _store(path: Path, progress: Progress) -> Checked:
+    store = TargetStore.open(path)
+    done = 0
+
+    def count(chunks: int) -> None:
+        nonlocal done
+        done += chunks
+        progress(done, store.manifest.num_chunks)
+
+    damaged = store.verify(count)
+    try:
+        _ = store.prototypes, store.statistics
+    except FailureError as problem:
+        damaged.append(str(problem))
+    return Checked(f"{store.manifest.num_chunks:,} chunks", tuple(damaged))
+
+
+def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | None]]]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
+        in_run = any((folder / "config.json").exists() for folder in file.parents)
+        if file.suffix == ".safetensors":
+            yield file, _problem_of_tensors
+        elif file.suffix == ".pt":
+            yield file, _problem_of_archive
+        elif file.name == "metrics.jsonl":
+            yield file, _problem_of_log
+        elif file.suffix == ".json" and in_run and file.parent.name != "detections":
+            yield file, _problem_of_record
+
+
+def _problem_of_tensors(file: Path) -> str | None:
+    try:
+        read_tensor_file(file)
+    except DamagedError as problem:
+        return f"{file} {problem}"
+    return None
+
+
+def _problem_of_archive(file: Path) -> str | None:
+    return None if is_whole_archive(file) else f"{file} is damaged or no checkpoint: delete it"
+
+
+def _problem_of_log(file: Path) -> str | None:
+    try:
+        read_log(file.parent)
+    except FailureError as problem:
+        return str(problem)
+    return None
+
+
+def _problem_of_record(file: Path) -> str | None:
+    try:
+        read_record(file, dict[str, Any], "delete it")
+    except FailureError as problem:
+        return str(problem)
+    return None

@@ -1,0 +1,66 @@
+"""``rob check`` finds what is damaged, in everything that the other commands leave behind."""
+
+import re
+import shutil
+
+import pytest
+
+
+def flip(path, at=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def whole(made, tmp_path_factory):
+    """Images, a store and a run with a result, each in its place in one folder."""
+    from rob.cli import main
+
+    folder = tmp_path_factory.mktemp("whole")
+    for path in (made.data, made.data.with_name("data.beton.json")):
+        shutil.copy(path, folder)
+    shutil.copytree(made.store, folder / "targets.zarr")
+    with pytest.MonkeyPatch.context() as patch:
+        for arguments in (
+            ("train-student", *made.train, "--out", folder / "run"),
+            ("eval", "knn", folder / "run", made.data, "--device", "cpu", "--workers", 1),
+        ):
+            patch.setattr("sys.argv", ["rob", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert not ended.value.code
+    return folder
+
+
+def test_what_is_whole_is_said_to_be(rob, whole):
+    outcome = rob("check", whole / "data.beton", whole / "targets.zarr", whole / "run")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"data\.beton: 24 images, none damaged\n", outcome.out)
+    assert re.search(r"targets\.zarr: 1 chunks, none damaged\n", outcome.out)
+    assert re.search(r"run: 6 files, none damaged\n", outcome.out)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("data.beton", r"data\.beton: image \d+ is damaged"),
+        ("targets.zarr/embedding/c/0/0/0", r"chunk 0 of array 'embedding' .* is damaged"),
+        ("targets.zarr/statistics/embedding_sum/c/0", r"array 'statistics/embedding_sum' is damaged"),
+        ("run/student.safetensors", r"student\.safetensors is damaged or was edited"),
+        ("run/checkpoint.pt", r"checkpoint\.pt is damaged"),
+        ("run/metrics.jsonl", r"metrics\.jsonl: line \d is damaged or was edited"),
+        ("run/config.json", r"config\.json is damaged or was edited"),
+        ("run/eval/knn.json", r"knn\.json is damaged or was edited"),
+    ],
+)
+def test_what_is_damaged_is_named(refused, whole, tmp_path, file, message):
+    there = shutil.copytree(whole, tmp_path / "there")
+    flip(there / file)
+    refused(1, message, "check", there / "data.beton", there / "targets.zarr", there / "run")
+
+
+def test_what_is_none_of_ours_is_refused(refused, tmp_path):
+    (tmp_path / "notes").mkdir()
+    refused(2, "notes: neither packed images, nor a target store, nor a run folder", "check", tmp_path / "notes")
+    refused(2, "nowhere", "check", tmp_path / "nowhere")
