@@ -85,6 +85,7 @@ class Row:
 FRESH, MLP = {"head": "fresh"}, {"head": "fresh", "head_type": "mlp"}
 CODES = {"sinkhorn": "batch"}
 """RoB's on SwAV: the batch's codes, without a queue."""
+OWN_MSN = {"sinkhorn": "batch", "mean_entropy": 1.0}
 PLAIN = {"sinkhorn": "none", "mean_entropy": 0.0}
 """RoB's on MSN: a softmax."""
 
@@ -115,7 +116,7 @@ _rows = (
         "disco-consistency", "DisCo, consistency alone", "disco", options={"only_consistency": True}, locals_as_globals=True,
     ),
     Row("embedding-cross", "embedding, cross with fresh crops", "embedding", "cross"),
-    Row("msn-own", "MSN's own form, cross with fresh crops", "msn", "cross", FRESH, targets_a_step=1),
+    Row("msn-own", "MSN's own form, cross with fresh crops", "msn", "cross", FRESH | OWN_MSN, targets_a_step=1),
     Row("swav-own", "SwAV's own form, cross with fresh crops", "swav", "cross", FRESH | {"sinkhorn": "queue"}),
     Row(
         "dino-replay-teacher", "DINO, cross with the cached crops, head teacher's", "dino", "cross", {"head": "teacher"},

@@ -160,6 +160,7 @@ class Side:
         steps_per_epoch = data.num_images // config.loader.batch_size
         branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
         self.trainer = Trainer(config, branch.space, steps_per_epoch, device)
+        assert config.epochs is not None, "a benchmark says how long"
         branch.follow(self.trainer.model, steps_per_epoch, config.epochs)
         info = describe_student(config.student)
         self.config, self.data, self.branch, self.steps, self.in_memory = config, data, branch, steps, in_memory

@@ -31,4 +31,4 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> MisuseError:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     offer = f"did you mean {' or '.join(near)}?" if near else ""
     listing = f"known: {', '.join(known)}" if len(known) <= 20 else f"{len(known)} are known"
-    return MisuseError(f"unknown {kind} {name!r}: {offer + ' ' if offer else ''}({listing})")
+    return MisuseError(f"unknown {kind} {name!r}{f': {offer}' if offer else ''} ({listing})")

@@ -20,6 +20,12 @@ TOKENS = {
 """What may be asked for. Tokens are those behind the last norm, of every block of ``cls4`` too; registers are left out."""
 
 
+def is_dinov3(teacher: str) -> bool:
+    """Whether it is one of DINOv3's ViTs, ours or timm's of that name: they give their class token, where timm's network would
+    pool the mean."""
+    return "dinov3" in teacher and "vit" in teacher
+
+
 def check_tokens(backbone: nn.Module, features: str, name: str, setting: str = "features") -> None:
     """MisuseError where the network ``name`` has no such tokens: a CNN, a Swin, a ViT of fewer blocks."""
     model: Any = backbone

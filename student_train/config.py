@@ -41,8 +41,8 @@ class StudentConfig:
     patch_drop: Annotated[
         float | None,
         Setting(
-            "ViTs: share of the patches of a global crop that a training step leaves out, 0.15 for MSN (0.1 for a ViT-Ti); "
-            "local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
+            "ViTs: share of the patches of a global crop that a training step leaves out; default 0.15 for msn (RoB has 0.1 "
+            "for a ViT-Ti), else 0. Local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
             low=0,
             high=0.9,
         ),
@@ -90,8 +90,8 @@ class ObjectiveConfig:
         str | None,
         Setting(
             "Even out the targets' use of the prototypes over the batch, or over a queue too (batch much smaller than "
-            "K), in the centre's place: none, batch, queue. Default queue for swav, batch for msn, none for dino and "
-            "ibot. Needs all logits: not a topk store.",
+            "K), in the centre's place: none, batch, queue. Default batch for swav, none for the others, as RoB; with --targets "
+            "momentum queue for swav, batch for msn. Needs all logits: not a topk store.",
             choices=SINKHORNS,
         ),
     ] = None
@@ -115,7 +115,9 @@ class ObjectiveConfig:
     mean_entropy: Annotated[
         float | None,
         Setting(
-            "Weight of MSN's term for using all prototypes; default 1 for msn, else 0. Raise it on collapse.", low=0
+            "Weight of MSN's term for using all prototypes; default 1 for msn with --targets momentum, else 0. Raise it on "
+            "collapse.",
+            low=0,
         ),
     ] = None
     koleo: Annotated[
@@ -150,7 +152,7 @@ class ObjectiveConfig:
         bool | None,
         Setting(
             "The head's BatchNorm sees the global and the local crops apart, as in MSN's code; default all crops together.",
-            option="--norm-by-size",
+            option="--norm-by-size/--no-norm-by-size",
         ),
     ] = None
     bottleneck: int | None = None
@@ -205,7 +207,7 @@ class PairingChoice:
     step_targets: Annotated[
         int | None,
         Setting(
-            "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and msn with fresh crops.",
+            "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and swav with a teacher.",
             low=1,
         ),
     ] = None
@@ -233,8 +235,8 @@ class PairingChoice:
     step_globals: Annotated[
         int | None,
         Setting(
-            "Global crops that the student sees of an image in a step; default as many as --step-targets. With more, those "
-            "beyond the targets' own are fresh: RoB's swav has 2 for 1 target.",
+            "Global crops that the student sees of an image in a step; default as many as --step-targets, and 2 for swav with a "
+            "teacher, as RoB. Those beyond the targets' own are fresh.",
             low=1,
         ),
     ] = None
@@ -318,9 +320,19 @@ class OptimiserConfig:
     ] = None
     min_lr: Annotated[float, Setting("Where the rate's cosine ends; not scaled with the batch.", low=0)] = 1e-6
     warmup_epochs: Annotated[float | None, Setting("Default a tenth of the epochs, at most 10.", low=0)] = None
+    warmup_lr: Annotated[
+        float | None, Setting("Where the warm-up begins, default 0; not scaled with the batch. MSN 2e-4.", low=0)
+    ] = None
     weight_decay: Annotated[float, Setting("0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.", low=0)] = 0.04
     weight_decay_end: Annotated[
         float | None, Setting("Where a cosine takes the weight decay to, 0.4 for DINO's ViTs.", low=0)
+    ] = None
+    decay_all: Annotated[
+        bool | None,
+        Setting(
+            "Biases and norms decay too, and with lars have own rates, as in SwAV's and MoCo's code and RoB's SwAV; default no.",
+            option="--decay-all/--no-decay-all",
+        ),
     ] = None
     momentum: float = 0.9
     trust: Annotated[

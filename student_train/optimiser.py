@@ -26,8 +26,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, 
     as one kernel, where the parameters are on a GPU.
 
     Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
-    gives them no adaptive rate. MisuseError: LARS with no weight decay, a ``trust`` that is not LARS's or not
-    above 0.
+    gives them no adaptive rate, unless ``config.decay_all``. MisuseError: LARS with no weight decay, a ``trust`` that is not
+    LARS's or not above 0.
     """
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
@@ -37,7 +37,11 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, 
         raise MisuseError(f"`trust` is {config.trust:g}, expected a value above 0, such as 0.001 or 0.02")
     # A decay of 0 at the start would mark no group as one that decays.
     weight_decay = config.weight_decay or config.weight_decay_end or 0.0
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
+    if config.decay_all:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained, "weight_decay": weight_decay}]
+    else:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
     lr = config.peak * batch_size / LR_BATCH_SIZE
     of_lars: dict[str, Any] = {} if config.trust is None else {"trust_coeff": config.trust}
     of_adamw: dict[str, Any] = {"fused": True} if fused and config.name == "adamw" else {}
@@ -65,6 +69,7 @@ class Schedule:
             t_initial=self.total_steps - warmup_steps,
             lr_min=config.min_lr,
             warmup_t=warmup_steps,
+            warmup_lr_init=config.warmup_lr or 0.0,
             warmup_prefix=True,
             t_in_epochs=False,
         )

@@ -14,10 +14,11 @@ from ..common.images.beton import Beton
 from ..common.ranks import ALONE, Ranks
 from ..common.views.config import LoaderConfig
 from .begun import as_begun, read_begun
-from .config import PUBLISHED_LR, PairingChoice, PairingConfig
+from .config import PUBLISHED_LR, ObjectiveConfig, PairingChoice, PairingConfig
+from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
 from .plan_warnings import LEAST_RATE, LEAST_STEPS, stride_of, warnings_of
-from .students import SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
+from .students import SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, with_usual_patch_drop
 from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import check_pairing, choose_pairing
 from .train_config import USUAL_BATCH, LoaderByPlan, TrainConfig, seconds_of
@@ -111,6 +112,9 @@ def plan_run(
     begun = read_begun(config.out)
     if begun is not None:
         config = as_begun(config, begun)
+    assert isinstance(config.objective, ObjectiveConfig)
+    share = OBJECTIVES[config.objective.name].patch_drop
+    config = replace(config, student=with_usual_patch_drop(config.student, share))
     planner = Planner(config, run, branch, ranks, say)
     if config.epochs is None or isinstance(config.loader, LoaderByPlan):
         planner.choose()

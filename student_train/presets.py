@@ -9,16 +9,15 @@ What is not as in the papers' code:
 
 - SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072; the rate rises from 0, there from .075
   (``START_WARMUP``). As there, the queue begins to fill in epoch 15, but for a frozen teacher's targets: those serve at once.
-- MoCo: the keys' BatchNorm sees the batch as it is, there shuffled over 8 GPUs (``--split-batchnorm 8``); both global crops are
-  keys, there one of them. MoCo-v2 lowers its rate once an epoch, here every step, and decays biases and norms too.
-- MSN: no patches are dropped (``--patch-drop 0.15``) and the head's BatchNorm sees all crops (``--norm-by-size``); a step has two
-  target views, there one. The rate warms up in 10 epochs from 0, there in 15 from 2e-4; it and the weight decay have run their
-  cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
+- MoCo: both global crops are keys, there one of them. MoCo-v2 lowers its rate once an epoch, here every step; SSLight's MoCo
+  shuffles the keys over 8 GPUs (``--split-batchnorm 8``).
+- MSN: a step has two target views, there one. The rate warms up in 10 epochs, there in 15; it and the weight decay have run
+  their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
   prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
-  ``--views``, does that too). MSN's rate warms up from 0, there from 2e-4; SwAV does not decay biases and norms, there it does;
-  iBOT has no loss of masked patches.
-- DisCo: as MoCo-v2, and the keys are the teacher's, there a copy's (``--with-copy``).
+  ``--views``, does that too). DINO's and iBOT's rate warms up from 0, there from 1e-5, and SwAV's, there from .3. iBOT has no
+  loss of masked patches.
+- DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is; biases and norms do not decay.
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
   262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1.
@@ -42,6 +41,7 @@ from .config import OptimiserConfig, PairingChoice, StudentConfig
 from .objectives import ObjectiveConfig
 from .targets.config import TargetsConfig
 from .targets.momentum import Momentum
+from .targets.with_copy import WithCopy
 from .train_config import TrainConfig
 
 AS_THE_RECIPE, AS_THE_PAPER = RecipeOverrides(), PairingChoice()
@@ -51,8 +51,9 @@ AS_THE_RECIPE, AS_THE_PAPER = RecipeOverrides(), PairingChoice()
 class Preset:
     """What a paper sets; what is None is as by default. ``source`` is where the values stand.
 
-    Views are drawn as ``recipe`` says, with ``areas`` instead of its own. ``momentum`` None: the paper has a teacher. ``views``
-    is how many of an image ``rob cache-teacher`` stores: training rotates through them.
+    Views are drawn as ``recipe`` says, with ``areas`` instead of its own. ``momentum`` None: the paper has a teacher, and
+    ``with_copy`` a copy of the student beside it. ``views`` is how many of an image ``rob cache-teacher`` stores: training
+    rotates through them.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Preset:
     clip_grad: float = 0.0
     average: float | None = None
     views: int = 4
+    with_copy: bool | None = None
 
     def drawn(self) -> Recipe:
         """How it draws views."""
@@ -79,6 +81,7 @@ class Preset:
         named = {"objective": self.objective.name, "recipe": self.recipe, "freeze_prototypes": self.freeze_prototypes}
         named |= {"epochs": self.epochs, "batch_size": self.batch_size, "clip_grad": self.clip_grad}
         named |= {"targets": None if self.momentum is None else "momentum", "average": self.average}
+        named |= {"with_copy": self.with_copy}
         for part in (self.student, self.objective, self.momentum, self.optimiser, self.areas, self.pairing):
             if part is not None:
                 named |= {setting.name: setting.default for setting in described(type(part), part)}
@@ -89,6 +92,7 @@ LARS = OptimiserConfig("lars", lr=0.48, min_lr=0.0048, weight_decay=1e-6)
 ADAMW = OptimiserConfig("adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4)
 SGD = OptimiserConfig("sgd", lr=0.03, min_lr=0.0, weight_decay=1e-4, warmup_epochs=0.0)
 CNN_AREAS = RecipeOverrides(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14))
+CUBIC = RecipeOverrides(interpolation="bicubic")
 SIX, TEN = PairingChoice(num_local=6), PairingChoice(num_local=10)
 SSLIGHT_SIX, SSLIGHT_TEN = replace(SIX, global_weight=0.4), replace(TEN, global_weight=0.4)
 
@@ -120,6 +124,7 @@ SWAV_CNN = Preset(
     Momentum(prototypes=3000),
     replace(LARS, lr=0.3),
     recipe="swav",
+    areas=CUBIC,  # SSLight's code crops all its methods alike
     pairing=SIX,
     freeze_prototypes=1,
 )
@@ -137,18 +142,18 @@ MOCO_V2 = Preset(
     "MoCo-v2 (2003.04297), facebookresearch/moco: README.md",
     StudentConfig("resnet50"),
     ObjectiveConfig("moco", head_norm=False),
-    Momentum(copy_momentum=0.999),
-    SGD,
+    Momentum(copy_momentum=0.999, split_batchnorm=8),
+    replace(SGD, decay_all=True),
     recipe="moco-v2",
     pairing=PairingChoice(num_local=0),
     batch_size=256,
 )
 MSN_VIT = Preset(
     "MSN (2204.07141), facebookresearch/msn: msn_vits16.yaml, whose rate of .001 is for a batch of 1024",
-    StudentConfig("deit_small_patch16_224"),
-    ObjectiveConfig("msn", head_norm=True),
+    StudentConfig("deit_small_patch16_224", patch_drop=0.15),
+    ObjectiveConfig("msn", head_norm=True, norm_by_size=True),
     Momentum(prototypes=1024, copy_momentum=0.996),
-    replace(ADAMW, lr=2.5e-4, min_lr=1e-6),
+    replace(ADAMW, lr=2.5e-4, min_lr=1e-6, warmup_lr=2e-4),
     recipe="msn",
     pairing=PairingChoice(step_targets=2, num_local=10),
     freeze_prototypes=0,
@@ -163,6 +168,7 @@ DISCO = Preset(
     SGD,
     recipe="moco-v2",
     batch_size=256,
+    with_copy=True,
 )
 
 # facebookresearch/vissl, commit 04788de9: configs/config/debugging/pretrain/swav_distillation
@@ -181,7 +187,7 @@ ROB_SWAV = Preset(
     StudentConfig("resnet18"),
     ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True),
     None,
-    replace(LARS, lr=0.3, warmup_epochs=10.0),
+    replace(LARS, lr=0.3, warmup_epochs=10.0, decay_all=True),
     recipe="rob-swav",
     pairing=PairingChoice("same", step_targets=1, num_local=4, step_globals=2),
     epochs=100,
@@ -194,7 +200,7 @@ ROB_MSN = Preset(
         "msn", teacher_temp=0.025, sinkhorn="none", mean_entropy=0.0, head="fresh", head_type="mlp", head_norm=False
     ),
     None,
-    replace(ADAMW, lr=2.5e-4, warmup_epochs=15.0),
+    replace(ADAMW, lr=2.5e-4, warmup_epochs=15.0, warmup_lr=2e-4),
     recipe="rob-msn",
     pairing=PairingChoice("same", step_targets=2, num_local=10),
     epochs=150,
@@ -301,6 +307,8 @@ def preset(
         if found.momentum is None:
             raise MisuseError(f"preset {name} needs `targets`: give Cached(path), or Online(teacher)")
         targets = replace(found.momentum, recipe=found.drawn())
+    elif found.with_copy and not isinstance(targets, WithCopy):
+        targets = WithCopy(targets)
     return TrainConfig(
         data=data,
         out=out,

@@ -19,6 +19,7 @@ Weights of an ordinary student and of any ViT load with timm alone: ``timm.creat
 takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -58,7 +59,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
     if small and family not in SMALL_IMAGE_FAMILIES:
         raise MisuseError(
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
-            "choose one of those, or turn `small_images` off"
+            "choose one of those, or do without `small_images`"
         )
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
@@ -111,6 +112,13 @@ def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float 
     backbone.num_features = backbone.head_hidden_size
     # Depthwise convolutions train about 2.5 times as fast in this layout, on CPU and on tensor cores; a ViT is unmoved.
     return backbone.to(memory_format=torch.channels_last)
+
+
+def with_usual_patch_drop(config: StudentConfig, share: float | None) -> StudentConfig:
+    """The same, a ViT with the objective's ``share`` of dropped patches where nothing else is asked for."""
+    if config.patch_drop is not None or share is None or model_family(config.name) not in VIT_FAMILIES:
+        return config
+    return replace(config, patch_drop=share)
 
 
 def patch_dropouts(backbone: nn.Module) -> list[nn.Module]:

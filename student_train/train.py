@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
@@ -25,6 +26,7 @@ from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
+from .kernels.choice import Measured, use_measured
 from .objectives import ObjectiveConfig
 from .plan import TrainPlan, plan_run
 from .run_folder import RunFolder
@@ -82,6 +84,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuses what this device does not have
     allow_fast_arithmetic(device, config.precision)
+    use_what_is_known(device)
     if config.precision == "auto":
         config = replace(config, precision=choose_precision(device, config.precision))
         if device.type == "cuda":
@@ -206,6 +209,13 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     loss, images_per_second, shares = run.medians()
     advice = advise(shares, branch.kind) if shares else ""
     return TrainResult(run.weights, total_steps, loss, images_per_second, shares, advice)
+
+
+def use_what_is_known(device: torch.device) -> None:
+    """Have the loss choose by what ``rob gpu-check`` measured on this GPU, if it did."""
+    if device.type == "cuda" and (sizes := stored_settings(device).loss):
+        named = [(*size.split("x"), impl) for size, impl in sizes.items()]
+        use_measured(torch.cuda.get_device_capability(device), [Measured(int(k), int(d), impl) for k, d, impl in named])
 
 
 def epoch_order(

@@ -50,8 +50,11 @@ class Trainer:
             self.model.compile_backbone()
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
-        arguments = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        self.parallel = self.model if alone else DistributedDataParallel(self.model, **arguments)
+        self.parallel = (
+            self.model
+            if alone
+            else DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        )
         # Not for fp16: a fused one takes the scaler's verdict on the device, and whether a step was skipped stays unknown here.
         fused = device.type == "cuda" and config.precision != "fp16"
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size, fused)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..common.teacher import embedder
 from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
 from .config import CacheConfig
 from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
-from .fitted import with_prototypes, write_logits
+from .fitted import statistics_of, with_prototypes, write_logits
 from .prototypes import PrototypeConfig, refuse_unsuitable
 from .teachers import Teacher, load_teacher
 
@@ -65,7 +66,7 @@ def cache_teacher(
     if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
         if config.prototypes:
-            with_prototypes(config.out, fitting, progress.note)
+            with_prototypes(config.out, fitting, progress.note, device)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
@@ -73,10 +74,10 @@ def cache_teacher(
     if not _is_complete(config.out, manifest, "teacher_temp"):
         begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
-        source = with_prototypes(embeddings, fitting, progress.note)
+        source = with_prototypes(embeddings, fitting, progress.note, device)
         progress.note(f"encoding {config.encoding.kind} targets")
         temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
-        write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows)
+        write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows, device)
     shutil.rmtree(embeddings, ignore_errors=True)
     return TargetStore.open(config.out).manifest
 
@@ -187,16 +188,14 @@ def _write_store(
     dead = 0
 
     def write(embedding: Tensor, logits: Tensor | None) -> int:
+        """Where the chunk is: of a GPU's only what is stored comes home."""
         nonlocal dead
         _refuse_not_finite(embedding, writer.rows_done)
         dead += int((~embedding.any(-1)).sum())
-        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy()}
-        if logits is not None:
-            statistics["usage"] = torch.bincount(logits.argmax(-1).flatten(), minlength=teacher.num_prototypes).numpy()
-        writer.append(encode(encoding, embedding, logits), statistics)
+        writer.append(encode(encoding, embedding, logits), statistics_of(embedding, logits))
         return writer.rows_done
 
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+    with ThreadPoolExecutor(1, "write", partial(_use_device, device)) as pool:
         writing: Future[int] | None = None
         for embedding, logits in _chunks(config, data, teacher, embed, writer.rows_done, manifest):
             if writing is not None:
@@ -213,6 +212,12 @@ def _write_store(
     if teacher.centre is not None:
         statistics["centre"] = teacher.centre.cpu().numpy()
     writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
+
+
+def _use_device(device: torch.device) -> None:
+    """A thread starts out on GPU 0, whichever the process is on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:
@@ -234,7 +239,8 @@ def _chunks(
     first_row: int,
     manifest: StoreManifest,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on the CPU.
+    """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on its
+    device.
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
@@ -249,7 +255,7 @@ def _chunks(
             embedding = torch.cat(parts)
             parts = []
             logits = None if teacher.prototypes is None else teacher.logits(embedding)
-            yield embedding.cpu(), None if logits is None else logits.cpu()
+            yield embedding, logits
 
 
 def _batch_size(config: CacheConfig, chunk_rows: int) -> int:

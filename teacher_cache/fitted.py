@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,21 +14,24 @@ from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from ..common.store.writer import StoreWriter
-from .prototypes import PrototypeConfig, fit_prototypes
+from .prototypes import CPU, PrototypeConfig, fit_prototypes
 
 
-def with_prototypes(path: Path, config: PrototypeConfig, note: Callable[[str], None]) -> TargetStore:
-    """The complete store of embeddings at ``path`` with prototypes, which are fitted to it unless it has them already.
+def with_prototypes(
+    path: Path, config: PrototypeConfig, note: Callable[[str], None], device: torch.device = CPU
+) -> TargetStore:
+    """The complete store of embeddings at ``path`` with prototypes, which are fitted to it, on ``device``, unless it has them
+    already.
 
     MisuseError: it has another number of them, or another process is fitting some.
     """
     if TargetStore.open(path).manifest.num_prototypes != config.num:
         with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
-            _fit(TargetStore.open(path), config, note)
+            _fit(TargetStore.open(path), config, note, device)
     return TargetStore.open(path)
 
 
-def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None]) -> None:
+def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None], device: torch.device) -> None:
     if store.manifest.num_prototypes == config.num:
         return  # by the process that held the lock until now
     if store.manifest.num_prototypes:
@@ -40,7 +44,7 @@ def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None
         return decode(store.encoding, store.read(start, stop))["embedding"]
 
     note(f"fitting {config.num} prototypes on the cached embeddings")
-    fitted = fit_prototypes(read, store.manifest.num_images, config)
+    fitted = fit_prototypes(read, store.manifest.num_images, config, device)
     note(
         f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
         f"teacher temperature {fitted.teacher_temp:.3g}"
@@ -48,18 +52,31 @@ def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None
     add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
 
 
-def write_logits(source: TargetStore, out: Path, manifest: StoreManifest, rows: Callable[[int, int], None]) -> None:
-    """Turn the embeddings and prototypes of ``source`` into the store of logits ``out``, chunk by chunk; ``rows`` is called
-    with (rows done, all)."""
+def statistics_of(embedding: Tensor, logits: Tensor | None) -> dict[str, np.ndarray]:
+    """Of a chunk, wherever it is: what the store adds up of embeddings (rows, V, D), and of logits (rows, V, K) if any."""
+    statistics = {"embedding_sum": embedding.double().sum((0, 1)).cpu().numpy()}
+    if logits is not None:
+        usage = torch.bincount(logits.argmax(-1).flatten(), minlength=logits.shape[-1])
+        statistics["usage"] = usage.cpu().numpy()
+    return statistics
+
+
+def write_logits(
+    source: TargetStore,
+    out: Path,
+    manifest: StoreManifest,
+    rows: Callable[[int, int], None],
+    device: torch.device = CPU,
+) -> None:
+    """Turn the embeddings and prototypes of ``source`` into the store of logits ``out``, chunk by chunk, on ``device``; ``rows``
+    is called with (rows done, all)."""
     assert source.prototypes is not None
-    prototypes, encoding = torch.from_numpy(source.prototypes), Encoding.from_dict(manifest.encoding)
+    prototypes, encoding = torch.from_numpy(source.prototypes).to(device), Encoding.from_dict(manifest.encoding)
     writer = StoreWriter.open_or_resume(out, manifest)
     while (start := writer.rows_done) < manifest.num_images:
         stop = min(start + writer.manifest.chunk_rows, manifest.num_images)
-        embedding = decode(source.encoding, source.read(start, stop))["embedding"]
+        embedding = decode(source.encoding, source.read(start, stop))["embedding"].to(device)
         logits = embedding @ prototypes.T
-        usage = torch.bincount(logits.argmax(-1).flatten(), minlength=len(prototypes)).numpy()
-        statistics = {"embedding_sum": embedding.double().sum((0, 1)).numpy(), "usage": usage}
-        writer.append(encode(encoding, embedding, logits), statistics)
+        writer.append(encode(encoding, embedding, logits), statistics_of(embedding, logits))
         rows(stop, manifest.num_images)
     writer.finish(source.prototypes)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 
+CPU = torch.device("cpu")
+
 ReadRows = Callable[[int, int], np.ndarray | Tensor]
 """``read(start, stop)``: the embeddings of rows start..stop-1, (n, D) or (n, V, D)."""
 
@@ -75,11 +77,14 @@ class FittedPrototypes:
     """Mean cosine of an embedding with its nearest prototype."""
 
 
-def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> FittedPrototypes:
-    """Fit ``config.num`` prototypes to the embeddings that ``read`` gives, a bounded number in memory at a time.
+def fit_prototypes(
+    read: ReadRows, num_rows: int, config: PrototypeConfig, device: torch.device = CPU
+) -> FittedPrototypes:
+    """Fit ``config.num`` prototypes, on ``device``, to the embeddings that ``read`` gives, a bounded number in memory at a time.
+    What is found is on the CPU.
 
-    The same rows and configuration give the same prototypes. Raises ``MisuseError`` for more prototypes than the
-    embeddings bear.
+    The same rows and configuration give the same prototypes (on a GPU, which adds up in any order, to rounding). Raises
+    ``MisuseError`` for more prototypes than the embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
     refuse_unsuitable(config.num, num_rows * views)
@@ -92,14 +97,15 @@ def fit_prototypes(read: ReadRows, num_rows: int, config: PrototypeConfig) -> Fi
     def one_pass() -> Iterator[Tensor]:
         """Batches (B, D) that cover the embeddings, or a fresh part of them, in random order."""
         for batch in np.array_split(generator.permutation(blocks)[:blocks_a_pass], num_batches):
-            yield torch.cat([_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch])
+            rows = [_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch]
+            yield torch.cat(rows).to(device)
 
     wanted = max(config.num, SCALE_SAMPLE)
     from_each = 2 * -(-wanted // num_batches)  # twice, because the last block can be short
     sample = torch.cat([batch[generator.permutation(len(batch))[:from_each]] for batch in one_pass()])
     sample = sample[generator.permutation(len(sample))]
     prototypes, spread = sample[: config.num], _spread(sample[:SCALE_SAMPLE])
-    sums, window = torch.zeros(config.num, dim), min(num_batches, WINDOW)
+    sums, window = torch.zeros(config.num, dim, device=device), min(num_batches, WINDOW)
     for _ in range(config.epochs):
         for embeddings in one_pass():
             shares = balanced_assignment(embeddings @ prototypes.T, EPSILON_OF_SPREAD * spread)
@@ -141,17 +147,17 @@ def _unit_rows(embeddings: np.ndarray | Tensor) -> Tensor:
 def _spread(embeddings: Tensor) -> float:
     """Standard deviation of the cosines between different rows of ``embeddings`` (n, D)."""
     cosines = embeddings @ embeddings.T
-    return cosines[~torch.eye(len(cosines), dtype=torch.bool)].std().clamp_min(1e-3).item()
+    return cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)].std().clamp_min(1e-3).item()
 
 
 def _with_figures(prototypes: Tensor, teacher_temp: float, batches: Iterable[Tensor]) -> FittedPrototypes:
-    counts, total = torch.zeros(len(prototypes), dtype=torch.float64), 0.0
+    counts, total = torch.zeros(len(prototypes), dtype=torch.float64, device=prototypes.device), 0.0
     for embeddings in batches:
         cosines, nearest = (embeddings @ prototypes.T).max(dim=1)
         counts += torch.bincount(nearest, minlength=len(prototypes))
         total += cosines.sum().item()
     return FittedPrototypes(
-        prototypes=prototypes,
+        prototypes=prototypes.cpu(),
         teacher_temp=teacher_temp,
         used=(counts > 0).double().mean().item(),
         balance=(torch.special.entr(counts / counts.sum()).sum() / np.log(len(prototypes))).item(),

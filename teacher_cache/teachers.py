@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, described_in, read_metadata
 from ..common.heads import ACTIVATIONS, ProjectionHead
-from ..common.tokens import check_tokens, token_features
+from ..common.tokens import check_tokens, is_dinov3, token_features
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Layout, Parts, read_tensors, take_apart
@@ -207,6 +207,7 @@ def _timm_entry(name: str) -> Entry:
         raise unknown_name("teacher", name, [*TEACHERS, STAND_IN, *models])
     published = timm.get_pretrained_cfg(name)
     data = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
+    dinov3 = is_dinov3(name)
     return Entry(
         method="DINO",
         backbone=name,
@@ -219,6 +220,8 @@ def _timm_entry(name: str) -> Entry:
         view_size=data["input_size"][-1],
         mean=data["mean"],
         std=data["std"],
+        backbone_args={"global_pool": "token"} if dinov3 else {},
+        pooling="cls" if dinov3 else None,
     )
 
 

@@ -89,6 +89,8 @@ def line_of(name: str, section: dict[str, Any]) -> str:
     )
     for key in ("error", "not_here"):
         text += f"\n  {section[key]}" if key in section else ""
+    for said in section.get("notes", ())[:12]:
+        text += f"\n  {said}"
     for made in failed[:12]:
         told = made.get("error") or f"{made['value']:.3g}, at most {made['limit']:g}"
         text += f"\n  {made['check']}: {told}"

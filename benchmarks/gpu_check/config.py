@@ -8,14 +8,15 @@ from rob.common.settings import Setting, check
 
 SECTIONS = {
     "ceilings": (4, False),
-    "views": (20, True),
     "losses": (60, True),
+    "views": (20, True),
     "stage1": (30, True),
     "stage2": (40, True),
     "ranks": (6, True),
     "waits": (15, False),
 }
-"""In the order in which they run: each one's share of the time, and whether it is one of correctness."""
+"""In the order in which they run: each one's share of the time, and whether it is one of correctness. While the losses are
+measured, which need no code of numba, that of the others is compiled."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Section:
         """Seconds until the section should end by itself."""
         return self.seconds - (time.perf_counter() - self.started)
 
-    def check(self, what: str, value: float, limit: float) -> None:
+    def check(self, what: str, value: float | torch.Tensor, limit: float) -> None:
         """A value that must not be above its limit; NaN is."""
         self.checks.append({"check": what, "value": float(value), "limit": limit, "passed": bool(value <= limit)})
 

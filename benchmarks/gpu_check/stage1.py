@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import timm
+import timm.data
 import torch
 from torch.nn.functional import normalize
 

@@ -63,12 +63,12 @@ def _step(section: Section, name: str) -> None:
     config = TrainConfig(
         Path("data.beton"),
         Path("run"),
-        StudentConfig("test_resnet" if section.toy else "resnet18", size),
+        StudentConfig("test_resnet" if section.toy else "resnet18", size, small_images=True),
         Cached(Path("targets.zarr")),
         ObjectiveConfig(name, hidden_dim=32, queue=64 if name in ("moco", "disco", "seed") else None),
         pairing,
-        OptimiserConfig(warmup_epochs=0),
-        epochs=1,
+        OptimiserConfig(lr=1e-3, warmup_epochs=0),
+        epochs=10,
         average=0.99,
     )
     if name == "swav":

@@ -125,7 +125,7 @@ def _dino(
     saturation: float = 0.2,
     **others: Any,
 ) -> dict[str, Any]:
-    """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop."""
+    """DINO's augmentations (also SSLight's): blur 1 / .1 / .5, solarise .2 on the second global crop, bicubic."""
     colour = _jitter(0.4, 0.4, saturation, 0.1)
     return {
         "global_crops": (
@@ -133,6 +133,7 @@ def _dino(
             Crop(224, global_scale, blur=0.1, solarise=0.2, **colour),
         ),
         "local_crop": Crop(local_size, local_scale, blur=0.5, **colour),
+        "interpolation": "bicubic",
         **others,
     }
 
@@ -161,14 +162,18 @@ RECIPES: dict[str, Recipe] = {
         # SSLight: less extreme ratios between the paired views, larger local crops, which weigh .6 instead of .91.
         Recipe("sslight", **_dino((0.3, 1.0), (0.05, 0.3), 128, num_local=10, global_weight=0.4)),
         Recipe("swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=6)),
-        Recipe("sslight-swav", **_swav((0.3, 1.0), (0.05, 0.3), 128, 1.0, num_local=6, global_weight=0.4)),
+        Recipe(
+            "sslight-swav",
+            **_swav((0.3, 1.0), (0.05, 0.3), 128, 1.0, num_local=6, global_weight=0.4),
+            interpolation="bicubic",
+        ),
         Recipe("msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 0.5, num_local=10)),
         # MoCo-v2 and DisCo: two crops of one kind.
         Recipe("moco-v2", (Crop(224, (0.2, 1.0), blur=0.5, **_jitter(0.4, 0.4, 0.4, 0.1)),)),
         # RoB (2301.09451) as released. Its one strength of colours, times .8 .8 .8 .2, is .5 for DINO and iBOT.
-        Recipe("rob-dino", **_dino((0.4, 1.0), (0.05, 0.4), 96, 0.4, num_local=8, interpolation="bicubic")),
-        Recipe("rob-dino-b16", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=8, interpolation="bicubic")),
-        Recipe("rob-ibot", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=10, interpolation="bicubic")),
+        Recipe("rob-dino", **_dino((0.4, 1.0), (0.05, 0.4), 96, 0.4, num_local=8)),
+        Recipe("rob-dino-b16", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=8)),
+        Recipe("rob-ibot", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=10)),
         Recipe("rob-swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=4)),
         Recipe("rob-msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 1.0, num_local=10)),
         Recipe("weak", (Crop(224, centre=0.875),), num_global=1),

@@ -11,11 +11,11 @@ from typer.core import TyperCommand
 from ...common.options import given
 from ...common.screen import console
 
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "step_targets")
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm", "step_targets")
 """Options of a preset that are for ``--targets momentum`` alone."""
-OF_ITS_OWN_VIEWS = ("recipe", "global_scale")
+OF_ITS_OWN_VIEWS = ("recipe", "global_scale", "interpolation")
 """Those that a store of targets has settled already."""
-OF_ITS_RECIPE = ("global_scale", "local_scale", "global_weight")
+OF_ITS_RECIPE = ("global_scale", "local_scale", "interpolation", "global_weight")
 """Those that say more of the preset's recipe, and nothing of another one."""
 
 
@@ -55,6 +55,8 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     if objective in OBJECTIVES:
         usual_pairing = OBJECTIVES[objective].pairing
         reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
+        if OBJECTIVES[objective].beside_teacher is None or values["only_consistency"]:
+            reasons["with_copy"] = "nothing asks for its keys"
     preset = get_preset(values["preset"])
     if targets != "momentum" and preset.momentum is not None:
         reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")

@@ -52,8 +52,10 @@ class SubjectConfig:
     ] = None
     interpolation: Annotated[
         str,
-        Setting("Filter of the resize, bilinear or bicubic (DINO's and RoB's evaluation).", choices=INTERPOLATIONS),
-    ] = "bilinear"
+        Setting(
+            "Filter of the resize: bicubic as in DINO's and RoB's evaluation, or bilinear.", choices=INTERPOLATIONS
+        ),
+    ] = "bicubic"
     out: Out = None
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=128))
     device: Device = "auto"

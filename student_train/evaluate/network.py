@@ -49,7 +49,7 @@ class FrozenNetwork:
     source: str
     device: torch.device
     tokens: str | None = None
-    interpolation: str = "bilinear"
+    interpolation: str = "bicubic"
 
     @classmethod
     def pixels(cls, size: int, device: torch.device) -> "FrozenNetwork":
@@ -91,7 +91,7 @@ class FrozenNetwork:
     ) -> "FrozenNetwork":
         return cls(name, backbone, size, mean, std, hash_weights(backbone.state_dict()), device)
 
-    def of(self, tokens: str | None, interpolation: str = "bilinear") -> "FrozenNetwork":
+    def of(self, tokens: str | None, interpolation: str = "bicubic") -> "FrozenNetwork":
         """The same weights with other features (None: the same), of images that are resized by ``interpolation``.
 
         MisuseError: it is no ViT, or one of too few blocks.
@@ -104,7 +104,7 @@ class FrozenNetwork:
 
     @property
     def unusual(self) -> dict[str, str]:
-        """The features and the interpolation, where they are not the usual ones."""
+        """The features and the interpolation, where they are not what older results, which do not name them, have."""
         found = {"pooling": self.tokens} if self.tokens else {}
         return found if self.interpolation == "bilinear" else {**found, "interpolation": self.interpolation}
 

@@ -50,6 +50,10 @@ class Objective(nn.Module):
     """Whether it has no other."""
     target_views: ClassVar[int] = 2
     """Of an image in a step."""
+    global_views: ClassVar[int | None] = None
+    """Of the student, against a frozen teacher's targets; None: as many as there are targets."""
+    patch_drop: ClassVar[float | None] = None
+    """Share of the patches of a ViT's global crops that its training leaves out."""
     published: ClassVar[CopySettings | None] = None
     """Training without a teacher; None: it needs one."""
     beside_teacher: ClassVar[CopySettings | None] = None

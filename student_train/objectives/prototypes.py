@@ -5,7 +5,8 @@
 
 with t and s the teacher's and the student's logits. The methods differ in their heads, in the centre c (``centre``), and in
 the weight m of the mean entropy; an objective's class attributes are what its paper has, and the configuration may
-override each. What RoB (2301.09451) released has c = 0 and m = 0, Sinkhorn for SwAV alone, and pairing "same" with local crops:
+override each. With a frozen teacher c and m are what RoB (2301.09451) released, c = 0 and m = 0 and Sinkhorn for SwAV alone;
+without one they are the method's own (``sinkhorn_alone``, ``mean_entropy_alone``). RoB's pairing is "same" with local crops:
 
 =====  ===============================  =======  ====================================================================
        q                                targets  student's head, fresh
@@ -16,7 +17,8 @@ msn    softmax(t / .025)                2        "mlp", or MSN's
 ibot   softmax(t / .07), class token    2        iBOT's, or "mlp"
 =====  ===============================  =======  ====================================================================
 
-The presets ``rob-dino``, ``rob-swav`` ... set all of it; the settings of this package are the methods' own where they are not.
+The presets ``rob-dino``, ``rob-swav`` ... set all of it; heads and pairing are otherwise those that did best in
+``benchmarks/ablation.py``.
 """
 
 # What its base may lack, it always has.
@@ -73,6 +75,9 @@ class PrototypeObjective(Objective):
     student_temp: float = 0.1
     sinkhorn = "none"
     mean_entropy = 0.0
+    sinkhorn_alone: ClassVar[str] = "none"
+    mean_entropy_alone: ClassVar[float] = 0.0
+    """The two before them where there is no teacher."""
 
     prototypes: Prototypes
     teacher_temp: float
@@ -93,11 +98,15 @@ class PrototypeObjective(Objective):
         self.teacher_temp, self.loss_impl = teacher_temp, config.loss_impl
         if config.student_temp is not None:
             self.student_temp = config.student_temp
+        if space.of_student:
+            self.sinkhorn, self.mean_entropy = self.sinkhorn_alone, self.mean_entropy_alone
         if config.mean_entropy is not None:
             self.mean_entropy = config.mean_entropy
         self.koleo = config.koleo or 0.0
         if config.sinkhorn is not None:
             self.sinkhorn = config.sinkhorn
+        elif config.queue is not None and self.sinkhorn_alone == "queue":
+            self.sinkhorn = "queue"  # who gives its length asks for it
         self._build_head(config, context.num_features, space)  # first: a queue's random rows must not move it
         self.centres = nn.ModuleList(self._centres(context))
 

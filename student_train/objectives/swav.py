@@ -3,13 +3,14 @@
     L = sum_{v,g} w[v,g] mean_b H( q[b,g], softmax(s[b,v] / tau_s) )
     q[:, g] = the rows of Sinkhorn(exp(t[:, g] / eps)) that belong to the batch, 3 rounds, prototypes first
 
-eps stands where others have a teacher temperature (SwAV's teachers: .05), tau_s is .1. Each target view's batch is balanced
-apart, with a queue of 3840 earlier rows of that view, in use once it is full (``main_swav.py``, which begins to fill it
-in epoch 15; so does a run without a teacher, while a frozen teacher's rows serve at once): a batch smaller than K cannot be
-spread evenly without. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before every step.
-
-RoB as released: eps .03, ``sinkhorn`` "batch" without a queue, the first view alone as the target of all crops; with
+eps stands where others have a teacher temperature (SwAV's teachers: .05, RoB .03), tau_s is .1. With a frozen teacher, as RoB
+released it, codes are of the batch alone, and one view is the target of all crops, of which two are global; with
 ``sinkhorn_iterations`` 0 the codes are softmax(t / eps), for teachers that SwAV did not train.
+
+Without a teacher, as ``main_swav.py``: each target view's batch is balanced apart, with a queue of 3840 earlier rows of that
+view, which begins to fill in epoch 15 and is in use once it is full (``sinkhorn`` "queue"): a batch smaller than K cannot be
+spread evenly without. A frozen teacher's rows serve at once. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
+every step.
 """
 
 import torch
@@ -30,7 +31,9 @@ class SwavObjective(PrototypeObjective, name="swav"):
     weight_norm = False
     unit_prototypes = True
     sinkhorn_by_view = True
-    sinkhorn = "queue"
+    sinkhorn = "batch"
+    sinkhorn_alone = "queue"
+    target_views, global_views = 1, 2
     published = CopySettings(
         prototypes=3000, copy_momentum=None, teacher_temp=0.05, queue_from_epoch=15, freeze_prototypes=1
     )

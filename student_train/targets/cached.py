@@ -14,6 +14,7 @@ from ...common.settings import check
 from ...common.store.encodings import Encoding
 from ...common.store.prefetch import TargetPrefetcher, window_blocks
 from ...common.store.reader import TargetStore
+from ...common.tokens import is_dinov3
 from ...common.views.batch import Batch
 from ...common.views.recipes import Recipe
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
@@ -73,6 +74,11 @@ class CachedTargets(TargetBranch):
         self.store = TargetStore.open(config.path)
         self.store.check(data_fingerprint=run.data.manifest.fingerprint)
         manifest = self.store.manifest
+        if manifest.pooling is None and manifest.head in ("none", "fitted") and is_dinov3(manifest.teacher):
+            raise MisuseError(
+                f"{config.path} holds the mean of {manifest.teacher}'s patch tokens, as rob cached DINOv3 before it took the "
+                "class token: cache the targets again"
+            )
         self.recipe = config.as_drawn(Recipe.from_dict(manifest.recipe))
         self.seed, self.views, self.geometry = manifest.seed, len(manifest.view_ids), manifest.geometry
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, config.window_mib))

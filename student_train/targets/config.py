@@ -34,7 +34,7 @@ BesideTeacher = Annotated[
     Setting(
         "disco, as published: InfoNCE's keys come from a momentum copy of the student beside the teacher. Without it they "
         "are the teacher's, which costs no second forward pass. The copy is exported too.",
-        option="--with-copy",
+        option="--with-copy/--without-copy",
     ),
 ]
 WarmupTeacherTempEpochs = Annotated[
@@ -51,8 +51,8 @@ SplitBatchnorm = Annotated[
     Setting(
         "With moco and --targets momentum, or disco --with-copy: BatchNorm sees the batch in so many parts (8 for MoCo-v2's "
         "256 images on 8 GPUs), and the keys' parts are of shuffled images, so that a batch's statistics tell no image's key. "
-        "A loss that falls fast while k-NN does not rise wants it. Default: the whole batch, unshuffled.",
-        low=2,
+        "A loss that falls fast while k-NN does not rise wants it. 1, the default: the whole batch, unshuffled.",
+        low=1,
     ),
 ]
 

@@ -87,11 +87,12 @@ class Momentum:
         """The published values with those that are given."""
         usual = published(objective)
         warmup = self.warmup_teacher_temp_epochs
+        parts = None if self.split_batchnorm == 1 else self.split_batchnorm
         given = {
             "prototypes": self.prototypes,
             "copy_momentum": self.copy_momentum,
             "warmup_teacher_temp_epochs": warmup or None,
-            "split_batchnorm": self.split_batchnorm,
+            "split_batchnorm": parts,
         }
         for option, reason in unread_options(objective).items():
             if given[option] is not None:
@@ -100,7 +101,7 @@ class Momentum:
             usual if self.copy_momentum is None else usual.with_momentum(self.copy_momentum),
             prototypes=self.prototypes or usual.prototypes,
             warmup_teacher_temp_epochs=usual.warmup_teacher_temp_epochs if warmup is None else warmup,
-            split_batchnorm=self.split_batchnorm,
+            split_batchnorm=parts,
         )
 
 
@@ -123,6 +124,7 @@ class MomentumTargets(TargetBranch):
             has_embedding=True,
             teacher_temp=self.settings.teacher_temp,
             usual_centre=self.settings.centre,
+            of_student=True,
         )
         self.freeze_prototypes = self.settings.freeze_prototypes
         self.description = {"kind": self.kind, "seed": self.seed, **asdict(self.settings)}
@@ -234,10 +236,12 @@ def move_towards(slow: Sequence[Tensor], fast: Sequence[Tensor], momentum: float
 def shuffled_parts(model: StudentWithHead, parts: int) -> int:
     """``parts``. MisuseError: the student cannot see its batches in so many."""
     if not any(isinstance(layer, _BatchNorm) for layer in model.backbone.modules()):
-        raise MisuseError("`split_batchnorm` is for a student with BatchNorm, and this one has none: leave it out")
+        raise MisuseError(
+            "`split_batchnorm` is for a student with BatchNorm, and this one has none: leave it out, or 1"
+        )
     if current_ranks().world_size > 1:
         raise MisuseError(
-            "`split_batchnorm` shuffles the keys within one process, and there are several ranks: leave it out"
+            "`split_batchnorm` shuffles the keys within one process, and there are several ranks: leave it out, or 1"
         )
     if model.parts > parts:
         raise MisuseError(

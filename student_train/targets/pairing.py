@@ -46,7 +46,10 @@ def choose_pairing(
         num_local = 0 if pairing == "same" else recipe.num_local
     global_weight = recipe.global_weight if choice.global_weight is None and num_local else choice.global_weight
     step_targets = choice.step_targets or min(usual_targets, views)
-    chosen = PairingConfig(pairing, step_targets, num_local, fresh is not False, global_weight, choice.step_globals)
+    step_globals = choice.step_globals
+    if step_globals is None and not from_student and step_targets < (paper.global_views or 0):
+        step_globals = paper.global_views
+    chosen = PairingConfig(pairing, step_targets, num_local, fresh is not False, global_weight, step_globals)
     return check_pairing(objective, chosen)
 
 

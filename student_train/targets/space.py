@@ -13,7 +13,8 @@ class TargetSpace:
     ``has_all_logits`` for one of the top k alone, which serves temperatures within its ``ladder``. Where known:
     ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
     ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off. ``has_copy``: the
-    targets of a copy of the student come beside these (``PairTarget``).
+    targets of a copy of the student come beside these (``PairTarget``). ``of_student``: there is no teacher, these are the
+    student's own or its copy's.
     """
 
     dim: int
@@ -28,3 +29,4 @@ class TargetSpace:
     ladder: tuple[float, ...] | None = None
     usual_centre: str = "none"
     has_copy: bool = False
+    of_student: bool = False

@@ -58,7 +58,7 @@ class WithCopy:
             raise MisuseError(
                 f"`with_copy`: `objective` {objective} has no use for a copy beside its teacher, it is for {able}: leave it out"
             )
-        usual = replace(usual, split_batchnorm=self.split_batchnorm)
+        usual = replace(usual, split_batchnorm=None if self.split_batchnorm == 1 else self.split_batchnorm)
         return usual if self.copy_momentum is None else usual.with_momentum(self.copy_momentum)
 
 

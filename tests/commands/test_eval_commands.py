@@ -95,7 +95,7 @@ def test_features_are_shared_by_the_tasks(rob, data, run_folder, monkeypatch):
     outcome = rob("eval", "linear", run_folder, data.train, "--test", data.test, "--epochs", 20, *FAST)
     assert outcome.code == 0, outcome.err
     linear = result(run_folder, "linear")
-    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (36, 4, 20)
+    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (40, 4, 20)
     assert len(linear["sweep"]) == 20
     assert linear["top1"] > 80
     assert linear["chosen"]["validation_top1"] == max(setting["validation_top1"] for setting in linear["sweep"])
@@ -111,7 +111,7 @@ def test_features_are_shared_by_the_tasks(rob, data, run_folder, monkeypatch):
 def test_without_a_test_set_a_fifth_is_held_out(rob, data, run_folder):
     assert rob("eval", "linear", run_folder, data.train, "--epochs", 5, "--lr", 0.1, *FAST).code == 0
     linear = result(run_folder, "linear")
-    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (28, 4, 8)
+    assert (linear["num_train"], linear["num_validation"], linear["num_test"]) == (32, 4, 8)
     assert linear["test"].startswith("a fifth of")
     assert len(linear["sweep"]) == 4
 
@@ -135,7 +135,7 @@ def test_augmented_linear_learns_and_resumes_to_the_same(rob, data, run_folder, 
     assert rob(*arguments).code == 130
     assert rob(*arguments, "--seed", 1).code == 2  # the checkpoint is of another seed
     assert rob(*arguments).code == 0
-    assert len(saved) == 8
+    assert len(saved) == 8 + 8  # and the refit
     assert result(run_folder, "linear-augment") == whole
 
 

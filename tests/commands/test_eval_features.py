@@ -51,12 +51,13 @@ def test_features_of_a_student(rob, made, vit, task) -> None:
     rest = (*SMALL_VIT, *(("--k", 3) if task == "knn" else ("--epochs", 2)))
     plain = rob("eval", task, vit, made.data, *rest)
     assert plain.code == 0, plain.err
-    assert re.search(r"bilinear to 32 px", plain.out)
-    assert not {"pooling", "interpolation"} & result(vit, task).keys()
+    assert re.search(r"bicubic to 32 px", plain.out)
+    assert result(vit, task)["interpolation"] == "bicubic"
+    assert "pooling" not in result(vit, task)
     for features, width in (("cls4", 4 * 192), ("cls+mean", 2 * 192), ("cls", 192)):
         outcome = rob("eval", task, vit, made.data, "--features", features, *rest)
         assert outcome.code == 0, outcome.err
-        assert f"vit_tiny_patch16_224, {features}, bilinear" in " ".join(outcome.out.split())
+        assert f"vit_tiny_patch16_224, {features}, bicubic" in " ".join(outcome.out.split())
         assert "an earlier result with other features is replaced" in " ".join(outcome.out.split())
         assert result(vit, task)["pooling"] == features
         assert any(rows.shape == (24, width) for rows in kept(vit))
@@ -178,7 +179,7 @@ def test_bicubic_targets(rob, made, tmp_path) -> None:
 
 
 def test_a_refit_on_crops_goes_on(rob, made, cnn, monkeypatch) -> None:
-    arguments = ("eval", "linear", cnn, made.data, "--augment", "--epochs", 3, "--batch-norm", "--refit", *FAST)
+    arguments = ("eval", "linear", cnn, made.data, "--augment", "--epochs", 3, "--batch-norm", *FAST)
     outcome = rob(*arguments)
     assert outcome.code == 0, outcome.err
     whole = result(cnn, "linear-augment")

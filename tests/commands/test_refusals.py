@@ -54,7 +54,7 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--objective", "moco", "--queue", 25), "--queue 25 is longer than the data set of 24 images"),
         (("--centre-targets", "calibrate"), "unknown centre targets 'calibrate': did you mean calibration"),
         (("--student", "test_vit", "--small-images", "--image-size", 30), "cannot take images of 30 x 30 px"),
-        (("--student", "test_convnext", "--small-images"), "no small-image form .* turn --small-images off"),
+        (("--student", "test_convnext", "--small-images"), "no small-image form .* or do without --small-images"),
         # options that contradict each other
         (("--teacher", TEACHER), "--teacher is for --targets online; the store .* leave --teacher out"),
         (("--checkpoint", "a.pth"), "--checkpoint is for --targets online"),

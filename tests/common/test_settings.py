@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from rob.common.config import Seed
-from rob.common.errors import MisuseError
+from rob.common.errors import MisuseError, unknown_name
 from rob.common.options import command, given, spelled
 from rob.common.settings import Setting, check, described
 
@@ -130,6 +130,12 @@ def test_errors_name_the_option_on_the_command_line_and_the_field_in_python():
 def test_every_setting_is_found_with_its_default():
     found = {what.name: what.default for what in described(Outer, Outer(4))}
     assert found == {"epochs": 4, "rates": (0.5, 1.0), "share": None, "keep": True, "engine": "fast", "size": 8}
+
+
+def test_an_unknown_name_offers_the_near_ones_or_all():
+    near = unknown_name("protocol", "usaul", ("usual", "msn"))
+    assert str(near) == "unknown protocol 'usaul': did you mean usual? (known: msn, usual)"
+    assert str(unknown_name("protocol", "foo", ("usual", "msn"))) == "unknown protocol 'foo' (known: msn, usual)"
 
 
 def test_a_seed_fits_every_generator():

@@ -27,6 +27,31 @@ def test_biases_norms_and_position_embeddings_are_not_decayed():
     assert not decay
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_all_may_decay_as_in_swavs_code(name):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    config = OptimiserConfig(name, lr=0.1, weight_decay=0.5, decay_all=True)
+    optimiser = build_optimiser(layer, config, batch_size=256)
+    (group,) = optimiser.param_groups
+    assert (len(group["params"]), group["weight_decay"]) == (4, 0.5)
+    norm, before = layer[1], layer[1].weight.detach().clone()
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    norm.weight.grad = torch.ones(4)
+    optimiser.step()
+    wanted = torch.ones(4) + 0.5 * before  # gradient and decay
+    # LARS's trust: .001 of the norm of the weights over that of the gradient and the decayed weights
+    trust = 0.001 * before.norm() / (torch.ones(4).norm() + 0.5 * before.norm()) if name == "lars" else 1.0
+    torch.testing.assert_close(norm.weight.detach(), before - 0.1 * trust * wanted)
+
+
+def test_a_warm_up_begins_where_it_is_asked_to():
+    optimiser, config = sgd_at(0.1, warmup_epochs=2, warmup_lr=0.02, min_lr=0.0)
+    schedule = Schedule(optimiser, config, steps_per_epoch=4, epochs=10)
+    assert [schedule.step(step) for step in (0, 4, 8)] == pytest.approx([0.02, 0.06, 0.1])
+
+
 def test_sgd_is_plain_momentum():
     torch.manual_seed(0)
     layer, twin = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)

@@ -39,12 +39,26 @@ def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
     for ours, usual, scales in (
         ("sslight-cnn", "dino-cnn", areas),
         ("sslight-vit", "dino-vit", set()),
-        ("sslight-swav-cnn", "swav-cnn", set()),  # the recipe swav has its baseline's scales
+        ("sslight-swav-cnn", "swav-cnn", {"interpolation"}),  # of its baseline, whose scales the recipe swav has
         ("sslight-moco-cnn", "moco-cnn", areas),
     ):
         ours, usual = PRESETS[ours].options(), PRESETS[usual].options()
         changed = {name for name in ours.keys() | usual.keys() if ours.get(name) != usual.get(name)}
         assert changed == {"recipe", "global_weight"} | scales
+
+
+def test_what_papers_set_beside_the_usual_options():
+    """DisCo's copy, MoCo's shuffled keys, MSN's dropped patches, its warm-up and its head's BatchNorm, SwAV's decay of all."""
+    assert {name for name, preset in PRESETS.items() if preset.with_copy} == {"disco"}
+    assert PRESETS["moco-v2"].momentum.split_batchnorm == 8
+    assert PRESETS["msn-vit"].student.patch_drop == 0.15
+    assert PRESETS["msn-vit"].objective.norm_by_size
+    rising = {name for name, preset in PRESETS.items() if preset.optimiser.warmup_lr == 2e-4}
+    assert rising == {"msn-vit", "rob-msn"}
+    all_decay = {name for name, preset in PRESETS.items() if preset.optimiser.decay_all}
+    assert all_decay == {"moco-v2", "rob-swav", "rob-swav-teacher-prototypes"}
+    assert {PRESETS[name].drawn().interpolation for name in ("swav-cnn", "dino-cnn", "sslight-vit")} == {"bicubic"}
+    assert {get_recipe(name).interpolation for name in ("swav", "msn", "moco-v2", "rob-swav")} == {"bilinear"}
 
 
 def test_names_are_whole_in_a_narrow_terminal(tmp_path):

@@ -195,6 +195,8 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     (config,) = outcome.exception.args
     run = RunContext(Beton(config.data), torch.device("cpu"), seed=config.seed, objective=config.objective)
     branch = config.targets.open(run)
+    chosen = choose_pairing(config.objective.name, branch.recipe, branch.views, config.pairing, branch.from_student)
+    config = replace(config, pairing=chosen)
     assert paper.source in PRESETS[name].source
 
     o, decay = config.optimiser, config.optimiser.weight_decay

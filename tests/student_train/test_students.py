@@ -1,11 +1,14 @@
 """Students by name: shapes at every crop size, the small-image forms, and the description that rebuilds them."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from rob.common.errors import MisuseError
+from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.students import (
     StudentConfig,
     StudentInfo,
@@ -16,6 +19,7 @@ from rob.student_train.students import (
     describe_student,
     num_macs,
     num_parameters,
+    with_usual_patch_drop,
 )
 
 STUDENTS = [
@@ -128,3 +132,13 @@ def test_counts_agree_with_hand_counts():
     tokens, width, depth = 197, 192, 12
     blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)  # linear layers, then the products of attention
     assert num_macs(vit, 224) == blocks + 196 * width * 3 * 16 * 16
+
+
+def test_a_vit_drops_the_objectives_share_of_patches():
+    vit, cnn = StudentConfig("vit_tiny_patch16_224"), StudentConfig("resnet18")
+    assert with_usual_patch_drop(vit, 0.15).patch_drop == 0.15
+    asked = replace(vit, patch_drop=0.0)
+    assert with_usual_patch_drop(asked, 0.15) is asked
+    assert with_usual_patch_drop(vit, None) is vit
+    assert with_usual_patch_drop(cnn, 0.15) is cnn
+    assert {name for name, kind in OBJECTIVES.items() if kind.patch_drop} == {"msn"}

@@ -43,7 +43,7 @@ def by_hand(config: CacheConfig) -> Tensor:
                 config.recipe, config.seed, one(image_id), one(view_id), one(image.height), one(image.width)
             )
             top, left, height, width, flip = geometry[0].tolist()
-            view = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            view = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1)[None]
             pixels = pixels.flip(-1) if flip else pixels
             mean, std = torch.tensor(teacher.mean), torch.tensor(teacher.std)

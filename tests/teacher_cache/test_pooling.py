@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from rob.common.errors import MisuseError
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
+from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached
 from rob.teacher_cache import teachers
 from rob.teacher_cache.backbones import build_backbone
 from rob.teacher_cache.cache import cache_teacher
@@ -127,8 +129,21 @@ def test_a_store_of_the_mean_is_not_gone_on_with(data, dinov3, tmp_path, monkeyp
         verify(VerifyConfig(config.out, data.path, dinov3, device="cpu"))
     with pytest.raises(MisuseError, match=r"\(pooling is None in the store, not 'cls\+mean'"):
         cache_teacher(replace(config, teacher=replace(dinov3, teacher_features="cls+mean")))
+    with pytest.raises(
+        MisuseError, match=r"old\.zarr holds the mean of dinov3_vits16's patch tokens, .* cache the targets again"
+    ):
+        Cached(config.out).open(RunContext(data, torch.device("cpu")))
     assert tiny.contents(tmp_path) == files
     assert TargetStore.open(config.out).manifest.pooling is None
+
+
+def test_timms_own_dinov3_gives_the_class_token_too(dinov3, data, tmp_path) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    ours, timms = (load_teacher(replace(dinov3, name=name)) for name in ("dinov3_vits16", DINOV3))
+    torch.testing.assert_close(timms(images), ours(images))
+    assert (timms.pooling, timms.weights_hash) == ("cls", ours.weights_hash)
+    store = tiny.tiny_store(tmp_path / "new.zarr", data, replace(dinov3, name=DINOV3))
+    assert Cached(store.path).open(RunContext(data, torch.device("cpu"))).space.dim == ours.dim
 
 
 def test_features_that_a_teacher_does_not_have(headless, with_head, tmp_path) -> None:

@@ -101,7 +101,7 @@ def test_batch_norm_is_a_plain_double_loop():
 
 def test_a_refit_is_the_chosen_setting_trained_on_all():
     train, test = gaussian_classes(300, seed=1), gaussian_classes(1000, seed=2)
-    before, after = linear(train, test, QUICK), linear(train, test, replace(QUICK, refit=True))
+    before, after = linear(train, test, replace(QUICK, refit=False)), linear(train, test, QUICK)
     assert (after.sweep, after.chosen) == (before.sweep, before.chosen)
     assert (before.num_train, after.num_train, after.num_validation) == (270, 300, 30)
     chosen = (before.chosen.learning_rate,), (before.chosen.weight_decay,)
@@ -129,7 +129,7 @@ def test_the_sweep_chooses_by_validation_and_tests_that_head():
     result = linear(train, test, replace(QUICK, learning_rates=(100.0, 0.03), weight_decays=(0.0, 100.0)))
     assert (result.chosen.learning_rate, result.chosen.weight_decay) == (0.03, 0.0)
     assert result.chosen.validation_top1 == max(setting.validation_top1 for setting in result.sweep)
-    assert (result.num_train, result.num_validation, result.num_test) == (540, 60, 1000)
+    assert (result.num_train, result.num_validation, result.num_test) == (600, 60, 1000)
     assert 40 < result.top1 < result.top5 < 100
     assert result.to_json()["chosen"]["learning_rate"] == 0.03
     assert linear(train, test, replace(QUICK, learning_rates=(0.03,), weight_decays=(0.0,))).top1 == result.top1

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -282,6 +283,23 @@ def test_a_student_that_says_what_the_teacher_says_has_the_least_loss_with_its_h
     torch.testing.assert_close(loss, torch.special.entr(q).sum(-1).mean())
 
 
+# ==== with a teacher, and without ====
+
+
+def test_with_a_teacher_as_rob_released_it_and_alone_as_the_method_is():
+    found = {}
+    for name, of_student in product(("dino", "ibot", "swav", "msn"), (False, True)):
+        objective = build_objective(ObjectiveConfig(name, **SMALL), FEATURES, replace(SPACE, of_student=of_student))
+        found[name, of_student] = (objective.sinkhorn, objective.mean_entropy)
+    plain = {(name, False): ("none", 0.0) for name in ("dino", "ibot", "msn")} | {("swav", False): ("batch", 0.0)}
+    own = {("dino", True): ("none", 0.0), ("ibot", True): ("none", 0.0)}
+    assert found == plain | own | {("swav", True): ("queue", 0.0), ("msn", True): ("batch", 1.0)}
+    asked = ObjectiveConfig("swav", queue=10, **SMALL)  # who gives its length asks for it
+    assert build_objective(asked, FEATURES, SPACE, num_images=800).centres[0].queue is not None
+    asked = ObjectiveConfig("msn", sinkhorn="none", mean_entropy=0.5, **SMALL)
+    assert build_objective(asked, FEATURES, replace(SPACE, of_student=True)).mean_entropy == 0.5
+
+
 # ==== queues ====
 
 
@@ -289,7 +307,8 @@ def test_a_default_queue_suits_the_data_set():
     for num_images, rows in ((None, 65536), (10_000_000, 65536), (50_000, 6250), (5, 1)):
         objective = build_objective(ObjectiveConfig("moco", **SMALL), FEATURES, SPACE, num_images=num_images)
         assert objective.queue.rows.shape == (rows, DIM)
-    swav = build_objective(ObjectiveConfig("swav", **SMALL), FEATURES, SPACE, target_views=3, num_images=50_000)
+    alone = replace(SPACE, of_student=True)
+    swav = build_objective(ObjectiveConfig("swav", **SMALL), FEATURES, alone, target_views=3, num_images=50_000)
     assert [len(centre.queue.rows) for centre in swav.centres] == [3840] * 3
 
 

@@ -54,8 +54,9 @@ CASES: list[tuple[str, dict, tuple[str, ...]]] = [
     ("dino", {"sinkhorn": "batch", "koleo": 0.1}, ALL_LOGITS),
     ("ibot", {}, (*ALL_LOGITS, "topk")),
     ("swav", {}, ALL_LOGITS),
-    ("msn", {}, ALL_LOGITS),
-    ("msn", {"sinkhorn": "none"}, (*ALL_LOGITS, "topk")),
+    ("swav", {"sinkhorn": "queue"}, ALL_LOGITS),
+    ("msn", {"sinkhorn": "batch", "mean_entropy": 1.0}, ALL_LOGITS),
+    ("msn", {}, (*ALL_LOGITS, "topk")),
 ]
 
 

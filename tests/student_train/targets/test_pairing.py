@@ -1,5 +1,7 @@
 """Which views meet: the plan of every epoch, its weights, and the combinations that leave nothing to learn from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -177,7 +179,8 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("embedding", dino, views=4) == PairingConfig("same", 2, 0)
     assert choose_pairing("dino", dino, views=4) == PairingConfig("cross", 2, dino.num_local)
     assert choose_pairing("disco", dino, views=4) == PairingConfig("same", 2, 0)
-    assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 1, dino.num_local)
+    assert choose_pairing("msn", dino, views=4) == PairingConfig("cross", 2, dino.num_local)
+    assert choose_pairing("seed", dino, views=4) == PairingConfig("same", 1, 0)
     assert (
         choose_pairing("msn", dino, 4, PairingChoice(fresh=False)).step_targets == 2
     )  # else no global crop would meet a target
@@ -188,6 +191,21 @@ def test_defaults_are_the_objectives_papers():
     assert choose_pairing("dino", sslight, 4, PairingChoice(num_local=0)).global_weight is None
     chosen = choose_pairing("dino", dino, 4, PairingChoice("cross", step_targets=3, num_local=0, fresh=False))
     assert chosen == PairingConfig("cross", 3, 0, fresh=False)
+
+
+def test_swav_has_one_target_of_a_teacher_for_two_global_crops():
+    swav = get_recipe("swav")
+    assert choose_pairing("swav", swav, 4) == PairingConfig("cross", 1, 6, step_globals=2)
+    assert choose_pairing("swav", swav, 4, PairingChoice("same", num_local=4)) == PairingConfig(
+        "same", 1, 4, step_globals=2
+    )
+    assert choose_pairing("swav", swav, 4, PairingChoice(step_globals=1)) == PairingConfig(
+        "cross", 1, 6, step_globals=1
+    )
+    two = PairingConfig("cross", 2, 6)
+    assert choose_pairing("swav", swav, 4, PairingChoice(step_targets=2)) == two
+    assert choose_pairing("swav", swav, 4, from_student=True) == replace(two, fresh=False)
+    assert choose_pairing("msn", get_recipe("msn"), 4) == PairingConfig("cross", 2, 10)
 
 
 def test_disco_is_of_the_same_views():

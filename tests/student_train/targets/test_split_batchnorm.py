@@ -18,6 +18,7 @@ from rob.student_train.students import StudentConfig, build_student
 from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.momentum import Momentum, MomentumTargets
 from rob.student_train.targets.pairing import PairingConfig
+from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import train_student
 from rob.student_train.train_config import TrainConfig
 from support.tiny import tiny_beton
@@ -87,8 +88,10 @@ def test_the_student_keeps_its_activations_unless_it_accumulates():
 def test_what_cannot_be_split_is_refused(monkeypatch):
     with pytest.raises(MisuseError, match="`split_batchnorm`: `objective` dino shuffles no keys, leave it out"):
         Momentum(split_batchnorm=8).settings("dino")
-    with pytest.raises(MisuseError, match="`split_batchnorm` is 1, expected at least 2"):
-        Momentum(split_batchnorm=1)
+    with pytest.raises(MisuseError, match="`split_batchnorm` is 0, expected at least 1"):
+        Momentum(split_batchnorm=0)
+    assert Momentum(split_batchnorm=1).settings("moco") == Momentum().settings("moco")  # a preset's 8 can be given up
+    assert WithCopy(Momentum(), split_batchnorm=1).settings("disco").split_batchnorm is None
     with pytest.raises(MisuseError, match="`split_batchnorm` is for a student with BatchNorm, and this one has none"):
         branch_of(4, replace(CNN, name="test_vit"))
     with pytest.raises(MisuseError, match="`split_batchnorm` 2 makes larger parts than `accumulate` 4: use 4 for both"):

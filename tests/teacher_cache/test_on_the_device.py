@@ -1,0 +1,67 @@
+"""What stage 1 leaves to the teacher's device. There is no GPU here: where the work is handed to is watched."""
+
+import numpy as np
+import pytest
+import torch
+
+from rob.common.images.beton import Beton
+from rob.common.views.recipes import get_recipe
+from rob.teacher_cache import cache, fitted
+from rob.teacher_cache.cache import CacheConfig, cache_teacher
+from rob.teacher_cache.fitted import statistics_of
+from rob.teacher_cache.teachers import TeacherConfig, load_teacher
+from support import tiny
+
+
+def test_statistics_of_a_chunk():
+    embedding, logits = torch.randn(4, 2, 3), torch.randn(4, 2, 5)
+    found = statistics_of(embedding, logits)
+    np.testing.assert_array_equal(found["embedding_sum"], embedding.double().sum((0, 1)).numpy())
+    assert found["usage"].tolist() == [int((logits.argmax(2) == k).sum()) for k in range(5)]
+    assert statistics_of(embedding, None).keys() == {"embedding_sum"}
+
+
+def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: TeacherConfig, tmp_path, monkeypatch):
+    """The very tensors of the teacher reach the encoder: no copy of all logits was made on the way."""
+    left, reached, threads = [], [], []
+    chunks, encode = cache._chunks, cache.encode
+
+    def watched_chunks(*arguments):
+        for embedding, logits in chunks(*arguments):
+            left.append(logits.data_ptr())
+            yield embedding, logits
+
+    def watched_encode(encoding, embedding, logits=None):
+        reached.append(logits.data_ptr())
+        return encode(encoding, embedding, logits)
+
+    monkeypatch.setattr(cache, "_chunks", watched_chunks)
+    monkeypatch.setattr(cache, "encode", watched_encode)
+    monkeypatch.setattr(cache, "_use_device", lambda device: threads.append(device))
+    cache_teacher(CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu"))
+    assert left == reached
+    assert threads == [torch.device("cpu")]
+
+
+def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        cache._use_device(device)
+    assert chosen == [torch.device("cuda", 3)]
+
+
+@pytest.mark.parametrize("encoding", ["embedding", "dense"])
+def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path, monkeypatch, encoding):
+    devices = []
+    fit = fitted.fit_prototypes
+    monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[-1]) or fit(*given))
+    tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=cache.Encoding(encoding))
+    assert devices == [torch.device("cpu")]
+
+
+def test_a_teacher_that_is_given_is_not_loaded(data, headless, tmp_path, monkeypatch):
+    teacher = load_teacher(headless)
+    monkeypatch.setattr(cache, "load_teacher", lambda config: pytest.fail("it was given"))
+    config = CacheConfig(data.path, tmp_path / "store.zarr", headless, get_recipe("weak"), 2, device="cpu")
+    assert cache_teacher(config, None, teacher).weights_hash == teacher.weights_hash
