@@ -75,8 +75,8 @@ def test_in_the_run_a_line_is_kept_and_the_run_is_what_it_would_have_been(config
         (5000, 1e-3, (1.0, 0.1), "Look at them with rob views"),
     ],
 )
-def test_worse_than_random_is_loud_and_names_what_helps(tmp_path, steps, rate, losses, remedy):
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"loss": {loss}}}\n' for loss in losses))
+def test_worse_than_random_is_loud_and_names_what_helps(tmp_path, monkeypatch, steps, rate, losses, remedy):
+    monkeypatch.setattr(module, "read_log", lambda run: [{"loss": loss} for loss in losses])
     (said,) = verdict(Outcome(True, 300, 23.9, 35.0, 47.0, 72.0), tmp_path, steps, 1000, rate, 1e-4)
     assert said.startswith("the student is NO BETTER THAN ITS RANDOM START (23.9 % against 35.0 %)")
     assert remedy in said
