@@ -4,7 +4,6 @@ With labels by k-NN, a fifth of each class held out; without, by how many of an 
 its own. Worse than random is no rarity: a network learns first what all targets have in common.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ...common.files import replacing
 from ...common.images.beton import Beton
 from ...common.look.neighbours import unit_vectors
+from ...common.records import sealed
 from ...common.store.codec import decode
 from ...common.store.reader import TargetStore
 from ...common.views.config import LoaderConfig
@@ -194,10 +194,10 @@ def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: flo
 def write_outcome(run: Path, outcome: Outcome) -> None:
     """``outcome.json`` of the run's folder."""
     with replacing(run / OUTCOME_NAME) as file:
-        file.write((json.dumps(outcome.to_json(), indent=2) + "\n").encode())
+        file.write(sealed(outcome.to_json(), indent=2))
 
 
 def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
-    with open(run / "knn.jsonl", "a") as file:
-        file.write(json.dumps({"epoch": epoch, "step": step, **outcome.to_json()}) + "\n")
+    with open(run / "knn.jsonl", "ab") as file:
+        file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))

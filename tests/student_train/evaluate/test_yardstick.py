@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from rob.common.records import read_record
 from rob.student_train.evaluate import yardstick as module
-from rob.student_train.evaluate.yardstick import Outcome, Yardstick, shared_neighbours, usable_labels, verdict
+from rob.student_train.evaluate.yardstick import (
+    Outcome,
+    Yardstick,
+    shared_neighbours,
+    usable_labels,
+    verdict,
+    write_outcome,
+)
 from rob.student_train.students import build_student
 from rob.student_train.targets.cached import Cached
 from rob.student_train.train import train_student
@@ -87,3 +95,9 @@ def test_a_teacher_no_better_than_pixels_is_told(tmp_path):
     (said,) = verdict(Outcome(True, 300, 78.0, 37.9, 78.7, 77.3), tmp_path, 5000, 1000, 1e-3, 1e-4)
     assert "no better than raw pixels" in said
     assert "larger `view_size`" in said
+
+
+def test_an_outcome_is_kept_with_its_checksum(tmp_path):
+    outcome = Outcome(True, 300, 60.0, 35.0, 47.0, None)
+    write_outcome(tmp_path, outcome)
+    assert read_record(tmp_path / "outcome.json", dict, "") == outcome.to_json()
