@@ -26,6 +26,7 @@ from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
+from .evaluate.yardstick import Yardstick, record
 from .kernels.choice import Measured, use_measured
 from .objectives import ObjectiveConfig
 from .plan import TrainPlan, plan_run
@@ -111,10 +112,6 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         raise MisuseError(
             f"`batch_size` {config.loader.batch_size} cannot be shared by {ranks.world_size} ranks: take a multiple"
         )
-    if data.num_images < config.loader.batch_size:
-        raise MisuseError(
-            f"`batch_size` {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
-        )
 
     # ==== how ====
     batch_size = config.loader.batch_size // ranks.world_size  # of this rank
@@ -163,6 +160,10 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.plan(plan)
     progress.step(step, total_steps)
 
+    yardstick = None
+    if config.knn_every and ranks.is_main and step < total_steps:
+        yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader)
+
     # ==== the loop ====
     try:
         while step < total_steps:
@@ -192,6 +193,13 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+            if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
+                found = yardstick.measure(trainer.model.backbone)
+                record(config.out, epoch + 1, step, found)
+                progress.note(
+                    f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
+                    f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
+                )
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
 

@@ -37,11 +37,13 @@ TEMPORARY = Encoding("embedding", dtype="float16")
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show: the plan before the first batch, then the rows done; both may be left out."""
+    """What a caller may show, each of which may be left out: the plan, the rows done, notes, and the batches that prototypes
+    were fitted to."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
     note: Callable[[str], None] = lambda text: None
+    fitting: Callable[[int, int], None] = lambda done, total: None
 
 
 def cache_teacher(
@@ -68,7 +70,7 @@ def cache_teacher(
     if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
         if config.prototypes:
-            with_prototypes(config.out, fitting, progress.note, device)
+            with_prototypes(config.out, fitting, progress.note, device, progress.fitting)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
@@ -76,7 +78,7 @@ def cache_teacher(
     if not _is_complete(config.out, manifest, "teacher_temp"):
         begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
-        source = with_prototypes(embeddings, fitting, progress.note, device)
+        source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting)
         progress.note(f"encoding {config.encoding.kind} targets")
         temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
         write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows, device)
