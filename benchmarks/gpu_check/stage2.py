@@ -37,15 +37,15 @@ def run(section: Section) -> None:
     def speed_of(student: str, size: int, loader: str, compiled: bool = False) -> float | None:
         words = f"{student} at {size} px, loader {loader}{', compiled' * compiled}"
         row = section.measure(words, lambda: _train(section, data, store, student, size, loader, compiled, words))
-        return row and row.get("images_per_second")
+        return row.get("images_per_second") if row else None
 
     speeds = {loader: speed_of(name, size, loader) for loader in (("gpu", "ffcv") if _cuda(section) else ("auto",))}
     if len(speeds) == 2 and all(speeds.values()):
         section.settings["loader"] = max(speeds, key=lambda name: speeds[name] or 0)
     section.attempt("stopped and resumed", lambda: _resume(section, data, store))
     loader = section.settings.get("loader", "auto")
-    for other in others:
-        speed_of(*other, loader)
+    for student, side in others:
+        speed_of(student, side, loader)
     if _cuda(section) and section.left() > COMPILING and (compiled := speed_of(name, size, loader, compiled=True)):
         section.settings["compile"] = compiled > WORTH_COMPILING * (speeds.get(loader) or 0)
     for row in section.rows:
