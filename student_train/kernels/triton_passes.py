@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 ROWS, WIDTH = 16, 128
 """Tile of `row_bounds`."""
@@ -26,6 +27,9 @@ SUMMED_ROWS, SUMMED_SLOTS = 32, 32
 
 COMBINED = 2048
 """Elements of an image's views that a program of `combine` holds."""
+
+COMBINED_WARPS = 8
+"""With 4, some compilers spill a register or two."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -244,11 +248,12 @@ def combine(
     blocks = triton.cdiv(d, block_d)
     losses = means.new_empty(n, blocks)
     dense = target_means is None
+    options = {} if knobs.runtime.interpret else dict(num_warps=COMBINED_WARPS)
     _combine[(n, blocks)](
         means, means[:, n * views :] if dense else target_means, sums, log_sums, z, weights,
         grad, meets, row_weights, mixed, losses,
         n, rows, parts, parts if dense else 1, d, views, targets, 1 / temp,
-        LN_2=LN_2, DENSE=dense, BLOCK_V=block_v, BLOCK_D=block_d,
+        LN_2=LN_2, DENSE=dense, BLOCK_V=block_v, BLOCK_D=block_d, **options,
     )  # fmt: skip
     return losses.sum(), grad, meets, row_weights, mixed
 

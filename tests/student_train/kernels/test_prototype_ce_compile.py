@@ -73,7 +73,7 @@ def variants(architecture: int) -> Iterator[Variant]:
         tile = dict(ROWS=passes.ROWS, WIDTH=passes.WIDTH)
         yield Variant("_row_bounds", dtype, dict(CAST=itemsize == 2, BOUND=True, OFFSET=True, **tile), 4, 3)
         blocks = dict(BLOCK_V=16, BLOCK_D=passes.COMBINED // 16)
-        yield Variant("_combine", dtype, dict(LN_2=0.69, DENSE=True, **blocks), 4, 3)
+        yield Variant("_combine", dtype, dict(LN_2=0.69, DENSE=True, **blocks), passes.COMBINED_WARPS, 3)
     yield Variant("_anchors", "fp32", dict(LINE=triton_passes.LINE), 4, 3)
     tile = dict(ROWS=triton_passes.SUMMED_ROWS, SLOTS=triton_passes.SUMMED_SLOTS)
     yield Variant("_row_sums", "fp32", dict(LIFT=0, **tile), 4, 3)
