@@ -57,7 +57,7 @@ def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
 def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path, monkeypatch, encoding):
     devices = []
     fit = fitted.fit_prototypes
-    monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[-1]) or fit(*given))
+    monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[3]) or fit(*given))
     tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=cache.Encoding(encoding))
     assert devices == [torch.device("cpu")]
 
