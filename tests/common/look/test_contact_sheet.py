@@ -174,7 +174,7 @@ def rob_views(data, tmp_path, monkeypatch, drawn):
 
     def run(*arguments: str) -> tuple[Recorder, np.ndarray]:
         png = tmp_path / "views.png"
-        words = ["rob", "views", str(png), "--data", str(data.path), "--images", "2", *arguments]
+        words = ["rob", "views", str(png), "--data", str(data.path), "--images", "2", "--overwrite", *arguments]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             main()

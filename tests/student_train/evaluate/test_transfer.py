@@ -170,7 +170,7 @@ def test_a_folder_of_classes_from_pixels_to_result(tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code
-        assert re.search(r"linear │ +100\.00 .* 22 │ +8 │", capsys.readouterr().out)
+        assert re.search(r"linear │ +100\.00 .* 24 │ +8 │", capsys.readouterr().out)
         monkeypatch.setattr("rob.student_train.evaluate.transfer.pack", lambda *_: pytest.fail("packed again"))
     result = json.loads((run / "eval" / "transfer-folder.json").read_text())
     assert result["top1"] == result["knn"]["top1"] == 100
