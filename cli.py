@@ -23,7 +23,7 @@ from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
-from rob.student_train.commands.export import export_teacher
+from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -150,6 +150,7 @@ for function in (pack, views, inspect):
     app.command()(command(function))
 app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
+app.command()(command(export))
 app.command("export-teacher")(command(export_teacher))
 for function in (teachers, verify, check, sweep, compare, demo, bench):
     app.command()(command(function))

@@ -10,10 +10,9 @@ from PIL import Image
 from torch import nn
 
 from rob import cli
-from rob.common import screen
+from rob.common import screen, timing
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
-from rob.student_train.evaluate import compare
 from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
 from rob.student_train.evaluate.results import read_results, write_result
 from rob.student_train.students import StudentConfig, build_student, describe_student
@@ -22,8 +21,8 @@ from support.training import log_line
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(compare, "MIN_FORWARDS", 2)
-    monkeypatch.setattr(compare, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "MIN_CALLS", 2)
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 def make_run(folder: Path, name: str, size: int) -> Path:
