@@ -22,9 +22,11 @@ from rob.common.signals import end_with_parent
 from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
+from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.preset import PresetCommand
+from rob.student_train.commands.push import push
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
 from rob.teacher_cache.commands import cache_teacher, teachers, verify
@@ -72,6 +74,13 @@ def views_of_preset(name: str) -> "tuple[str, RecipeOverrides, int]":
 
     preset = get_preset(name)
     return preset.recipe, preset.areas, preset.views
+
+
+def teacher_licence(name: str) -> str | None:
+    """Of a published teacher's weights; None: it is not known here."""
+    from rob.teacher_cache.registry import teacher_table
+
+    return next((row["licence"] for row in teacher_table() if row["name"] == name), None)
 
 
 def demo(
@@ -150,7 +159,9 @@ for function in (pack, views, inspect):
     app.command()(command(function))
 app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
 app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
+app.command()(command(embed, load_teacher=load_teacher))
 app.command()(command(export))
+app.command()(command(push, teacher_licence=teacher_licence))
 app.command("export-teacher")(command(export_teacher))
 for function in (teachers, verify, check, sweep, compare, demo, bench):
     app.command()(command(function))

@@ -1,6 +1,6 @@
 """``rob export`` and ``rob export-teacher``."""
 
-from ...common.screen import Cell, accuracies, bar, note
+from ...common.screen import accuracies, bar, note
 from ..export.config import ExportConfig
 from ..train_config import ExportTeacherConfig
 
@@ -19,9 +19,9 @@ def export(config: ExportConfig) -> None:
                 entry.file,
                 entry.bytes / 1e6,
                 entry.latency_ms,
-                _told(entry.agreement, "lowest_cosine"),
-                _told(entry.agreement, "knn"),
-                _told(entry.agreement, "knn_torch"),
+                entry.agreement and f"{entry.agreement.lowest_cosine:.6f}",
+                entry.agreement and entry.agreement.knn,
+                entry.agreement and entry.agreement.knn_torch,
             )
             for entry in files
         ],
@@ -32,11 +32,6 @@ def export(config: ExportConfig) -> None:
     for entry in files:
         shape = " x ".join(map(str, entry.input["shape"]))
         note(f"{entry.file}: {entry.input['form']} image ({shape}) -> features ({entry.output['shape'][-1]})")
-
-
-def _told(agreement: dict | None, name: str) -> Cell:
-    value = (agreement or {}).get(name)
-    return f"{value:.6f}" if name == "lowest_cosine" and value is not None else value
 
 
 def export_teacher(config: ExportTeacherConfig) -> None:

@@ -13,7 +13,9 @@ from torch import nn
 from ...common.errors import MisuseError
 from ...common.files import replacing
 from ...common.timing import median_ms
+from ...common.weights import hash_weights
 from ..checkpoint import load_student
+from ..export.exported_file import ExportedFile, read_exports
 from ..run_folder import read_log
 from ..students import num_macs, num_parameters
 from .results import read_results
@@ -37,13 +39,14 @@ class RunSummary:
     scores: Mapping[str, float]
     tested_on: Mapping[str, str]
     """Task -> what identifies its test images, where the result says it."""
-    exports: Mapping[str, tuple[float, float | None, float | None]]
-    """File -> its MB, its ms in its own runtime, and its k-NN top-1 in percent or else its lowest cosine; of these weights."""
+    exports: Mapping[str, ExportedFile]
+    """What rob export made of these weights, by the name of the file."""
 
 
 def summarise(run: Path) -> RunSummary:
     """Reads a run folder and measures its student. MisuseError: no student there, or a result that is no JSON."""
     backbone, info = load_student(run)
+    weights = hash_weights(backbone.state_dict())
     scores: dict[str, float] = {}
     tested_on: dict[str, str] = {}
     for task, result in read_results(run).items():
@@ -61,6 +64,7 @@ def summarise(run: Path) -> RunSummary:
         train_images_per_second=training_speed(run),
         scores=scores,
         tested_on=tested_on,
+        exports={name: entry for name, entry in read_exports(run).items() if entry.weights == weights},
     )
 
 

@@ -1,5 +1,6 @@
-"""What can be set of an export."""
+"""What can be set of an export, and of sending one to the Hub."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ NOT_HERE = {
 }
 """Formats that cannot be had beside rob, and why."""
 INPUTS = ("uint8", "unit", "normalised")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,29 @@ class ExportConfig:
         if self.int8 and not set(self.to) & set(WITH_INT8):
             raise MisuseError(
                 f"`int8` is for {' and '.join(WITH_INT8)}: add one of them with `to`, or leave `int8` out"
+            )
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Of which run, and where to."""
+
+    run: Annotated[Path, Setting("A run folder.", argument="RUN")]
+    name: Annotated[str, Setting("USER/MODEL, as the Hub has it.", argument="USER/MODEL")]
+    dry_run: Annotated[
+        bool, Setting("Write RUN/hub, which would be sent, and send nothing: no network.", option="--dry-run")
+    ] = False
+    private: Annotated[bool, Setting("A repository that only you see, where it is new.", option="--private")] = False
+    licence: Annotated[
+        str | None,
+        Setting(
+            "Of the model, as the Hub spells it: apache-2.0, cc-by-nc-4.0. Default: the card names the teacher's alone."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not REPOSITORY.fullmatch(self.name):
+            raise MisuseError(
+                f"the name {self.name!r} is none of the Hub: give USER/MODEL, of letters, digits, -, _ and ."
             )

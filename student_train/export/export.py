@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +216,8 @@ def _write_and_check(
         },
         output={"name": "features", "dtype": "float32", "shape": [kind.batch or "batch", torchs.shape[1]]},
         runtime=f"{kind.runtime} {versions(kind.runtime)[kind.runtime]}",
-        agreement=None if found is None else {**asdict(found), "data": sample.source},
+        agreement=found,
+        checked_on=sample.source,
         latency_ms=latency,
         int8_share=share,
         calibration_images=len(sample.calibration) if int8 else None,

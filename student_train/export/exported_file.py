@@ -8,6 +8,7 @@ from typing import Any
 from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.records import DamagedError, read_record, sealed, typed
+from .agreement import Agreement
 
 NAME = "export.json"
 
@@ -30,12 +31,18 @@ class ExportedFile:
     input: dict[str, Any]
     output: dict[str, Any]
     runtime: str
-    agreement: dict[str, Any] | None
-    """The fields of ``Agreement``, and what the images were."""
+    agreement: Agreement | None
+    checked_on: str
+    """The fingerprint of the packed images, or ``drawn pictures``."""
     latency_ms: float | None
     int8_share: float | None
     calibration_images: int | None
     versions: dict[str, str]
+
+    @property
+    def score(self) -> float | None:
+        """What ``min_agreement`` was held against, 1 at best."""
+        return self.agreement and self.agreement.score(self.precision == "int8")
 
 
 def read_exports(folder: Path) -> dict[str, ExportedFile]:
