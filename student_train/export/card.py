@@ -1,4 +1,4 @@
-"""The model card: what the network is, how and of what it was made, under which licence, and what was measured by which command."""
+"""The model card: what the network is, how it was made and from what, its licence, and what was measured by which command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ...common.errors import MisuseError
+from ...common.errors import MisuseError, unknown_name
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
 
@@ -75,7 +75,7 @@ class ExportConfig:
             if name in NOT_HERE:
                 raise MisuseError(f"`to` {name}: {NOT_HERE[name]}")
             if name not in FORMATS:
-                raise MisuseError(f"`to` {name}: unknown format, expected one of {', '.join(FORMATS)}")
+                raise unknown_name("format", name, FORMATS)
         check(self)
         if self.int8 and self.data is None:
             raise MisuseError("`int8` is calibrated on images: give `data`, packed by rob pack")

@@ -12,6 +12,9 @@ class WithInput(nn.Module):
     ``uint8``: (N, S, S, 3), RGB, 0..255. ``unit``: (N, 3, S, S) float32, 0..1. ``normalised``: the backbone's own input.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, form: str, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.backbone, self.form, self.size = backbone, form, size
@@ -27,11 +30,11 @@ class WithInput(nn.Module):
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """(N, S, S, 3) uint8 pixels as ``forward`` takes them."""
-        return prepare(pixels, self.form, self.mean / (255 if self.form == "uint8" else 1), self.std)
+        return prepare(pixels, self.form, self.mean, self.std)
 
 
 def prepare(pixels: Tensor, form: str, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, S, S, 3) uint8 pixels in one of the forms; mean, std: (3, 1, 1), in units of 1."""
+    """(N, S, S, 3) uint8 pixels in one of the forms; mean, std: (3, 1, 1), in units of 1, for ``normalised``."""
     if form == "uint8":
         return pixels.contiguous()
     unit = (pixels.permute(0, 3, 1, 2).float() / 255).contiguous()

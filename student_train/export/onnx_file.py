@@ -41,7 +41,7 @@ def write_onnx(graph: Graph, path: Path) -> None:
                 f"{graph.info.name} does not become ONNX of `opset` {graph.opset}: {reason[0]}"
             ) from error
         assert program is not None
-        model = onnxslim.slim(program.model_proto)
+        model: Any = onnxslim.slim(program.model_proto)
     found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if found.pop("ai.onnx", None) != graph.opset or found:
         raise FailureError(f"{graph.info.name} has operators that `opset` {graph.opset} lacks: use 20")
