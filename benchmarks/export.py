@@ -27,7 +27,7 @@ from rob.common.views.recipes import get_recipe
 from rob.student_train.checkpoint import load_student
 from rob.student_train.config import PairingChoice
 from rob.student_train.evaluate.compare import latency_ms
-from rob.student_train.export.config import WITH_INT8, ExportConfig
+from rob.student_train.export.config import CALIBRATIONS, WITH_INT8, ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.export.exported_file import ExportedFile
 from rob.student_train.objectives import ObjectiveConfig
@@ -106,15 +106,16 @@ def train(config: ExportBenchConfig, student: str, folder: Path, loader: LoaderC
 
 def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderConfig) -> Iterator[dict[str, Any]]:
     """The rows of one format: its float32 file, and its int8 file where it has one."""
-    for int8 in (False, True) if name in WITH_INT8 else (False,):
-        label = f"{name} int8" if int8 else name
+    for calibrate in (None, *CALIBRATIONS) if name in WITH_INT8 else (None,):
+        label = f"{name} int8, {calibrate}" if calibrate else name
         try:
             files = export(
                 ExportConfig(
                     folder,
                     (name,),
                     data=config.test,
-                    int8=int8,
+                    int8=calibrate is not None,
+                    calibrate=calibrate or CALIBRATIONS[0],
                     images=config.images,
                     calibration=CALIBRATION,
                     min_agreement=LEAST,
@@ -124,8 +125,6 @@ def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderC
             )
         except (MisuseError, FailureError) as error:
             yield {"file": label, "reason": str(error)}
-        except Exception as error:  # of a converter: any
-            yield {"file": label, "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"}
         else:
             yield {"file": label, **figures(files[-1])}
 
@@ -151,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1)
     given: dict[str, Any] = vars(parser.parse_args())
-    several = {name: tuple(given.pop(name)) for name in ("students", "to")}
+    several: dict[str, Any] = {name: tuple(given.pop(name)) for name in ("students", "to")}
     report = run(ExportBenchConfig(**given, **several))
     report.show()
     print(f"written to {report.write()}")

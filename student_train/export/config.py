@@ -12,11 +12,12 @@ from ...common.views.config import LoaderConfig
 FORMATS = ("onnx", "torch", "executorch", "coreml", "timm")
 WITH_INT8 = ("onnx",)
 NOT_HERE = {
-    "litert": "every litert-torch that pip finds wants an older torch than rob's: convert the ONNX file in an environment "
-    "of its own (onnx2tf)",
+    "litert": "litert-torch cannot be installed beside rob's torch and typing-extensions: convert the ONNX file in an "
+    "environment of its own",
 }
 """Formats that cannot be had beside rob, and why."""
 INPUTS = ("uint8", "unit", "normalised")
+CALIBRATIONS = ("minmax", "percentile")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -56,6 +57,14 @@ class ExportConfig:
     calibration: Annotated[
         int, Setting("Images of --data that int8 is calibrated on, others where there are.", low=1)
     ] = 256
+    calibrate: Annotated[
+        str,
+        Setting(
+            "How int8 finds the range of activations: minmax, or percentile, which leaves outliers out: try it where an "
+            "EfficientNet loses too much.",
+            choices=CALIBRATIONS,
+        ),
+    ] = "minmax"
     min_agreement: Annotated[
         float | None,
         Setting(

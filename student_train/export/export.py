@@ -20,7 +20,7 @@ from ...common.run import versions
 from ...common.timing import median_ms
 from ..checkpoint import load_student
 from ..evaluate.network import FrozenNetwork
-from ..students import StudentInfo, check_input_size
+from ..students import StudentInfo, check_input_size, create_student
 from .agreement import Agreement, agreement
 from .config import WITH_INT8, ExportConfig
 from .exported_file import ExportedFile, read_exports, write_exports
@@ -117,7 +117,7 @@ def _wanted(config: ExportConfig, folder: Path, stem: str) -> list[tuple[str, st
     wanted = []
     for name in dict.fromkeys(config.to):
         suffix = FORMATS[name].suffix
-        wanted.append((name, "float32", folder / (f"{stem}{suffix}" if suffix else name)))
+        wanted.append((name, FORMATS[name].precision, folder / (f"{stem}{suffix}" if suffix else name)))
         if config.int8 and name in WITH_INT8:
             wanted.append((name, "int8", folder / f"{stem}.int8{suffix}"))
     for _, _, path in wanted:
@@ -135,8 +135,12 @@ def _facts(info: StudentInfo, form: str, source: str) -> dict[str, object]:
 def _for_one_size(backbone: nn.Module, info: StudentInfo) -> nn.Module:
     """The same network for images of ``info.image_size`` alone: a ViT's position embedding is brought to it here, not on the
     device. In the memory layout that exporters expect."""
-    if hasattr(backbone, "dynamic_img_size") and hasattr(backbone, "set_input_size"):
+    if info.timm_kwargs.get("dynamic_img_size"):
         backbone.set_input_size(img_size=info.image_size)  # type: ignore[operator]
+        tensors = backbone.state_dict()
+        fixed = {**info.timm_kwargs, "img_size": info.image_size, "dynamic_img_size": False}
+        backbone = create_student(replace(info, timm_kwargs=fixed)).eval()
+        backbone.load_state_dict(tensors)
     return backbone.to(memory_format=torch.contiguous_format)
 
 
@@ -183,11 +187,16 @@ def _write_and_check(
     try:
         if int8:
             batches = [graph.network.prepare(pixels).numpy() for pixels in sample.calibration.split(BATCH)]
-            share = quantise(full, path, batches)
+            share = quantise(full, path, batches, config.calibrate)
         else:
             kind.write(graph, path)
+    except (MisuseError, FailureError, MemoryError):
+        raise
     except OSError as error:
         raise FailureError(f"cannot write {path.name}: {error.strerror or error}") from error
+    except Exception as error:  # converters have errors of their own, and long ones
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FailureError(f"{graph.info.name} does not become {path.name} by {kind.runtime}: {reason}") from error
     found = latency = None
     if kind.load is not None:
         runner = kind.load(path)

@@ -23,7 +23,7 @@ class ExportedFile:
     file: str
     format: str
     precision: str
-    """``float32`` or ``int8``."""
+    """``float32``, ``float16`` (Core ML) or ``int8``."""
     bytes: int
     student: str
     weights: str

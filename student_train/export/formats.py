@@ -24,6 +24,7 @@ class Format:
     extra: str
     write: Callable[[Graph, Path], None]
     load: Callable[[Path], Runner] | None
+    precision: str = "float32"
     only_input: str | None = None
     """The one input form that it has."""
     batch: int | None = None
@@ -56,6 +57,6 @@ FORMATS = {
     "executorch": Format(
         ".pte", "executorch", ("executorch",), "executorch", write_executorch, load_executorch, batch=1
     ),
-    "coreml": Format(".mlpackage", "coremltools", ("coremltools",), "coreml", write_coreml, None, batch=1),
+    "coreml": Format(".mlpackage", "coremltools", ("coremltools",), "coreml", write_coreml, None, "float16", batch=1),
     "timm": Format("", "timm", (), "", write_timm, load_timm, only_input="normalised"),
 }

@@ -1,6 +1,8 @@
 """8-bit ONNX: static quantisation in QDQ form, weights per channel, and a look at whether it took."""
 
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,20 @@ MIN_SHARE = 0.9
 LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
 
-def quantise(source: Path, out: Path, batches: Sequence[np.ndarray]) -> float:
+def quantise(source: Path, out: Path, batches: Sequence[np.ndarray], calibrate: str = "minmax") -> float:
     """Write ``out``, calibrated on ``batches`` of images in the file's input form; the share of weights that are 8-bit now.
 
-    Activations are unsigned: x86's and ARM's kernels of 8-bit products are fastest so. FailureError: too few weights took it.
+    Activations are unsigned: x86's kernels of 8-bit products are fastest so. Of a transformer only the layers are 8-bit, and not
+    the sums between them, whose outliers 8 bits do not hold (``benchmarks/README.md``). FailureError: too few weights took it.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Batches(CalibrationDataReader):
         def __init__(self) -> None:
@@ -30,7 +39,12 @@ def quantise(source: Path, out: Path, batches: Sequence[np.ndarray]) -> float:
             images = next(self.left, None)
             return None if images is None else {"image": images}
 
-    with quiet():
+    graph = onnx.load(source).graph
+    transformer = any(node.op_type == "LayerNormalization" for node in graph.node)
+    constants = {constant.name for constant in graph.initializer}
+    products = [node.name for node in graph.node if node.op_type in LAYERS and not constants & set(node.input)]
+    methods = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
+    with quiet(), redirect_stdout(io.StringIO()):
         quantize_static(
             str(source),
             str(out),
@@ -39,6 +53,9 @@ def quantise(source: Path, out: Path, batches: Sequence[np.ndarray]) -> float:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            op_types_to_quantize=list(LAYERS) if transformer else None,
+            nodes_to_exclude=products if transformer else None,
+            calibrate_method=methods[calibrate],
         )
     share = share_of_int8(onnx.load(out))
     if share < MIN_SHARE:

@@ -37,7 +37,8 @@ def load_executorch(path: Path) -> Runner:
 
 
 def write_coreml(graph: Graph, path: Path) -> None:
-    """An .mlpackage for iOS 16 on; where pixels come in, of an image as Core ML has them, not of an array."""
+    """An .mlpackage for iOS 16 on, in float16, which the Neural Engine computes in. Where ``uint8`` pixels come in, they are an
+    image as Core ML has them, not an array."""
     with quiet():
         import coremltools as ct  # type: ignore
 
