@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .student_train.export.export import export
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
+    from .student_train.plan import make_plan
     from .student_train.presets import preset
     from .student_train.students import StudentConfig
     from .student_train.targets.cached import Cached
@@ -71,6 +72,7 @@ _HOME = {
     "student_train.targets.online": ("Online",),
     "student_train.targets.with_copy": ("WithCopy",),
     "student_train.targets.pairing": ("PairingConfig",),
+    "student_train.plan": ("make_plan",),
     "student_train.presets": ("preset",),
     "student_train.train": ("train_student",),
     "student_train.train_config": ("TrainConfig",),
@@ -119,6 +121,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "lowshot",
+    "make_plan",
     "pack",
     "preset",
     "train_student",

@@ -6,17 +6,20 @@ Stages are imported inside the commands, so that --help is instant.
 import io
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
 from rob.common.config import Device
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
-from rob.common.options import command
-from rob.common.screen import accuracies, bar, console, note
+from rob.common.options import GroupedCommand, command
+from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
 from rob.common.signals import end_with_parent
 from rob.student_train.commands.check import check
@@ -27,6 +30,7 @@ from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
+from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
 from rob.teacher_cache.commands import cache_teacher, teachers, verify
@@ -101,6 +105,17 @@ def demo(
     note(f"written to {out}: summary.json, curve.png, student/student.safetensors")
 
 
+def at_once(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, behind a spinner until it shows something of its own: its libraries take seconds to load."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> None:
+        with waiting(f"rob {function.__name__.replace('_', '-')}: loading its libraries"):
+            function(*arguments, **options)
+
+    return run
+
+
 BENCHMARKS = {
     "pipeline": "PipelineConfig",
     "branches": "BranchesConfig",
@@ -125,7 +140,8 @@ def bench(
         raise unknown_name("benchmark", name, BENCHMARKS)
     module = import_module(f"rob.benchmarks.{name}")
     settings = getattr(module, BENCHMARKS[name])
-    report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
+    with waiting(f"measuring {name}: minutes, and the table comes at the end"):
+        report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
 
@@ -144,9 +160,24 @@ def gpu_check(config: GpuCheckConfig) -> None:
 
 # ==== the application ====
 
+WIDEST_HELP = 160
+"""Columns; it is as wide as the terminal up to here."""
+
+
+class InOrder(TyperGroup):
+    """Lists ``eval``, a group, where it is used, not behind all commands."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "eval"]
+        names.insert(names.index("train-student") + 1, "eval")
+        return names
+
+
 app = typer.Typer(
+    cls=InOrder,
     help="Tiny vision backbones without labels: run a teacher once, train many students from its cached targets.",
     no_args_is_help=True,
+    context_settings={"max_content_width": WIDEST_HELP},
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
@@ -155,18 +186,24 @@ evaluate = typer.Typer(
     help="Measure a student, a teacher or raw pixels. Features are extracted once and kept in the run's eval folder.",
     no_args_is_help=True,
 )
-for function in (pack, views, inspect):
-    app.command()(command(function))
-app.command("cache-teacher")(command(cache_teacher, views_of_preset=views_of_preset))
-app.command("train-student", cls=PresetCommand)(command(train_student, load_teacher=load_teacher))
-app.command()(command(embed, load_teacher=load_teacher))
-app.command()(command(export))
-app.command()(command(push, teacher_licence=teacher_licence))
-app.command("export-teacher")(command(export_teacher))
-for function in (teachers, verify, check, sweep, compare, demo, bench):
-    app.command()(command(function))
-app.command("gpu-check")(command(gpu_check))
+# In the order of the work, in which --help lists them.
+for function in (pack, views):
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command(cls=GroupedCommand)(command(at_once(teachers)))
+app.command("cache-teacher", cls=GroupedCommand)(command(at_once(cache_teacher), views_of_preset=views_of_preset))
+app.command(cls=GroupedCommand)(command(at_once(inspect)))
+app.command(cls=GroupedCommand)(command(at_once(students)))
+app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer):
-    evaluate.command()(command(function, load_teacher=load_teacher))
-evaluate.command()(command(detect))
+    evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
+evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
+for function in (compare, sweep):
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))
+app.command(cls=GroupedCommand)(command(at_once(export)))
+app.command(cls=GroupedCommand)(command(at_once(push), teacher_licence=teacher_licence))
+app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
+for function in (verify, check, demo, bench):
+    app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command("gpu-check", cls=GroupedCommand)(command(at_once(gpu_check)))

@@ -170,8 +170,7 @@ def do_all(config: AblationConfig, todo: list[Job], started: float) -> int:
 
     Processes are forked off a server that has imported everything and has not touched a GPU: they start in a moment.
     """
-    context = multiprocessing.get_context("spawn")
-    context.set_forkserver_preload(PRELOADED)
+    context = starting()
     waiting, running, failed = deque(todo), {}, 0
     try:
         while waiting or running:
@@ -192,6 +191,20 @@ def do_all(config: AblationConfig, todo: list[Job], started: float) -> int:
         for process, _ in running.values():
             process.terminate()
     return failed
+
+
+def starting() -> Any:
+    """How processes are started: from a server, or anew where what it imported has touched CUDA, which a fork then cannot use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    probe = context.Process(target=_refuse_bad_fork)
+    probe.start()
+    probe.join()
+    return multiprocessing.get_context("spawn") if probe.exitcode else context
+
+
+def _refuse_bad_fork() -> None:
+    sys.exit(torch.cuda._is_in_bad_fork())
 
 
 def one_run(config: AblationConfig, job: Job) -> None:

@@ -9,7 +9,7 @@ round, so that the machine's noise falls on all alike; the first round warms up 
 is not antialiased). The peers need not flip, ours do.
 
 Where there is a GPU, more rows: views made on it, against decoding alone, and the view kernel alone against a copy, counted in
-bytes read and written. Without one the report says so; these rows have not been run yet.
+bytes read and written. Without one the report says so; these rows have not been run yet (`rob gpu-check` is what ran).
 """
 
 import multiprocessing

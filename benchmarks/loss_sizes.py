@@ -24,10 +24,13 @@ Size = tuple[int, int]
 """Prototypes and dimensions."""
 
 SIZES: tuple[Size, ...] = (
-    (65536, 256), (65536, 384), (4096, 256), (65536, 2048), (262144, 256), (65536, 1024), (4096, 384), (4096, 2048),
-    (262144, 384), (4096, 1024), (262144, 1024), (262144, 2048),
+    (65536, 256), (4096, 256), (65536, 384), (262144, 256), (65536, 2048), (16384, 256), (65536, 1024), (4096, 384),
+    (262144, 384), (4096, 2048), (4096, 1024), (262144, 1024), (262144, 2048),
 )  # fmt: skip
 """The most wanted first: the time may end."""
+
+LIGER: tuple[Size, ...] = SIZES[:2]
+"""Sizes at which Liger is measured: by rows of 32, it takes ten times as long as all others together."""
 
 COMPILED: tuple[Size, ...] = ((65536, 256), (4096, 256))
 """Sizes at which torch.compile is tried: it takes its time to begin."""
@@ -69,7 +72,7 @@ def sides(work: Work, compiled: bool = False) -> dict[str, Loss]:
         found["triton"] = ours("triton")
     found["chunked"] = ours("chunked")
     found["eager"] = eager
-    if work.embedding.is_cuda and find_spec("liger_kernel"):
+    if work.embedding.is_cuda and tuple(work.prototypes.shape) in LIGER and find_spec("liger_kernel"):
         found["liger"] = liger(work)
     return {"torch.compile": torch.compile(eager, dynamic=False)} if compiled else found
 
@@ -218,7 +221,8 @@ def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device
     z, p = work.embedding.detach().flatten(0, 1).bfloat16(), work.prototypes.detach().bfloat16()
     (rows, d), k = z.shape, len(p)
     e = z.new_empty(rows, k)
-    log_sums = torch.zeros(rows, device=device)
+    sums, log_sums = torch.zeros(2, rows, device=device)
+    longest = torch.linalg.vector_norm(p, dim=1, dtype=torch.float32).max()
     logits_rows = max(64, min(rows, (64 << 20) // (4 * k)))
     logits = torch.randn(logits_rows, k, device=device)
     unit = 2 * rows * k * d
@@ -249,14 +253,17 @@ def measure_parts(size: Size = SIZES[0], images: int = 256, device: torch.device
         "cast of the prototypes": (lambda: work.prototypes.detach().bfloat16(), 0),
         "longest prototype": (lambda: torch.linalg.vector_norm(p, dim=1, dtype=torch.float32).max(), 0),
         "exponentials": (lambda: triton_kernels.exponentials(z, p, None, log_sums, 14.4, e), unit),
-        "fill, tiled": (lambda: Scores(p, None, 0.1, True).fill(z, e), unit),
-        "fill, library": (lambda: Scores(p, None, 0.1, False).fill(z, e), unit),
+        "fill, tiled": (lambda: Scores(p, longest, None, 0.1, True).fill(z, e, sums, log_sums), unit),
+        "fill, library": (lambda: Scores(p, None, None, 0.1, False).fill(z, e, sums, log_sums), unit),
         "logits by the library, one block, float32": (
             lambda: products.product(z[:logits_rows], p.T),
             unit * logits_rows // rows,
         ),
         "logits by the library, all, bfloat16": (lambda: torch.mm(z, p.T, out=e), unit),
-        "softmax_rows, one block": (lambda: triton_kernels.softmax_rows(logits, None, 1.0, e[:logits_rows]), 0),
+        "softmax_rows, one block": (
+            lambda: triton_kernels.softmax_rows(logits, None, 1.0, e[:logits_rows], sums, log_sums),
+            0,
+        ),
         "e^T R": (lambda: products.product(e.T, z), unit),
         "e P": (lambda: products.long_product(e, p), unit),
     }

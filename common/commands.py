@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from .config import RecipeName, Seed
+from .config import Overwrite, RecipeName, Seed
 from .errors import MisuseError
+from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images
 from .screen import bar, facts, note
@@ -12,10 +13,11 @@ from .settings import Setting
 from .views.recipes import RecipeOverrides, get_recipe
 
 
-def pack(config: PackConfig) -> None:
+def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     """Pack images into one .beton file."""
     from .images.pack import pack
 
+    refuse_existing(config.out, overwrite)
     with bar("packing", "images") as update:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
@@ -35,12 +37,15 @@ def inspect(
     data: Annotated[Path | None, Setting("With --sheet for a store: the .beton it was cached from.")] = None,
     recipe: RecipeName = "dino",
     images: Images = 6,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what a .beton or a target store holds."""
     from .look.config import SheetConfig
     from .look.contact_sheet import contact_sheet
     from .look.contents import inspect
 
+    if sheet is not None:
+        refuse_existing(sheet, overwrite)
     found = inspect(path)
     facts(found.title, found.rows)
     if sheet is None:
@@ -65,6 +70,7 @@ def views(
     recipe: RecipeName = "dino",
     images: Annotated[int, Setting("Images to draw, spread over the data set; at most 64.", low=1)] = 5,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw what a recipe does: crop boxes, crops, and how much paired views differ in scale.
 
@@ -74,6 +80,7 @@ def views(
     from .look.config import SheetConfig
     from .look.contact_sheet import contact_sheet
 
+    refuse_existing(out, overwrite)
     drawn = get_recipe(recipe, overrides)
     config = SheetConfig(data, out, images=images, spread=True, recipe=drawn, seed=seed, ratios=True)
     note(f"written to {contact_sheet(config)}")

@@ -15,6 +15,7 @@ Precision = Annotated[
         "losses with fp16 end with bf16."
     ),
 ]
+Overwrite = Annotated[bool, Setting("Replace what is there already.", option="--overwrite")]
 Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high=2**40)]
 
 TeacherName = Annotated[

@@ -13,8 +13,9 @@ from .files import replacing
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """``loss`` names the implementation by size ("65536x256": K by D); ``loader`` is auto or gpu; ``compile`` whether the student
-    is compiled. What is None, or not named, was not measured.
+    """``loss`` names the implementation by size ("65536x256": K by D); ``loader`` is gpu, or ffcv (older
+    files: auto) where the CPU's views are faster; ``compile`` whether the student is compiled. What is None, or not named, was
+    not measured.
     """
 
     loss: dict[str, str] = field(default_factory=dict)

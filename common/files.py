@@ -170,3 +170,9 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return next(differences(old, new), None)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """MisuseError: a file is there already, and nobody said that it may be replaced."""
+    if path.is_file() and not overwrite:
+        raise MisuseError(f"{path} is there already: pass `overwrite` to replace it, or give another name")

@@ -10,13 +10,16 @@ parameter with a setting is an option of its own.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from .errors import FailureError, MisuseError
 from .settings import Described, described, given_fields, is_configuration, setting_of, words_of
@@ -31,6 +34,7 @@ def command(function: Callable[..., None], **bound: Any) -> Callable[..., None]:
     options = {option.name: option for parameter in parameters for option in _options(parameter)}
 
     def run(**values: Any) -> None:
+        values = {name: at_home(value) for name, value in values.items()}
         try:
             arguments = {parameter.name: _argument(parameter, values) for parameter in parameters}
             function(**arguments, **bound)
@@ -41,6 +45,58 @@ def command(function: Callable[..., None], **bound: Any) -> Callable[..., None]:
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
     run.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
     return run
+
+
+MANY = 16
+"""Options of a command that are listed by groups."""
+GROUPS = {"Train": "Run", "Pairing": "Which views meet", "RecipeOverrides": "Views", "Loader": "Loading", "": "Targets"}
+"""What a group is called, where that is not the name of its configuration."""
+
+
+def group_of(owner: str) -> str:
+    """``ObjectiveConfig`` -> Objective."""
+    name = owner.removesuffix("Config").removesuffix("Choice")
+    return GROUPS.get(name, name)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose many options are listed by what they are of, and whose pairs of numbers may have a comma: ``0.5,1``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        pairs = {name for parameter in self.params if parameter.nargs == 2 for name in parameter.opts}
+        words: list[str] = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            if equals and name in pairs and "," in value:
+                words += [name, *value.split(",", 1)]
+            elif words and words[-1] in pairs and "," in word:
+                words += [part.strip() for part in word.split(",", 1)]
+            else:
+                words.append(word)
+        return super().parse_args(ctx, words)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        options = [p for p in self.get_params(ctx) if isinstance(p, TyperOption)]
+        if len(options) < MANY:
+            return super().format_options(ctx, formatter)
+        arguments = [p for p in self.get_params(ctx) if not isinstance(p, TyperOption)]
+        groups: dict[str, list[Any]] = {"Arguments": arguments}
+        for option in options:
+            groups.setdefault(option.rich_help_panel or "Targets", []).append(option)
+        for title, members in groups.items():
+            records = [record for member in members if (record := member.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def at_home(value: Any) -> Any:
+    """``~/data`` as the shell would have it, which leaves ``--out=~/data`` as it is: else a folder named ~ would be made."""
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def spelled(text: str) -> str:
@@ -84,7 +140,8 @@ def _option(what: Described) -> inspect.Parameter:
         SPELLING.setdefault(what.field, setting.argument)
     else:
         names = [setting.option] if setting.option else []
-        info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high)
+        panel = group_of(what.owner)
+        info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high, rich_help_panel=panel)
         SPELLING[what.field] = SPELLING[what.name] = "--" + what.name.replace("_", "-")
     empty = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty)

@@ -9,6 +9,7 @@ import json
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -107,14 +108,13 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     if origin is Annotated:
         return typed(arguments[0], value, name)
     if origin in (Union, types.UnionType):
-        for one in arguments:
-            try:
+        several = [one for one in arguments if one is not type(None)]
+        if value is None and len(several) < len(arguments):
+            return None
+        for one in several[:-1]:
+            with suppress(DamagedError):
                 return typed(one, value, name)
-            except DamagedError as error:
-                problem = error
-                if len(arguments) == 2 and type(None) in arguments and one is not type(None) and value is not None:
-                    raise
-        raise problem
+        return typed(several[-1], value, name)
     if origin is Literal:
         if value in arguments:
             return value

@@ -1,12 +1,15 @@
 """What the user sees: the console, notes, tables and a progress bar. Under torchrun rank 0 speaks for all."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 from rich.table import Table
 
 from .errors import printable
@@ -76,19 +79,58 @@ def bar(what: str, unit: str) -> Iterator[Update]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    _waiting.stop()
     with Progress(*columns, console=console, expand=True, disable=console.quiet) as progress:
-        task = progress.add_task(what, total=None, rate="")
-        first: list[tuple[int, float]] = []
+        task = progress.add_task(what, total=None, rate="", visible=False)
+        counted_from = last = (0, 0.0)
 
         def update(done: int, total: int, text: str | None = None) -> None:
-            now = progress.get_time()
-            first.append((done, now)) if not first else None
-            passed = now - first[0][1]
-            rate = f"{(done - first[0][0]) / passed:,.0f} {unit}/s" if passed > 0.5 else ""
-            progress.update(task, completed=done, total=total, rate=text or rate)
+            nonlocal counted_from, last
+            now = time.monotonic()
+            if not progress.tasks[0].visible or done < last[0]:  # the first, or another part that begins anew
+                counted_from = (done, now)
+            last = (done, now)
+            passed = now - counted_from[1]
+            rate = (done - counted_from[0]) / passed if passed > 0.5 else 0.0
+            said = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s" if rate else ""
+            progress.update(task, completed=done, total=total, rate=said if text is None else text, visible=True)
 
-        try:
-            yield update
-        finally:
-            if not first:  # what failed at once, or was done already, has no progress to show
-                progress.update(task, visible=False)
+        yield update
+
+
+class _Waiting:
+    """The spinner of ``waiting``, of which there is one at a time."""
+
+    live: Live | None = None
+
+    def start(self, text: str) -> None:
+        spinner = Spinner("dots", text)
+        if self.live is None:
+            self.live = Live(spinner, console=console, transient=True, refresh_per_second=8)
+            self.live.start(refresh=True)
+        else:
+            self.live.update(spinner, refresh=True)
+
+    def stop(self) -> None:
+        live, self.live = self.live, None
+        if live is not None:
+            live.stop()
+
+
+_waiting = _Waiting()
+
+
+def say_waiting(text: str) -> None:
+    """What is being waited for, beside a spinner on a terminal, until the next ``bar`` or the end of ``waiting``."""
+    if console.is_terminal and not console.quiet:
+        _waiting.start(text)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner that says so at once, and is gone at the end."""
+    say_waiting(text)
+    try:
+        yield
+    finally:
+        _waiting.stop()

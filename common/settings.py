@@ -52,6 +52,8 @@ class Described(NamedTuple):
     setting: Setting
     default: Any
     """``MISSING``: it has to be given."""
+    owner: str = ""
+    """The configuration that it is a field of."""
 
 
 def setting_of(annotation: Any) -> tuple[Any, Setting | None]:
@@ -111,7 +113,9 @@ def described(config: type, defaults: Any = None, instead: Words = MappingProxyT
         if is_configuration(kind):
             yield from described(kind, None if default is MISSING else default, words)
         elif setting is not None:
-            yield Described(field.name, option_name(field.name, setting), setting.kind or kind, setting, default)
+            yield Described(
+                field.name, option_name(field.name, setting), setting.kind or kind, setting, default, config.__name__
+            )
 
 
 def given_fields(

@@ -4,13 +4,17 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+DONE = b"\0"
+SHOW_CURSOR = "\033[?25h\n"
+"""A progress bar had hidden it."""
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """A cluster's or a container's way to end a job, and a terminal's that is closed."""
 
@@ -127,6 +131,45 @@ def ended_when_deaf(told: str, seconds: float, again_after: float = 2.0) -> Iter
 
 
 @contextmanager
+def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[None]:
+    """Inside the block a Ctrl-C is answered at once, however long the main thread is in a kernel. One that comes ``again_after``
+    seconds later or more leaves; those before are of the same impatience, and what the run has is still saved.
+
+    ``say`` is called from another thread. What is written is written as a whole or not at all, so that nothing is lost by leaving
+    but what came after the last checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def answer() -> None:
+        asked = 0.0
+        while (numbers := reading.recv(1)) and numbers != DONE:
+            if numbers[0] != signal.SIGINT:
+                continue
+            if asked and time.monotonic() - asked >= again_after:
+                print("left", file=sys.stderr, end=SHOW_CURSOR if sys.stderr.isatty() else "\n", flush=True)
+                os._exit(130)
+            if not asked:
+                say("finishing this step, then saving; Ctrl-C again, in two seconds or more, leaves without")
+                asked = time.monotonic()
+
+    thread = threading.Thread(target=answer, name="Ctrl-C", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writing.send(DONE)
+        thread.join()
+        reading.close()
+        writing.close()
+
+
+@contextmanager
 def uninterrupted() -> Iterator[list[int]]:
     """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all.
 
@@ -149,4 +192,8 @@ def uninterrupted() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if held_back:
-        signal.raise_signal(held_back[0])
+        handler = signal.getsignal(held_back[0])  # the one from before
+        if callable(handler):  # not by the signal again, which ``answered`` would take for a second Ctrl-C
+            handler(held_back[0], None)
+        else:
+            signal.raise_signal(held_back[0])

@@ -30,8 +30,14 @@ def hash_weights(tensors: Mapping[str, Tensor], pooling: str | None = None) -> s
 
 
 def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with the checksum of all that is in it among its metadata."""
-    return serialise_tensors(dict(tensors), {**metadata, "crc32c": _checksum(tensors, metadata)})
+    """A safetensors file with the checksum of all that is in it among its metadata; the same bytes for the same content."""
+    data = serialise_tensors(dict(tensors), {**metadata, "crc32c": _checksum(tensors, metadata)})
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])  # whose metadata safetensors puts in an order that every process draws anew
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[start:]])
 
 
 def read_tensor_file(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -26,9 +26,8 @@ class StudentConfig:
     name: Annotated[
         str,
         Setting(
-            "Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv2_100 ... Without a teacher, on few small images, a "
-            "MobileNetV2 did best with --objective swav --teacher-temp 0.01 --sinkhorn batch --recipe sslight --num-local 0 "
-            "--prototypes 512 --hidden-dim 512 --optimiser lars --trust 0.02 --lr 0.15 --weight-decay 1e-6.",
+            "Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv3_small_100 ...; rob students lists some, with their "
+            "presets.",
             option="--student",
         ),
     ] = "vit_tiny_patch16_224"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..common.errors import MisuseError
-from ..common.files import locked, replacing
+from ..common.files import locked, refuse_existing, replacing
 from ..common.images.beton import Beton
 from ..common.views.config import LoaderConfig
 from .evaluate.network import FrozenNetwork
@@ -53,8 +53,7 @@ def embed(
     table = out.with_suffix(".csv")
     files = [out] if out.suffix == ".parquet" else [out, table]
     for path in files:
-        if path.exists() and not config.overwrite:
-            raise MisuseError(f"{path} is there already: pass `overwrite` to replace it, or give another name")
+        refuse_existing(path, config.overwrite)
     if out.suffix == ".parquet":
         _pyarrow()
     data = Beton(config.data)

@@ -20,12 +20,13 @@ from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views.loader import Batch, ViewLoader, check_loader, geometry
+from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, settled
 from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
+from .evaluate.yardstick import Yardstick, record
 from .kernels.choice import Measured, use_measured
 from .objectives import ObjectiveConfig
 from .plan import TrainPlan, plan_run
@@ -100,18 +101,16 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     plan = plan_run(config, replace(context, objective=objective), branch, ranks, measured, progress.say)
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
-    if pairing.pairing != "cross" and branch.geometry not in (None, geometry(config.loader)):
+    views_like = branch.geometry if pairing.pairing != "cross" else None
+    view_loading = settled(config.loader, device, views_like)  # the run's settings keep "auto": it may go on elsewhere
+    if views_like not in (None, geometry(view_loading)):
         progress.note(
-            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(config.loader)}: "
+            f"the targets were cached with the {branch.geometry} loader and are read with {geometry(view_loading)}: "
             "the student's pixels differ slightly from the teacher's; use the same `loader` for exact pairs"
         )
     if config.loader.batch_size % ranks.world_size:
         raise MisuseError(
             f"`batch_size` {config.loader.batch_size} cannot be shared by {ranks.world_size} ranks: take a multiple"
-        )
-    if data.num_images < config.loader.batch_size:
-        raise MisuseError(
-            f"`batch_size` {config.loader.batch_size} is more than the {data.num_images} images of {data.path}"
         )
 
     # ==== how ====
@@ -125,7 +124,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
-    loader = ViewLoader(data, branch.recipe, branch.seed, replace(config.loader, batch_size=batch_size))
+    loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
     stopwatch = Stopwatch(device)
     facts = {
         "student_info": info.to_dict(),
@@ -161,6 +160,10 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.plan(plan)
     progress.step(step, total_steps)
 
+    yardstick = None
+    if config.knn_every and ranks.is_main and step < total_steps:
+        yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader)
+
     # ==== the loop ====
     try:
         while step < total_steps:
@@ -190,6 +193,13 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+            if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
+                found = yardstick.measure(trainer.model.backbone)
+                record(config.out, epoch + 1, step, found)
+                progress.note(
+                    f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
+                    f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
+                )
             if (epoch + 1) % config.checkpoint_every == 0:
                 run.save(state, step)
 

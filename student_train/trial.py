@@ -11,10 +11,10 @@ from torch import Tensor
 from ..common.order import block_shuffled_order
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
-from ..common.views.loader import ViewLoader
+from ..common.views.loader import ViewLoader, settled
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
-from .students import describe_student, num_parameters
+from .students import check_input_size, describe_student, num_parameters
 from .targets.branch import RunContext
 from .targets.pairing import plan_views
 from .train_config import TrainConfig
@@ -68,9 +68,12 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, most: int = 6) -> t
     assert isinstance(config.pairing, PairingConfig)
     plan = plan_views(config.pairing, branch.views, epoch=0)
     crops, weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
+    for views in crops:
+        check_input_size(trainer.model.backbone, views.size)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device)
-    loader = ViewLoader(run.data, branch.recipe, branch.seed, config.loader)
+    views_like = branch.geometry if config.pairing.pairing != "cross" else None
+    loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
     order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, 0, 0, 1)
     order = order[: min(most, len(order) // batch) * batch]
     times, kept = [], 0

@@ -6,6 +6,7 @@ data.beton -> loader -> augment -> teacher -> encode -> targets.zarr
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,9 @@ from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
 from ..common.store.reader import TargetStore
-from ..common.store.writer import StoreWriter, begun_store
+from ..common.store.writer import StoreWriter, begun_store, half_written
 from ..common.teacher import embedder
-from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry
+from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry, settled
 from .config import CacheConfig
 from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of, with_prototypes, write_logits
@@ -36,11 +37,13 @@ TEMPORARY = Encoding("embedding", dtype="float16")
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show: the plan before the first batch, then the rows done; both may be left out."""
+    """What a caller may show, each of which may be left out: the plan, the rows done, notes, and the batches that prototypes
+    were fitted to."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
     note: Callable[[str], None] = lambda text: None
+    fitting: Callable[[int, int], None] = lambda done, total: None
 
 
 def cache_teacher(
@@ -57,6 +60,7 @@ def cache_teacher(
     allow_fast_arithmetic(device, config.precision)
     config = replace(config, precision=choose_precision(device, config.precision))
     check_loader(config.loader, device)
+    config = replace(config, loader=settled(config.loader, device, _begun_geometry(config)))
     data = Beton(config.data)
     teacher = (teacher or load_teacher(config.teacher)).to(device)
     _check(config, data, teacher)
@@ -66,7 +70,7 @@ def cache_teacher(
     if embeddings is None:
         _write_store(config.out, config.encoding, config, data, teacher, device, progress)
         if config.prototypes:
-            with_prototypes(config.out, fitting, progress.note, device)
+            with_prototypes(config.out, fitting, progress.note, device, progress.fitting)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
@@ -74,7 +78,7 @@ def cache_teacher(
     if not _is_complete(config.out, manifest, "teacher_temp"):
         begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
         _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
-        source = with_prototypes(embeddings, fitting, progress.note, device)
+        source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting)
         progress.note(f"encoding {config.encoding.kind} targets")
         temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
         write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows, device)
@@ -92,6 +96,16 @@ def _within_ladder(encoding: Encoding, temp: float | None, note: Callable[[str],
             f"teacher temperature {nearest:g}, as the tail of topk targets is kept at {min(encoding.temps):g} to {nearest:g}"
         )
     return nearest
+
+
+def _begun_geometry(config: CacheConfig) -> str | None:
+    """Of the views in what is there already, whole or begun: it goes on as it began."""
+    for path in (config.out, _temporary_store(config)):
+        if path is not None and (path / "zarr.json").exists():
+            return TargetStore.open(path).manifest.geometry
+        if path is not None and (begun := half_written(path)):
+            return begun.geometry
+    return None
 
 
 def _temporary_store(config: CacheConfig) -> Path | None:
@@ -187,12 +201,14 @@ def _write_store(
 
     dead = 0
 
-    def write(embedding: Tensor, logits: Tensor | None) -> int:
+    def write(embedding: Tensor, logits: Tensor | None, made: torch.Event | None) -> int:
         """Where the chunk is: of a GPU's only what is stored comes home."""
         nonlocal dead
-        _refuse_not_finite(embedding, writer.rows_done)
-        dead += int((~embedding.any(-1)).sum())
-        writer.append(encode(encoding, embedding, logits), statistics_of(embedding, logits))
+        with _after(made, embedding, logits):
+            _refuse_not_finite(embedding, writer.rows_done)
+            dead += int((~embedding.any(-1)).sum())
+            arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
+        writer.append(arrays, statistics)
         return writer.rows_done
 
     with ThreadPoolExecutor(1, "write", partial(_use_device, device)) as pool:
@@ -200,7 +216,8 @@ def _write_store(
         for embedding, logits in _chunks(config, data, teacher, embed, writer.rows_done, manifest):
             if writing is not None:
                 progress.rows(writing.result(), data.num_images)
-            writing = pool.submit(write, embedding, logits)
+            made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            writing = pool.submit(write, embedding, logits, made)
         if writing is not None:
             progress.rows(writing.result(), data.num_images)
     if dead:
@@ -218,6 +235,22 @@ def _use_device(device: torch.device) -> None:
     """A thread starts out on GPU 0, whichever the process is on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+@contextmanager
+def _after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
+    """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would
+    wait for all that the teacher was given since, and the GPU then for the next chunk."""
+    if made is None:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(made)
+    with torch.cuda.stream(stream):
+        yield
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:

@@ -73,8 +73,8 @@ def cache_teacher(
         facts("plan", rows)
 
     try:
-        with bar("caching", "images") as update:
-            cache_teacher(full, CacheProgress(plan=show, rows=update, note=note))
+        with bar("caching", "images") as update, bar("fitting prototypes", "batches") as fitting:
+            cache_teacher(full, CacheProgress(plan=show, rows=update, note=note, fitting=fitting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise

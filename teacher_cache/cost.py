@@ -17,6 +17,8 @@ from ..common.views.loader import Batch
 
 TRIAL_VIEWS = 32
 """In the batch whose time is taken, at most."""
+TRIALS, TRIAL_SECONDS = 5, 4.0
+"""One alone was seen to promise a quarter of the speed."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,17 @@ def free_bytes(path: Path) -> int:
 
 
 def views_per_second(embed: Callable[[Batch], Tensor], batch_size: int, views: int, view_size: int) -> float:
-    """Times the teacher alone on one small batch of noise, after one to warm up."""
+    """Times the teacher alone on a small batch of noise: the fastest of a few, the first of which warms up."""
     images = min(batch_size, max(1, TRIAL_VIEWS // views))
     noise = torch.randint(0, 256, (images, views, 3, view_size, view_size), dtype=torch.uint8)
     plain = torch.tensor(UNCHANGED).expand(images, views, len(UNCHANGED))
     batch = Batch(np.arange(images), (noise,), (plain,))
-    embed(batch).cpu()
-    start = time.perf_counter()
-    embed(batch).cpu()
-    return images * views / (time.perf_counter() - start)
+    fastest, began = float("inf"), time.perf_counter()
+    for number in range(TRIALS):
+        start = time.perf_counter()
+        embed(batch).cpu()
+        if number:
+            fastest = min(fastest, time.perf_counter() - start)
+        if number and time.perf_counter() - began > TRIAL_SECONDS:
+            break
+    return images * views / fastest

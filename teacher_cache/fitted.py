@@ -18,20 +18,31 @@ from .prototypes import CPU, PrototypeConfig, fit_prototypes
 
 
 def with_prototypes(
-    path: Path, config: PrototypeConfig, note: Callable[[str], None], device: torch.device = CPU
+    path: Path,
+    config: PrototypeConfig,
+    note: Callable[[str], None],
+    device: torch.device = CPU,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TargetStore:
     """The complete store of embeddings at ``path`` with prototypes, which are fitted to it, on ``device``, unless it has them
     already.
 
-    MisuseError: it has another number of them, or another process is fitting some.
+    ``progress`` is called with (batches done, all). MisuseError: it has another number of them, or another process is fitting
+    some.
     """
     if TargetStore.open(path).manifest.num_prototypes != config.num:
         with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
-            _fit(TargetStore.open(path), config, note, device)
+            _fit(TargetStore.open(path), config, note, device, progress)
     return TargetStore.open(path)
 
 
-def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None], device: torch.device) -> None:
+def _fit(
+    store: TargetStore,
+    config: PrototypeConfig,
+    note: Callable[[str], None],
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> None:
     if store.manifest.num_prototypes == config.num:
         return  # by the process that held the lock until now
     if store.manifest.num_prototypes:
@@ -44,7 +55,7 @@ def _fit(store: TargetStore, config: PrototypeConfig, note: Callable[[str], None
         return decode(store.encoding, store.read(start, stop))["embedding"]
 
     note(f"fitting {config.num} prototypes on the cached embeddings")
-    fitted = fit_prototypes(read, store.manifest.num_images, config, device)
+    fitted = fit_prototypes(read, store.manifest.num_images, config, device, progress)
     note(
         f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
         f"teacher temperature {fitted.teacher_temp:.3g}"

@@ -78,13 +78,17 @@ class FittedPrototypes:
 
 
 def fit_prototypes(
-    read: ReadRows, num_rows: int, config: PrototypeConfig, device: torch.device = CPU
+    read: ReadRows,
+    num_rows: int,
+    config: PrototypeConfig,
+    device: torch.device = CPU,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FittedPrototypes:
     """Fit ``config.num`` prototypes, on ``device``, to the embeddings that ``read`` gives, a bounded number in memory at a time.
     What is found is on the CPU.
 
-    The same rows and configuration give the same prototypes (on a GPU, which adds up in any order, to rounding). Raises
-    ``MisuseError`` for more prototypes than the embeddings bear.
+    The same rows and configuration give the same prototypes (on a GPU, which adds up in any order, to rounding). ``progress``
+    is called with (batches done, all). Raises ``MisuseError`` for more prototypes than the embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
     refuse_unsuitable(config.num, num_rows * views)
@@ -94,9 +98,14 @@ def fit_prototypes(
     blocks_a_batch = max(1, BATCH_ELEMENTS // max(config.num, dim) // (BLOCK_ROWS * views))
     num_batches = -(-blocks_a_pass // blocks_a_batch)
 
+    batches, read_before = (config.epochs + 2) * num_batches, 0
+
     def one_pass() -> Iterator[Tensor]:
         """Batches (B, D) that cover the embeddings, or a fresh part of them, in random order."""
+        nonlocal read_before
         for batch in np.array_split(generator.permutation(blocks)[:blocks_a_pass], num_batches):
+            progress(read_before, batches)
+            read_before += 1
             rows = [_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch]
             yield torch.cat(rows).to(device)
 
@@ -111,7 +120,9 @@ def fit_prototypes(
             shares = balanced_assignment(embeddings @ prototypes.T, EPSILON_OF_SPREAD * spread)
             sums.mul_(1 - 1 / window).index_add_(0, shares.argmax(dim=1), embeddings)
             prototypes = torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1), prototypes)
-    return _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
+    fitted = _with_figures(prototypes, TEMP_OF_SPREAD * spread, one_pass())
+    progress(batches, batches)
+    return fitted
 
 
 def refuse_unsuitable(num: int, num_embeddings: int) -> None:

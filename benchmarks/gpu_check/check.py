@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(config: GpuCheckConfig, told: Callable[[str], None] = lambda text: None)
     report: dict[str, Any] = {
         "device": device_name(device),
         "scale": config.scale,
-        "versions": versions("python", *PACKAGES),
+        "versions": versions(*PACKAGES),
         "sections": {},
     }
     with tempfile.TemporaryDirectory(prefix="rob-gpu-check-") as folder, _photographs(config, Path(folder), names):
@@ -116,6 +117,30 @@ def tables(report: dict[str, Any]) -> list[Report]:
         for name, section in report["sections"].items()
     ]
     return [*found, Report("gpu-check", device, {}, rows, {}, of)]
+
+
+def kept(report: dict[str, Any]) -> Report:
+    """All rows in the form of the other results: to be kept in ``benchmarks/results``."""
+    sections = report["sections"]
+    rows = [{"section": name, **row} for name, section in sections.items() for row in section.get("rows", ())]
+    work = {
+        "scale": report["scale"],
+        "sections": {
+            name: {
+                "status": section["status"],
+                "seconds": section["seconds"],
+                "checks": len(section.get("checks", ())),
+                "failed": [made["check"] for made in section.get("checks", ()) if not made["passed"]],
+                "not_reached": section.get("notes", []),
+            }
+            for name, section in sections.items()
+        },
+        "checks": [
+            {"section": name, **made} for name, section in sections.items() for made in section.get("checks", ())
+        ],
+        "settings": asdict(settings_of(report)),
+    }
+    return Report("gpu_check", report["device"], work, rows, {}, report["versions"])
 
 
 def settings_of(report: dict[str, Any]) -> DeviceSettings:
@@ -187,7 +212,11 @@ def _one_process(config: GpuCheckConfig, device: torch.device, folder: Path, pen
             told = json.loads(line)
             if "begins" in told:
                 running, started, partly = told["begins"], time.perf_counter(), {}
-                limit = limits[running] + GRACE + (LONGEST_WAIT if running in ("stage1", "stage2") else 0)
+                limit = (
+                    told.get("seconds", limits[running])
+                    + GRACE
+                    + (LONGEST_WAIT if running in ("stage1", "stage2") else 0)
+                )
             elif "partly" in told:
                 del told["partly"]
                 partly = told

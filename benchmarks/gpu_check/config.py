@@ -7,16 +7,17 @@ from typing import Annotated
 from rob.common.settings import Setting, check
 
 SECTIONS = {
-    "ceilings": (4, False),
-    "losses": (60, True),
-    "views": (20, True),
-    "stage1": (30, True),
-    "stage2": (40, True),
-    "ranks": (6, True),
-    "waits": (15, False),
+    "ceilings": (3, False),
+    "losses": (45, True),
+    "views": (25, True),
+    "stage1": (35, True),
+    "stage2": (65, True),
+    "ranks": (4, True),
+    "waits": (12, False),
+    "kernels": (1, False),
 }
-"""In the order in which they run: each one's share of the time, and whether it is one of correctness. While the losses are
-measured, which need no code of numba, that of the others is compiled."""
+"""In the order in which they run: each one's share of the time, and whether it is one of correctness. What one leaves of its
+time the next ones have. While the losses are measured, which need no code of numba, that of the others is compiled."""
 
 
 @dataclass(frozen=True)

@@ -30,30 +30,49 @@ def run(section: Section) -> None:
     students = section.size(
         [("test_resnet", 32)],
         [("resnet18", 224), ("vit_tiny_patch16_224", 224)],
-        [("resnet18", 224), ("vit_tiny_patch16_224", 224), ("mobilenetv2_100", 224)],
+        [("resnet18", 224), ("mobilenetv2_100", 224), ("vit_tiny_patch16_224", 224)],
     )
-    speeds: dict[str, float] = {}
-    for number, (name, size) in enumerate(students):
-        for loader in ("auto", "gpu") if _cuda(section) and number == 0 else ("auto",):
-            words = f"{name} at {size} px, loader {loader}"
-            row = section.measure(
-                words, lambda n=name, s=size, at=loader, w=words: _train(section, data, store, n, s, at, w)
-            )
-            if number == 0 and row and "images_per_second" in row:
-                speeds[loader] = row["images_per_second"]
-    if len(speeds) == 2:
-        section.settings["loader"] = max(speeds, key=lambda name: speeds[name])
+    (name, size), *others = students
+
+    def speed_of(student: str, size: int, loader: str, compiled: bool = False) -> float | None:
+        words = f"{student} at {size} px, loader {loader}{', compiled' * compiled}"
+        row = section.measure(words, lambda: _train(section, data, store, student, size, loader, compiled, words))
+        return row.get("images_per_second") if row else None
+
+    speeds = {loader: speed_of(name, size, loader) for loader in (("gpu", "ffcv") if _cuda(section) else ("auto",))}
+    if len(speeds) == 2 and all(speeds.values()):
+        section.settings["loader"] = max(speeds, key=lambda name: speeds[name] or 0)
     section.attempt("stopped and resumed", lambda: _resume(section, data, store))
+    loader = section.settings.get("loader", "auto")
+    for student, side in others:
+        speed_of(student, side, loader)
+    if _cuda(section) and section.left() > COMPILING and (compiled := speed_of(name, size, loader, compiled=True)):
+        section.settings["compile"] = compiled > WORTH_COMPILING * (speeds.get(loader) or 0)
     for row in section.rows:
         if "error" in row:
             section.checks.append({"check": row["what"], "passed": False, "error": row["error"]})
+
+
+COMPILING = 60
+"""Seconds that must be left for a student to be compiled."""
+WORTH_COMPILING = 1.1
+"""Times as many images a second, for which the minutes of compiling are worth while."""
 
 
 def _cuda(section: Section) -> bool:
     return section.device.type == "cuda"
 
 
-def _config(section: Section, data: Beton, store: Path, out: Path, student: str, size: int, loader: str) -> TrainConfig:
+def _config(
+    section: Section,
+    data: Beton,
+    store: Path,
+    out: Path,
+    student: str,
+    size: int,
+    loader: str,
+    compiled: bool | None = False,
+) -> TrainConfig:
     batch = section.size(8, 128, 128)
     return TrainConfig(
         data.path,
@@ -66,6 +85,7 @@ def _config(section: Section, data: Beton, store: Path, out: Path, student: str,
         epochs=2,
         precision="bf16" if _cuda(section) else "fp32",
         device=str(section.device),
+        compile=compiled,
         loader=LoaderConfig(loader, batch_size=batch),
         log_every=1,
     )
@@ -76,13 +96,13 @@ def _log(out: Path) -> list[dict[str, Any]]:
 
 
 def _train(
-    section: Section, data: Beton, store: Path, student: str, size: int, loader: str, words: str
+    section: Section, data: Beton, store: Path, student: str, size: int, loader: str, compiled: bool, words: str
 ) -> dict[str, Any]:
     out = section.data / "run"
     shutil.rmtree(out, ignore_errors=True)
     if _cuda(section):
         torch.cuda.reset_peak_memory_stats()
-    train_student(_config(section, data, store, out, student, size, loader))
+    train_student(_config(section, data, store, out, student, size, loader, compiled))
     lines = _log(out)
     first, last = (median(line["loss"] for line in some) for some in (lines[:3], lines[-3:]))
     section.check(f"{words}: the loss falls", last - first, 0.0)

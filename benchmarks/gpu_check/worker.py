@@ -32,8 +32,10 @@ def main(asked: dict[str, Any]) -> None:
     def say(**line: Any) -> None:
         said.write(json.dumps(line) + "\n")
 
+    spare = 0.0
     for name, seconds in asked["sections"]:
-        say(begins=name)
+        seconds += spare
+        say(begins=name, seconds=seconds)
         section = Section(name, device, Path(asked["data"]), seconds, asked["toy"], asked["quick"])
         section.said = lambda section: say(partly=section.name, **section.outcome())
         try:
@@ -47,6 +49,7 @@ def main(asked: dict[str, Any]) -> None:
         except Exception as error:
             ended = {"error": brief(error)}
         say(ends=name, **section.outcome(), **ended)
+        spare = max(0.0, section.left())
         gc.collect()
         if device.type == "cuda":
             try:

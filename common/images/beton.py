@@ -288,7 +288,7 @@ class Beton:
 
     def check(self, image_ids: np.ndarray) -> None:
         """FailureError: the stored bytes of one of these images are not those that were packed. Each is looked at once in the
-        life of this object: 6 us for 40 KB, where decoding takes 1 ms."""
+        life of this object: 9 us, and 6 us more for 40 KB."""
         for image_id in image_ids[~self._checked[image_ids]].tolist():
             if not self.is_whole(image_id):
                 raise FailureError(

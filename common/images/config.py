@@ -33,7 +33,12 @@ class PackConfig:
     skip_bad: Annotated[
         bool, Setting("Leave broken images out and list them, instead of stopping.", option="--skip-bad")
     ] = False
-    split: Annotated[str, Setting("Of a named data set: train or test.")] = "train"
+    split: Annotated[
+        str,
+        Setting(
+            "Of a named data set: train or test. all: of a folder that has train/ and test/, all images, without classes."
+        ),
+    ] = "train"
     limit: Annotated[int | None, Setting("At most so many images, spread evenly over the source.", low=1)] = None
     shuffle: Annotated[
         bool,

@@ -18,6 +18,11 @@ from ..files import read_regular
 from ..order import shuffled
 from .reading import EXTENSIONS
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar", ".zst")
+LISTS = (".txt", ".csv", ".tsv", ".lst", ".list", ".json", ".jsonl")
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+"""Names of folders that are parts of a data set."""
+ALL_PARTS = "all"
 LARGEST = 1 << 32
 """Bytes of an image's file."""
 MACHINES_OWN = ("@eaDir", "__MACOSX", "lost+found")
@@ -64,9 +69,11 @@ def open_source(name: str, split: str = "train") -> Source:
         raise MisuseError("SOURCE is empty: give a folder of images, or . for the one you are in")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return open_folder(folder)
+        return open_folder(folder, whole=split == ALL_PARTS)
     if name in NAMED:
         return open_named(name, split)
+    if (instead := what_instead(name, folder)) is not None:
+        raise MisuseError(f"{name}: {instead}")
     if folder.exists():
         raise MisuseError(f"{folder}: a file, not a folder of images")
     if "/" in name or "." in name:
@@ -74,25 +81,52 @@ def open_source(name: str, split: str = "train") -> Source:
     raise unknown_name("folder or named data set", name, NAMED)
 
 
-def open_folder(folder: Path) -> Source:
+def what_instead(name: str, path: Path) -> str | None:
+    """What to do with a SOURCE that is no folder, by what it looks like; None: it looks like nothing in particular."""
+    ending = path.suffix.lower()
+    if "://" in name:
+        return "an address; download it first, and give the folder that it is in"
+    if any(sign in name for sign in "*?[") and not path.exists():
+        return "a pattern; give the folder, of which every image is taken (`limit` takes fewer)"
+    if not path.exists():
+        return None
+    if ending in ARCHIVES:
+        return f"an archive; unpack it ({'unzip' if ending == '.zip' else 'tar xf'} {path.name}) and give the folder"
+    if ending in EXTENSIONS:
+        return f"a single image; give the folder that it is in, {path.parent}"
+    if ending in LISTS:
+        return (
+            f"a list of images; make a folder of links to them (mkdir images && xargs -a {path.name} ln -s -t images), and give "
+            "that"
+        )
+    return "packed already: give it to rob cache-teacher" if ending == ".beton" else None
+
+
+def open_folder(folder: Path, whole: bool = True) -> Source:
     """All images below a folder, in sorted order of their relative paths; hidden files and folders are left out, and those that
     a machine made for itself.
 
     Labels exist when every image lies in a folder of its class: exactly one level below ``folder``. A few that lie beside these
-    folders are left out.
+    folders are left out. MisuseError, unless the folder is wanted ``whole``: its folders are named as the parts of a data set.
     """
     found = sorted(_walk(folder, "", (folder.resolve(),)))
     paths = tuple(path for path in found if path.lower().endswith(EXTENSIONS))
     if not paths:
         listed = "the folder is empty" if not any(folder.iterdir()) else "no image in it or below"
         raise MisuseError(f"{folder}: {listed}; looked for {' '.join(EXTENSIONS)}")
+    parts = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    if not whole and parts and all("/" in path for path in paths) and {part.lower() for part in parts} <= PARTS:
+        raise MisuseError(
+            f"{folder} has {', '.join(f'{part}/' for part in parts)}, which are parts of a data set and no classes: give one of "
+            f"them as SOURCE ({folder / parts[0]}), or `split` {ALL_PARTS} for all their images in one file without classes"
+        )
     left_out = _other_files(folder, [path for path in found if not path.lower().endswith(EXTENSIONS)])
     beside = [path for path in paths if "/" not in path]
     parents = {path.rpartition("/")[0] for path in paths} - {""}
     if beside and len(parents) > 1 and len(beside) <= max(1, ODD_ONES * len(paths)):
         paths = tuple(path for path in paths if "/" in path)
         left_out += (f"left out {_some(beside)}: beside the folders of classes in {folder}",)
-    one_level = all(path.count("/") == 1 for path in paths)
+    one_level = all(path.count("/") == 1 for path in paths) and not {p.lower() for p in parents} <= PARTS
     classes = tuple(sorted(parents)) if one_level else None
     labels = {name: index for index, name in enumerate(classes or ())}
 

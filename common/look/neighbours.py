@@ -29,9 +29,9 @@ def nearest(store: TargetStore, image_ids: np.ndarray, columns: int, chunks: Ite
     """
     manifest, rows = store.manifest, store.manifest.chunk_rows
     decoded = decode(store.encoding, store.rows(image_ids))
-    queries = _dense({name: values[:, :columns] for name, values in decoded.items()}, manifest.num_prototypes).flatten(
-        0, 1
-    )
+    queries = unit_vectors(
+        {name: values[:, :columns] for name, values in decoded.items()}, manifest.num_prototypes
+    ).flatten(0, 1)
     own = torch.from_numpy(np.repeat(image_ids, columns))
     best = [
         torch.full((len(queries), count), -torch.inf),
@@ -49,7 +49,7 @@ def nearest(store: TargetStore, image_ids: np.ndarray, columns: int, chunks: Ite
     return Neighbours(ids, nearest_column, cosines)
 
 
-def _dense(decoded: dict[str, Tensor], num_prototypes: int) -> Tensor:
+def unit_vectors(decoded: dict[str, Tensor], num_prototypes: int) -> Tensor:
     """Unit vectors (..., D or K) of decoded targets."""
     if "ids" in decoded:
         logits = decoded["logits"]
@@ -62,6 +62,6 @@ def _dense(decoded: dict[str, Tensor], num_prototypes: int) -> Tensor:
 def _cosines(queries: Tensor, decoded: dict[str, Tensor]) -> Tensor:
     """(Q, R, V) cosines of unit ``queries`` (Q, D or K) with the decoded targets of R rows; sparse ones are never made dense."""
     if "ids" not in decoded:
-        return torch.einsum("qd,rvd->qrv", queries, _dense(decoded, 0))
+        return torch.einsum("qd,rvd->qrv", queries, unit_vectors(decoded, 0))
     ids, logits = decoded["ids"], F.normalize(decoded["logits"], dim=-1)
     return torch.stack([(query[ids] * logits).sum(-1) for query in queries])

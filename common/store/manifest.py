@@ -106,12 +106,8 @@ class StoreManifest:
             )
         try:
             found = typed(cls, attributes)
-            sealed = found.versions.pop(CHECKSUM, None)
-            if sealed is None:
-                raise MisuseError(
-                    f"{path} was cached by a rob from before checksums: cache the targets again, or use the rob that wrote it"
-                )
-            if sealed != _checksum({**attributes, "versions": found.versions}):
+            sealed = found.versions.pop(CHECKSUM, None)  # None: of a rob from before checksums, and read as it was then
+            if sealed is not None and sealed != _checksum({**attributes, "versions": found.versions}):
                 raise DamagedError("is damaged or was edited: its checksum does not match")
             found._check_numbers()
         except DamagedError as problem:

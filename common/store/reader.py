@@ -24,7 +24,7 @@ from ..errors import FailureError, MisuseError
 from ..files import read_regular
 from ..records import LARGEST, parsed
 from .encodings import Encoding
-from .manifest import AGAIN, StoreManifest, differing, read_json
+from .manifest import AGAIN, CHECKSUM, StoreManifest, differing, read_json
 from .shards import ChunkError, checksum_of
 from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
 
@@ -37,8 +37,9 @@ __all__ = ["StoreManifest", "StoreWriter", "TargetStore", "add_prototypes"]
 class TargetStore:
     """A complete store, read by chunk, run or row. Safe to share between threads."""
 
-    def __init__(self, path: Path, manifest: StoreManifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: StoreManifest, sealed: bool = True) -> None:
+        """``sealed``: it has checksums of its manifest and small arrays, too; False: it is of a rob from before them."""
+        self.path, self.manifest, self.sealed = path, manifest, sealed
         self.encoding = Encoding.from_dict(manifest.encoding)
         self.arrays = manifest.arrays()
         self._indices: dict[tuple[str, int], np.ndarray] = {}  # (array, shard) -> where its chunks lie, read once
@@ -53,7 +54,8 @@ class TargetStore:
             raise MisuseError(f"there is no target store at {path}: make one with rob cache-teacher")
         if (path / "zarr.json").exists():
             attributes = read_json(path, "zarr.json").get("attributes", {})
-            store = cls(path, StoreManifest.from_json(path, attributes))
+            manifest = StoreManifest.from_json(path, attributes)
+            store = cls(path, manifest, CHECKSUM in attributes["versions"])
             for name, array in store.arrays.items():
                 for shard in range(-(-store.manifest.num_chunks // array.shard_chunks)):
                     if not (file := path / name / array.shard_file(shard)).exists():
@@ -165,7 +167,8 @@ class TargetStore:
             if array.nchunks_initialized < array.nchunks:  # Zarr would read zeros
                 raise OSError("its file is missing")
             values = np.asarray(array[...])
-            if array.attrs.get("crc32c") != checksum_of(values):
+            sealed = array.attrs.get("crc32c")
+            if sealed != checksum_of(values) and (sealed is not None or self.sealed):
                 raise ValueError("its checksum does not match")
             return values
         except Exception as error:  # zarr and its codecs raise about every kind on a damaged file

@@ -167,11 +167,10 @@ class StoreWriter:
             if self._pending < count:
                 return
             chunks = range(self._flushed, self._flushed + count)
-            journals = [_read_journal(_journal(self.path, chunk)) for chunk in chunks]
-            if None in journals:  # damaged since this process began
-                raise FailureError(
-                    f"{self.path}: {_journal(self.path, chunks[journals.index(None)])} is damaged: {AGAIN}"
-                )
+            found = [_read_journal(_journal(self.path, chunk)) for chunk in chunks]
+            journals = [journal for journal in found if journal is not None]
+            if len(journals) < len(found):  # damaged since this process began
+                raise FailureError(f"{self.path}: {_journal(self.path, chunks[found.index(None)])} is damaged: {AGAIN}")
             sums = dict(self._sums)
             with disk_full_is_a_failure(self.path, self._bytes_left()):
                 for name, array in self._arrays.items():

@@ -4,11 +4,13 @@ Two back ends give the same views: ``ffcv_backend`` is the fast one, ``pillow_ba
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 
+from ..device_settings import stored_settings
 from ..errors import MisuseError
 from ..images.beton import Beton
 from . import pillow_backend
@@ -16,15 +18,34 @@ from .batch import Batch, ViewSet
 from .config import LoaderConfig
 from .recipes import Recipe
 
-_threads = torch.get_num_threads()
+_threads, _is_available = torch.get_num_threads(), torch.cuda.is_available
+torch.cuda.is_available = lambda: (
+    False
+)  # ffcv asks, and a process that was asked leaves its forked children without CUDA
 try:
     from . import ffcv_backend
 except ImportError:  # ffcv is not installed: the plain one still works
     ffcv_backend = None
 finally:
     torch.set_num_threads(_threads)  # importing ffcv sets it to 1 for everybody
+    torch.cuda.is_available = _is_available
 
-__all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet", "check_loader", "geometry"]
+__all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet", "check_loader", "geometry", "settled"]
+
+
+def settled(config: LoaderConfig, device: torch.device, as_in: str | None = None) -> LoaderConfig:
+    """``config`` with what ``auto`` stands for on ``device``: gpu on CUDA where ffcv and Triton are, unless ``rob gpu-check``
+    found the CPU's views to be faster on this GPU; ffcv or torch elsewhere.
+
+    as_in: the geometry of views that the loader's are to be like, pixel by pixel: the same is taken where it can be.
+    """
+    if config.backend != "auto" or ffcv_backend is None:
+        return config
+    if device.type != "cuda" or find_spec("triton") is None or as_in == ffcv_backend.GEOMETRY:
+        return replace(config, backend="ffcv")
+    if as_in == ffcv_backend.GEOMETRY_ON_GPU or stored_settings(device).loader in (None, "gpu"):
+        return replace(config, backend="gpu")
+    return replace(config, backend="ffcv")
 
 
 def geometry(config: LoaderConfig) -> str:

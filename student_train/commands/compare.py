@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ...common.config import Overwrite
 from ...common.errors import MisuseError
+from ...common.files import refuse_existing
 from ...common.screen import Cell, accuracies, bar, note
 from ...common.settings import Setting
 
@@ -22,12 +24,14 @@ EXPORTED: dict[str, Callable[["ExportedFile"], Cell]] = {
 def compare(
     runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN...")],
     out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Runs side by side: every result, with parameters, MACs, measured latency, exported files and training speed."""
     from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
 
     if out.suffix != ".png":
         raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
+    refuse_existing(out, overwrite)
     summaries = []
     with bar("measuring", "runs") as update:
         for run in runs:

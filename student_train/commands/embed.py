@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ...common.config import Data, Overwrite
 from ...common.options import refuse
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting
@@ -14,9 +15,9 @@ from .subject import LoadTeacher, SubjectConfig, What, frozen_network
 def embed(
     context: typer.Context,
     what: What,
-    data: Annotated[Path, Setting("Images packed by rob pack.", argument="DATA.beton")],
+    data: Data,
     out: Annotated[Path, Setting("OUT.npy, with the paths beside it in OUT.csv, or OUT.parquet.", argument="OUT")],
-    overwrite: Annotated[bool, Setting("Replace what is there already.", option="--overwrite")] = False,
+    overwrite: Overwrite = False,
     *,
     config: Annotated[SubjectConfig, {"out": None, "init": None}],
     load_teacher: LoadTeacher,

@@ -68,7 +68,7 @@ def linear(
     network = subject.network
     task = "linear-augment" if augment else "linear"
     train, held_out = subject.images(data, test)
-    with bar("training", "epochs") as update:
+    with bar("training", "epochs" if augment else "steps") as update:
         if augment:
             saved = subject.folder and subject.folder / "eval" / f"{task}.checkpoint.pt"
             result = linear_augmented(
@@ -217,7 +217,7 @@ def transfer(
         )
     train, held_out = subject.images(*paths)
     features = train.features.to(subject.network.device), held_out.features.to(subject.network.device)
-    with bar("training", "epochs") as update:
+    with bar("training", "steps") as update:
         result = linear(*features, training, update)
     nearest = knn(*features, k=min(20, len(train.features)))
     accuracies(

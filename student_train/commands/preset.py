@@ -6,10 +6,9 @@ from typing import Any
 
 import typer
 from rich.table import Table
-from typer.core import TyperCommand
 
-from ...common.options import given
-from ...common.screen import console
+from ...common.options import GroupedCommand, given
+from ...common.screen import console, say_waiting
 
 OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm", "step_targets")
 """Options of a preset that are for ``--targets momentum`` alone."""
@@ -21,14 +20,15 @@ OF_ITS_RECIPE = ("global_scale", "local_scale", "interpolation", "global_weight"
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
     """Callback of the eager option: the preset's values become the defaults of the options parsed after it."""
-    from ..presets import get_preset
-
     if name is not None:
+        say_waiting("rob train-student: loading the preset")  # torch comes with it
+        from ..presets import get_preset
+
         context.default_map = {**(context.default_map or {}), **get_preset(name).options()}
     return name
 
 
-class PresetCommand(TyperCommand):
+class PresetCommand(GroupedCommand):
     """A command with ``--preset``: it prints the preset in force, and gets None for what of it the run does not read."""
 
     def invoke(self, ctx: Any) -> Any:

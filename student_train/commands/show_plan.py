@@ -1,10 +1,11 @@
-"""The plan of a run, printed before it."""
+"""The plan of a run, printed before it, and whether it worked, after it."""
 
 from typing import TYPE_CHECKING, Any
 
-from ...common.screen import facts, note
+from ...common.screen import accuracies, facts, note
 
 if TYPE_CHECKING:
+    from ..evaluate.yardstick import Outcome
     from ..plan import TrainPlan
 
 
@@ -29,6 +30,15 @@ def show_plan(plan: "TrainPlan") -> None:
         facts("chosen, unless you give it", chosen)
     for warning in plan.warnings:
         note(f"warning: {warning}.")
+
+
+def show_outcome(outcome: "Outcome", said: list[str]) -> None:
+    """The student beside its random start, and what to think of it, which is loud where it did not work."""
+    rows = [("pixels", outcome.pixels), ("random start", outcome.random), ("student", outcome.student)]
+    rows += [("teacher, its cached views", outcome.teacher)] if outcome.teacher is not None else []
+    accuracies(outcome.title, ("features", "%"), rows, named=True)
+    for sentence in said:
+        note(f"WARNING: {sentence}.")
 
 
 def in_words(seconds: float) -> str:

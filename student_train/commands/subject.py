@@ -1,5 +1,6 @@
 """What ``rob eval`` measures: a student, a teacher or raw pixels, with its images and the folder that keeps its results."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..evaluate.config import FEATURES, INITS
 if TYPE_CHECKING:
     from ..evaluate.labelled import LabelledImages
     from ..evaluate.network import FrozenNetwork
+    from ..students import StudentInfo
 
 What = Annotated[str, Setting("A run folder, a student's weights, its ONNX file, teacher, or pixels.", argument="WHAT")]
 Train = Annotated[Path, Setting("Labelled images to learn from.", argument="TRAIN.beton")]
@@ -107,14 +109,13 @@ class Subject:
 def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> "FrozenNetwork":
     """What the words on the command line name."""
     from ...common.run import pick_device
-    from ..checkpoint import load_student
     from ..evaluate.network import FrozenNetwork
 
     size, device = config.size, pick_device(config.device)
     if config.init == "random":
         if what in ("pixels", "teacher") or what.endswith(".onnx"):
             raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")
-        return FrozenNetwork.untrained(load_student(Path(what))[1], 0, device, size)
+        return FrozenNetwork.untrained(describe(Path(what)), 0, device, size)
     if what == "pixels":
         return FrozenNetwork.pixels(size or 32, device)
     if what == "teacher":
@@ -128,3 +129,14 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
             raise MisuseError(f"`size` is {size}, and {what} takes {network.size} px alone: leave `size` out")
         return network
     return FrozenNetwork.student(Path(what), device, size)
+
+
+def describe(what: Path) -> "StudentInfo":
+    """The student of a run, which need not have ended or even begun to save, or of a weights file. MisuseError: there is none."""
+    from ..checkpoint import load_student
+    from ..students import StudentInfo
+
+    try:
+        return StudentInfo.from_dict(json.loads((what / "config.json").read_text())["student_info"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return load_student(what)[1]

@@ -9,7 +9,7 @@ from rich.table import Table
 from typer.core import TyperGroup, TyperOption
 
 from ...common.config import Device
-from ...common.errors import unknown_name
+from ...common.errors import MisuseError, unknown_name
 from ...common.screen import bar, console, note
 from ...common.settings import Setting
 
@@ -45,6 +45,8 @@ def sweep(
     flags = training_flags(options)
     config = SweepConfig(out, tuple(arguments), tuple(Variation.parse(text, flags) for text in vary), test, device)
     check_names(options, [v.option for v in config.variations] + [word for word in arguments if word.startswith("--")])
+    for cell in config.cells():
+        check_words(context, [*config.arguments, *config.varied(cell), "--out", str(config.folder(cell))])
     try:
         with stopped_by_signals(), bar("sweeping", "runs") as update:
             rows = sweep(config, update)
@@ -70,6 +72,21 @@ def training_options(context: typer.Context) -> list[TyperOption]:
     application = context.find_root().command
     assert isinstance(application, TyperGroup)
     return options_of(application.commands["train-student"].params)
+
+
+def check_words(context: typer.Context, words: list[str]) -> None:
+    """MisuseError: rob train-student would not take these words. No run is made of them."""
+    application = context.find_root().command
+    assert isinstance(application, TyperGroup)
+    try:
+        application.commands["train-student"].make_context("train-student", list(words))
+    except Exception as error:
+        said = getattr(
+            error, "format_message", None
+        )  # what the parser refuses: a class of typer's that has no public name
+        if said is None:
+            raise
+        raise MisuseError(f"rob train-student {' '.join(words)}: {said()}") from None
 
 
 def options_of(parameters: Iterable[object]) -> list[TyperOption]:

@@ -10,7 +10,7 @@ import typer
 from ...common.config import Checkpoint, Device, ViewSize
 from ...common.errors import MisuseError
 from ...common.options import given, refuse
-from ...common.screen import bar, note, note_slow_loader
+from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
 from ..config import ObjectiveConfig, PairingChoice, StudentConfig
@@ -27,7 +27,7 @@ from ..targets.config import (
 )
 from ..train_config import USUAL_BATCH, LoaderByPlan, TrainConfig
 from .preset import use_preset
-from .show_plan import show_plan
+from .show_plan import show_outcome, show_plan
 from .subject import LoadTeacher
 
 OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
@@ -98,9 +98,9 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from cached targets, from the live teacher, or without one."""
     from ...common.images.beton import Beton
-    from ...common.ranks import leave_ranks
+    from ...common.ranks import current_ranks, leave_ranks
     from ...common.run import pick_device
-    from ...common.signals import stopped_by_signals
+    from ...common.signals import answered, stopped_by_signals
     from ...common.views.config import LoaderConfig
     from ..bottleneck import describe_shares, worst_share
     from ..plan import make_plan
@@ -173,7 +173,8 @@ def train_student(
 
     # ==== the run ====
     note_slow_loader(run.loader)
-    run = replace(run, objective=asked, pairing=choice)
+    by_hand = run.epochs is not None and batch_size is not None  # or by a preset: the plan has no view to choose
+    run = replace(run, objective=asked, pairing=pairing if by_hand else choice)
     if plan_only:
         show_plan(make_plan(run))
         return
@@ -189,12 +190,43 @@ def train_student(
         def step(done: int, total: int) -> None:
             update(done, total, latest)
 
-        with stopped_by_signals():
-            result = train_student(run, TrainProgress(log, note, step, plan=show_plan))
+        with stopped_by_signals(), answered(note):
+            result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan))
+        alone = current_ranks().is_main
         leave_ranks()
     note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
     if result.shares:
         note(f"{describe_shares(result.shares)}. {result.advice}")
+    if alone:
+        measure(run, result.steps)
+
+
+def measure(run: TrainConfig, steps: int) -> None:
+    """Show whether the run worked, as far as its images can tell."""
+    from ...common.images.beton import Beton
+    from ...common.run import pick_device
+    from ...common.views.config import LoaderConfig
+    from ..begun import read_begun
+    from ..checkpoint import load_student
+    from ..evaluate.yardstick import Yardstick, verdict, write_outcome
+    from ..optimiser import LR_BATCH_SIZE
+    from ..plan_warnings import LEAST_RATE, LEAST_STEPS
+
+    made = read_begun(run.out)
+    if made is None:
+        return
+    device = pick_device(run.device)
+    student = replace(run.student, small_images=made["student"]["small_images"])
+    loader = LoaderConfig(run.loader.backend, 64, run.loader.workers)
+    yardstick = Yardstick.of(Beton(run.data), student, run.targets, run.seed, device, loader)
+    if yardstick is None:
+        return
+    with waiting("measuring the student beside its random start"):
+        outcome = yardstick.measure(load_student(run.out, device)[0])
+    write_outcome(run.out, outcome)
+    rate = made["optimiser"]["lr"] * made["loader"]["batch_size"] / LR_BATCH_SIZE
+    least = LEAST_RATE["vit"] / 2 if made["optimiser"]["name"] == "adamw" else 0.0
+    show_outcome(outcome, verdict(outcome, run.out, steps, LEAST_STEPS, rate, least))
 
 
 def note_other_global_crops(path: Path, stored: Recipe, preferred: Recipe, replayed_by: str | None) -> None:

@@ -87,18 +87,20 @@ def extract_features(
     a module runs in eval mode and is left in the mode it had. ``progress`` is called with the number of images of each
     batch. FailureError: the batches did not cover every image.
     """
-    features = torch.empty(0)
+    order, outputs, fetched = [], [], []
+    waiting = 0
     seen = torch.zeros(stop - start, dtype=torch.bool)
     training = isinstance(backbone, nn.Module) and backbone.training
     if isinstance(backbone, nn.Module):
         backbone.eval()
     try:
         for image_ids, images in batches:
-            output = backbone(images).float().cpu()
-            if not len(features):
-                features = output.new_empty(stop - start, output.shape[1])
-            rows = image_ids.cpu() - start
-            features[rows] = output
+            outputs.append(backbone(images).float())
+            order.append(rows := image_ids.cpu() - start)
+            waiting += len(rows)
+            if waiting >= rows_to_fetch(outputs[-1].device):
+                fetched.append(torch.cat(outputs).cpu())
+                outputs, waiting = [], 0
             seen[rows] = True
             if progress:
                 progress(len(rows))
@@ -107,7 +109,19 @@ def extract_features(
             backbone.train(training)
     if not seen.all():
         raise FailureError(f"the loader gave {int(seen.sum())} of {stop - start} images")
+    if outputs:
+        fetched.append(torch.cat(outputs).cpu())
+    ids = torch.cat(order)
+    if len(ids) == stop - start and torch.equal(ids, torch.arange(stop - start)):
+        return torch.cat(fetched)
+    features = fetched[0].new_empty(stop - start, fetched[0].shape[1])
+    features[ids] = torch.cat(fetched)
     return features
+
+
+def rows_to_fetch(device: torch.device) -> int:
+    """Rows that a GPU is asked for at once: to fetch a batch is to wait for it, with nothing for the GPU to do until the next."""
+    return 1 if device.type == "cpu" else SHARD_ROWS
 
 
 def cached_features(

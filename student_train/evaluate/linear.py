@@ -72,7 +72,7 @@ def linear(
     config: LinearConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LinearResult:
-    """Sweep, choose, test. Runs on the device the features are on; ``progress`` is called with (epochs done, all).
+    """Sweep, choose, test. Runs on the device the features are on; ``progress`` is called with (steps done, all).
 
     MisuseError: a test class that the training set lacks, or a class with fewer than two training images.
     """
@@ -126,12 +126,12 @@ def train_heads(
     sweep = HeadSweep(train, config)
     standardised = sweep.standardise(train.features)
     generator = torch.Generator().manual_seed(config.seed)
-    for epoch in range(config.epochs):
+    for _ in range(config.epochs):
         order = torch.randperm(len(train), generator=generator).to(train.labels.device)
         for rows in order.split(config.batch_size):
             sweep.step(standardised[rows], train.labels[rows])
-        if progress:
-            progress(epoch + 1, config.epochs)
+            if progress:
+                progress(sweep.steps_done, sweep.num_steps)
     return sweep.heads()
 
 

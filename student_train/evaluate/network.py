@@ -126,7 +126,7 @@ class FrozenNetwork:
         """For the head of a table."""
         seen = "the whole square" if self.sees_all else "the middle 7/8"
         tokens = [self.tokens] if self.tokens else []
-        return ", ".join((self.name, *tokens, f"{seen}, {self.interpolation} to {self.size} px"))
+        return ", ".join((self.name, *tokens, f"{self.interpolation} to {self.size} px", seen))
 
     @property
     def sees_all(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from ...common.config import Overwrite
 from ...common.errors import MisuseError, unknown_name
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
@@ -76,7 +77,7 @@ class ExportConfig:
         ),
     ] = None
     opset: Annotated[int, Setting("Of ONNX.", low=18, high=25)] = 20
-    overwrite: Annotated[bool, Setting("Replace what is there already.", option="--overwrite")] = False
+    overwrite: Overwrite = False
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=64))
 
     def __post_init__(self) -> None:

@@ -11,8 +11,15 @@ import torch
 SMALLEST_CHUNKED = 1 << 15
 """Student logits (B V K) from which `chunked` is at least as fast as `reference` on a CPU: benchmarks/loss_notes.md."""
 
-SMALLEST_FUSED = 1 << 22
-"""The same for the fused forms on CUDA, by reckoning: some thirty launches have to be worth it. Not measured on a GPU yet."""
+SMALLEST_FUSED = 1 << 25
+"""The same for the fused forms on CUDA. On an H200 (2026-11-26) `reference` took 1.3 to 1.4 ms at 10 million and
+5.7 at 168, the fused forms 2 to 3 ms at either, which is what it takes to launch them: they meet between 32 and 75 million."""
+
+REFERENCE_BYTES = 12
+"""Of memory that `reference` holds a student logit on CUDA (the same run)."""
+
+MEMORY_SHARE = 64
+"""`reference` may take this part of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def fastest(device: torch.device, dtype: torch.dtype, rows: int, prototypes: int
     logits = rows * prototypes
     if device.type != "cuda":
         return "chunked" if logits >= SMALLEST_CHUNKED else "reference"
-    if logits < SMALLEST_FUSED:
+    if logits < min(SMALLEST_FUSED, _memory(device) // (MEMORY_SHARE * REFERENCE_BYTES)):
         return "reference"
     if not has_kernels(device, dtype):
         return "chunked"
@@ -50,7 +57,8 @@ def fastest(device: torch.device, dtype: torch.dtype, rows: int, prototypes: int
 
 
 def by_size(capability: tuple[int, int], dtype: torch.dtype, prototypes: int, width: int) -> str:
-    """The same where both fused forms run. By reckoning (benchmarks/loss_notes.md) where nothing similar was measured."""
+    """The same where both fused forms run, `triton` where nothing was measured on such a GPU: on an H200 (2026-11-26) it was as
+    fast as `chunked` at 65,536 prototypes of any width and twice as fast at 262,144 (benchmarks/README.md)."""
     tensor_cores = dtype.itemsize == 2 or torch.get_float32_matmul_precision() != "highest"
     if capability < (8, 0) or not tensor_cores:
         return "chunked"
@@ -67,6 +75,11 @@ def by_size(capability: tuple[int, int], dtype: torch.dtype, prototypes: int, wi
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels run there: on CUDA, but not in float64."""
     return device.type == "cuda" and dtype.itemsize <= 4 and _triton()
+
+
+@cache
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @cache

@@ -31,18 +31,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def long_product(a: Tensor, b: Tensor) -> Tensor:
-    """``product`` where K is long beside M and N: cut into parts, so that all of a GPU's processors share the sums.
+    """``product`` where K is long beside M and N: (P, M, N) float32, which add up to it, so that all of a GPU's processors share
+    the sums.
 
-    The parts' number depends on the shapes alone, and they are added in order: the same inputs give the same bits.
+    The parts' number depends on the shapes alone: added in order, the same inputs give the same bits.
     """
     (m, k), n = a.shape, b.shape[1]
     parts = parts_of(m, k, n, _processors(a.device))
     if parts == 1:
-        return product(a, b)
+        return product(a, b).unsqueeze(0)
     a, b = a.reshape(m, parts, k // parts).transpose(0, 1), b.reshape(parts, k // parts, n)
     if _widens(a.device, a.dtype):
-        return torch.bmm(a, b, out_dtype=torch.float32).sum(0)
-    return torch.bmm(a.float(), b.float()).sum(0)
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def parts_of(m: int, k: int, n: int, processors: int) -> int:
@@ -54,5 +55,11 @@ def parts_of(m: int, k: int, n: int, processors: int) -> int:
     return parts
 
 
+def processors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    return _processors(device)
+
+
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -18,7 +18,6 @@ all the means, and E^T R all of dP, with R the rows that meet them, their weight
 Three products a student row either way. A top-k target needs none: k prototypes are gathered, and the rest share one sum.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ from .products import long_product, product
 from .target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .topk import add_topk_gradient_, topk_means, topk_probabilities
 from .triton_kernels import SAFE, exponentials, lift, log_sum_exp, softmax_rows
+from .triton_passes import LN_2, anchors, combine, row_bounds, row_sums
 
 MEMORY_SHARE = 64
 """E may take this part of the device's memory: more images go in chunks, each of which adds to dP once more."""
@@ -40,8 +40,6 @@ SMALLEST_BUDGET = 256 << 20
 
 LOGITS_BYTES = 64 << 20
 """Bytes of float32 logits that the untiled form holds at once: few, so that they are read back from cache."""
-
-LN_2 = math.log(2)
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -56,31 +54,30 @@ class Scores:
     """What scores rows: prototypes, an offset a prototype, a temperature."""
 
     keys: Tensor  # (K, D)
+    longest: Tensor | None  # () float32 length of the longest, where tiled
     offset: Tensor | None  # (K,) float32
     temp: float
     tiled: bool
 
-    def fill(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """out (R, K) becomes the rows' (R, D) exponentials; returns what to multiply them with to get the softmax, and the
-        logits' log-sum-exp, (R,) float32 both."""
+    def fill(self, rows: Tensor, out: Tensor, sums: Tensor, log_sums: Tensor) -> Tensor:
+        """out (R, K) becomes the exponentials of the rows (R, D), sums (R,) what to divide them by to get the softmax, and
+        log_sums (R,) log2 of the logits' sum of exponentials, float32 both; returns the rows in the keys' dtype."""
         scale = 1 / (LN_2 * self.temp)
         if not self.tiled:
             most = max(64, LOGITS_BYTES // (4 * len(self.keys)))
-            parts = [
-                softmax_rows(product(block, self.keys.T), self.offset, scale, part)
-                for block, part in zip(rows.split(most), out.split(most), strict=True)
-            ]
-            sums, log_sums = (torch.cat(each) for each in zip(*parts, strict=True))
-            return 1 / sums, log_sums * LN_2
-        bounds = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) * largest_norm(self.keys)
-        if self.offset is not None:
-            bounds = bounds + self.offset.abs().max()
-        bounds = bounds * scale
+            rows = rows.to(self.keys.dtype).contiguous()
+            parts = (tensor.split(most) for tensor in (rows, out, sums, log_sums))
+            for block, *made in zip(*parts, strict=True):
+                softmax_rows(product(block, self.keys.T), self.offset, scale, *made)
+            return rows
+        largest = None if self.offset is None else torch.linalg.vector_norm(self.offset, torch.inf)
+        rows, bounds = row_bounds(rows, self.keys.dtype, self.longest, largest, scale)
         safe = SAFE if out.dtype != torch.float16 else -1.0  # float16 holds nothing far below its row's largest
         own = log_sum_exp(rows, self.keys, self.offset, bounds, scale, safe)
-        anchors = torch.where(bounds <= safe, bounds, own)
-        sums, exact = exponentials(rows, self.keys, self.offset, anchors, scale, out)
-        return 1 / sums, (anchors + torch.log2(exact) - lift(out.dtype)) * LN_2
+        anchor = anchors(bounds, own, safe)
+        partial = exponentials(rows, self.keys, self.offset, anchor, scale, out)
+        row_sums(partial, anchor, lift(out.dtype), sums, log_sums)
+        return rows
 
 
 def _two_halves(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,6 +91,7 @@ class Problem:
     """All of the loss but its images: prepared once a call."""
 
     prototypes: Tensor  # (K, D) in the operands' dtype
+    longest: Tensor | None  # () float32 length of the longest, where tiled
     bias: Tensor | None  # (K,) float32
     centre: Tensor | None  # (K,) float32
     student_temp: float
@@ -101,62 +99,49 @@ class Problem:
     tiled: bool
 
     def chunk(self, embedding: Tensor, target: Target, weights: Tensor) -> "Chunk":
-        """embedding (n, V, D) in the operands' dtype; weights (n, V, G) float32."""
+        """embedding (n, V, D); weights (n, V, G) float32, contiguous."""
         (n, v, d), g, k = embedding.shape, target.num_views, len(self.prototypes)
-        dtype, z = embedding.dtype, embedding.reshape(n * v, d).contiguous()
+        dtype, rows = self.prototypes.dtype, embedding.reshape(n * v, d)
         sparse = isinstance(target, TopKTarget)
         padded = 64 * -(-k // 64)  # rows that begin at a line of cache
-        e = z.new_empty(n * (v + (0 if sparse else g)), padded)[:, :k]
-        shares, log_sums = Scores(self.prototypes, self.bias, self.student_temp, self.tiled).fill(z, e[: n * v])
-        topk = None
+        e = self.prototypes.new_empty(n * (v + (0 if sparse else g)), padded)[:, :k]
+        sums, log_sums = rows.new_empty(2, len(e), dtype=torch.float32)
+        student, rest = slice(0, n * v), slice(n * v, None)
+        scores = Scores(self.prototypes, self.longest, self.bias, self.student_temp, self.tiled)
+        z = scores.fill(rows, e[student], sums[student], log_sums[student])
+        topk = target_means = None
         match target:
             case EmbeddingTarget():
                 half = target.embedding.element_size() == 2 and dtype.itemsize == 2
                 target_dtype = target.embedding.dtype if half else dtype
-                rows = target.embedding.reshape(n * g, -1).to(target_dtype).contiguous()
-                scores = Scores(cast_of(target.matrix, target_dtype), self._offset, self.teacher_temp, self.tiled)
-                shares = torch.cat([shares, scores.fill(rows, e[n * v :])[0]])
+                keys = cast_of(target.matrix, target_dtype)
+                longest = largest_norm(keys) if self.tiled else None
+                scores = Scores(keys, longest, self._offset, self.teacher_temp, self.tiled)
+                scores.fill(target.embedding.reshape(n * g, -1), e[rest], sums[rest], log_sums[rest])
             case DenseTarget():
-                rows = target.logits.reshape(n * g, -1)
-                sums, _ = softmax_rows(rows, self._offset, 1 / (LN_2 * self.teacher_temp), e[n * v :])
-                shares = torch.cat([shares, 1 / sums])
+                rows, scale = target.logits.reshape(n * g, -1), 1 / (LN_2 * self.teacher_temp)
+                softmax_rows(rows, self._offset, scale, e[rest], sums[rest], log_sums[rest])
             case _:
                 topk = target.ids, *topk_probabilities(target, self.teacher_temp, self.centre)
-        means = long_product(e, self.prototypes) * shares.unsqueeze(1)
-        student_means = means[: n * v].view(n, v, d)
-        target_means = means[n * v :].view(n, g, d) if topk is None else topk_means(*topk, self.prototypes)
-
-        rows_z, total = embedding.float(), weights.sum(2)
-        mix = torch.einsum("nvg,ngd->nvd", weights, target_means)
-        loss = (total * log_sums.view(n, v)).sum() - (rows_z * mix).sum() / self.student_temp
-        if self.bias is not None:
-            loss = (
-                loss
-                - (weights.sum(1) * self._bias_means(e[n * v :], shares[n * v :], topk, n, g)).sum() / self.student_temp
-            )
-        mixed = torch.einsum("nvg,nvd->ngd", weights, rows_z).flatten(0, 1)
-        meets = (rows_z * total.unsqueeze(2)).flatten(0, 1)
-        row_weights = total.flatten()
-        if topk is None:
-            meets, row_weights = torch.cat([meets, -mixed]), torch.cat([row_weights, -weights.sum(1).flatten()])
-        return Chunk(
-            loss,
-            (total.unsqueeze(2) * student_means - mix) / self.student_temp,
-            e,
-            meets * shares.unsqueeze(1) / self.student_temp,
-            row_weights * shares / self.student_temp,
-            topk and (*topk, mixed / self.student_temp, weights.sum(1) / self.student_temp),
+                target_means = topk_means(*topk, self.prototypes).flatten(0, 1)
+        means = long_product(e, self.prototypes)
+        loss, grad, meets, row_weights, mixed = combine(
+            means, target_means, sums, log_sums, z, weights, self.student_temp
         )
+        if self.bias is not None:
+            of_bias = self._bias_means(e[rest], sums[rest], topk, n, g)
+            loss = loss - (weights.sum(1) * of_bias).sum() / self.student_temp
+        return Chunk(loss, grad, e, meets, row_weights, topk and (*topk, mixed, weights.sum(1) / self.student_temp))
 
     @property
     def _offset(self) -> Tensor | None:
         return None if self.centre is None else -self.centre
 
-    def _bias_means(self, e: Tensor, shares: Tensor, topk, n: int, g: int) -> Tensor:
+    def _bias_means(self, e: Tensor, sums: Tensor, topk, n: int, g: int) -> Tensor:
         """(n, G) mean of the bias under the target."""
         assert self.bias is not None
         if topk is None:
-            return (product(e, _two_halves(self.bias, e.dtype)).sum(1) * shares).view(n, g)
+            return (product(e, _two_halves(self.bias, e.dtype)).sum(1) / sums).view(n, g)
         ids, at_ids, elsewhere = topk
         return topk_means(ids, at_ids, elsewhere, self.bias.unsqueeze(1)).squeeze(2)
 
@@ -176,7 +161,9 @@ class Chunk:
 
     def grad_prototypes(self, upstream: Tensor | float = 1.0) -> Tensor:
         """(K, D) float32."""
-        gradient = _times_rows(self.e, self.meets * upstream)
+        half = self.e.dtype == torch.bfloat16
+        rows = torch.mul(self.meets, upstream, out=torch.empty_like(self.meets, dtype=self.e.dtype if half else None))
+        gradient = _times_rows(self.e, rows)
         if self.topk is not None:
             ids, at_ids, elsewhere, mixed, _ = self.topk
             add_topk_gradient_(gradient, ids, at_ids, elsewhere, mixed * -upstream)
@@ -199,7 +186,7 @@ class Chunk:
 def _times_rows(e: Tensor, rows: Tensor) -> Tensor:
     """(K, D) e^T rows. float16 gets rows of at most 1: they are of the order 1 / (B V)."""
     if e.dtype != torch.float16:
-        return product(e.T, rows.to(e.dtype))
+        return product(e.T, rows)
     largest = rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return product(e.T, (rows / largest).half()).mul_(largest)
 
@@ -209,20 +196,26 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embedding, prototypes, bias, target, student_temp, teacher_temp, centre, weights, dtype, tiled):
+        ctx.dtypes = [None if t is None else t.dtype for t in (embedding, prototypes, bias)]
         (b, v, _), k, dense_views = (
             embedding.shape,
             len(prototypes),
             0 if isinstance(target, TopKTarget) else target.num_views,
         )
+        longest = None
+        if tiled:
+            prototypes, lengths = row_bounds(prototypes, dtype)
+            longest = lengths.max()
         problem = Problem(
             prototypes.to(dtype).contiguous(),
+            longest,
             None if bias is None else bias.float().contiguous(),
             None if centre is None else centre.float().contiguous(),
             student_temp,
             teacher_temp,
             tiled,
         )
-        weights, z = weights.float() / b, embedding.to(dtype)
+        weights = (weights.float() / b).contiguous()
         n = chunked.images_per_chunk(b, v + dense_views, k * dtype.itemsize, chunk_bytes(embedding.device))
         loss, grads, done, chunk = 0.0, [], None, None
         for start in range(0, b, n):
@@ -230,7 +223,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
                 done = _added(done, chunk, ctx.needs_input_grad)
             stop = min(start + n, b)
             chunk = None  # its memory is the next one's
-            chunk = problem.chunk(z[start:stop], target.images(start, stop), weights[start:stop])
+            chunk = problem.chunk(embedding[start:stop], target.images(start, stop), weights[start:stop])
             loss = loss + chunk.loss
             grads.append(chunk.grad_embedding)
         assert chunk is not None
@@ -239,7 +232,6 @@ class _TritonCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             ctx.save_for_backward(chunk.e, chunk.meets, chunk.row_weights, *(chunk.topk or ()))
             ctx.done = done
-        ctx.dtypes = [None if t is None else t.dtype for t in (embedding, prototypes, bias)]
         return loss
 
     @staticmethod

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .products import processors
+
 
 def _configs(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
     return [
@@ -303,9 +305,9 @@ def exponentials(
     anchors: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (R, K) = 2^(scale (query keys^T + offset) - anchors + lift); returns their sums (R,) in float32, and those before they
-    were rounded to out's dtype.
+) -> torch.Tensor:
+    """out (R, K) = 2^(scale (query keys^T + offset) - anchors + lift); returns (2, S, R) float32, whose sums over S are theirs,
+    and those before they were rounded to out's dtype.
 
     query (R, D) and keys (K, D): contiguous, of one dtype; offset (K,) and anchors (R,): float32; out: rows contiguous.
     """
@@ -329,8 +331,7 @@ def exponentials(
     launch[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]) * triton.cdiv(k, meta["BLOCK_PROTOS"]),)](
         *arguments, **constants
     )
-    made, exact = sums.sum(1)
-    return made, exact
+    return sums
 
 
 def log_sum_exp(
@@ -341,13 +342,13 @@ def log_sum_exp(
     scale: float,
     safe: float = SAFE,
 ) -> torch.Tensor:
-    """(R,) float32 log2 of the sum of 2^(scale (query keys^T + offset)) where bounds (R,) > safe; anything where not."""
+    """(S, R) float32 log2 of the sums of 2^(scale (query keys^T + offset)) over S parts of the prototypes where
+    bounds (R,) > safe; anything where not."""
     query, keys = whole_steps(query), whole_steps(keys)
     (rows, d), k = query.shape, len(keys)
     tiles = SMALL if knobs.runtime.interpret else ROW_TILES
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
     row_blocks, block = triton.cdiv(rows, tiles["BLOCK_ROWS"]), tiles["BLOCK_PROTOS"]
-    splits = max(1, 2 * processors // row_blocks)
+    splits = max(1, 2 * processors(query.device) // row_blocks)
     split = block * triton.cdiv(triton.cdiv(k, splits), block)
     splits = triton.cdiv(k, split)
     log_sums = bounds.new_empty(splits, rows)
@@ -356,27 +357,26 @@ def log_sum_exp(
         query, keys, bounds if offset is None else offset, bounds, log_sums, rows, k, split, scale, safe, d,
         OFFSET=offset is not None, PRECISION=precision(query.dtype), BLOCK_D=block_d(query.dtype), **tiles, **options,
     )  # fmt: skip
-    return log_sums[0] if splits == 1 else _join(log_sums)
-
-
-def _join(log_sums: torch.Tensor) -> torch.Tensor:
-    largest = log_sums.amax(0)
-    return largest + torch.exp2(log_sums - largest).sum(0).log2()
+    return log_sums
 
 
 def softmax_rows(
-    logits: torch.Tensor, offset: torch.Tensor | None, scale: float, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (R, K) = 2^(s - log_sum_exp + lift), s = scale (logits + offset); returns its sums and log_sum_exp, (R,) float32 both.
+    logits: torch.Tensor,
+    offset: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> None:
+    """out (R, K) = 2^(s - log_sum_exp + lift), s = scale (logits + offset); sums (R,) and log_sums (R,), float32, become its
+    sums and log_sum_exp.
 
     logits (R, K), out (R, K): rows contiguous, any dtype up to float32; offset (K,): float32.
     """
     rows, k = logits.shape
-    sums, log_sums = logits.new_empty(2, rows, dtype=torch.float32)
     options = {} if knobs.runtime.interpret else dict(num_warps=8)
     _softmax_rows[(rows,)](
         logits, log_sums if offset is None else offset, out, sums, log_sums,
         k, logits.stride(0), out.stride(0), scale,
         OFFSET=offset is not None, LIFT=lift(out.dtype), BLOCK=min(PASS_BLOCK, triton.next_power_of_2(k)), **options,
     )  # fmt: skip
-    return sums, log_sums

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,3 +89,22 @@ def test_what_it_lacks_is_said(config, tmp_path):
 def test_a_teacher_is_named_or_is_a_file(tmp_path):
     assert ablation.teacher_of("efficientnet_lite0") == TeacherConfig("efficientnet_lite0")
     assert ablation.teacher_of("resnet18=w.pth") == TeacherConfig("resnet18", Path("w.pth"))
+
+
+@pytest.mark.parametrize(("exitcode", "method"), [(0, "forkserver"), (1, "spawn")])
+def test_runs_are_forked_unless_the_fork_could_not_use_cuda(monkeypatch, exitcode, method):
+    class Probe:
+        def __init__(self, target):
+            assert target is ablation._refuse_bad_fork
+
+        def start(self):
+            pass
+
+        def join(self):
+            self.exitcode = exitcode
+
+    def get_context(name):
+        return SimpleNamespace(name=name, set_forkserver_preload=lambda modules: None, Process=Probe)
+
+    monkeypatch.setattr(ablation.multiprocessing, "get_context", get_context)
+    assert ablation.starting().name == method

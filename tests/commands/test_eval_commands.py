@@ -179,7 +179,7 @@ def test_one_clear_sentence(rob, data, run_folder, tmp_path):
     more = tmp_path / "more.beton"
     pack(PackConfig(str(stripes(tmp_path / "more", ("across", "down", "flat"), 2, 2)), more, workers=1))
     refused("class 'flat' of the test set is not in the training set", run_folder, data.train, "--test", more)
-    config = StudentConfig("vit_tiny_patch16_224", 32)
+    config = StudentConfig("vit_tiny_patch16_224", 32, small_images=False)
     export_weights(build_student(config), describe_student(config), tmp_path / "vit.safetensors")
     where = (tmp_path / "vit.safetensors", data.train, "--test", data.test)
     refused(r"cannot take images of 40 x 40 px: .*40.* divisible by .*16", *where, "--size", 40)

@@ -25,6 +25,10 @@ COMMANDS = [
     "demo",
     "bench",
     "teachers",
+    "students",
+    "embed",
+    "export",
+    "push",
 ]
 
 
@@ -45,7 +49,7 @@ for command in {COMMANDS!r}:
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         cli.main()
     assert "Usage" in text.getvalue()
-print(*sorted({{"torch", "numpy", "timm", "zarr", "numba", "ffcv", "PIL", "matplotlib"}} & sys.modules.keys()))
+print(*sorted({{"torch", "numpy", "timm", "zarr", "numba", "ffcv", "PIL", "matplotlib", "onnx", "pyarrow"}} & sys.modules.keys()))
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (child.stdout, child.stderr) == ("\n", "")
@@ -56,3 +60,41 @@ def test_what_the_parser_refuses_is_exit_code_2(rob, arguments):
     outcome = rob(*arguments)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
+
+
+def test_commands_are_listed_in_the_order_of_the_work(rob):
+    listed = rob("--help").out
+    places = [listed.index(f"\n  {name} ") for name in ("pack", "cache-teacher", "train-student", "eval", "compare")]
+    assert places == sorted(places)
+
+
+def test_many_options_are_grouped_and_as_wide_as_the_terminal(rob, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    lines = rob("train-student", "--help").out.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:3] == ["Arguments:", "Targets:", "Student:"]
+    assert {"Objective:", "Optimiser:", "Run:", "Which views meet:", "Views:", "Loading:"} <= set(headings)
+    assert 100 < max(map(len, lines)) <= 150
+    assert "Options:" in rob("pack", "--help").out.splitlines()
+
+
+def test_a_range_may_have_a_comma(rob, made, tmp_path):
+    for number, scale in enumerate(
+        (("--global-scale", "0.5,1"), ("--global-scale", "0.5", "1"), ("--global-scale=0.5,1",))
+    ):
+        outcome = rob("views", tmp_path / f"{number}.png", "--data", made.data, "--images", 1, *scale)
+        assert outcome.code == 0, outcome.err
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 1
+
+
+def test_students_are_a_table_of_presets_that_exist(rob):
+    from rob.student_train.commands.students import ALONE, WITH_A_TEACHER
+    from rob.student_train.presets import PRESETS
+    from rob.student_train.students import model_family
+
+    said = rob("students").out
+    for names, _, presets in WITH_A_TEACHER.values():
+        assert all(model_family(name.strip()) for name in names.split(","))
+        assert set(presets.split(", ")) <= PRESETS.keys()
+    assert {name for names in ALONE.values() for name in names.split(", ")} <= PRESETS.keys()
+    assert "mobilenetv3_small_100" in "".join(said.split())

@@ -144,9 +144,8 @@ def test_the_same_command_again_goes_on_and_is_done(rob, made, tmp_path):
 def test_the_small_image_form_is_said_unless_asked_for(rob, made, tmp_path):
     words = ("train-student", made.data, "--targets", made.store, "--image-size", 32, "--batch-size", 8, *FAST)
     small = ("--student", "test_resnet", "--epochs", 1, "--hidden-dim", 16)
-    said = "the small-image form of test_resnet, for --image-size up to 64"
-    assert said in rob(*words, *small, "--out", tmp_path / "default").out
-    assert said not in rob(*words, *small, "--out", tmp_path / "asked", "--small-images").out
+    assert "--small-images" in rob(*words, *small, "--out", tmp_path / "default").out
+    assert "--small-images" not in rob(*words, *small, "--out", tmp_path / "asked", "--small-images").out
 
 
 def test_a_store_of_another_precision_is_verified_by_option(rob, made, tmp_path):
@@ -164,3 +163,17 @@ def test_without_ffcv_one_line_says_so(rob, made, tmp_path, monkeypatch):
     outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache, "--loader", "auto")
     assert outcome.out.count("the slower torch loader is used") == 1
     assert TargetStore.open(tmp_path / "t.zarr").manifest.geometry == "pillow"
+
+
+def test_a_plan_is_printed_without_a_run_and_an_untrained_student_needs_only_its_settings(rob, made, tmp_path):
+    run = tmp_path / "run"
+    outcome = rob("train-student", *made.train, "--out", run, "--plan-only")
+    assert outcome.code == 0, outcome.err
+    for expected in ("plan", "a step 8", "3 in 1 epochs", "warning: 3 steps are few"):
+        assert expected in outcome.out
+    assert not run.exists()
+    rob("train-student", *made.train, "--out", run)
+    (run / "student.safetensors").unlink()
+    outcome = rob("eval", "knn", run, made.data, "--init", "random", "--k", 2, *FAST)
+    assert outcome.code == 0, outcome.err
+    assert "k-NN of random test_resnet" in outcome.out

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.records import sealed
+from rob.common.weights import read_tensor_file
 from rob.student_train.checkpoint import export_weights, load_checkpoint, load_student, save_checkpoint
 from rob.student_train.evaluate.features import FeatureKey, cached_features
 from rob.student_train.evaluate.results import read_results, write_result
@@ -242,3 +245,15 @@ def test_two_processes_writing_one_file_do_not_mix(tmp_path):
         file.write(b"mine")
     assert (tmp_path / "a.json").read_bytes() == b"mine"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path):
+    script = (
+        "import sys, torch; from rob.common.weights import tensor_file; "
+        "sys.stdout.buffer.write(tensor_file({'b': torch.ones(3), 'a': torch.zeros(2, 2)}, {k: k for k in 'qwertz'}))"
+    )
+    found = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout for _ in range(4)}
+    assert len(found) == 1
+    (tmp_path / "a.safetensors").write_bytes(found.pop())
+    assert set(load_file(tmp_path / "a.safetensors")) == {"a", "b"}
+    assert read_tensor_file(tmp_path / "a.safetensors")[1] == {k: k for k in "qwertz"}

@@ -1,5 +1,7 @@
 """What stage 1 leaves to the teacher's device. There is no GPU here: where the work is handed to is watched."""
 
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
 def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path, monkeypatch, encoding):
     devices = []
     fit = fitted.fit_prototypes
-    monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[-1]) or fit(*given))
+    monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[3]) or fit(*given))
     tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=cache.Encoding(encoding))
     assert devices == [torch.device("cpu")]
 
@@ -65,3 +67,50 @@ def test_a_teacher_that_is_given_is_not_loaded(data, headless, tmp_path, monkeyp
     monkeypatch.setattr(cache, "load_teacher", lambda config: pytest.fail("it was given"))
     config = CacheConfig(data.path, tmp_path / "store.zarr", headless, get_recipe("weak"), 2, device="cpu")
     assert cache_teacher(config, None, teacher).weights_hash == teacher.weights_hash
+
+
+def test_a_chunk_comes_home_on_a_stream_of_its_own(monkeypatch):
+    """Which waits for the chunk, and not for what the teacher is given meanwhile."""
+    said = []
+
+    class Stream:
+        def wait_event(self, event):
+            said.append(("waits for", event))
+
+    class Home:
+        def record_stream(self, stream):
+            said.append(("kept for", type(stream)))
+
+    @contextmanager
+    def on(stream):
+        said.append("on it")
+        yield
+        said.append("off it")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    with cache._after("made", Home(), None):  # type: ignore[arg-type]
+        said.append("read")
+    assert said == [("waits for", "made"), "on it", "read", "off it", ("kept for", Stream)]
+    with cache._after(None, torch.zeros(1)):
+        pass
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_goes_on_with_the_views_that_it_began_with(
+    data: Beton, with_head: TeacherConfig, tmp_path, monkeypatch, whole
+):
+    """Whatever `auto` stands for by now."""
+    config = CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu")
+    with monkeypatch.context() as stopped, nullcontext() if whole else pytest.raises(KeyboardInterrupt):
+        if not whole:
+            stopped.setattr(cache.StoreWriter, "finish", interrupt)
+        cache_teacher(config)
+    asked = []
+    monkeypatch.setattr(cache, "settled", lambda loader, device, as_in: asked.append(as_in) or loader)
+    cache_teacher(config)
+    assert asked == ["planes"]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.views import loader as loader_module
 from rob.common.views.drawing import LOCAL, view_parameters
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry, settled
 from support.loaders import DINO, SETS, assert_same, needs_ffcv, views_by_image
 
 
@@ -186,7 +187,7 @@ def test_options_out_of_range_are_refused(options):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(MisuseError, match=r"unknown loader 'dali': .*known: auto, ffcv, gpu, torch"):
+    with pytest.raises(MisuseError, match=r"unknown loader 'dali'.*known: auto, ffcv, gpu, torch"):
         LoaderConfig("dali")
 
 
@@ -203,6 +204,21 @@ def test_without_ffcv_the_plain_backend_serves(monkeypatch, small_beton):
     assert_same(views_by_image(ViewLoader(small_beton, DINO, 3, config), np.arange(24)), expected)
     with pytest.raises(MisuseError, match="ffcv"):
         check_loader(replace(config, backend="ffcv"))
+
+
+ASKED = """
+import torch
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, lambda *_, name=name: print(name, flush=True))
+import rob, rob.cli, rob.student_train.train, rob.teacher_cache.cache, rob.student_train.evaluate.linear, rob.benchmarks.ablation
+assert torch.cuda.is_available() is None  # and it is as before
+"""
+
+
+def test_no_import_asks_for_cuda():
+    """A process that was asked for it leaves every child that is forked off it without."""
+    done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "is_available\n"), done.stdout + done.stderr
 
 
 def test_torch_keeps_its_threads():
@@ -222,3 +238,46 @@ def test_numbas_types_are_left_as_they_are(small_beton):
     next(iter(ViewLoader(small_beton, DINO, 3, LoaderConfig("ffcv", 4, 1)).epoch(np.arange(4), SETS)))
     assert bytes_type.mutable
     assert [sig.args for sig in count.nopython_signatures] == [(bytes_type,)]
+
+
+# ==== what auto stands for ====
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there, with ffcv and Triton; returns what is known of it, to be changed."""
+    known = {"loader": None}
+    monkeypatch.setattr(loader_module, "stored_settings", lambda device: SimpleNamespace(**known))
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: name)
+    if loader_module.ffcv_backend is None:
+        names = SimpleNamespace(GEOMETRY="planes", GEOMETRY_ON_GPU="planes-gpu")
+        monkeypatch.setattr(loader_module, "ffcv_backend", names)
+    return known
+
+
+def test_auto_on_a_gpu_is_the_gpus_views_unless_the_check_found_otherwise(gpu):
+    cuda, auto = torch.device("cuda", 0), LoaderConfig(batch_size=7)
+    assert settled(auto, cuda) == LoaderConfig("gpu", batch_size=7)
+    for found, backend in (("gpu", "gpu"), ("ffcv", "ffcv"), ("auto", "ffcv")):
+        gpu["loader"] = found
+        assert settled(auto, cuda).backend == backend
+    assert settled(auto, torch.device("cpu")).backend == "ffcv"
+
+
+def test_what_is_asked_for_by_name_is_taken(gpu):
+    for backend in ("ffcv", "torch", "gpu"):
+        assert settled(LoaderConfig(backend), torch.device("cuda", 0), "planes-gpu").backend == backend
+
+
+def test_exact_pairs_take_the_loader_of_their_targets(gpu):
+    cuda = torch.device("cuda", 0)
+    gpu["loader"] = "gpu"
+    assert geometry(settled(LoaderConfig(), cuda, "planes")) == "planes"
+    gpu["loader"] = "ffcv"
+    assert geometry(settled(LoaderConfig(), cuda, "planes-gpu")) == "planes-gpu"
+    assert settled(LoaderConfig(), torch.device("cpu"), "planes-gpu").backend == "ffcv"
+
+
+def test_without_triton_the_cpu_makes_them(gpu, monkeypatch):
+    monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
+    assert settled(LoaderConfig(), torch.device("cuda", 0)).backend == "ffcv"

@@ -38,7 +38,7 @@ def test_one_larger_image_changes_nothing_for_the_others(tmp_path):
 )
 def test_the_table_says_what_is_seen(tmp_path, size, words):
     network = FrozenNetwork.pixels(size, CPU)
-    assert network.title == f"pixels, {words}, bilinear to {size} px"
+    assert network.title == f"pixels, {network.interpolation} to {size} px, {words}"
     image = np.zeros((96, 96, 3), np.uint8)
     image[:5] = 255  # within the sixteenth that is cut off
     (tmp_path / "images" / "a").mkdir(parents=True)

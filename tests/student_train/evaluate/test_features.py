@@ -133,3 +133,14 @@ def test_a_class_the_training_set_lacks_is_refused():
         same_classes(train.rows([0]), train)
     with pytest.raises(MisuseError, match="2 dimensions cannot be tested on 3"):
         same_classes(train, Features(torch.zeros(2, 3), torch.tensor([0, 1]), ("bird", "cat")))
+
+
+@pytest.mark.parametrize("order", [range(10), [7, 3, 9, 0, 1, 8, 2, 6, 4, 5]])
+def test_a_gpu_is_seldom_waited_for(monkeypatch, order):
+    """Every second batch here, and what is left at the end: the same features."""
+    monkeypatch.setattr(features, "rows_to_fetch", lambda device: 5)
+    fetches, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetches.append(self.dtype) or cpu(self))
+    extracted = extract_features(flatten_pixels, batches(list(order)), 0, 10)
+    assert fetches.count(torch.float32) == 2
+    assert torch.equal(extracted, IMAGES.flatten(1))

@@ -16,6 +16,7 @@ def capability(monkeypatch):
     """Sets the compute capability of a GPU that is not there."""
     monkeypatch.setattr(choice, "_measured", {})
     monkeypatch.setattr(choice, "_triton", lambda: True)
+    monkeypatch.setattr(choice, "_memory", lambda device: 80 << 30)
 
     def give(*found: int) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
@@ -45,14 +46,21 @@ def test_small_work_and_other_devices(capability):
 def test_what_was_measured_on_such_a_gpu_decides_by_the_most_similar_size(capability):
     sizes = [choice.Measured(65536, 256, "triton"), choice.Measured(4096, 256, "chunked")]
     choice.use_measured((9, 0), sizes)
-    assert [choice.fastest(GPU, HALF, 2560, k, 384) for k in (3000, 8192, 32768, 300000)] == [
+    assert [choice.fastest(GPU, HALF, 15360, k, 384) for k in (3000, 8192, 32768, 300000)] == [
         "chunked",
         "chunked",
         "triton",
         "triton",
     ]
     capability(8, 0)
-    assert choice.fastest(GPU, HALF, 2560, 4096, 256) == "triton", "another GPU's figures do not count"
+    assert choice.fastest(GPU, HALF, 15360, 4096, 256) == "triton", "another GPU's figures do not count"
+
+
+def test_the_plain_form_up_to_where_an_h200_was_faster_with_it_and_memory_allows(capability, monkeypatch):
+    sizes = [(4096, 256), (4096, 384), (65536, 256), (65536, 2048), (262144, 256)]
+    assert [choice.fastest(GPU, HALF, 2560, *size) for size in sizes] == ["reference", "reference", *["triton"] * 3]
+    monkeypatch.setattr(choice, "_memory", lambda device: 4 << 30)
+    assert choice.fastest(GPU, HALF, 2560, 4096, 256) == "triton"
 
 
 # ==== what is computed once of a frozen matrix ====
@@ -99,6 +107,6 @@ def test_a_long_sum_is_cut_until_all_processors_have_a_share(m, k, n, parts):
 def test_parts_add_up(monkeypatch):
     monkeypatch.setattr(products, "parts_of", lambda *_: 4)
     a, b = torch.randn(6, 80)[:, :64], torch.randn(64, 3)
-    torch.testing.assert_close(products.long_product(a, b), a @ b)
-    half = products.long_product(a.bfloat16(), b.bfloat16())
+    torch.testing.assert_close(products.long_product(a, b).sum(0), a @ b)
+    half = products.long_product(a.bfloat16(), b.bfloat16()).sum(0)
     torch.testing.assert_close(half, a.bfloat16().float() @ b.bfloat16().float())

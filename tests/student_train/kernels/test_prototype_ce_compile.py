@@ -21,13 +21,30 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from rob.student_train.kernels import triton_kernels  # noqa: E402
+from rob.student_train.kernels import triton_kernels, triton_passes  # noqa: E402
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory a block, by architecture: A100, RTX 30, RTX 40 and L4, H100 and H200, B200, RTX 50."""
 OPERANDS = {"bf16": 2, "fp16": 2, "fp32": 4}
-POINTERS = {"offset", "anchors", "sums", "log_sums", "bounds"}  # to float32 whatever the operands
-SCALARS = {"scale": "fp32", "safe": "fp32"}
+POINTERS = {
+    "offset",
+    "anchors",
+    "sums",
+    "log_sums",
+    "bounds",
+    "longest",
+    "largest",
+    "partial",
+    "means",
+    "target_means",
+    "weights",
+    "grad",
+    "meets",
+    "row_weights",
+    "mixed_rows",
+    "losses",
+}  # to float32 whatever the operands
+SCALARS = {"scale": "fp32", "safe": "fp32", "inverse_temp": "fp32", "views": "i32", "targets": "i32"}
 
 
 class Variant(NamedTuple):
@@ -52,11 +69,19 @@ def variants(architecture: int) -> Iterator[Variant]:
             yield Variant("_exponentials", dtype, constants, config.num_warps, config.num_stages)
         yield Variant("_log_sum_exp", dtype, dict(scored, **triton_kernels.ROW_TILES), 8, triton_kernels.ROW_STAGES)
         yield Variant("_softmax_rows", dtype, dict(OFFSET=True, LIFT=lift, BLOCK=triton_kernels.PASS_BLOCK), 8, 3)
+        passes = triton_passes
+        tile = dict(ROWS=passes.ROWS, WIDTH=passes.WIDTH)
+        yield Variant("_row_bounds", dtype, dict(CAST=itemsize == 2, BOUND=True, OFFSET=True, **tile), 4, 3)
+        blocks = dict(BLOCK_V=16, BLOCK_D=passes.COMBINED // 16)
+        yield Variant("_combine", dtype, dict(LN_2=0.69, DENSE=True, **blocks), passes.COMBINED_WARPS, 3)
+    yield Variant("_anchors", "fp32", dict(LINE=triton_passes.LINE), 4, 3)
+    tile = dict(ROWS=triton_passes.SUMMED_ROWS, SLOTS=triton_passes.SUMMED_SLOTS)
+    yield Variant("_row_sums", "fp32", dict(LIFT=0, **tile), 4, 3)
 
 
 def compiled(variant: Variant, architecture: int) -> tuple[int, int, int]:
     """Bytes of shared memory, bytes spilled, registers a thread."""
-    function = getattr(triton_kernels, variant.kernel)
+    function = getattr(triton_kernels, variant.kernel, None) or getattr(triton_passes, variant.kernel)
     signature, divisible = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in variant.constants:
@@ -64,7 +89,8 @@ def compiled(variant: Variant, architecture: int) -> tuple[int, int, int]:
         elif name in SCALARS or name.startswith("num_") or name.endswith(("split", "bucket", "stride", "width")):
             signature[name] = SCALARS.get(name, "i32")
         else:
-            wide = name in POINTERS or (variant.kernel == "_softmax_rows" and name == "logits")
+            wide = name in POINTERS or (variant.kernel, name) in (("_softmax_rows", "logits"), ("_row_bounds", "rows"))
+            wide = wide or (variant.kernel, name) == ("_anchors", "out")
             signature[name] = "*fp32" if wide else f"*{variant.dtype}"
         if signature[name].startswith("*") or name in ("width", "stride", "logits_stride"):
             divisible[(index,)] = [["tt.divisibility", 16]]
@@ -100,7 +126,9 @@ def check(variant: Variant, architecture: int) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(ptxas(80)).exists(), reason="no ptxas: triton ships one on Linux")
 @pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize("kernel", ["_exponentials", "_log_sum_exp", "_softmax_rows"])
+@pytest.mark.parametrize(
+    "kernel", ["_exponentials", "_log_sum_exp", "_softmax_rows", "_row_bounds", "_anchors", "_row_sums", "_combine"]
+)
 def test_largest_tiles_fit_without_spills(kernel, architecture):
     check(next(v for v in variants(architecture) if v.kernel == kernel), architecture)
 

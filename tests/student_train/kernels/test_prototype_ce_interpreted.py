@@ -3,6 +3,7 @@
 TRITON_INTERPRET has to be set before triton is first imported, so this file runs itself again in a process of its own.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -35,8 +36,10 @@ else:
         reference,
         triton_ce,
         triton_kernels,
+        triton_passes,
     )
     from support.interpreter import bfloat16_dots, scalars_index
+    from support.launches import launches
     from support.prototype_ce_cases import KINDS, assert_as_exact_as_torch, errors, make_case, outcome, wide
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +75,7 @@ else:
         offset = offset if with_offset else None
         anchors = torch.linspace(-3, 12, len(query)) + 20 * (dtype == torch.float16)
         out = torch.full((len(query), 384), torch.nan, dtype=dtype)
-        sums, exact_sums = triton_kernels.exponentials(query, keys, offset, anchors, 14.4, out[:, :333])
+        sums, exact_sums = triton_kernels.exponentials(query, keys, offset, anchors, 14.4, out[:, :333]).sum(1)
         wide_offset = None if offset is None else offset.double()
         lifted = anchors.double() - triton_kernels.lift(dtype)
         made, exact = reference.exponentials(query.double(), keys.double(), wide_offset, lifted, 14.4)
@@ -84,12 +87,32 @@ else:
     def test_log_sum_exp_of_rows_of_any_length_and_only_where_asked():
         query, keys, offset = scored(torch.float32, length=40.0)
         bounds = torch.full((len(query),), torch.inf)
-        found = triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4)
+        found = anchored(bounds, triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4))
         exact = reference.log_sum_exp(query.double(), keys.double(), offset.double(), 14.4)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
         bounds[:16] = 1.0
-        again = triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4)
-        assert torch.equal(again[16:], found[16:])
+        again = anchored(bounds, triton_kernels.log_sum_exp(query, keys, offset, bounds, 14.4))
+        assert torch.equal(again[16:], found[16:]) and torch.equal(again[:16], bounds[:16])
+
+    def anchored(bounds, log_sums):
+        return triton_passes.anchors(bounds, log_sums, triton_kernels.SAFE)
+
+    def test_splits_of_a_log_sum_exp_add_up():
+        log_sums = torch.randn(5, 200) * 50
+        exact = torch.logsumexp(log_sums.double() * math.log(2), 0) / math.log(2)
+        torch.testing.assert_close(anchored(torch.full((200,), torch.inf), log_sums).double(), exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_bounds_and_casts_of_rows(dtype):
+        rows = torch.randn(37, 200)
+        cast, lengths = triton_passes.row_bounds(rows, dtype)
+        torch.testing.assert_close(
+            cast.float(), rows, rtol=torch.finfo(dtype).eps, atol=1e-7
+        )  # the interpreter cuts off
+        torch.testing.assert_close(lengths, cast.float().norm(dim=1))
+        again, bounds = triton_passes.row_bounds(cast, dtype, torch.tensor(3.0), torch.tensor(0.5), 2.0)
+        assert again is cast
+        torch.testing.assert_close(bounds, 2 * (3 * lengths + 0.5))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_softmax_rows(dtype, monkeypatch):
@@ -98,7 +121,8 @@ else:
         logits = 5 * query @ keys.T
         logits[3, :100] = -torch.inf
         out = torch.full((len(query), 384), torch.nan, dtype=dtype)
-        sums, log_sums = triton_kernels.softmax_rows(logits, offset, 14.4, out[:, :333])
+        sums, log_sums = torch.full((2, len(query)), torch.nan)
+        triton_kernels.softmax_rows(logits, offset, 14.4, out[:, :333], sums, log_sums)
         p, exact = reference.softmax_rows(logits.double(), offset.double(), 14.4)
         torch.testing.assert_close(log_sums.double(), exact, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sums, out[:, :333].float().sum(1))
@@ -107,6 +131,19 @@ else:
         assert out[:, 333:].isnan().all()
 
     # ==== the loss ====
+
+    @pytest.mark.parametrize(("tiled", "most"), [(True, 21), (False, 16)], ids=["tiled", "library"])
+    def test_few_launches(tiled, most, monkeypatch):
+        """Forward and backward once the teacher's part is known: the host takes longer to launch them than a GPU to do them."""
+        monkeypatch.setattr(products, "FEWEST_PER_PART", 16)
+        case = make_case("embedding", 8, 3, dim=64, num_prototypes=512, centred=False)
+        inputs = [t.clone().requires_grad_() for t in (case.embedding, case.prototypes)]
+        step = partial(triton_ce.prototype_cross_entropy, tiled=tiled, dtype=torch.bfloat16)
+        step(*inputs, *case[2:]).backward()
+        with launches(monkeypatch) as found:
+            step(*inputs, *case[2:]).backward()
+        added = 2  # gradients that were there already
+        assert sum(found.values()) - added <= most, found
 
     @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,203 @@
+"""Did it work? A student against its own random start, raw pixels and its teacher, on some of the images it was trained on.
+
+With labels by k-NN, a fifth of each class held out; without, by how many of an image's nearest neighbours the teacher has among
+its own. Worse than random is no rarity: a network learns first what all targets have in common.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...common.files import replacing
+from ...common.images.beton import Beton
+from ...common.look.neighbours import unit_vectors
+from ...common.records import sealed
+from ...common.store.codec import decode
+from ...common.store.reader import TargetStore
+from ...common.views.config import LoaderConfig
+from ..run_folder import read_log
+from ..students import StudentConfig, describe_student
+from .features import Features
+from .knn import knn
+from .labelled import HELD_OUT
+from .network import FrozenNetwork
+from .subsets import hold_out
+
+MOST_IMAGES, MOST_ON_CPU = 5_000, 1_500
+FEWEST_IMAGES = 50
+"""Fewer say nothing."""
+FEWEST_OF_A_CLASS = 5
+NEIGHBOURS = 10
+QUERIES = 500
+K = 20
+OUTCOME_NAME = "outcome.json"
+CLEARLY = 10.0
+"""Points above the random start from which nobody has to wonder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """In percent, each None where there is none. ``by_labels``: k-NN top-1; else neighbours shared with the teacher."""
+
+    by_labels: bool
+    num_images: int
+    student: float
+    random: float
+    pixels: float
+    teacher: float | None
+
+    @property
+    def title(self) -> str:
+        what = f"k-NN top-1, {HELD_OUT:.0%} of each class held out" if self.by_labels else (
+            f"of an image's {NEIGHBOURS} nearest, those that are the teacher's too"
+        )  # fmt: skip
+        return f"did it work? {what}, {self.num_images:,} of the training images"
+
+    @property
+    def worked(self) -> bool:
+        return self.student > self.random
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Yardstick:
+    """What a student is measured against; each of the others is measured once."""
+
+    def __init__(
+        self,
+        data: Beton,
+        student: StudentConfig,
+        store: TargetStore | None,
+        seed: int,
+        device: torch.device,
+        loader: LoaderConfig,
+    ) -> None:
+        most = MOST_ON_CPU if device.type == "cpu" else MOST_IMAGES
+        self.image_ids = np.unique(np.linspace(0, data.num_images - 1, min(most, data.num_images)).astype(np.int64))
+        self.data, self.loader, self.device, self.student, self.seed = data, loader, device, student, seed
+        self.teacher_rows = None if store is None else teacher_features(store, self.image_ids)
+        self.labels = usable_labels(data, self.image_ids)
+        self._others: dict[str, float] = {}
+
+    @classmethod
+    def of(
+        cls, data: Beton, student: StudentConfig, targets: Any, seed: int, device: torch.device, loader: LoaderConfig
+    ) -> "Yardstick | None":
+        """None: the images are too few, or have neither labels nor a store of targets to go by."""
+        path = getattr(targets, "path", None) or getattr(getattr(targets, "frozen", None), "path", None)
+        store = None if path is None else TargetStore.open(path)
+        if data.num_images < FEWEST_IMAGES:
+            return None
+        made = cls(data, student, store, seed, device, loader)
+        return None if made.labels is None and made.teacher_rows is None else made
+
+    def measure(self, backbone: nn.Module) -> Outcome:
+        """Of the student's network as it is now, which is left in the mode it had."""
+        info = describe_student(self.student)
+        mine = FrozenNetwork("student", backbone, info.image_size, info.mean, info.std, "", self.device)
+        if not self._others:
+            # what is drawn for it is not missed elsewhere: a step of training seeds itself
+            random = FrozenNetwork.random_student(self.student, self.seed, self.device)
+            pixels = FrozenNetwork.pixels(32, self.device)
+            self._others = {
+                name: self._score(self._features(n)) for name, n in (("random", random), ("pixels", pixels))
+            }
+            if self.labels is not None and self.teacher_rows is not None:
+                self._others["teacher"] = self._score(self.teacher_rows)
+        others = self._others
+        score = self._score(self._features(mine))
+        by_labels = self.labels is not None
+        return Outcome(by_labels, len(self.image_ids), score, others["random"], others["pixels"], others.get("teacher"))
+
+    @torch.no_grad()
+    def _features(self, network: FrozenNetwork) -> Tensor:
+        module = network.embed if isinstance(network.embed, nn.Module) else None
+        training = module is not None and module.training
+        if module is not None:
+            module.eval()
+        try:
+            batches = network.centred(self.data, self.loader, self.image_ids)
+            return torch.cat([network.embed(images).float().cpu() for _, images in batches])
+        finally:
+            if module is not None:
+                module.train(training)
+
+    def _score(self, rows: Tensor) -> float:
+        if self.labels is not None:
+            kept, tested = hold_out(Features(rows, self.labels), HELD_OUT, 0, "")
+            features = Features(rows, self.labels)
+            train = features.rows(kept)
+            return round(knn(train, features.rows(tested), k=min(K, len(train))).top1, 2)
+        assert self.teacher_rows is not None
+        return round(100 * shared_neighbours(rows, self.teacher_rows), 2)
+
+
+def shared_neighbours(rows: Tensor, others: Tensor, count: int = NEIGHBOURS, queries: int = QUERIES) -> float:
+    """Mean share of the ``count`` nearest rows (by cosine) of ``rows`` (N, D) that are among those of ``others`` (N, E)."""
+    asked = torch.linspace(0, len(rows) - 1, min(queries, len(rows))).long()
+
+    def nearest(values: Tensor) -> Tensor:
+        unit = F.normalize(values - values.mean(0), dim=1)
+        cosines = unit[asked] @ unit.T
+        cosines[torch.arange(len(asked)), asked] = -torch.inf
+        return cosines.topk(count).indices
+
+    mine, theirs = nearest(rows), nearest(others)
+    return (mine[:, :, None] == theirs[:, None, :]).any(2).double().mean().item()
+
+
+def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:
+    """(n, D or K): the mean over the cached views of what the teacher said."""
+    return unit_vectors(decode(store.encoding, store.rows(image_ids)), store.manifest.num_prototypes).float().mean(1)
+
+
+def usable_labels(data: Beton, image_ids: np.ndarray) -> Tensor | None:
+    """Those of the images; None: they have none, or too few of some class, or all the same."""
+    if data.labels is None:
+        return None
+    labels = torch.from_numpy(np.asarray(data.labels)[image_ids].astype(np.int64))
+    counts = labels.unique(return_counts=True)[1]
+    return labels if len(counts) > 1 and int(counts.min()) >= FEWEST_OF_A_CLASS else None
+
+
+def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: float, least_rate: float) -> list[str]:
+    """What to say of it: nothing of a student that learned, else the likely cause and the option that helps."""
+    said = []
+    if outcome.teacher is not None and outcome.teacher <= outcome.pixels:
+        said.append(
+            f"the teacher ({outcome.teacher:.1f} %) is no better than raw pixels ({outcome.pixels:.1f} %) here, and its student "
+            "will hardly be: cache with a larger `view_size`, or another `teacher`"
+        )
+    if outcome.student >= outcome.random + CLEARLY or (outcome.worked and not outcome.by_labels):
+        return said
+    losses = [line["loss"] for line in read_log(run)]
+    if steps < least_steps:
+        cause = f"{steps:,} steps are few. More `epochs`, a smaller `batch_size`, or a longer `budget`"
+    elif rate < least_rate:
+        cause = f"the rate was {rate:.2g} in a step. A higher `lr`"
+    elif len(losses) > 1 and losses[-1] > 0.9 * losses[0]:
+        cause = f"the loss went from {losses[0]:.3g} to {losses[-1]:.3g}. Another `lr`, or a lower `teacher_temp`"
+    else:
+        cause = (
+            "the views may show too little of the image. Look at them with rob views, raise `global_scale`, cache again"
+        )
+    found = "NO BETTER THAN ITS RANDOM START" if not outcome.worked else "little better than its random start"
+    return [f"the student is {found} ({outcome.student:.1f} % against {outcome.random:.1f} %): {cause}", *said]
+
+
+def write_outcome(run: Path, outcome: Outcome) -> None:
+    """``outcome.json`` of the run's folder."""
+    with replacing(run / OUTCOME_NAME) as file:
+        file.write(sealed(outcome.to_json(), indent=2))
+
+
+def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
+    """Adds a line to ``knn.jsonl``: the student in the course of the run."""
+    with open(run / "knn.jsonl", "ab") as file:
+        file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))

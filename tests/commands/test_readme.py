@@ -1,0 +1,44 @@
+"""README's first path, verbatim, with a small model in the teacher's place and a plan of few steps."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rob.student_train import plan as plan_module
+from support.tiny import TEACHER, tiny_images
+
+README = Path(__file__).parents[2] / "README.md"
+PUBLISHED = "--teacher vit_small_patch16_224.dino"
+
+
+def commands() -> list[str]:
+    """Of the first block that packs."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    block = next(block for block in blocks if "\nrob pack photos/" in block)
+    return [line.partition("  #")[0] for line in block.splitlines() if line.startswith("rob ")]
+
+
+@pytest.mark.slow
+def test_the_first_path_works_word_for_word(rob, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_images(tmp_path / "photos", 60, size=64)
+    for part, number in (("train", 24), ("test", 8)):
+        tiny_images(tmp_path / "labelled" / part, number, seed=number)
+    shutil.copy(made.checkpoint, "teacher.safetensors")
+    monkeypatch.setattr(plan_module, "LEAST_STEPS", 2)
+    monkeypatch.setitem(plan_module.EFFORTS, "minutes", plan_module.Effort(1, 2, 1, "a test"))
+    listed = commands()
+    assert [words.split()[1] for words in listed] == ["pack", "cache-teacher", "train-student", "pack", "pack", "eval"]
+    assert PUBLISHED in listed[1]
+    for line in listed:
+        words = line.replace(PUBLISHED, f"--teacher {TEACHER} --checkpoint teacher.safetensors --view-size 32")
+        outcome = rob(*shlex.split(words)[1:])
+        assert outcome.code == 0, (line, outcome.err)
+        if "train-student" in line:
+            assert "chosen, unless you give it" in outcome.out
+            assert "did it work?" in outcome.out
+            assert "random start" in outcome.out
+    assert "k-NN of mobilenetv3_small_100" in outcome.out

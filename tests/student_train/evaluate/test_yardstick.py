@@ -1,0 +1,103 @@
+"""Whether a run worked: against its random start, by labels or by the teacher's neighbours, and a warning that names a remedy."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rob.common.records import read_record
+from rob.student_train.evaluate import yardstick as module
+from rob.student_train.evaluate.yardstick import (
+    Outcome,
+    Yardstick,
+    shared_neighbours,
+    usable_labels,
+    verdict,
+    write_outcome,
+)
+from rob.student_train.students import build_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.train import train_student
+from support.training import CPU, LOADER, STUDENT, log_of
+
+
+@pytest.fixture(autouse=True)
+def few_are_enough(monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_IMAGES", 10)
+
+
+def of(data, targets) -> Yardstick | None:
+    return Yardstick.of(data, STUDENT, targets, 0, CPU, LOADER)
+
+
+def test_an_untrained_student_is_its_random_start(data, store):
+    torch.manual_seed(0)
+    backbone = build_student(STUDENT).train()
+    yardstick = of(data, Cached(store.path))
+    outcome = yardstick.measure(backbone)
+    assert outcome.student == outcome.random
+    assert outcome.by_labels
+    assert outcome.teacher is not None
+    assert not outcome.worked
+    assert backbone.training
+
+
+def test_without_labels_the_teachers_neighbours_are_the_measure(data, store, monkeypatch):
+    monkeypatch.setattr(module, "usable_labels", lambda data, image_ids: None)
+    yardstick = of(data, Cached(store.path))
+    outcome = yardstick.measure(build_student(STUDENT))
+    assert (outcome.by_labels, outcome.teacher) == (False, None)
+    assert 0 < outcome.student <= 100
+    assert shared_neighbours(yardstick.teacher_rows, yardstick.teacher_rows) == 1
+    assert of(data, None) is None
+
+
+def test_few_images_or_one_class_say_nothing(data, monkeypatch):
+    one = SimpleNamespace(labels=np.zeros(100, np.int64))
+    assert usable_labels(one, np.arange(100)) is None
+    rare = SimpleNamespace(labels=np.array([0] * 97 + [1] * 3))
+    assert usable_labels(rare, np.arange(100)) is None
+    assert usable_labels(SimpleNamespace(labels=None), np.arange(100)) is None
+    monkeypatch.setattr(module, "FEWEST_IMAGES", 25)
+    assert of(data, None) is None
+
+
+def test_in_the_run_a_line_is_kept_and_the_run_is_what_it_would_have_been(config, tmp_path):
+    train_student(config)
+    watched = replace(config, out=tmp_path / "watched", knn_every=2)
+    train_student(watched)
+    lines = [json.loads(line) for line in (watched.out / "knn.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [2, 4]
+    assert [line["loss"] for line in log_of(config.out)] == [line["loss"] for line in log_of(watched.out)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "losses", "remedy"),
+    [
+        (10, 1e-3, (1.0, 0.1), "10 steps are few. More `epochs`, a smaller `batch_size`"),
+        (5000, 1e-6, (1.0, 0.1), "the rate was 1e-06 in a step. A higher `lr`"),
+        (5000, 1e-3, (1.0, 0.99), "the loss went from 1 to 0.99. Another `lr`"),
+        (5000, 1e-3, (1.0, 0.1), "Look at them with rob views"),
+    ],
+)
+def test_worse_than_random_is_loud_and_names_what_helps(tmp_path, monkeypatch, steps, rate, losses, remedy):
+    monkeypatch.setattr(module, "read_log", lambda run: [{"loss": loss} for loss in losses])
+    (said,) = verdict(Outcome(True, 300, 23.9, 35.0, 47.0, 72.0), tmp_path, steps, 1000, rate, 1e-4)
+    assert said.startswith("the student is NO BETTER THAN ITS RANDOM START (23.9 % against 35.0 %)")
+    assert remedy in said
+    assert verdict(Outcome(True, 300, 60.0, 35.0, 47.0, 72.0), tmp_path, steps, 1000, rate, 1e-4) == []
+
+
+def test_a_teacher_no_better_than_pixels_is_told(tmp_path):
+    (said,) = verdict(Outcome(True, 300, 78.0, 37.9, 78.7, 77.3), tmp_path, 5000, 1000, 1e-3, 1e-4)
+    assert "no better than raw pixels" in said
+    assert "larger `view_size`" in said
+
+
+def test_an_outcome_is_kept_with_its_checksum(tmp_path):
+    outcome = Outcome(True, 300, 60.0, 35.0, 47.0, None)
+    write_outcome(tmp_path, outcome)
+    assert read_record(tmp_path / "outcome.json", dict, "") == outcome.to_json()
