@@ -47,7 +47,7 @@ def write_timm(graph: Graph, folder: Path) -> None:
     save_config_for_hf(backbone, str(scratch), model_args=arguments, data_config=data)
     config = json.loads(scratch.read_bytes())
     scratch.unlink()
-    for stale in ("url", "hf_hub_id", "tag", "license", "origin_url", "paper_name", "paper_ids", "notes"):
+    for stale in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(stale, None)  # of the weights that timm publishes under the same name
     with replacing(scratch) as file:
         file.write(sealed(config, indent=2))

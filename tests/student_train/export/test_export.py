@@ -188,7 +188,7 @@ def test_timm_alone_loads_its_folder_with_the_normalisation(tmp_path, student):
         close(model(images), load_student(run)[0](images))
     told = json.loads((run / "timm" / "config.json").read_text())
     assert told["architecture"] == student.name
-    assert "hf_hub_id" not in told["pretrained_cfg"]
+    assert not {"tag", "license"} & told["pretrained_cfg"].keys()  # of timm's own weights of that name
 
 
 @pytest.mark.parametrize("student", [SMALL_RESNET, SMALL_MOBILE], ids=["resnet", "mobilenet"])
