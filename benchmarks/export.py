@@ -66,7 +66,7 @@ def run(config: ExportBenchConfig) -> Report:
             train(config, student, folder, loader)
         backbone, info = load_student(folder)
         torch_ms = latency_ms(backbone, info.image_size, torch.device("cpu"))
-        rows.append({"student": student, "file": "torch", "ms": torch_ms})
+        rows.append({"student": student, "file": "none: torch, eager", "ms": torch_ms})
         for name in config.to:
             for row in exported(config, folder, name, loader):
                 rows.append({"student": student, **row})

@@ -12,23 +12,24 @@ from .input_form import WithInput
 
 
 def write_executorch(graph: Graph, path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # type: ignore
-    from executorch.exir import to_edge_transform_and_lower  # type: ignore
-
     with quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # type: ignore
+        from executorch.exir import to_edge_transform_and_lower  # type: ignore
+
         program = to_edge_transform_and_lower(graph.of_one_image(), partitioner=[XnnpackPartitioner()]).to_executorch()
     path.write_bytes(program.buffer)
 
 
 def load_executorch(path: Path) -> Runner:
-    from executorch.runtime import Runtime  # type: ignore
+    with quiet():
+        from executorch.runtime import Runtime  # type: ignore
 
-    program = Runtime.get().load_program(path)
-    method = program.load_method("forward")
+        method = Runtime.get().load_program(path).load_method("forward")
     assert method is not None
 
     def run(images: np.ndarray) -> np.ndarray:
-        return np.concatenate([method.execute([torch.from_numpy(one[None])])[0].numpy() for one in images])
+        with quiet():
+            return np.concatenate([method.execute([torch.from_numpy(one[None])])[0].numpy() for one in images])
 
     return run
 
