@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .common.store.reader import TargetStore
     from .common.views.loader import LoaderConfig
     from .common.views.recipes import Recipe, RecipeOverrides, get_recipe
-    from .student_train.as_teacher import ExportConfig, export_teacher
+    from .student_train.as_teacher import ExportTeacherConfig, export_teacher
     from .student_train.checkpoint import load_student
     from .student_train.config import PairingChoice
     from .student_train.evaluate.detection.detect import DetectConfig, detect
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .student_train.evaluate.linear import LinearConfig, linear
     from .student_train.evaluate.lowshot import Share, lowshot
     from .student_train.evaluate.network import FrozenNetwork
+    from .student_train.export.config import ExportConfig
+    from .student_train.export.export import export
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
     from .student_train.plan import make_plan
@@ -51,7 +53,7 @@ _HOME = {
     "common.views.loader": ("LoaderConfig",),
     "common.store.reader": ("TargetStore",),
     "common.views.recipes": ("Recipe", "RecipeOverrides", "get_recipe"),
-    "student_train.as_teacher": ("ExportConfig", "export_teacher"),
+    "student_train.as_teacher": ("ExportTeacherConfig", "export_teacher"),
     "student_train.checkpoint": ("load_student",),
     "student_train.evaluate.detection.detect": ("DetectConfig", "detect"),
     "student_train.evaluate.knn": ("knn",),
@@ -60,6 +62,8 @@ _HOME = {
     "student_train.evaluate.lowshot": ("Share", "lowshot"),
     "student_train.evaluate.network": ("FrozenNetwork",),
     "student_train.config": ("PairingChoice",),
+    "student_train.export.config": ("ExportConfig",),
+    "student_train.export.export": ("export",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
     "student_train.students": ("StudentConfig",),
@@ -84,6 +88,7 @@ __all__ = [
     "DetectConfig",
     "Encoding",
     "ExportConfig",
+    "ExportTeacherConfig",
     "FailureError",
     "FrozenNetwork",
     "LinearConfig",
@@ -107,6 +112,7 @@ __all__ = [
     "WithCopy",
     "cache_teacher",
     "detect",
+    "export",
     "export_teacher",
     "get_recipe",
     "knn",

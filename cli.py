@@ -25,9 +25,11 @@ from rob.common.signals import end_with_parent
 from rob.student_train.commands.check import check
 from rob.student_train.commands.compare import compare
 from rob.student_train.commands.detect import detect
+from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
-from rob.student_train.commands.export import export_teacher
+from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.preset import PresetCommand
+from rob.student_train.commands.push import push
 from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -76,6 +78,13 @@ def views_of_preset(name: str) -> "tuple[str, RecipeOverrides, int]":
 
     preset = get_preset(name)
     return preset.recipe, preset.areas, preset.views
+
+
+def teacher_licence(name: str) -> str | None:
+    """Of a published teacher's weights; None: it is not known here."""
+    from rob.teacher_cache.registry import teacher_table
+
+    return next((row["licence"] for row in teacher_table() if row["name"] == name), None)
 
 
 def demo(
@@ -191,6 +200,9 @@ evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
 for function in (compare, sweep):
     app.command(cls=GroupedCommand)(command(at_once(function)))
+app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))
+app.command(cls=GroupedCommand)(command(at_once(export)))
+app.command(cls=GroupedCommand)(command(at_once(push), teacher_licence=teacher_licence))
 app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
 for function in (verify, check, demo, bench):
     app.command(cls=GroupedCommand)(command(at_once(function)))

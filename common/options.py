@@ -101,7 +101,7 @@ def at_home(value: Any) -> Any:
 
 def spelled(text: str) -> str:
     """The library's `` `jpeg_quality` `` as the command line has it: ``--jpeg-quality``."""
-    return re.sub("`([a-z_]+)`", lambda match: SPELLING.get(match[1], match[0]), text)
+    return re.sub("`([a-z0-9_]+)`", lambda match: SPELLING.get(match[1], match[0]), text)
 
 
 def given(context: typer.Context) -> set[str]:

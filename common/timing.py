@@ -1,11 +1,31 @@
-"""Where the time of a step goes."""
+"""Where the time of a step goes, and how long one call takes."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
+from typing import Any
 
 import torch
+
+MIN_CALLS = 20
+"""Timed calls, after three that are not."""
+MIN_SECONDS = 1.0
+"""For which they go on at least."""
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    """Median milliseconds of a call that returns when its work is done."""
+    times: list[float] = []
+    for _ in range(3):
+        call()
+    end = time.perf_counter() + MIN_SECONDS
+    while len(times) < MIN_CALLS or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return median(times)
 
 
 class Stopwatch:

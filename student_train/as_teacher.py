@@ -20,10 +20,10 @@ from .checkpoint import read_checkpoint
 from .objectives import OBJECTIVES
 from .objectives.embedding import EmbeddingObjective
 from .objectives.prototypes import PrototypeObjective
-from .train_config import ExportConfig
+from .train_config import ExportTeacherConfig
 
 
-def export_teacher(config: ExportConfig) -> Path:
+def export_teacher(config: ExportTeacherConfig) -> Path:
     """Write ``config.out``: of a run with a momentum copy the copy, of another the student.
 
     Tensors ``backbone.*`` by timm's names, ``head.mlp.*``, ``head.last_layer.weight`` (K, D), the effective prototypes, and

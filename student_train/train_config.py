@@ -147,7 +147,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportTeacherConfig:
     """Of which run, and where to. ``half`` halves the file; the teacher computes in float32 whatever its file holds."""
 
     run: Annotated[Path, Setting("A run folder with its checkpoint.pt.", argument="RUN")]

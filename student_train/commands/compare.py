@@ -1,7 +1,8 @@
 """``rob compare``."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ...common.config import Overwrite
 from ...common.errors import MisuseError
@@ -9,13 +10,23 @@ from ...common.files import refuse_existing
 from ...common.screen import Cell, accuracies, bar, note
 from ...common.settings import Setting
 
+if TYPE_CHECKING:
+    from ..export.exported_file import ExportedFile
+
+EXPORTED: dict[str, Callable[["ExportedFile"], Cell]] = {
+    "MB": lambda entry: entry.bytes / 1e6,
+    "ms, one thread": lambda entry: entry.latency_ms,
+    "agreement": lambda entry: entry.score if entry.score is None else f"{entry.score:.4f}",
+}
+"""What is shown of an exported file."""
+
 
 def compare(
     runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN...")],
     out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Runs side by side: every result, with parameters, MACs, measured latency and training speed."""
+    """Runs side by side: every result, with parameters, MACs, measured latency, exported files and training speed."""
     from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
 
     if out.suffix != ".png":
@@ -35,6 +46,11 @@ def compare(
         ("CPU ms, one thread", [s.cpu_ms for s in summaries]),
         ("CUDA ms", [s.cuda_ms for s in summaries]),
         ("training images/s", [s.train_images_per_second for s in summaries]),
+        *(
+            (f"{file}, {title}", [value(s.exports[file]) if file in s.exports else None for s in summaries])
+            for file in dict.fromkeys(file for s in summaries for file in s.exports)
+            for title, value in EXPORTED.items()
+        ),
         *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
     ]
     accuracies("runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluate.network import FrozenNetwork
     from ..students import StudentInfo
 
-What = Annotated[str, Setting("A run folder, a student's weights, teacher, or pixels.", argument="WHAT")]
+What = Annotated[str, Setting("A run folder, a student's weights, its ONNX file, teacher, or pixels.", argument="WHAT")]
 Train = Annotated[Path, Setting("Labelled images to learn from.", argument="TRAIN.beton")]
 Test = Annotated[
     Path | None,
@@ -113,7 +113,7 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
 
     size, device = config.size, pick_device(config.device)
     if config.init == "random":
-        if what in ("pixels", "teacher"):
+        if what in ("pixels", "teacher") or what.endswith(".onnx"):
             raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")
         return FrozenNetwork.untrained(describe(Path(what)), 0, device, size)
     if what == "pixels":
@@ -123,6 +123,11 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
             raise MisuseError("rob eval ... teacher needs --teacher NAME (rob teachers lists them)")
         model = load_teacher(config.teacher, config.checkpoint).to(device)
         return FrozenNetwork.teacher(model, size or model.view_size, device)
+    if what.endswith(".onnx"):
+        network = FrozenNetwork.onnx(Path(what))
+        if size not in (None, network.size):
+            raise MisuseError(f"`size` is {size}, and {what} takes {network.size} px alone: leave `size` out")
+        return network
     return FrozenNetwork.student(Path(what), device, size)
 
 

@@ -1,7 +1,6 @@
 """Several runs side by side: what each student scores, and what it costs."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +12,13 @@ from torch import nn
 
 from ...common.errors import MisuseError
 from ...common.files import replacing
+from ...common.timing import median_ms
+from ...common.weights import hash_weights
 from ..checkpoint import load_student
+from ..export.exported_file import ExportedFile, read_exports
 from ..run_folder import read_log
 from ..students import num_macs, num_parameters
 from .results import read_results
-
-MIN_FORWARDS = 20
-"""Timed forward passes, after three that are not."""
-MIN_SECONDS = 1.0
-"""For which they go on at least."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,14 @@ class RunSummary:
     scores: Mapping[str, float]
     tested_on: Mapping[str, str]
     """Task -> what identifies its test images, where the result says it."""
+    exports: Mapping[str, ExportedFile]
+    """What rob export made of these weights, by the name of the file."""
 
 
 def summarise(run: Path) -> RunSummary:
     """Reads a run folder and measures its student. MisuseError: no student there, or a result that is no JSON."""
     backbone, info = load_student(run)
+    weights = hash_weights(backbone.state_dict())
     scores: dict[str, float] = {}
     tested_on: dict[str, str] = {}
     for task, result in read_results(run).items():
@@ -64,6 +64,7 @@ def summarise(run: Path) -> RunSummary:
         train_images_per_second=training_speed(run),
         scores=scores,
         tested_on=tested_on,
+        exports={name: entry for name, entry in read_exports(run).items() if entry.weights == weights},
     )
 
 
@@ -87,20 +88,10 @@ def latency_ms(backbone: nn.Module, size: int, device: torch.device) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = []
-        for _ in range(3):
-            backbone(image)
-        wait()
-        end = time.perf_counter() + MIN_SECONDS
-        while len(times) < MIN_FORWARDS or time.perf_counter() < end:
-            start = time.perf_counter()
-            backbone(image)
-            wait()
-            times.append(1000 * (time.perf_counter() - start))
+        return median_ms(lambda: (backbone(image), wait()))
     finally:
         torch.set_num_threads(threads)
         backbone.cpu()
-    return median(times)
 
 
 def training_speed(run: Path) -> float | None:

@@ -16,6 +16,7 @@ from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from ...common.views.recipes import evaluation_recipe
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
+from ..export.onnx_file import OnnxBackbone
 from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
 from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
 
@@ -61,6 +62,13 @@ class FrozenNetwork:
         """The trained student of a run folder or a weights file. MisuseError as ``load_student``."""
         backbone, info = load_student(run_or_weights, device)
         return cls._of(info.name, backbone, size or info.image_size, info.mean, info.std, device)
+
+    @classmethod
+    def onnx(cls, path: Path) -> "FrozenNetwork":
+        """What rob export made of a student, run by onnxruntime on the CPU. MisuseError as ``OnnxBackbone.open``."""
+        backbone = OnnxBackbone.open(path)
+        device = torch.device("cpu")
+        return cls(backbone.name, backbone, backbone.size, backbone.mean, backbone.std, backbone.source, device)
 
     @classmethod
     def random_student(cls, config: StudentConfig, seed: int, device: torch.device) -> "FrozenNetwork":
@@ -132,14 +140,23 @@ class FrozenNetwork:
         keep_in: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Labelled features of a ``.beton``; with ``keep_in`` a run folder, extracted once and kept there.
-
-        ``progress`` is called with (images done, all). Raises MisuseError when the images have no labels, or the
-        network cannot take images of its size.
-        """
+        """Labelled features of a ``.beton``. MisuseError: the images have no labels; else as ``extract``."""
         data = Beton(path)
         if data.labels is None:
             raise MisuseError(f"{path} has no labels: pack a folder with one sub-folder a class")
+        return label_features(self.extract(data, loader, keep_in, progress), data.labels, data.manifest.classes)
+
+    def extract(
+        self,
+        data: Beton,
+        loader: LoaderConfig,
+        keep_in: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Features (N, D) float32 on the CPU, row i of image i; with ``keep_in`` a run folder, extracted once and kept there.
+
+        ``progress`` is called with (images done, all). MisuseError: the network cannot take images of its size.
+        """
         if isinstance(self.embed, nn.Module):
             check_input_size(self.embed, self.size)
         done = 0
@@ -170,7 +187,7 @@ class FrozenNetwork:
             ) from error
         if progress:
             progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
-        return label_features(features, data.labels, data.manifest.classes)
+        return features
 
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""

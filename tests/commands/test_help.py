@@ -26,6 +26,9 @@ COMMANDS = [
     "bench",
     "teachers",
     "students",
+    "embed",
+    "export",
+    "push",
 ]
 
 
@@ -46,7 +49,7 @@ for command in {COMMANDS!r}:
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         cli.main()
     assert "Usage" in text.getvalue()
-print(*sorted({{"torch", "numpy", "timm", "zarr", "numba", "ffcv", "PIL", "matplotlib"}} & sys.modules.keys()))
+print(*sorted({{"torch", "numpy", "timm", "zarr", "numba", "ffcv", "PIL", "matplotlib", "onnx", "pyarrow"}} & sys.modules.keys()))
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (child.stdout, child.stderr) == ("\n", "")

@@ -18,7 +18,7 @@ from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.momentum import Momentum
 from rob.student_train.train import train_student
-from rob.student_train.train_config import ExportConfig, TrainConfig
+from rob.student_train.train_config import ExportTeacherConfig, TrainConfig
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from support.tiny import tiny_beton, tiny_store
 from support.training import LOADER
@@ -48,7 +48,7 @@ def swav(data, tmp_path_factory) -> Path:
 
 
 def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
-    path = export_teacher(ExportConfig(swav, tmp_path / "teacher.safetensors"))
+    path = export_teacher(ExportTeacherConfig(swav, tmp_path / "teacher.safetensors"))
     teacher = load_teacher(TeacherConfig(NAME, path))
     assert (teacher.num_prototypes, teacher.dim, teacher.teacher_temp) == (10, 128, 0.02)
     assert (teacher.head_name, teacher.view_size) == ("swav", 32)
@@ -66,7 +66,7 @@ def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
 
 def test_the_copy_where_there_is_one(data, tmp_path):
     run = trained(data, tmp_path / "run", ObjectiveConfig("dino", hidden_dim=24), prototypes=12, copy_momentum=0.5)
-    teacher = load_teacher(TeacherConfig(NAME, export_teacher(ExportConfig(run, tmp_path / "t.safetensors"))))
+    teacher = load_teacher(TeacherConfig(NAME, export_teacher(ExportTeacherConfig(run, tmp_path / "t.safetensors"))))
     state = read_checkpoint(run / "checkpoint.pt")["state"]
     prototypes = Prototypes(12, 256)
     prototypes.load_state_dict(
@@ -81,8 +81,8 @@ def test_the_copy_where_there_is_one(data, tmp_path):
 
 
 def test_half_of_the_bytes_and_another_size(swav, tmp_path):
-    whole = export_teacher(ExportConfig(swav, tmp_path / "whole.safetensors"))
-    half = export_teacher(ExportConfig(swav, tmp_path / "half.safetensors", image_size=48, half=True))
+    whole = export_teacher(ExportTeacherConfig(swav, tmp_path / "whole.safetensors"))
+    half = export_teacher(ExportTeacherConfig(swav, tmp_path / "half.safetensors", image_size=48, half=True))
     assert half.stat().st_size < 0.6 * whole.stat().st_size
     teacher, other = (load_teacher(TeacherConfig(NAME, path)) for path in (whole, half))
     assert other.view_size == 48
@@ -100,20 +100,20 @@ def test_a_students_own_file_is_a_teacher_of_its_small_form(swav, tmp_path):
 
 
 def test_its_targets_need_no_fitted_prototypes(data, swav, tmp_path):
-    path = export_teacher(ExportConfig(swav, tmp_path / "teacher.safetensors"))
+    path = export_teacher(ExportTeacherConfig(swav, tmp_path / "teacher.safetensors"))
     store = tiny_store(tmp_path / "targets.zarr", data, TeacherConfig(NAME, path))
     assert (store.manifest.head, store.manifest.num_prototypes, store.manifest.teacher_temp) == ("swav", 10, 0.02)
     assert store.prototypes is not None
 
 
 def test_what_is_no_teacher_is_refused(data, swav, tmp_path):
-    path = export_teacher(ExportConfig(swav, tmp_path / "teacher.safetensors"))
+    path = export_teacher(ExportTeacherConfig(swav, tmp_path / "teacher.safetensors"))
     with pytest.raises(MisuseError, match="holds a test_resnet, and `teacher` is resnet18: give `teacher` test_resnet"):
         load_teacher(TeacherConfig("resnet18", path))
     with pytest.raises(MisuseError, match="no such checkpoint"):
-        export_teacher(ExportConfig(tmp_path / "nothing", tmp_path / "a.safetensors"))
+        export_teacher(ExportTeacherConfig(tmp_path / "nothing", tmp_path / "a.safetensors"))
     with pytest.raises(MisuseError, match=r"name it .*a\.safetensors"):
-        ExportConfig(swav, tmp_path / "a.pth")
+        ExportTeacherConfig(swav, tmp_path / "a.pth")
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     damaged = tmp_path / "damaged.safetensors"
@@ -129,5 +129,5 @@ def test_what_is_no_teacher_is_refused(data, swav, tmp_path):
     )  # fmt: skip
     train_student(replace(mlp, local_size=16))
     with pytest.raises(MisuseError, match=r"biases .*student\.safetensors"):
-        export_teacher(ExportConfig(mlp.out, tmp_path / "b.safetensors"))
+        export_teacher(ExportTeacherConfig(mlp.out, tmp_path / "b.safetensors"))
     assert not (tmp_path / "b.safetensors").exists()

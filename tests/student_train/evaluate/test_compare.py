@@ -10,20 +10,21 @@ from PIL import Image
 from torch import nn
 
 from rob import cli
-from rob.common import screen
+from rob.common import screen, timing
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
-from rob.student_train.evaluate import compare
 from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
 from rob.student_train.evaluate.results import read_results, write_result
+from rob.student_train.export.config import ExportConfig
+from rob.student_train.export.export import export
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.training import log_line
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(compare, "MIN_FORWARDS", 2)
-    monkeypatch.setattr(compare, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "MIN_CALLS", 2)
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 def make_run(folder: Path, name: str, size: int) -> Path:
@@ -115,3 +116,13 @@ def test_runs_that_cannot_be_compared(tmp_path):
         read_results(run)
     with pytest.raises(MisuseError, match="no such file"):
         summarise(tmp_path / "nowhere")
+
+
+def test_exported_files_of_these_weights_are_shown(tmp_path):
+    run = make_run(tmp_path / "run", "test_resnet", 32)
+    export(ExportConfig(run, ("torch",)))
+    (entry,) = summarise(run).exports.values()
+    assert (entry.file, entry.bytes) == ("student.pt2", (run / "student.pt2").stat().st_size)
+    assert entry.score == pytest.approx(1.0)
+    make_run(run, "test_resnet", 32)  # trained anew: the file is of other weights
+    assert summarise(run).exports == {}

@@ -1,0 +1,156 @@
+"""What becomes of four students in each format: size, agreement with torch, k-NN, latency.
+
+    python benchmarks/export.py TRAIN.beton TEST.beton runs/export [--students resnet18 vit_tiny_patch16_224 ...]
+        [--to onnx torch executorch coreml litert] [--image-size 64] [--budget 5m] [--images 2000]
+
+Each student is first trained on TRAIN from the cached embeddings of the demo's stand-in teacher, for ``--budget``, unless
+``runs/export/STUDENT`` has weights already: the k-NN of a network that learned nothing would not tell what int8 costs. Then it is
+exported as ``rob export`` does, int8 calibrated on 256 images of TEST and everything compared with torch on ``--images`` of
+TEST. k-NN is top-1 among these images, each by its 10 nearest others; latency is of one image on one thread of the CPU, in the
+file's own runtime. What does not convert, agree or install is a row that says why.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rob.benchmarks.demo import TEACHER
+from rob.benchmarks.report import Report
+from rob.common.errors import FailureError, MisuseError
+from rob.common.store.encodings import Encoding
+from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import get_recipe
+from rob.student_train.checkpoint import load_student
+from rob.student_train.config import PairingChoice
+from rob.student_train.evaluate.compare import latency_ms
+from rob.student_train.export.config import CALIBRATIONS, WITH_INT8, ExportConfig
+from rob.student_train.export.export import export
+from rob.student_train.export.exported_file import ExportedFile
+from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.students import StudentConfig
+from rob.student_train.targets.cached import Cached
+from rob.student_train.train import train_student
+from rob.student_train.train_config import TrainConfig
+from rob.teacher_cache.cache import CacheConfig, cache_teacher
+
+STUDENTS = ("resnet18", "mobilenetv3_small_100", "efficientnet_b0", "vit_tiny_patch16_224")
+TO = ("onnx", "torch", "executorch", "coreml", "litert")
+CALIBRATION = 256
+LEAST = 1e-6
+"""The agreement at which a file is kept here: a table shows the bad ones, too."""
+
+
+@dataclass(frozen=True)
+class ExportBenchConfig:
+    train: Path
+    test: Path
+    out: Path
+    students: tuple[str, ...] = STUDENTS
+    to: tuple[str, ...] = TO
+    image_size: int = 64
+    budget: str = "5m"
+    images: int = 2000
+    workers: int = 1
+
+
+def run(config: ExportBenchConfig) -> Report:
+    loader = LoaderConfig(batch_size=32, workers=config.workers)
+    rows: list[dict[str, Any]] = []
+    for student in config.students:
+        folder = config.out / student
+        if not (folder / "student.safetensors").exists():
+            train(config, student, folder, loader)
+        backbone, info = load_student(folder)
+        torch_ms = latency_ms(backbone, info.image_size, torch.device("cpu"))
+        rows.append({"student": student, "file": "none: torch, eager", "ms": torch_ms})
+        for name in config.to:
+            for row in exported(config, folder, name, loader):
+                rows.append({"student": student, **row})
+                print(rows[-1], flush=True)
+    work = {"images": config.images, "image_size": config.image_size, "calibration": CALIBRATION}
+    return Report.of("export", torch.device("cpu"), work, rows, {})
+
+
+def train(config: ExportBenchConfig, student: str, folder: Path, loader: LoaderConfig) -> None:
+    """The student of the table: minutes of training, enough for features that tell classes apart."""
+    store, recipe = config.out / "targets.zarr", get_recipe("weak")
+    cache_teacher(
+        CacheConfig(
+            config.train,
+            store,
+            TEACHER,
+            recipe=recipe,
+            views=2,
+            view_size=config.image_size,
+            encoding=Encoding("embedding"),
+            loader=loader,
+        )
+    )
+    train_student(
+        TrainConfig(
+            config.train,
+            folder,
+            StudentConfig(student, config.image_size, small_images=False),
+            Cached(store),
+            ObjectiveConfig("embedding"),
+            pairing=PairingChoice(num_local=0),
+            budget=config.budget,
+            loader=loader,
+        )
+    )
+
+
+def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderConfig) -> Iterator[dict[str, Any]]:
+    """The rows of one format: its float32 file, and its int8 file where it has one."""
+    for calibrate in (None, *CALIBRATIONS) if name in WITH_INT8 else (None,):
+        label = f"{name} int8, {calibrate}" if calibrate else name
+        try:
+            files = export(
+                ExportConfig(
+                    folder,
+                    (name,),
+                    data=config.test,
+                    int8=calibrate is not None,
+                    calibrate=calibrate or CALIBRATIONS[0],
+                    images=config.images,
+                    calibration=CALIBRATION,
+                    min_agreement=LEAST,
+                    overwrite=True,
+                    loader=loader,
+                )
+            )
+        except (MisuseError, FailureError) as error:
+            yield {"file": label, "reason": str(error)}
+        else:
+            yield {"file": label, **figures(files[-1])}
+
+
+def figures(entry: ExportedFile) -> dict[str, Any]:
+    found: dict[str, Any] = {"MB": entry.bytes / 1e6, "int8_share": entry.int8_share, "ms": entry.latency_ms}
+    if entry.agreement is None:
+        return {**found, "reason": "converted; not run: it needs a Mac"}
+    agreement = entry.agreement
+    found |= {"lowest_cosine": agreement.lowest_cosine, "mean_cosine": agreement.mean_cosine}
+    return {**found, "neighbours": agreement.neighbours, "knn": agreement.knn, "knn_of_torch": agreement.knn_torch}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--students", nargs="+", default=STUDENTS)
+    parser.add_argument("--to", nargs="+", default=TO)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--budget", default="5m")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=1)
+    given: dict[str, Any] = vars(parser.parse_args())
+    several: dict[str, Any] = {name: tuple(given.pop(name)) for name in ("students", "to")}
+    report = run(ExportBenchConfig(**given, **several))
+    report.show()
+    print(f"written to {report.write()}")

@@ -1,0 +1,120 @@
+"""What can be set of an export, and of sending one to the Hub."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from ...common.config import Overwrite
+from ...common.errors import MisuseError, unknown_name
+from ...common.settings import Setting, check
+from ...common.views.config import LoaderConfig
+
+FORMATS = ("onnx", "torch", "executorch", "coreml", "timm")
+WITH_INT8 = ("onnx",)
+NOT_HERE = {
+    "litert": "litert-torch cannot be installed beside rob's torch and typing-extensions: convert the ONNX file in an "
+    "environment of its own",
+}
+"""Formats that cannot be had beside rob, and why."""
+INPUTS = ("uint8", "unit", "normalised")
+CALIBRATIONS = ("minmax", "percentile")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Of which run, to what, and how it is checked. Files lie beside the weights, unless ``out`` says where else."""
+
+    run: Annotated[Path, Setting("A run folder, or a student's weights.", argument="RUN")]
+    to: Annotated[
+        tuple[str, ...],
+        Setting(
+            "onnx; torch, torch.export's .pt2; executorch, XNNPACK's .pte; coreml, an .mlpackage (it runs on a Mac only, so it "
+            "is not checked here); timm, a folder for timm's local-dir: and the Hub. Several times: several files."
+        ),
+    ] = ("onnx",)
+    data: Annotated[
+        Path | None,
+        Setting(
+            "Packed images, of the kind that the device will see: the file is checked on them, and int8 calibrated."
+        ),
+    ] = None
+    int8: Annotated[
+        bool, Setting("Also a file of 8-bit weights and activations, for onnx; needs --data.", option="--int8")
+    ] = False
+    input_form: Annotated[
+        str,
+        Setting(
+            "uint8: (N, S, S, 3), 0..255, RGB, as a decoded picture lies in memory, normalised inside. unit: (N, 3, S, S) "
+            "float32, 0..1, RGB, normalised inside. normalised: (N, 3, S, S) float32, normalised by you.",
+            choices=INPUTS,
+            option="--input",
+        ),
+    ] = "uint8"
+    size: Annotated[int | None, Setting("Side S of the image in pixels; default the student's.", low=8)] = None
+    out: Annotated[Path | None, Setting("Folder for the files; default that of the weights.")] = None
+    images: Annotated[int, Setting("Images of --data on which the file is compared with torch.", low=2)] = 1000
+    calibration: Annotated[
+        int, Setting("Images of --data that int8 is calibrated on, others where there are.", low=1)
+    ] = 256
+    calibrate: Annotated[
+        str,
+        Setting(
+            "How int8 finds the range of activations: minmax, or percentile, which leaves outliers out: try it where an "
+            "EfficientNet loses too much.",
+            choices=CALIBRATIONS,
+        ),
+    ] = "minmax"
+    min_agreement: Annotated[
+        float | None,
+        Setting(
+            "Below it the file is not kept. float32: the smallest cosine with torch's features, default 0.9999. int8: 1 less the "
+            "lost k-NN accuracy, default 0.97; without labels the share of images whose nearest neighbour is among torch's "
+            "five nearest, default 0.9.",
+            low=0,
+            high=1,
+        ),
+    ] = None
+    opset: Annotated[int, Setting("Of ONNX.", low=18, high=25)] = 20
+    overwrite: Overwrite = False
+    loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(batch_size=64))
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            if name in NOT_HERE:
+                raise MisuseError(f"`to` {name}: {NOT_HERE[name]}")
+            if name not in FORMATS:
+                raise unknown_name("format", name, FORMATS)
+        check(self)
+        if self.int8 and self.data is None:
+            raise MisuseError("`int8` is calibrated on images: give `data`, packed by rob pack")
+        if self.int8 and not set(self.to) & set(WITH_INT8):
+            raise MisuseError(
+                f"`int8` is for {' and '.join(WITH_INT8)}: add one of them with `to`, or leave `int8` out"
+            )
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Of which run, and where to."""
+
+    run: Annotated[Path, Setting("A run folder.", argument="RUN")]
+    name: Annotated[str, Setting("USER/MODEL, as the Hub has it.", argument="USER/MODEL")]
+    dry_run: Annotated[
+        bool, Setting("Write RUN/hub, which would be sent, and send nothing: no network.", option="--dry-run")
+    ] = False
+    private: Annotated[bool, Setting("A repository that only you see, where it is new.", option="--private")] = False
+    licence: Annotated[
+        str | None,
+        Setting(
+            "Of the model, as the Hub spells it: apache-2.0, cc-by-nc-4.0. Default: the card names the teacher's alone."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not REPOSITORY.fullmatch(self.name):
+            raise MisuseError(
+                f"the name {self.name!r} is none of the Hub: give USER/MODEL, of letters, digits, -, _ and ."
+            )

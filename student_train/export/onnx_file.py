@@ -1,0 +1,125 @@
+"""ONNX: written by torch.onnx from torch.export's program, simplified by onnxslim, run by onnxruntime."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.errors import FailureError, MisuseError
+from .config import INPUTS
+from .graph import Graph, Runner, quiet
+from .input_form import prepare, to_pixels
+
+FACTS = "rob"
+"""The property of the file that says what it takes, as JSON."""
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """FailureError: the opset lacks an operator of the network."""
+    import onnx
+    import onnxslim
+
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                graph.program,
+                dynamo=True,
+                input_names=["image"],
+                output_names=["features"],
+                dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+                opset_version=graph.opset,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter has errors of its own, about this and that
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise FailureError(
+                f"{graph.info.name} does not become ONNX of `opset` {graph.opset}: {reason[0]}"
+            ) from error
+        assert program is not None
+        model: Any = onnxslim.slim(program.model_proto)
+    found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    if found.pop("ai.onnx", None) != graph.opset or found:
+        raise FailureError(f"{graph.info.name} has operators that `opset` {graph.opset} lacks: use 20")
+    name_batch(model)
+    tell(model, graph.facts)
+    onnx.save(model, path)
+
+
+def name_batch(model: Any) -> None:
+    """The free dimension is called ``batch``."""
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def tell(model: Any, facts: Any) -> None:
+    """Put ``facts`` among the file's properties."""
+    del model.metadata_props[:]
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def load_onnx(path: Path) -> Runner:
+    """On one thread of the CPU."""
+    session = _session(path, threads=1)
+    return lambda images: session.run(["features"], {"image": images})[0]
+
+
+def _session(path: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class OnnxBackbone:
+    """An ONNX file of ours as a backbone: normalised images (N, 3, size, size) to features (N, D) float32, on the CPU."""
+
+    session: Any
+    name: str
+    size: int
+    form: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    """sha256 (hex) of the file."""
+
+    @classmethod
+    def open(cls, path: Path) -> "OnnxBackbone":
+        """MisuseError: no such file, none that onnxruntime reads, or none that rob export wrote."""
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            raise MisuseError(f"{path} needs onnxruntime, which is not installed: pip install onnxruntime") from None
+        if not path.is_file():
+            raise MisuseError(f"{path}: no such file; rob export writes it")
+        try:
+            session = _session(path, threads=torch.get_num_threads())
+        except Exception as error:  # onnxruntime has a class of its own for each reason
+            reason = str(error).strip().splitlines()[0]
+            raise MisuseError(f"{path} is damaged or no ONNX file ({reason}): export it again") from None
+        told = session.get_modelmeta().custom_metadata_map.get(FACTS)
+        try:
+            facts = json.loads(told or "")
+            mean, std = (tuple(map(float, facts[name])) for name in ("mean", "std"))
+            form, size, student = facts["input"], int(facts["size"]), str(facts["student"])
+            if form not in INPUTS or len(mean) != 3 or len(std) != 3:
+                raise ValueError(form)
+        except (ValueError, TypeError, KeyError):
+            raise MisuseError(f"{path} does not say what it takes: give a file that rob export wrote") from None
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(session, f"{student} ({path.name})", size, form, mean, std, digest)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        images = images.cpu()
+        if self.form != "normalised":
+            images = prepare(to_pixels(images, self.mean, self.std), self.form, mean, std)
+        return torch.from_numpy(self.session.run(["features"], {"image": np.ascontiguousarray(images.numpy())})[0])
