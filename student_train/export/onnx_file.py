@@ -45,15 +45,8 @@ def write_onnx(graph: Graph, path: Path) -> None:
     found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if found.pop("ai.onnx", None) != graph.opset or found:
         raise FailureError(f"{graph.info.name} has operators that `opset` {graph.opset} lacks: use 20")
-    name_batch(model)
     tell(model, graph.facts)
     onnx.save(model, path)
-
-
-def name_batch(model: Any) -> None:
-    """The free dimension is called ``batch``."""
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
 
 
 def tell(model: Any, facts: Any) -> None:
