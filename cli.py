@@ -91,7 +91,7 @@ def demo(
     out: Annotated[Path, Setting("Its folder; results of an earlier demo there are replaced.")] = Path("runs/demo"),
     device: Device = "auto",
 ) -> None:
-    """The whole idea on Fashion-MNIST, in minutes and without downloads on Debian."""
+    """The whole idea on Fashion-MNIST, in minutes."""
     from rob.benchmarks.demo import DemoConfig, DemoScreen, run
 
     note(
@@ -133,7 +133,7 @@ def bench(
     out: Annotated[Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure one part against its peers and its floor, in one run."""
+    """Measure one part against its peers and its floor."""
     from importlib import import_module
 
     if name not in BENCHMARKS:
@@ -147,7 +147,7 @@ def bench(
 
 
 def gpu_check(config: GpuCheckConfig) -> None:
-    """What works on this GPU and how fast; stores what later runs there choose. Exit code 1 where a check failed."""
+    """What works on this GPU and how fast; kept for later runs. Exit code 1 where a check failed."""
     from rob.benchmarks.gpu_check.check import passed, run, tables
 
     report = run(config, note)

@@ -173,6 +173,6 @@ def draw(losses: list[tuple[int, float]], accuracy: dict[str, float], path: Path
     bars = right.barh(names, list(accuracy.values()), color=["#b8b8b8", "#b8b8b8", "#2a6f97", "#89c2d9"])
     right.bar_label(bars, fmt="%.1f", padding=3)
     right.invert_yaxis()
-    right.set(xlabel="k-NN top-1, %", title="frozen features", xlim=(min(accuracy.values()) - 15, 100))
+    right.set(xlabel="k-NN top-1, %", title="frozen features", xlim=(0, 100))
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -72,7 +72,7 @@ def views(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw what a recipe does: crop boxes, crops, and how much paired views differ in scale.
+    """Draw what a recipe does: crops, how pairs differ.
 
     Look for: crops that no longer show the object (raise the LOW of a scale), colours that matter and are gone (--colour 0), and
     medians far above recipe dino's, which small networks learn badly from.

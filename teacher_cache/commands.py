@@ -87,7 +87,7 @@ def teachers(
         Setting("One of them: everything about it, with where to download its file.", argument="name"),
     ] = None,
 ) -> None:
-    """The published teachers that rob knows: head, prototypes, temperature, licence, and where the file is."""
+    """The published teachers, with their licences."""
     from .registry import teacher_table
 
     rows = {row["name"]: row for row in teacher_table()}
@@ -115,7 +115,7 @@ def teachers(
 
 
 def verify(config: VerifyConfig) -> None:
-    """Check every chunk of a store, and a sample of its targets against the live teacher."""
+    """Check a store's targets against the teacher."""
     from .verify import VerifyProgress, verify
 
     with bar("chunks", "chunks") as chunks, bar("views", "views") as views:

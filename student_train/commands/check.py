@@ -11,7 +11,7 @@ from ...common.settings import Setting
 def check(
     paths: Annotated[list[Path], Setting("Packed images, target stores, run folders, sweeps.", argument="PATH...")],
 ) -> None:
-    """Look at every checksum of images, targets and runs: is all as it was written?"""
+    """Look at every checksum of images, targets and runs."""
     from ..check import check
 
     damaged: list[str] = []

@@ -26,7 +26,7 @@ def compare(
     out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Runs side by side: every result, with parameters, MACs, measured latency, exported files and training speed."""
+    """Runs side by side: results, size, latency, speed."""
     from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
 
     if out.suffix != ".png":

@@ -22,7 +22,7 @@ def embed(
     config: Annotated[SubjectConfig, {"out": None, "init": None}],
     load_teacher: LoadTeacher,
 ) -> None:
-    """The features of every image in one file, in the order of the images' paths. Killed, the same command goes on."""
+    """The features of every image in one file, by path. Killed, the same command goes on."""
     from ..embed import EmbedConfig, embed
 
     if what != "teacher":

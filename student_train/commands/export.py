@@ -6,7 +6,7 @@ from ..train_config import ExportTeacherConfig
 
 
 def export(config: ExportConfig) -> None:
-    """A trained student as files for devices, each run in its own runtime and compared with torch before it is kept."""
+    """A student as files for devices, each checked."""
     from ..export.export import export
 
     with bar("exporting", "files") as update:
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> None:
 
 
 def export_teacher(config: ExportTeacherConfig) -> None:
-    """A trained student as a teacher: its backbone, head and prototypes in one file, for rob cache-teacher --checkpoint."""
+    """A student with its head as the next teacher."""
     from ..as_teacher import export_teacher
 
     note(f"written to {export_teacher(config)}")

@@ -7,7 +7,7 @@ from ..export.config import PushConfig
 
 
 def push(config: PushConfig, teacher_licence: Callable[[str], str | None]) -> None:
-    """A run onto the Hub: weights as timm loads them, exported files, and a model card with the teacher and its licence."""
+    """A run onto the Hub: weights, exports and a model card."""
     from ..export.push import push
 
     folder, sent = push(config, teacher_licence)

@@ -25,7 +25,7 @@ FEW_SMALL_IMAGES = (
 
 
 def students() -> None:
-    """Families of students: a small one of each, and the presets that suit it."""
+    """Families of students, and the presets that suit them."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("family", "--student", "M weights", "--preset, with a store", "--preset, without a teacher"):
         table.add_column(title, no_wrap=title in ("family", "--student"))

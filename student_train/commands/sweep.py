@@ -33,7 +33,7 @@ def sweep(
     test: Annotated[Path | None, Setting("Labelled images for k-NN; default a fifth of DATA.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train over a grid of options, measure k-NN, and draw a table and a heat map.
+    """Train over a grid of options: a table, a heat map.
 
     One run after another, or one on every GPU. Stopped, the same command goes on; more values may be added. A failed run is
     named with its log once the others are done.

@@ -96,7 +96,7 @@ def train_student(
     overrides: Annotated[RecipeOverrides, {"num_global": None, "num_local": None}],
     load_teacher: LoadTeacher,
 ) -> None:
-    """Stage 2: train a student from cached targets, from the live teacher, or without one."""
+    """Stage 2: train a student on cached targets."""
     from ...common.images.beton import Beton
     from ...common.ranks import current_ranks, leave_ranks
     from ...common.run import pick_device
