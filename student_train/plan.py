@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, NamedTuple
 
+import torch
+
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.ranks import ALONE, Ranks
+from ..common.run import choose_precision, pick_device
 from ..common.views.config import LoaderConfig
 from .begun import as_begun, read_begun
 from .config import PUBLISHED_LR, ObjectiveConfig, PairingChoice, PairingConfig
@@ -93,15 +96,17 @@ class TrainPlan:
 
 def make_plan(config: TrainConfig) -> TrainPlan:
     """The plan of ``config``, as ``train_student`` would follow it. MisuseError as there."""
-    from ..common.run import choose_precision, pick_device
-    from .objectives import ObjectiveConfig
-
     device = pick_device(config.device)
     config = replace(config, precision=choose_precision(device, config.precision))
+    return plan_run(*opened(config, device), measured=True)
+
+
+def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:
+    """The targets of ``config``, which then names its objective: the usual one of such targets, where none was asked for."""
     run = RunContext(Beton(config.data), device, config.precision, config.seed, config.objective)
     branch = config.targets.open(run)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    return plan_run(replace(config, objective=objective), replace(run, objective=objective), branch, measured=True)
+    return replace(config, objective=objective), replace(run, objective=objective), branch
 
 
 def plan_run(

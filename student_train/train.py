@@ -13,7 +13,6 @@ import torch
 
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
-from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
 from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, whole_steps
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
@@ -28,11 +27,9 @@ from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .evaluate.yardstick import Yardstick, record
 from .kernels.choice import Measured, use_measured
-from .objectives import ObjectiveConfig
-from .plan import TrainPlan, plan_run
+from .plan import TrainPlan, opened, plan_run
 from .run_folder import RunFolder
 from .students import check_input_size, describe_student
-from .targets.branch import RunContext
 from .targets.pairing import plan_views
 from .train_config import TrainConfig
 from .trainer import Trainer
@@ -91,14 +88,11 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         if device.type == "cuda":
             progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
-    data = Beton(config.data)
-    context = RunContext(data, device, config.precision, config.seed, config.objective)
-    branch = config.targets.open(context)
-    objective = config.objective or ObjectiveConfig(branch.usual_objective)
+    config, context, branch = opened(config, device)
+    data = context.data
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
-    config = replace(config, objective=objective, freeze_prototypes=freeze)
-    measured = progress.plan is not None
-    plan = plan_run(config, replace(context, objective=objective), branch, ranks, measured, progress.say)
+    config = replace(config, freeze_prototypes=freeze)
+    plan = plan_run(config, context, branch, ranks, measured=progress.plan is not None, say=progress.say)
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
     views_like = branch.geometry if pairing.pairing != "cross" else None

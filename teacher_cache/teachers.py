@@ -136,13 +136,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         )
     else:
         backbone, parts = pretrained_backbone(entry.backbone, arguments), Parts()
-    pooling = config.teacher_features or entry.pooling
-    if config.teacher_features and parts.head is not None:
-        raise MisuseError(
-            f"`teacher_features` {pooling}: the head of teacher {config.name} takes what it was trained on, leave it out"
-        )
-    if pooling:
-        check_tokens(backbone, pooling, config.name, "teacher_features")
+    pooling = _pooling(config, backbone, parts, f"teacher {config.name}", entry.pooling)
     return Teacher(
         config.name,
         backbone,
@@ -156,6 +150,20 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         head_name="none" if parts.head is None else entry.method,
         pooling=pooling,
     )
+
+
+def _pooling(
+    config: TeacherConfig, backbone: nn.Module, parts: Parts, whose: str, usual: str | None = None
+) -> str | None:
+    """What is taken of the backbone's tokens. MisuseError: there are none, or the head of ``whose`` takes others."""
+    pooling = config.teacher_features or usual
+    if config.teacher_features and parts.head is not None:
+        raise MisuseError(
+            f"`teacher_features` {pooling}: the head of {whose} takes what it was trained on, leave it out"
+        )
+    if pooling:
+        check_tokens(backbone, pooling, config.name, "teacher_features")
+    return pooling
 
 
 def _our_own(config: TeacherConfig, path: Path, info: StudentInfo, made: str) -> Teacher:
@@ -178,13 +186,7 @@ def _our_own(config: TeacherConfig, path: Path, info: StudentInfo, made: str) ->
     if info.small_images:
         adapt_stem(backbone)
     parts = _taken(config.name, path, replace(OUR_LAYOUT, activation=activation), backbone)
-    pooling = config.teacher_features
-    if pooling and parts.head is not None:
-        raise MisuseError(
-            f"`teacher_features` {pooling}: the head of {path} takes what it was trained on, leave it out"
-        )
-    if pooling:
-        check_tokens(backbone, pooling, config.name, "teacher_features")
+    pooling = _pooling(config, backbone, parts, str(path))
     return Teacher(
         config.name,
         backbone,
