@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
 from torch import Tensor
 
@@ -25,10 +26,10 @@ def maps(runs: Sequence[Run], images: Images) -> Markup:
     if others:
         groups["other" if shown else "image"] = others
     parts = []
-    networks = [(f"student {name}", unit) for name, unit in images.features.items()]
-    networks += [(f"teacher {name}", unit) for name, unit in images.teachers.items()]
-    for network, unit in networks:
-        places, explained = principal(unit)
+    networks = [(f"student {name}", rows) for name, rows in images.features.items()]
+    networks += [(f"teacher {name}", rows) for name, rows in images.teachers.items()]
+    for network, features in networks:
+        places, explained = principal(F.normalize(features, dim=1))
         traces = [
             go.Scatter(
                 x=[round(x, 4) for x in places[rows, 0].tolist()],
@@ -46,7 +47,7 @@ def maps(runs: Sequence[Run], images: Images) -> Markup:
             for number, (name, rows) in enumerate(groups.items())
         ]
         told = (
-            f"{len(unit):,} images; the two directions hold {100 * explained[0]:.0f} and {100 * explained[1]:.0f} % of the "
+            f"{len(features):,} images; the two directions hold {100 * explained[0]:.0f} and {100 * explained[1]:.0f} % of the "
             "variance. Classes that lie apart here are apart; classes that overlap here may still be apart in other directions."
         )
         axes = {"showticklabels": False, "zeroline": False}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
 from torch import Tensor
 
@@ -15,10 +16,10 @@ SHOWN = 6
 
 def neighbours(runs: Sequence[Run], images: Images, rows: list[int]) -> Markup:
     """For each of ``rows`` a line a network: its nearest among these images, those of the same class marked."""
-    names = [(f"student {name}", unit) for name, unit in images.features.items()]
-    names += [(f"teacher {name}", unit) for name, unit in images.teachers.items()]
+    names = [(f"student {name}", rows) for name, rows in images.features.items()]
+    names += [(f"teacher {name}", rows) for name, rows in images.teachers.items()]
     count = min(SHOWN, len(images.ids) - 1)
-    found = {name: nearest(unit, count) for name, unit in names}
+    found = {name: nearest(F.normalize(rows - rows.mean(0), dim=1), count) for name, rows in names}
     labels = images.labels
     parts = [
         caption(
@@ -43,8 +44,8 @@ def neighbours(runs: Sequence[Run], images: Images, rows: list[int]) -> Markup:
                 shown.append(tile(pixels, under, images.path_of(place), "same" if same else ""))
             lines.append(tag("div", tag("p", name, class_="who"), tiles(*shown)))
         asked = tile(middle(images.data, int(images.ids[row])), images.class_of(row), images.path_of(row), "query")
-        lines.insert(0, tag("div", tag("p", "image", class_="who"), tiles(asked)))
-        parts.append(tag("div", *lines, class_="row"))
+        image = tag("div", tag("p", "image", class_="who"), tiles(asked))
+        parts.append(tag("div", image, tag("div", *lines), class_="asked"))
     if not images.teachers:
         parts.append(
             missing(

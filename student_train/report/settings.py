@@ -8,7 +8,7 @@ from markupsafe import Markup
 from .page import caption, details, plain, table, tag
 from .run import Run
 
-NO_CHOICES = ("out", "versions", "data_fingerprint", "device")
+NO_CHOICES = ("out", "versions", "data_fingerprint", "device", "loggers", "student_info")
 """What tells two runs apart and was not chosen; ``versions`` have a section of their own."""
 FIRST = ("student.name", "objective.name", "branch.teacher", "epochs", "loader.batch_size", "optimiser.lr", "seed")
 

@@ -32,7 +32,7 @@ def sheet(run: Run, images: Images, rows: list[int]) -> Markup:
             for number, view in enumerate(whole + local, 1)
         ]
         name = images.class_of(row) or images.path_of(row)
-        original = tile(images.data.image(int(image_id)), name, images.path_of(row), "query", boxes)
+        original = tile(images.data.image(int(image_id)), name, images.path_of(row), "query whole", boxes)
         lines.append(tag("div", original, *crops, class_="tiles row"))
     told = caption(
         f"Recipe {recipe.name}, seed {seed}, of run {run.name}: on the left the image with the boxes that its crops are cut "

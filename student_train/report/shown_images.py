@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import FailureError, MisuseError
@@ -20,7 +19,7 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Images:
-    """``ids`` of a packed set, spread over it; ``features`` are unit vectors (n, D) of these by run, and, for images that a
+    """``ids`` of a packed set, spread over it; ``features`` are (n, D) of these by run, and, for images that a
     store has targets of, by teacher."""
 
     data: Beton
@@ -78,9 +77,9 @@ def look_at(
                     for some, x in batches
                     for i, row in zip(some, network.embed(x).float().cpu(), strict=True)
                 }
-            features[run.name] = _centred_unit(torch.stack([rows[int(i)] for i in ids]))
+            features[run.name] = torch.stack([rows[int(i)] for i in ids])
         if (store := store_of(run, data)) is not None and store.manifest.teacher not in teachers:
-            teachers[store.manifest.teacher] = _centred_unit(teacher_features(store, ids))
+            teachers[store.manifest.teacher] = teacher_features(store, ids)
         advance()
     return Images(data, ids, features, teachers)
 
@@ -96,11 +95,6 @@ def store_of(run: Run, data: Beton) -> TargetStore | None:
     except (MisuseError, FailureError, OSError):
         return None
     return store
-
-
-def _centred_unit(rows: Tensor) -> Tensor:
-    """What all images have in common says nothing of which are alike."""
-    return F.normalize(rows - rows.mean(0), dim=1)
 
 
 def middle(data: Beton, image_id: int) -> np.ndarray:

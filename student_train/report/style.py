@@ -1,7 +1,10 @@
 """The report's style sheet and its script, by themselves."""
 
-POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Nothing may be fetched."""
+POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; "
+    "base-uri 'none'"
+)
+"""Nothing may be fetched or sent."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d1d1f; --faint: #61616a; --line: #d9d9de; --card: #f3f3f1;
@@ -53,7 +56,9 @@ img.small { image-rendering: pixelated; }
 .plot .gridlayer path { stroke: var(--line) !important; }
 .plot .zerolinelayer path, .plot path.xlines-above, .plot path.ylines-above { stroke: var(--faint) !important; }
 .plot .modebar-group, .plot .modebar { background: transparent !important; }
-@media (max-width: 40rem) { body { padding: .6rem; } .tile { width: 4.6rem; } }
+.asked { display: grid; grid-template-columns: 8rem 1fr; border-bottom: 1px dotted var(--line); padding: .5rem 0; }
+.whole { width: 9rem; }
+@media (max-width: 40rem) { .asked { grid-template-columns: 1fr; } body { padding: .6rem; } .tile { width: 4.6rem; } }
 @media print { nav, .modebar { display: none; } }
 """
 
@@ -68,8 +73,9 @@ SCRIPT = """
     document.head.append(script);
     for (const plot of plots) {
       const figure = JSON.parse(plot.firstElementChild.textContent);
+      plot.replaceChildren();
       await Plotly.newPlot(plot, figure.data, figure.layout, {responsive: true, displaylogo: false,
-        modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']});
+        modeBarButtons: [['toImage', 'zoom2d', 'pan2d', 'resetScale2d']]});
     }
     document.documentElement.dataset.drawn = plots.length;
   } catch (problem) {
