@@ -18,7 +18,7 @@ from ...common.files import replacing
 from ...common.records import read_record, sealed
 
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Logger, which is a file of this folder with an ``open_logger``, and the module that its extra installs."""
+"""Logger, whose file ``NAME_logger.py`` has an ``open_logger``, and the module that its extra installs."""
 NAME = "loggers.json"
 
 
@@ -77,7 +77,9 @@ class Loggers:
             told = self._told.setdefault(name, Told())
             is_new, told.key = not told.key, told.key or uuid.uuid4().hex
             try:
-                logger = import_module(f".{name}", __package__).open_logger(Opening(out, settings, told.key, is_new))
+                logger = import_module(f".{name}_logger", __package__).open_logger(
+                    Opening(out, settings, told.key, is_new)
+                )
                 told.key = getattr(logger, "key", told.key)
             except Exception as problem:
                 self.close(finished=False)

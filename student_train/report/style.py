@@ -29,8 +29,8 @@ table { border-collapse: collapse; margin: .5rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--faint); font-weight: 600; }
 tbody th { font-weight: 500; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td { max-width: 26rem; overflow-wrap: anywhere; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td { max-width: 26rem; overflow-wrap: break-word; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--link); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem 1.5rem; }
@@ -58,7 +58,7 @@ img.small { image-rendering: pixelated; }
 .plot .modebar-group, .plot .modebar { background: transparent !important; }
 .asked { display: grid; grid-template-columns: 8rem 1fr; border-bottom: 1px dotted var(--line); padding: .5rem 0; }
 .whole { width: 9rem; }
-@media (max-width: 40rem) { .asked { grid-template-columns: 1fr; } body { padding: .6rem; } .tile { width: 4.6rem; } }
+@media (max-width: 40rem) { .asked { grid-template-columns: 1fr; } body { padding: .6rem; } .tile { width: 4rem; } }
 @media print { nav, .modebar { display: none; } }
 """
 

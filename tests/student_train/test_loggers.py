@@ -7,8 +7,7 @@ import pytest
 
 from rob.common.errors import MisuseError
 from rob.common.records import sealed
-from rob.student_train.loggers import logger, mlflow, tensorboard
-from rob.student_train.loggers import wandb as wandb_file
+from rob.student_train.loggers import logger, mlflow_logger, tensorboard_logger, wandb_logger
 from rob.student_train.loggers.logger import Loggers
 from support.training import log_of
 
@@ -92,8 +91,8 @@ def test_a_logger_that_fails_is_noted_once_and_the_others_go_on(tmp_path, monkey
     whole = SimpleNamespace(
         log=lambda step, values: told.append((step, values)), close=lambda finished: told.append(finished)
     )
-    monkeypatch.setattr(wandb_file, "open_logger", lambda opening: broken)
-    monkeypatch.setattr(mlflow, "open_logger", lambda opening: whole)
+    monkeypatch.setattr(wandb_logger, "open_logger", lambda opening: broken)
+    monkeypatch.setattr(mlflow_logger, "open_logger", lambda opening: whole)
     loggers = Loggers(["wandb", "mlflow"], tmp_path, SETTINGS, [], notes.append)
     loggers.log(line(1))
     loggers.log(line(2))
@@ -111,7 +110,7 @@ def test_training_tells_its_log(config, monkeypatch):
     whole = SimpleNamespace(
         log=lambda step, values: told.append((step, values)), close=lambda finished: told.append(finished)
     )
-    monkeypatch.setattr(tensorboard, "open_logger", lambda opening: whole)
+    monkeypatch.setattr(tensorboard_logger, "open_logger", lambda opening: whole)
     monkeypatch.setattr(logger, "check_installed", lambda names: None)
     monkeypatch.setattr("rob.student_train.train.check_installed", lambda names: None)
     train_student(replace(config, epochs=1, loggers=("tensorboard",)))
@@ -124,7 +123,7 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path, monkeypatch):
     def refuses(opening):
         raise ValueError("no API key configured\nsee the docs")
 
-    monkeypatch.setattr(wandb_file, "open_logger", refuses)
+    monkeypatch.setattr(wandb_logger, "open_logger", refuses)
     with pytest.raises(MisuseError, match=r"`loggers` wandb cannot be opened: ValueError: no API key configured$"):
         Loggers(["wandb"], tmp_path, SETTINGS, [], print)
     monkeypatch.setattr(logger, "find_spec", lambda name: None)

@@ -20,8 +20,8 @@ class MlflowLogger:
     """``key`` is MLflow's own id of the run."""
 
     def __init__(self, opening: Opening) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         self._client, self._metric = MlflowClient(), Metric
         if not opening.is_new:

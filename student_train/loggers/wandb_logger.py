@@ -15,7 +15,7 @@ class WandbLogger:
     """A run that goes on has the same id: on the server it is one run, and offline ``wandb sync`` makes it one."""
 
     def __init__(self, opening: Opening) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rob"),
