@@ -36,6 +36,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The pictures of the repository, which its own pages show, too."""
+    return markdown.replace("](../assets/", "](assets/")
+
+
 # ==== commands ====
 
 
@@ -59,13 +64,16 @@ def commands() -> str:
 
 
 def _command(name: str, command: Any) -> list[str]:
+    from rob.common.options import MANY
+
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
     usage = " ".join([name, *(_placeholder(p) for p in arguments), "[OPTIONS]" if options else ""])
     parts = [f"## {name}", _plain(command.help or ""), f"```sh\n{usage.strip()}\n```"]
     groups: dict[str, list[Any]] = {"Arguments": arguments} if arguments else {}
     for option in options:
-        groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(option)
+        panel = option.rich_help_panel if len(options) >= MANY else None  # as --help does
+        groups.setdefault(panel or "Options", []).append(option)
     for title, members in groups.items():
         rows = [_row(member) for member in members]
         parts += [f"**{title}**", "| | | default |\n|---|---|---|\n" + "\n".join(row for row in rows if row)]
