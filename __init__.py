@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .student_train.optimiser import OptimiserConfig
     from .student_train.plan import make_plan
     from .student_train.presets import preset
+    from .student_train.report.config import ReportConfig
+    from .student_train.report.report import report
     from .student_train.students import StudentConfig
     from .student_train.targets.cached import Cached
     from .student_train.targets.momentum import Momentum
@@ -74,6 +76,8 @@ _HOME = {
     "student_train.finetune.tuned": ("load_tuned",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
+    "student_train.report.config": ("ReportConfig",),
+    "student_train.report.report": ("report",),
     "student_train.students": ("StudentConfig",),
     "student_train.targets.cached": ("Cached",),
     "student_train.targets.momentum": ("Momentum",),
@@ -112,6 +116,7 @@ __all__ = [
     "PairingConfig",
     "Recipe",
     "RecipeOverrides",
+    "ReportConfig",
     "SegmentConfig",
     "Share",
     "StudentConfig",
@@ -137,6 +142,7 @@ __all__ = [
     "make_plan",
     "pack",
     "preset",
+    "report",
     "train_student",
     "verify",
 ]

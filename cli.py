@@ -31,6 +31,7 @@ from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.finetune import classify, segment
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
+from rob.student_train.commands.report import report
 from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -204,7 +205,7 @@ finetune = typer.Typer(help="Train a student on labels: a classifier or a segmen
 for function in (classify, segment):
     finetune.command(cls=GroupedCommand)(command(at_once(function)))
 app.add_typer(finetune, name="finetune")
-for function in (compare, sweep):
+for function in (compare, report, sweep):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))
 app.command(cls=GroupedCommand)(command(at_once(export)))
