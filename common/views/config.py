@@ -39,7 +39,8 @@ class LoaderConfig:
 
     @property
     def threads(self) -> int:
-        """``workers``, or the number of cores that this process may use."""
+        """``workers``, or the number of cores that this process may use, divided among the ranks of its machine."""
         if self.workers:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
