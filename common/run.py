@@ -3,7 +3,8 @@
 import os
 import platform
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -46,6 +47,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def use_device(device: torch.device | None) -> None:
+    """Make a GPU the current one of this thread. A thread starts out on GPU 0, whichever the process is on, and whatever asks
+    CUDA there for anything, a stream too, makes a context of half a gigabyte on it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def current_device() -> torch.device | None:
+    """The GPU that this thread is on, for the threads that it starts; None before CUDA is used."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
 def choose_precision(device: torch.device, precision: str) -> str:
     """What ``auto`` stands for on ``device``: bf16 on GPUs of compute capability 8 and up, fp32 elsewhere. MisuseError: an
     unknown one."""
@@ -63,6 +76,17 @@ def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
         return
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, float32 products are float32's on a GPU, too, whatever a run allows itself otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -110,6 +110,15 @@ class TrainConfig:
             option="--compile/--no-compile",
         ),
     ] = None
+    sync_batchnorm: Annotated[
+        bool | None,
+        Setting(
+            "Under torchrun, BatchNorm goes by the joined batch of a machine's ranks, or by each rank's own. Default joined for "
+            "dino, ibot, swav and msn, as their code has it, else not (moco, seed and disco). Joining costs two waits among "
+            "the ranks a layer; with fewer than 32 images a rank it is worth them.",
+            option="--sync-batchnorm/--no-sync-batchnorm",
+        ),
+    ] = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)

@@ -1,15 +1,17 @@
 """One step of training."""
 
 import weakref
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.batchnorm import join_batchnorms
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
-from ..common.ranks import ALONE, Ranks, normalise_together
+from ..common.ranks import ALONE, Ranks
 from ..common.run import autocast, seed_everything
 from .config import PairingConfig
 from .kernels.target import Target
@@ -25,7 +27,8 @@ from .train_config import TrainConfig
 class Trainer:
     """The student, its optimiser and schedule: everything that one step changes.
 
-    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed.
+    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed. ``compiles``: whether the
+    first step does, which one rank of a machine then rehearses.
     """
 
     def __init__(
@@ -43,11 +46,14 @@ class Trainer:
         features: int = backbone.num_features  # type: ignore[assignment]
         self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
-        normalise_together(self.model, device)
+        if self.objective.joined_norm if config.sync_batchnorm is None else config.sync_batchnorm:
+            join_batchnorms(self.model)
         if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
             backbone.to(memory_format=torch.channels_last)
-        if stored_settings(device).compile if config.compile is None else config.compile:
+        compiled = stored_settings(device).compile if config.compile is None else config.compile
+        if compiled:
             self.model.compile_backbone()
+        self.compiles = bool(compiled) or device.type == "cuda"
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = (
@@ -76,6 +82,18 @@ class Trainer:
         """What a checkpoint has to hold, by name."""
         parts = {"model": self.model, "optimiser": self.optimiser, "scaler": self.scaler}
         return parts | ({"average": self.average.module} if self.average else {})
+
+    def rehearse(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> None:
+        """Forward and backward once, which compiles what a step needs; nothing of the run changes."""
+        before = deepcopy(self.model.state_dict())
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with autocast(self.device, self.precision):
+                loss = self.model(crops, target, pair_weights)
+            learns = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(
+                loss, learns, allow_unused=True
+            )  # not ``backward``: DDP would ask other ranks for theirs
+        self.model.load_state_dict(before)
 
     def step(
         self, number: int, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
-from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, use_device, versions
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
@@ -211,7 +211,7 @@ def _write_store(
         writer.append(arrays, statistics)
         return writer.rows_done
 
-    with ThreadPoolExecutor(1, "write", partial(_use_device, device)) as pool:
+    with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:
         writing: Future[int] | None = None
         for embedding, logits in _chunks(config, data, teacher, embed, writer.rows_done, manifest):
             if writing is not None:
@@ -229,12 +229,6 @@ def _write_store(
     if teacher.centre is not None:
         statistics["centre"] = teacher.centre.cpu().numpy()
     writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
-
-
-def _use_device(device: torch.device) -> None:
-    """A thread starts out on GPU 0, whichever the process is on."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 @contextmanager

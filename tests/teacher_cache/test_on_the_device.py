@@ -39,18 +39,10 @@ def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: Te
 
     monkeypatch.setattr(cache, "_chunks", watched_chunks)
     monkeypatch.setattr(cache, "encode", watched_encode)
-    monkeypatch.setattr(cache, "_use_device", lambda device: threads.append(device))
+    monkeypatch.setattr(cache, "use_device", lambda device: threads.append(device))
     cache_teacher(CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu"))
     assert left == reached
     assert threads == [torch.device("cpu")]
-
-
-def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in (torch.device("cpu"), torch.device("cuda", 3)):
-        cache._use_device(device)
-    assert chosen == [torch.device("cuda", 3)]
 
 
 @pytest.mark.parametrize("encoding", ["embedding", "dense"])
