@@ -69,6 +69,11 @@ def choose_precision(device: torch.device, precision: str) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE else "fp32"
 
 
+def pixel_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What views are written in: on CUDA what autocast would turn them into before the first layer, else float32."""
+    return PRECISIONS[choose_precision(device, precision)] or torch.float32 if device.type == "cuda" else torch.float32
+
+
 def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
     """On CUDA: cuDNN tries its algorithms once a shape, of which a run has few; and unless fp32 was asked for by name, what is
     left in float32 beside a network in half precision may be multiplied as TF32."""

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .run import PRECISIONS, autocast, choose_precision
+from .run import PRECISIONS, autocast, choose_precision, pixel_dtype
 from .views.batch import Batch
 from .views.recipes import Recipe
 
@@ -51,12 +51,13 @@ def embedder(
     float32 on ``device``, where ``teacher`` is already.
     """
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+    dtype = pixel_dtype(device, precision)
     blur_scale = view_size / recipe.global_crops[0].size
     teacher = cast_once(teacher, device, precision)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> Tensor:
-        images = batch.to(device).augment(-1, blur_scale, mean, std)
+        images = batch.to(device).augment(-1, blur_scale, mean, std, dtype)
         with autocast(device, precision):
             return teacher(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 

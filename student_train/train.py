@@ -118,7 +118,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     for crops in crop_sets(config, branch.recipe, first):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
     stopwatch, pace = Stopwatch(device), Pace(device)
     facts = {

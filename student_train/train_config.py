@@ -12,6 +12,7 @@ from ..common.views.config import LoaderConfig
 from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig, StudentConfig
 from .targets.config import TargetsConfig
 
+COMPILE = ("off", "default", "reduce-overhead")
 EFFORTS = ("minutes", "hours", "full")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -103,11 +104,13 @@ class TrainConfig:
     seed: Seed = 0
     precision: Precision = "auto"
     compile: Annotated[
-        bool | None,
+        str | None,
         Setting(
-            "Compile the student: minutes at the start, then fewer and larger kernels. Default what rob gpu-check found to be "
-            "faster on this GPU, else not.",
-            option="--compile/--no-compile",
+            "Compile the student: minutes at the start, then fewer and larger kernels. off, default, or reduce-overhead: its "
+            "passes are replayed as CUDA graphs, for small students whose kernels take longer to launch than to run (rob "
+            "gpu-check times it; one GPU, no --accumulate, no --knn-every). Default what rob gpu-check found to be faster on "
+            "this GPU, else off.",
+            choices=COMPILE,
         ),
     ] = None
     sync_batchnorm: Annotated[

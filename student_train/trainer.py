@@ -24,6 +24,19 @@ from .targets.space import TargetSpace
 from .train_config import TrainConfig
 
 
+def check_replay(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    """MisuseError: something other than the next step may ask for what a graph's replay overwrites."""
+    unsafe = {
+        f"`device` {device} has none": device.type != "cuda",
+        f"there are {ranks.world_size} ranks, which exchange gradients meanwhile": ranks.world_size > 1,
+        "`accumulate` runs the student several times a step": (config.accumulate or 1) > 1,
+        "`knn_every` runs the student between steps": config.knn_every is not None,
+    }
+    for reason, found in unsafe.items():
+        if found:
+            raise MisuseError(f"`compile` reduce-overhead replays CUDA graphs, and {reason}: use `compile` default")
+
+
 class Trainer:
     """The student, its optimiser and schedule: everything that one step changes.
 
@@ -50,10 +63,13 @@ class Trainer:
             join_batchnorms(self.model)
         if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
             backbone.to(memory_format=torch.channels_last)
-        compiled = stored_settings(device).compile if config.compile is None else config.compile
-        if compiled:
-            self.model.compile_backbone()
-        self.compiles = bool(compiled) or device.type == "cuda"
+        compiled = config.compile or stored_settings(device).compile_mode
+        self.replays = compiled == "reduce-overhead"
+        if self.replays:
+            check_replay(config, device, ranks)
+        if compiled != "off":
+            self.model.compile_backbone(replayed=self.replays)
+        self.compiles = compiled != "off" or device.type == "cuda"
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = (
@@ -100,6 +116,8 @@ class Trainer:
     ) -> tuple[Tensor, float]:
         """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
         rate = self.schedule.step(number)
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left is not needed any more
         with autocast(self.device, self.precision):
             loss = self.parallel(crops, target, pair_weights)
         self.optimiser.zero_grad(set_to_none=True)

@@ -14,6 +14,8 @@ TILE = 32
 """Side in pixels of the part of a view that one program makes: 224 and 96 are whole multiples."""
 ROWS, COLUMNS = 32, 32
 """The part of a plane that is read at once."""
+WIDE = 64
+"""Columns of the first plane, of which there are twice as many as of the others: a tile of a view is 34 and more of them wide."""
 WARPS = 8
 """Of a program. With four, fewer fit a multiprocessor: twice the pixels a thread, and more registers than that costs."""
 
@@ -27,7 +29,7 @@ def blur(
     mean: Tensor,
     std: Tensor,
     kept: Tensor,
-    out: Tensor,  # (B, count, 3, size, size)
+    out: Tensor,  # (B, count, 3, size, size), a pixel's channels side by side
     blur_scale: float,
     all_views: int,
     first: int,
@@ -89,5 +91,5 @@ def blur_kernel(
     kept += (place.to(tl.int64) * 3 + channel) * size * size
     values = filtered(kept, size, source_y, source_x, rows, columns, gaussian, ROWS, COLUMNS)
     values = normalised(values, tl.load(colour + _SOLARISE), mean, std, channel)
-    out += (view.to(tl.int64) * 3 + channel) * size * size
-    tl.store(out + y[:, None] * size + x[None, :], values, inside)
+    out += view.to(tl.int64) * 3 * size * size + channel
+    tl.store(out + (y[:, None] * size + x[None, :]) * 3, values, inside)

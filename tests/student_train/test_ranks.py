@@ -150,7 +150,7 @@ def as_two_ranks(*words: object) -> list[str]:
         )
         for rank in range(2)
     ]
-    printed, errors = zip(*(process.communicate(timeout=240) for process in ranks), strict=True)
+    printed, errors = zip(*(process.communicate(timeout=900) for process in ranks), strict=True)
     assert [process.returncode for process in ranks] == [0, 0], errors
     return list(printed)
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rob.common.errors import MisuseError
+from rob.common.ranks import Ranks
 from rob.student_train import trainer as trainer_module
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig
@@ -192,3 +194,37 @@ def test_batchnorm_is_joined_as_the_objective_s_paper_has_it(config, monkeypatch
     monkeypatch.setattr(trainer_module, "join_batchnorms", done.append)
     trainer = build(replace(config, objective=ObjectiveConfig(name, hidden_dim=16), sync_batchnorm=asked))
     assert done == [trainer.model] * joined
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "ranks", "reason"),
+    [
+        ({}, "cpu", 1, "`device` cpu has none"),
+        ({}, "cuda", 2, "there are 2 ranks"),
+        ({"accumulate": 2}, "cuda", 1, "`accumulate` runs the student several times"),
+        ({"knn_every": 1}, "cuda", 1, "`knn_every` runs the student between steps"),
+        ({}, "cuda", 1, None),
+    ],
+)
+def test_graphs_are_replayed_only_where_that_is_safe(config, changes, device, ranks, reason):
+    config = replace(config, compile="reduce-overhead", **changes)
+    check = lambda: trainer_module.check_replay(config, torch.device(device), Ranks(0, ranks))  # noqa: E731
+    if reason is None:
+        return check()
+    with pytest.raises(MisuseError, match=reason):
+        check()
+
+
+def test_a_replayed_student_says_when_a_step_begins_and_its_copy_is_not_replayed(config, monkeypatch):
+    """What torch is asked for; there is no GPU to do it."""
+    said = []
+    monkeypatch.setattr(trainer_module, "check_replay", lambda *_: said.append("checked"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: said.append(how["mode"]))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: said.append("step"))
+    trainer, _ = some_step(replace(config, compile="reduce-overhead"))
+    trainer.model.copy_for_targets()
+    assert said == ["checked", "reduce-overhead", "step", None]
+    said.clear()
+    some_step(replace(config, compile="default"))
+    some_step(replace(config, compile=None))
+    assert said == [None]

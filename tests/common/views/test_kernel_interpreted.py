@@ -90,6 +90,9 @@ else:
         error = (ours - exact).abs() * STD.view(3, 1, 1) * 255
         assert error.mean() < 0.05
         assert (error > 0.5).float().mean() < 2e-3
+        half = apply_colours_triton(images, colour, 0.8, MEAN, STD, torch.bfloat16)
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(half, ours.bfloat16())  # what autocast would make of it
         assert apply_colours_triton(images[:0], colour[:0], 0.8, MEAN, STD).shape == (0, 3, size, size)
 
     def test_some_views_of_several_images_in_bfloat16():
@@ -99,6 +102,7 @@ else:
         exact = reference(planes, 1, 17, colour, 1.0, MEAN, STD, torch.float32)
         assert ours.dtype == torch.bfloat16
         assert ours.shape == (2, 3, 3, 17, 17)
+        assert ours.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert float((ours.float() - exact).abs().max()) < 0.03
         assert len(exact.flatten(2).mean(2).unique()) == 6
 
