@@ -22,7 +22,7 @@ lint: .venv/.installed ## ruff and pyright
 
 .PHONY: test
 test: lint ## lint, then all tests
-	.venv/bin/pytest -n auto
+	.venv/bin/pytest -n auto --dist worksteal
 
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes

@@ -156,7 +156,11 @@ def shared_neighbours(rows: Tensor, others: Tensor, count: int = NEIGHBOURS, que
 
 def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:
     """(n, D or K): the mean over the cached views of what the teacher said."""
-    return unit_vectors(decode(store.encoding, store.rows(image_ids)), store.manifest.num_prototypes).float().mean(1)
+    return (
+        unit_vectors(decode(store.encoding, store.pooled().rows(image_ids)), store.manifest.num_prototypes)
+        .float()
+        .mean(1)
+    )
 
 
 def usable_labels(data: Beton, image_ids: np.ndarray) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import nn
 from rob.common import batchnorm, ranks
 from rob.common.batchnorm import JoinedBatchNorm, join_batchnorms
 from rob.common.ranks import Ranks
-from support.ranks import World
+from support.rank_threads import World
 
 RANKS = 3
 

@@ -9,7 +9,7 @@ import torch
 from rob.common import ranks
 from rob.common.errors import MisuseError
 from rob.common.ranks import ALONE, Ranks, by_itself, current_ranks, from_main, once_a_machine
-from support.ranks import World, ended_by
+from support.rank_threads import World, ended_by
 
 
 def test_rank_0_alone_looks_and_all_know(monkeypatch):

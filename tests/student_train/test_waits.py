@@ -32,7 +32,7 @@ WAITING = {"item", "tolist", "cpu", "new_tensor", "numpy"}
 """Methods of a tensor that wait for it, or copy to the device while the host waits."""
 ONCE = {
     ("student_train/crops.py", "__init__"),
-    ("common/teacher.py", "embedder"),
+    ("common/teacher.py", "_views"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
 }

@@ -1,74 +1,26 @@
-"""Ranks as threads of one process: what they exchange is real, its transport is not."""
+"""Functions on several ranks, in processes that are forked from one that has imported torch: a start costs seconds otherwise."""
 
-import threading
+import multiprocessing
+import os
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import distributed as dist
+import torch.multiprocessing
+
+multiprocessing.set_forkserver_preload(["torch", "rob.student_train.objectives"])
 
 
-class World:
-    """``run(work)`` calls ``work(rank)`` in a thread for each rank, and gives their results."""
-
-    def __init__(self, monkeypatch, size: int) -> None:
-        self.size, self.here = size, threading.local()
-        self.barrier, self.given = threading.Barrier(size, timeout=20), [None] * size
-        for name in ("all_reduce", "all_gather", "broadcast_object_list"):
-            monkeypatch.setattr(dist, name, getattr(self, name))
-        monkeypatch.setattr(dist, "is_initialized", lambda: hasattr(self.here, "rank"))
-        monkeypatch.setattr(dist, "get_rank", lambda: self.here.rank)
-        monkeypatch.setattr(dist, "get_world_size", lambda: size)
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        errors: list[BaseException] = []
-
-        def rank(number: int) -> None:
-            self.here.rank = number
-            try:
-                found[number] = work(number)
-            except BaseException as error:
-                errors.append(error)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=rank, args=(number,)) for number in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for error in errors:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        assert not errors
-        return found
-
-    def exchanged(self, value: Any) -> list[Any]:
-        """What every rank gives at this point."""
-        self.given[self.here.rank] = value
-        self.barrier.wait()
-        all_given = list(self.given)
-        self.barrier.wait()
-        return all_given
-
-    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        parts = torch.stack(self.exchanged(tensor.clone()))
-        tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
-        return SimpleNamespace(wait=lambda: None)
-
-    def all_gather(self, parts, tensor, group=None):
-        for part, given in zip(parts, self.exchanged(tensor.clone()), strict=True):
-            part.copy_(given)
-
-    def broadcast_object_list(self, objects, source):
-        objects[:] = self.exchanged(list(objects))[source]
+def on_ranks(function: Callable[..., None], folder: Path, ranks: int = 2) -> None:
+    """``function(rank, str(folder))`` on so many ranks, joined by gloo. The function can be imported by its name."""
+    torch.multiprocessing.start_processes(
+        _joined, (function, str(folder), ranks), nprocs=ranks, start_method="forkserver"
+    )
 
 
-def ended_by(work: Callable[[], Any], *errors: type[BaseException]) -> BaseException | None:
-    """The error of these that ``work`` ends with."""
-    try:
-        work()
-    except errors as error:
-        return error
-    return None
+def _joined(rank: int, function: Callable[..., None], folder: str, ranks: int) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    function(rank, folder)
+    torch.distributed.destroy_process_group()

@@ -69,8 +69,7 @@ VARIANTS = [
 
 
 @pytest.mark.skipif(not Path(knobs.nvidia.ptxas.path).exists(), reason="no ptxas: triton ships one on Linux")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 @pytest.mark.parametrize(("kernel", "flags"), VARIANTS)
 def test_it_compiles_within_shared_memory_and_without_spills(kernel, flags, capability, dtype):
     shared, spilled, registers = compiled(kernel, capability, dtype, **flags)
