@@ -35,6 +35,9 @@ def join_batchnorms(model: nn.Module) -> None:
 class JoinedBatchNorm(_BatchNorm):
     """(N, C, ...) of each rank, as many rows on all of them, normalised by mean and variance over all their rows."""
 
+    act: nn.Module
+    drop: nn.Module
+
     @classmethod
     def of(cls, layer: _BatchNorm) -> "JoinedBatchNorm":
         """In place of ``layer``, with its very parameters and buffers."""
@@ -45,9 +48,9 @@ class JoinedBatchNorm(_BatchNorm):
             setattr(joined, name, getattr(layer, name, nn.Identity()))
         return joined.train(layer.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         joined = self.training and current_ranks().world_size > 1
-        return self.act(self.drop(self._joined(x) if joined else super().forward(x)))
+        return self.act(self.drop(self._joined(input) if joined else super().forward(input)))
 
     @torch.compiler.disable  # what passes between ranks is for no compiler
     def _joined(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ data.beton -> loader -> augment -> student -> head -> objective <- target branch
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,14 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                     with stopwatch("prepare"):
                         batch = batch.to(device)
                         if unrehearsed:
-                            once_a_machine(lambda: prepare(batch, crops))  # noqa: B023
+                            once_a_machine(partial(prepare, batch, crops))
                         images = prepare(batch, crops)
                     with whole_step():  # a checkpoint of half a step would be of no step at all
                         with stopwatch("target"):
                             branch.before_step(step)
                             target = target_of(batch, images)
                         if unrehearsed:
-                            once_a_machine(lambda: trainer.rehearse(images, target, pair_weights))  # noqa: B023
+                            once_a_machine(partial(trainer.rehearse, images, target, pair_weights))
                             unrehearsed = False
                         with stopwatch("student"):
                             trainer.objective.watching = run.is_logged(step + 1)
