@@ -92,4 +92,4 @@ def blur_kernel(
     values = filtered(kept, size, source_y, source_x, rows, columns, gaussian, ROWS, COLUMNS)
     values = normalised(values, tl.load(colour + _SOLARISE), mean, std, channel)
     out += view.to(tl.int64) * 3 * size * size + channel
-    tl.store(out + (y[:, None] * size + x[None, :]) * 3, values, inside)
+    tl.store(out + (y * (3 * size))[:, None] + (x * 3)[None, :], values, inside)

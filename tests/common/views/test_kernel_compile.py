@@ -54,11 +54,17 @@ def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[in
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel_.asm["ptx"])
         gpu = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu}", str(source)]
+        command = [ptxas(capability), "-v", f"--gpu-name={gpu}", str(source)]
         command += ["-o", str(source.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (spilled,), (registers,) = (re.findall(p, said) for p in (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
     return kernel_.metadata.shared, int(spilled), int(registers)
+
+
+def ptxas(capability: int) -> str:
+    """The assembler that triton ships for it."""
+    tools = knobs.nvidia
+    return tools.ptxas_blackwell.path if capability >= 100 and hasattr(tools, "ptxas_blackwell") else tools.ptxas.path
 
 
 VARIANTS = [
@@ -68,7 +74,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.skipif(not Path(knobs.nvidia.ptxas.path).exists(), reason="no ptxas: triton ships one on Linux")
+@pytest.mark.skipif(not Path(ptxas(80)).exists(), reason="no ptxas: triton ships one on Linux")
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
 @pytest.mark.parametrize(("kernel", "flags"), VARIANTS)
 def test_it_compiles_within_shared_memory_and_without_spills(kernel, flags, capability, dtype):
