@@ -69,7 +69,7 @@ def views_from_planes(
             planes.pixels, planes.starts, planes.layout, planes.geometry, planes.colour, orders_on(device), places,
             mean, std, sums, kept, out, count, planes.geometry.shape[1], first, size,
             MEASURE=measure, CUBIC=planes.cubic, TILES=triton.next_power_of_2(tiles),
-            TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, WIDE=WIDE, num_warps=WARPS,
+            TILE=TILE, ROWS=ROWS, COLUMNS=COLUMNS, WIDE=wide_columns(device), num_warps=WARPS,
         )  # fmt: skip
 
     if num_views:
@@ -79,6 +79,10 @@ def views_from_planes(
     if blurred:
         blur(planes.colour, places, mean, std, kept, out, blur_scale, planes.geometry.shape[1], first)
     return out
+
+
+def wide_columns(device: torch.device) -> int:
+    return WIDE if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else COLUMNS
 
 
 # --- the kernel: a program makes one tile of one view ---

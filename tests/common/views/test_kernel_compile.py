@@ -28,7 +28,7 @@ POINTERS = {
 }  # fmt: skip
 TILES = {name: getattr(kernel_blur, name) for name in ("TILE", "ROWS", "COLUMNS")}
 KERNELS = {
-    "view_kernel": (kernel_module, kernel_blur.WARPS, {**TILES, "WIDE": kernel_blur.WIDE}),
+    "view_kernel": (kernel_module, kernel_blur.WARPS, {**TILES, "WIDE": kernel_blur.COLUMNS}),
     "blur_kernel": (kernel_blur, kernel_blur.WARPS, TILES),
     "colours_kernel": (kernel_colours, kernel_colours.WARPS, {"BLOCK": kernel_colours.BLOCK}),
 }
@@ -38,6 +38,8 @@ def compiled(kernel: str, capability: int, dtype: str, **flags: int) -> tuple[in
     """Compile one kernel; returns (bytes of shared memory, bytes spilled, registers a thread)."""
     module, warps, constants = KERNELS[kernel]
     function, constants = getattr(module, kernel), constants | flags
+    if kernel == "view_kernel" and capability >= 90:
+        constants["WIDE"] = kernel_blur.WIDE
     types = {**dict.fromkeys(constants, "constexpr"), "blur_scale": "fp32", "out": f"*{dtype}"}
     types |= {name: f"*{pointer}" for name, pointer in POINTERS.items()}
     signature = {name: types.get(name, "i32") for name in function.arg_names}

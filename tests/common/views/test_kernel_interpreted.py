@@ -26,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import torch
 
+    from rob.common.views import kernel
     from rob.common.views.colours import apply_colours_torch
     from rob.common.views.kernel import views_from_planes
     from rob.common.views.kernel_colours import apply_colours_triton
@@ -105,6 +106,16 @@ else:
         assert ours.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert float((ours.float() - exact).abs().max()) < 0.03
         assert len(exact.flatten(2).mean(2).unique()) == 6
+
+    @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
+    def test_wider_strips_change_nothing_but_roundings(monkeypatch, cubic):
+        """As newer GPUs have them."""
+        _, geometry, size, planes = cases("4:2:0", 1, cubic)
+        colour, found = neutral(len(geometry)), []
+        for columns in (kernel.COLUMNS, kernel.WIDE):
+            monkeypatch.setattr(kernel, "wide_columns", lambda device, columns=columns: columns)
+            found.append(views_from_planes(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32))
+        assert (found[0] - found[1]).abs().max() * 255 < 0.5
 
     @pytest.mark.parametrize("size", [1, 2, 3])
     def test_tiny_views(size):
