@@ -75,8 +75,8 @@ def whole_steps(ranks: Ranks) -> Iterator[Callable[[], AbstractContextManager[ob
     it is done, on all ranks.
 
     Alone, signals outside of a step are taken at once. With other ranks they wait until all have agreed, since those that go on
-    would wait in vain for the one that leaves: asked every ``ASKED_EVERY`` steps, answered while the next one runs. All agree
-    on their CPUs: no GPU is waited for, and no other rank.
+    would wait in vain for the one that leaves: asked every ``ASKED_EVERY`` steps, answered while the next one runs, or at once
+    where steps are slow. All agree on their CPUs: no GPU is waited for.
     """
     if ranks.world_size == 1:
         yield uninterrupted
@@ -100,7 +100,7 @@ class _StopAsked:
 
     def __init__(self, held_back: list[int]) -> None:
         self.held_back = held_back
-        self.steps_left, self.steps_apart = 1, 1
+        self.steps_left, self.steps_apart, self.slow = 1, 1, False
         self.question: tuple[Any, Tensor] | None = None
         self.began = time.perf_counter()
 
@@ -109,6 +109,7 @@ class _StopAsked:
         self.steps_left -= 1
         if not (asked or self.steps_left):
             self._ask()
+            asked = self.slow and self._answered()
         return asked
 
     def at_end(self) -> bool:
@@ -130,6 +131,7 @@ class _StopAsked:
         (work, found), self.question = self.question, None
         work.wait()
         asked, seconds = found.tolist()
+        self.slow = seconds > ANSWERED_WITHIN
         self.steps_apart = self.steps_left = max(1, min(ASKED_EVERY, int(ANSWERED_WITHIN / max(seconds, 1e-3))))
         return asked > 0
 

@@ -12,7 +12,7 @@ What follows a blur waits for ``blur_kernel``: of those views only, the first ke
 
 Both chroma planes are made in one loop: their pixels are under way while the weights, which they share, are made.
 
-Under Triton's interpreter and compiled ahead of time for six architectures. An earlier form, planes one by one and out in rows of
+Under Triton's interpreter, and compiled ahead of time for sm_80 and sm_90. An earlier form, planes one by one and out in rows of
 a channel, was checked on an H200 (2026-11-26), where no time was taken.
 """
 

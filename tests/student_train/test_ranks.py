@@ -113,7 +113,7 @@ try:
     train.train_student(halves)
     raise AssertionError("not interrupted")
 except KeyboardInterrupt:
-    assert reached == [6]  # the answer to what was asked after step 5
+    assert reached in ([5], [6])  # asked after step 5, and answered after the next one, or at once where they are slow
     torch.distributed.barrier()
 train.Trainer.step, train.timed = original, timed
 train.train_student(halves)
@@ -150,7 +150,7 @@ def as_two_ranks(*words: object) -> list[str]:
         )
         for rank in range(2)
     ]
-    printed, errors = zip(*(process.communicate(timeout=900) for process in ranks), strict=True)
+    printed, errors = zip(*(process.communicate(timeout=240) for process in ranks), strict=True)
     assert [process.returncode for process in ranks] == [0, 0], errors
     return list(printed)
 
