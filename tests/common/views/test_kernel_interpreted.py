@@ -91,9 +91,9 @@ else:
         error = (ours - exact).abs() * STD.view(3, 1, 1) * 255
         assert error.mean() < 0.05
         assert (error > 0.5).float().mean() < 2e-3
-        half = apply_colours_triton(images, colour, 0.8, MEAN, STD, torch.bfloat16)
+        half = apply_colours_triton(images, colour, 0.8, MEAN, STD, torch.float16)  # the interpreter cuts bfloat16 off
         assert half.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(half, ours.bfloat16())  # what autocast would make of it
+        assert torch.equal(half, ours.half())  # what autocast would make of it
         assert apply_colours_triton(images[:0], colour[:0], 0.8, MEAN, STD).shape == (0, 3, size, size)
 
     def test_some_views_of_several_images_in_bfloat16():
