@@ -9,7 +9,8 @@ Data = Annotated[Path, Setting("Images packed by rob pack.", argument="DATA.beto
 Workers = Annotated[
     int,
     Setting(
-        "Decoding threads (processes with --loader torch); 0 takes every core, or this rank's share of them.", low=0
+        "Decoding threads (processes with --loader torch); 0: one a core, of which the ranks of a machine have a share each.",
+        low=0,
     ),
 ]
 Device = Annotated[str, Setting("auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]

@@ -53,10 +53,11 @@ class StudentWithHead(nn.Module):
             layer.train(drop_patches and self.training)
         return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
-    def compile_backbone(self) -> None:
-        """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are."""
+    def compile_backbone(self, replayed: bool = False) -> None:
+        """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are. ``replayed``:
+        as CUDA graphs, whose outputs hold until the next step. A copy is never replayed."""
         self._compiled = True
-        self.backbone.compile(dynamic=False)
+        self.backbone.compile(dynamic=False, mode="reduce-overhead" if replayed else None)
 
     def copy_for_targets(self) -> "StudentWithHead":
         """A copy that only embeds: it is not trained, gathers nothing and drops neither path nor patch."""

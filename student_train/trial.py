@@ -71,7 +71,7 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, most: int = 6) -> t
     for views in crops:
         check_input_size(trainer.model.backbone, views.size)
     info = describe_student(config.student)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
     order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, 0, 0, 1)

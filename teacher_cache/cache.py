@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
-from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, use_device, versions
 from ..common.store.begun import begun_store, half_written
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
@@ -25,7 +25,7 @@ from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import dense_embedder, embedder
 from ..common.views.loader import ViewLoader, check_loader, geometry, settled
-from .chunks import after, chunks, fitting_batch, refuse_not_finite, use_device
+from .chunks import after, chunks, fitting_batch, refuse_not_finite
 from .config import CacheConfig
 from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of, with_prototypes, write_logits

@@ -13,12 +13,6 @@ from ..common.views.loader import Batch, ViewLoader, ViewSet
 from .teachers import Teacher
 
 
-def use_device(device: torch.device) -> None:
-    """A thread starts out on GPU 0, whichever the process is on."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 @contextmanager
 def after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
     """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would

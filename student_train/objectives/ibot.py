@@ -18,4 +18,5 @@ class IbotObjective(PrototypeObjective, name="ibot"):
     usual_head = "teacher"
     mlp_layers = 3
     mlp_activation = "gelu"
+    joined_norm = True
     published = CopySettings(prototypes=8192, warmup_teacher_temp_epochs=30, centre="running", freeze_prototypes=1)

@@ -59,6 +59,8 @@ class Objective(nn.Module):
     beside_teacher: ClassVar[CopySettings | None] = None
     """A copy of the student beside a frozen teacher, where a run asks for one: ``forward`` then gets a ``PairTarget``. None: it
     has no use for a copy."""
+    joined_norm: ClassVar[bool] = False
+    """Whether BatchNorm goes by the joined batch of a machine's ranks in its paper's code, or by each rank's own."""
     bottleneck: ClassVar[int] = 128
     """Width of the student's embedding, where no teacher's has to be met."""
 

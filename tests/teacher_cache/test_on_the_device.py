@@ -46,14 +46,6 @@ def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: Te
     assert threads == [torch.device("cpu")]
 
 
-def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in (torch.device("cpu"), torch.device("cuda", 3)):
-        cache.use_device(device)
-    assert chosen == [torch.device("cuda", 3)]
-
-
 @pytest.mark.parametrize("encoding", ["embedding", "dense"])
 def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path, monkeypatch, encoding):
     devices = []
