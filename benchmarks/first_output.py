@@ -36,7 +36,7 @@ COMMANDS = {
     "teachers": "teachers",
     "cache-teacher": "cache-teacher data.beton {new}.zarr --teacher efficientnet_lite0 --view-size 32",
     "inspect": "inspect data.beton",
-    "inspect --sheet": "inspect targets.zarr --sheet {new}.png --data data.beton",
+    "inspect with a sheet": "inspect targets.zarr --sheet {new}.png --data data.beton",
     "students": "students",
     "train-student": f"train-student data.beton --targets targets.zarr --out {{new}} {STUDENT}",
     "eval knn": "eval knn run data.beton --test data.beton --out {new}",
@@ -51,8 +51,8 @@ COMMANDS = {
     "check": "check data.beton targets.zarr run",
     "demo": "demo --out {new}",
     "bench loss": "bench loss --out {new}.json",
-    "--help": "--help",
-    "train-student --help": "train-student --help",
+    "help": "--help",
+    "help of train-student": "train-student --help",
 }
 
 

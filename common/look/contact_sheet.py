@@ -73,18 +73,18 @@ def _choose(available: int, count: int, spread: bool) -> np.ndarray:
 class Grid(NamedTuple):
     """Blocks of tiles of the same size, as many side by side as the page has room for."""
 
-    count: int
+    blocks: int
     width: float
     height: float
 
     @property
     def columns(self) -> int:
-        return max(1, min(self.count, int((PAGE + BETWEEN) / (self.width + BETWEEN))))
+        return max(1, min(self.blocks, int((PAGE + BETWEEN) / (self.width + BETWEEN))))
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height of them all, in inches."""
-        return self.columns * (self.width + BETWEEN) - BETWEEN, ceil(self.count / self.columns) * self.height
+        return self.columns * (self.width + BETWEEN) - BETWEEN, ceil(self.blocks / self.columns) * self.height
 
     def at(self, number: int) -> tuple[float, float]:
         """Left and top of a block."""
