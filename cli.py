@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
-from rob.common.config import Device
+from rob.common.config import Device, Overwrite
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
+from rob.common.files import refuse_existing
 from rob.common.options import GroupedCommand, command
 from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
@@ -91,12 +92,14 @@ def teacher_licence(name: str) -> str | None:
 
 
 def demo(
-    out: Annotated[Path, Setting("Its folder; results of an earlier demo there are replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, Setting("Its folder; a demo that was killed there goes on.")] = Path("runs/demo"),
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """The whole idea on Fashion-MNIST, in minutes."""
     from rob.benchmarks.demo import DemoConfig, DemoScreen, run
 
+    refuse_existing(out / "summary.json", overwrite)
     note(
         "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. Online, a real one is\n"
         "  rob cache-teacher DATA.beton targets.zarr --teacher vit_small_patch16_224.dino"
@@ -133,14 +136,19 @@ BENCHMARKS = {
 
 def bench(
     name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="name")],
-    out: Annotated[Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")] = None,
+    out: Annotated[
+        Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json, a new one.")
+    ] = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure one part against its peers and its floor."""
     from importlib import import_module
 
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
+    if out is not None:
+        refuse_existing(out, overwrite)
     module = import_module(f"rob.benchmarks.{name}")
     settings = getattr(module, BENCHMARKS[name])
     with waiting(f"measuring {name}: minutes, and the table comes at the end"):

@@ -21,6 +21,8 @@ LEAST_RATE = {"cnn": 2e-3, "vit": 5e-4}
 STRIDE = 32
 """Of an ordinary CNN; an eighth of it would be 4."""
 STRIDE_SMALL = 8
+BUSY = 0.25
+"""Share of a step's time in which none of its threads ran."""
 
 
 def warnings_of(
@@ -50,6 +52,11 @@ def warnings_of(
         found.append(
             f"a step takes about {trial.memory_bytes / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are free: a smaller "
             "`batch_size` or `image_size`, or `accumulate` 4"
+        )
+    if trial and trial.waited > BUSY:
+        found.append(
+            f"other work on this machine took {trial.waited:.0%} of the time of the steps that were tried: the times of this "
+            "plan hold while it lasts"
         )
     teacher = parameters_of(str(branch.description.get("teacher", "")))
     if trial and teacher and trial.parameters > teacher:

@@ -49,6 +49,8 @@ MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_SIDE = 64
 """Pixels a side of the largest images that the small form is for."""
+USUAL = ("vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "efficientnet_lite0")
+"""Students that are offered first where a name is unknown."""
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
 
 
@@ -182,7 +184,7 @@ def map_shape(backbone: nn.Module, size: int, layer: int | None, name: str) -> t
 def model_family(name: str) -> str:
     """timm's module for the architecture ``name``, such as ``resnet``. MisuseError, with the nearest names: unknown."""
     if not timm.is_model(name):
-        raise unknown_name("student", name, timm.list_models())
+        raise unknown_name("student", name, timm.list_models(), USUAL)
     return model_entrypoint(name).__module__.rpartition(".")[-1]
 
 

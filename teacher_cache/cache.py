@@ -24,10 +24,10 @@ from ..common.store.manifest import StoreManifest, differing
 from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import dense_embedder, embedder
-from ..common.views.loader import ViewLoader, check_loader, geometry, settled
+from ..common.views.loader import ViewLoader, ViewSet, check_loader, geometry, settled
 from .chunks import after, chunks, fitting_batch, refuse_not_finite
 from .config import CacheConfig
-from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
+from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of, with_prototypes, write_logits
 from .patches import fixed_arrays, patch_encoding, with_patches
 from .prototypes import PrototypeConfig, refuse_unsuitable
@@ -222,7 +222,9 @@ def _write_store(
     dense = None if patches is None else dense_embedder(*seen)
     embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]
     # Tried before anything is begun: the teacher may not take views of this size.
-    speed = views_per_second(embed, config.loader.batch_size, config.views, manifest.view_size)
+    few = min(config.loader.batch_size, max(1, TRIAL_VIEWS // config.views))
+    trial = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=few))
+    speed = views_per_second(embed, trial, few, ViewSet(manifest.view_ids, manifest.view_size), data.num_images)
     writer = share.join(path, manifest)
     if writer is None:
         return True
