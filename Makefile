@@ -32,7 +32,7 @@ docs: .venv/.installed ## the documentation, in build/site
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
 	@[ -d $(FASHION_MNIST) ] || { $(SUDO) apt-get update -qq && $(APT_INSTALL) dataset-fashion-mnist; } || echo "no Debian package of Fashion-MNIST: rob downloads it"
-	.venv/bin/rob demo
+	.venv/bin/rob demo --overwrite
 
 # pyright cannot follow the import hook of an editable install, hence the link (extraPaths in pyproject.toml).
 .venv/.installed: pyproject.toml constraints.txt
