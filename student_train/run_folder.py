@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
 from ..common.ranks import ALONE, Ranks
-from ..common.records import DamagedError, sealed, unsealed
+from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
@@ -210,7 +210,7 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""
-        lines = [line for line in read_log(self.out) if line["step"] <= step]
+        lines = [line for line in read_log(self.out, unchecked=True) if line["step"] <= step]
         if self._lines is not None and len(lines) < self._lines:
             self.notes.append(
                 f"{self.out / 'metrics.jsonl'} has lost {self._lines - len(lines)} of the {self._lines} lines up to step {step}"
@@ -230,10 +230,10 @@ class RunFolder:
         )
 
 
-def read_log(run: Path) -> list[LogLine]:
+def read_log(run: Path, unchecked: bool = False) -> list[LogLine]:
     """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
 
-    FailureError: a line is not what a run writes.
+    FailureError: a line is not what a run writes. ``unchecked``: those of a rob from before checksums pass.
     """
     metrics = run / "metrics.jsonl"
     lines = read_regular(metrics, LARGEST_LOG).splitlines(keepends=True) if metrics.exists() else []
@@ -241,7 +241,10 @@ def read_log(run: Path) -> list[LogLine]:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                found.append(unsealed(line, LogLine))
+                found.append(unsealed(line, LogLine, unchecked))
+            except NoChecksumError as problem:
+                remedy = "run the same rob train-student again, which writes it anew"
+                raise FailureError(f"{metrics}: line {number} {problem}: {remedy}") from None
             except DamagedError as problem:
                 raise FailureError(f"{metrics}: line {number} {problem}: delete that line") from None
     return found
