@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from rob.benchmarks.faults_clock import CLOCK, environment
-from rob.benchmarks.faults_kinds import BAD, KINDS, NEED_CLOCK, NEED_MOUNTS, Bench, Trial, trials
+from rob.benchmarks.faults_kinds import BAD, KINDS, NEED_CLOCK, NEED_MOUNTS, WITHOUT_SMALL, Bench, Trial, trials
 from rob.benchmarks.faults_world import make_world, own_mounts
 
 
@@ -48,6 +48,8 @@ class FaultsConfig:
     kinds: tuple[str, ...] = KINDS
     subjects: tuple[str, ...] = ()
     """Those whose name has one of these words alone; empty: all."""
+    small: bool = False
+    """A world without exported files and sweeps, which take the most time."""
     seed: int = 0
 
     def count(self, kind: str) -> int:
@@ -59,7 +61,9 @@ def planned(config: FaultsConfig) -> Iterator[Trial]:
     for number in range(max(map(config.count, config.kinds), default=0)):
         for kind in config.kinds:
             for trial in trials(kind, number) if number < config.count(kind) else ():
-                if not config.subjects or any(word in trial.subject for word in config.subjects):
+                large = any(trial.subject.startswith(word) for word in WITHOUT_SMALL)
+                wanted = not config.subjects or any(word in trial.subject for word in config.subjects)
+                if wanted and not (large and config.small):
                     yield trial
 
 
@@ -76,7 +80,7 @@ def faults(config: FaultsConfig, mounts: bool, seconds: float = float("inf")) ->
     """Rows of the table, one for each kind and subject, of all trials that were made until now."""
     out, end = config.out.absolute(), time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
-    make_world(out / "world")
+    make_world(out / "world", config.small)
     bench, done = Bench(out, mounts), kept_outcomes(out)
     for trial in planned(config):
         if trial.name in done or time.monotonic() > end:
@@ -107,7 +111,7 @@ def with_another_clock(config: FaultsConfig) -> bool:
     return changed is not None
 
 
-def import_all() -> None:
+def import_all(small: bool = False) -> None:
     """What commands import, once, before all forks."""
     import importlib
 
@@ -119,7 +123,8 @@ def import_all() -> None:
         *(f"rob.{stage}" for stage in stages),
     ):
         importlib.import_module(name)
-    for name in ("matplotlib.backends.backend_agg", "onnx", "onnxruntime", "onnxscript", "torch.onnx"):
+    others = ("matplotlib.backends.backend_agg", "onnx", "onnxruntime", "onnxscript", "torch.onnx")
+    for name in others[: 1 if small else None]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
@@ -134,11 +139,12 @@ if __name__ == "__main__":
     parser.add_argument(
         "--subjects", nargs="+", default=[], help="Commands and kinds of file with one of these words alone."
     )
+    parser.add_argument("--small", action="store_true", help="Without exported files and sweeps.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="Begin no trial after so long.")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads may not fork
     settings = FaultsConfig(
-        given.out, given.kills, given.places, given.others, tuple(given.kinds), tuple(given.subjects)
+        given.out, given.kills, given.places, given.others, tuple(given.kinds), tuple(given.subjects), given.small
     )
     left_out = []
     if "clock" in given.kinds and CLOCK not in os.environ and not with_another_clock(settings):
@@ -146,7 +152,7 @@ if __name__ == "__main__":
     mounts = own_mounts()
     if not mounts and set(given.kinds) & set(NEED_MOUNTS):
         left_out.append("no disk was full or read-only: only root on Linux may mount one")
-    import_all()
+    import_all(given.small)
     gc.freeze()
 
     found = faults(settings, mounts, given.seconds)

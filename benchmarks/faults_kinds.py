@@ -271,6 +271,8 @@ DISTURBED: dict[str, Fault] = {
 KINDS = (*DISTURBED, "ranks", "damage")
 SELDOM = ("export", "sweep", *LAUNCHED)
 """What takes long: every fourth trial."""
+WITHOUT_SMALL = (*SELDOM, "exported ONNX", "export.json", "sweep's record")
+"""What a small world has not."""
 NEED_MOUNTS, NEED_CLOCK = ("full", "read-only"), ("clock",)
 
 

@@ -71,6 +71,7 @@ LAUNCHED = {
     "torchrun --max-restarts 1": Command(TRAINED.words, ranks=2, torchrun=("--max-restarts", "1")),
 }
 HALF = Command(("cache-teacher", "data.beton", "half.zarr", *CACHING), ("half.zarr",))
+SWEEP = ("sweep", "sweep", *COMMANDS["sweep"].words[2:])
 RESUMED = ("train-student", *CACHED, "--out", "run")
 RUN_KNN, PIXELS = ("eval", "knn", "run", *KNN), Command(("eval", "knn", "pixels", *KNN, "--out", "new"))
 EXPORT = ("export", "run", "--to", "onnx", "--data", "data.beton")
@@ -99,7 +100,7 @@ FILES = {
     "export.json": ("run/export.json", COMPARE),
     "sweep's record": (
         "sweep/seed=1/sweep.json",
-        Command(("sweep", "sweep", *COMMANDS["sweep"].words[2:]), ("sweep/sweep.json",)),
+        Command(SWEEP, ("sweep/sweep.json",)),
     ),
 }
 """Kind of file -> the file, and the command that reads it."""
@@ -289,8 +290,8 @@ def room_left(folder: Path, size: int) -> None:
 # ==== the world, and what is compared ====
 
 
-def make_world(folder: Path) -> None:
-    """Images, a teacher, a store and a half-written one, a run with a result and an exported file, a sweep."""
+def make_world(folder: Path, small: bool = False) -> None:
+    """Images, a teacher, a store and a half-written one, a run with a result; an exported file and a sweep, unless ``small``."""
     if (folder / "done").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -299,8 +300,8 @@ def make_world(folder: Path) -> None:
         (Command(("pack", "images", "data.beton", "--workers", "1")), _draw),
         (Command(("cache-teacher", "data.beton", "targets.zarr", *CACHING)), lambda: None),
         (HALF, _stop_before_the_end),
-        *((Command(words), lambda: None) for words in (RESUMED, RUN_KNN, EXPORT)),
-        (Command(("sweep", "sweep", *COMMANDS["sweep"].words[2:])), lambda: None),
+        *((Command(words), lambda: None) for words in (RESUMED, RUN_KNN)),
+        *((Command(words), lambda: None) for words in (() if small else (EXPORT, SWEEP))),
     )
     log = folder.parent / "world.log"
     for command, before in steps:
