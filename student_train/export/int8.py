@@ -10,6 +10,7 @@ import numpy as np
 
 from ...common.errors import FailureError
 from .graph import quiet
+from .onnx_file import save_onnx
 
 MIN_SHARE = 0.9
 """Of the weights that must be 8-bit: converters leave what they do not know as it is, and say nothing."""
@@ -57,7 +58,9 @@ def quantise(source: Path, out: Path, batches: Sequence[np.ndarray], calibrate: 
             nodes_to_exclude=products if transformer else None,
             calibrate_method=methods[calibrate],
         )
-    share = share_of_int8(onnx.load(out))
+    quantised = onnx.load(out)
+    save_onnx(quantised, {entry.key: entry.value for entry in quantised.metadata_props}, out)
+    share = share_of_int8(quantised)
     if share < MIN_SHARE:
         raise FailureError(
             f"only {share:.0%} of the weights became int8, expected {MIN_SHARE:.0%} or more: use float32"
