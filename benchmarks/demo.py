@@ -46,7 +46,7 @@ TEACHERS = {
     standin.TEACHER.name: (standin.TEACHER, standin.TEACHER_SIZE),
 }
 """Teachers, and the side in pixels of the views that they see. The second had labels."""
-STUDENT = StudentConfig("test_efficientnet", image_size=28, small_images=True)
+STUDENT = StudentConfig("test_efficientnet", image_size=24, small_images=True)
 
 
 # Clothes on black, 28 px: gentler crops than for photographs, and no colour to jitter.
@@ -63,7 +63,7 @@ class DemoConfig:
     train_images: int = 10_000
     test_images: int = 2_000
     views: int = 2
-    epochs: int = 8
+    epochs: int = 6
     device: str = "auto"
     seed: int = 0
 
@@ -139,7 +139,7 @@ def run(config: DemoConfig, screen: DemoScreen) -> dict[str, Any]:
     text = f"3. train the student from the cache: {STUDENT.name}, {size_of(backbone, STUDENT.image_size)}"
     with stage("train_student", text):
         trained = train(distilled(config, store), losses)
-    with stage("train_alone", "4. train it without a teacher (SwAV), in as many passes"):
+    with stage("train_alone", "4. train it without a teacher (MoCo, as that was trained), in as many passes"):
         alone = train(without_teacher(config), [])
 
     # ==== what the features are worth ====
@@ -205,16 +205,14 @@ def distilled(config: DemoConfig, store: Path) -> TrainConfig:
 
 
 def without_teacher(config: DemoConfig) -> TrainConfig:
-    """Its own targets, of two views in each step, hence half the epochs."""
-    epochs = max(1, config.epochs // 2)
+    """MoCo's targets, of two views in each step, hence half the epochs, rounded up."""
+    epochs = (config.epochs + 1) // 2
     return replace(
         distilled(config, Path()),
         out=config.out / "alone",
-        targets=Momentum(get_recipe("moco-v2", GENTLE), prototypes=512),
-        objective=ObjectiveConfig("swav", teacher_temp=0.01, sinkhorn="batch", hidden_dim=512),
+        targets=Momentum(get_recipe("moco-v2", GENTLE), copy_momentum=0.99),
+        objective=ObjectiveConfig("moco"),
         pairing=PairingConfig("cross", step_targets=2, fresh=False),
-        optimiser=OptimiserConfig("lars", lr=2.4, weight_decay=1e-5, warmup_epochs=0.5),
-        freeze_prototypes=1,
         epochs=epochs,
         checkpoint_every=epochs,
     )
