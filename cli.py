@@ -99,10 +99,13 @@ def demo(
     from rob.benchmarks.demo import DemoConfig, DemoScreen, run
 
     summary = run(DemoConfig(out, teacher, device=device), DemoScreen(note, bar))
-    rows = [(name.replace("_", " "), top1) for name, top1 in summary["knn_top1"].items()]
-    accuracies("k-NN top-1 on Fashion-MNIST", ("features", "top-1 %"), rows, named=True)
+    linear_top1, knn_top1 = summary["linear_top1"], summary["knn_top1"]
+    rows = [(name.replace("_", " "), linear_top1[name], knn_top1[name]) for name in linear_top1]
+    accuracies("Fashion-MNIST, top-1", ("features", "linear %", "k-NN %"), rows, named=True)
     note("  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items()))
-    note(f"written to {out}: summary.json, curve.png, student/student.safetensors and student/student.onnx")
+    note(
+        f"written to {out}: report.html, curve.png, summary.json, student/student.safetensors and student/student.onnx"
+    )
 
 
 def at_once(function: Callable[..., None]) -> Callable[..., None]:
