@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rob.benchmarks.claims_rows import FLOAT16, GROUPS, Row
+from rob.common.cores import usable_cores
 from rob.teacher_cache.teachers import TeacherConfig
 
 
