@@ -1,10 +1,10 @@
 """What can be set of ``claims.py``, and one of its runs."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from rob.benchmarks.claims_rows import FLOAT16, GROUPS, Row
+from rob.common.cores import usable_cores
 from rob.teacher_cache.teachers import TeacherConfig
 
 
@@ -43,7 +43,7 @@ class ClaimsConfig:
     @property
     def threads(self) -> int:
         """Of one run."""
-        return self.workers or max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return self.workers or max(1, usable_cores() // self.jobs)
 
     def store_of(self, row: Row) -> Path:
         """Where the row's targets are."""
