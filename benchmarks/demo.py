@@ -263,6 +263,6 @@ def draw(losses: list[tuple[int, float]], accuracy: dict[str, dict[str, float]],
         right.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     right.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     right.invert_yaxis()
-    right.set(xlabel="top-1, %", title="frozen features: linear (dark), k-NN (light)", xlim=(0, 105))
+    right.set(xlabel="top-1, %", title="linear (dark), k-NN (light)", xlim=(0, 105))
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
