@@ -33,6 +33,7 @@ from rob.student_train.commands.finetune import classify, segment
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
+from rob.student_train.commands.segment import segment as probe_segmentation
 from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -205,7 +206,7 @@ app.command("cache-teacher", cls=GroupedCommand)(command(at_once(cache_teacher),
 app.command(cls=GroupedCommand)(command(at_once(inspect)))
 app.command(cls=GroupedCommand)(command(at_once(students)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
-for function in (knn, linear, lowshot, transfer):
+for function in (knn, linear, lowshot, transfer, probe_segmentation):
     evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
 evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")

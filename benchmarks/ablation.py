@@ -14,7 +14,6 @@ students, the benchmark goes on.
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ import torch
 from rob.benchmarks.ablation_rows import ROWS, STUDENTS, Row, kind_of
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
+from rob.common.cores import usable_cores
 from rob.common.errors import MisuseError, unknown_name
 from rob.common.exported import described_in, read_metadata
 from rob.common.files import replacing
@@ -87,7 +87,7 @@ class AblationConfig:
     @property
     def threads(self) -> int:
         """Of one run."""
-        return self.workers or max(1, len(os.sched_getaffinity(0)) // self.jobs)
+        return self.workers or max(1, usable_cores() // self.jobs)
 
     @property
     def store_path(self) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
-from ..common.ranks import ALONE, Ranks
+from ..common.ranks import ALONE, Ranks, from_main
 from ..common.run import choose_precision, pick_device
 from .begun import as_begun, read_begun
 from .config import ObjectiveConfig, PairingConfig
@@ -86,7 +86,7 @@ def plan_run(
 
     ``measured``: a step is tried even where nothing hangs on it. ``say`` is told what is tried, which may take a while.
     """
-    begun = read_begun(config.out)
+    begun = from_main(lambda: read_begun(config.out))
     if begun is not None:
         config = as_begun(config, begun)
     assert isinstance(config.objective, ObjectiveConfig)

@@ -32,12 +32,13 @@ from timm.models._efficientnet_blocks import (
     InvertedResidual,
     UniversalInvertedResidual,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
 from ..common.exported import StudentInfo, adapt_stem
+from ..common.patches import feature_map
 from .config import StudentConfig
 
 VIT_PATCH_SMALL = 4
@@ -150,6 +151,34 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise MisuseError(f"the network cannot take images of {size} x {size} px: {reason}") from error
+
+
+def pooled_and_map(backbone: nn.Module, images: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features (N, F) as ``backbone(images)`` gives them, and a map (N, C, h, w): of the last layer, or of block or stage
+    ``layer``, from 0, or from the end if negative.
+    """
+    model: Any = backbone
+    if layer is None:
+        features = model.forward_features(images)
+        return model.forward_head(features), feature_map(backbone, features)
+    features, (found,) = model.forward_intermediates(images, indices=[layer])
+    return model.forward_head(features), found
+
+
+@torch.no_grad()
+def map_shape(backbone: nn.Module, size: int, layer: int | None, name: str) -> tuple[int, int]:
+    """Channels and positions a side of that map, of images of ``size`` pixels. MisuseError: the student ``name`` has none."""
+    check_input_size(backbone, size)
+    weight, training = next(backbone.parameters()), backbone.training
+    try:
+        black = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+        found = pooled_and_map(backbone.eval(), black, layer)[1]
+    except (AttributeError, AssertionError, IndexError, ValueError, MisuseError) as error:
+        which = "its last layer" if layer is None else f"`patch_layer` {layer}"
+        raise MisuseError(f"student {name} gives no map of features at {which} ({error}): take another") from None
+    finally:
+        backbone.train(training)
+    return found.shape[1], found.shape[2]
 
 
 def model_family(name: str) -> str:

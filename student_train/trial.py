@@ -91,7 +91,7 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     branch.follow(trainer.model, per_epoch, EPOCHS)
     assert isinstance(config.pairing, PairingConfig)
     info = describe_student(config.student)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
     done, kept, began, started, computed = 0, 0, _now(device), None, 0.0

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class CachePlan:
     free_bytes: int
     rows_done: int
     views_per_second: float
+    workers: int = 1
+    """That share the rows still to do, each with this speed."""
 
     @property
     def total_bytes(self) -> int:
@@ -43,15 +46,14 @@ class CachePlan:
     @property
     def seconds(self) -> float:
         """Of the rows still to do."""
-        return (self.num_images - self.rows_done) * self.views / self.views_per_second
+        return (self.num_images - self.rows_done) * self.views / self.views_per_second / self.workers
 
 
 def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> None:
     """MisuseError unless the disk has room for what is missing of these stores: ``out``, and one beside it while it is made."""
     needed = 0
     for path, size in bytes_when_done.items():
-        done = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.exists() else 0
-        needed += max(0, size - done)
+        needed += max(0, size - _bytes_under(path))
     free = free_bytes(out)
     if needed > free:
         sizes = decimal(needed), decimal(free)
@@ -62,6 +64,15 @@ def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> 
             f"{out}{beside} needs {sizes[0]} and {sizes[1]} are free there: "
             "take fewer `views`, a smaller `encoding` (topk, or embedding in int8) or `patch_grid`, or another disk"
         )
+
+
+def _bytes_under(path: Path) -> int:
+    """Of what is there, some of which other workers may take away meanwhile."""
+    found = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            found += file.stat().st_size if file.is_file() else 0
+    return found
 
 
 def free_bytes(path: Path) -> int:

@@ -18,4 +18,5 @@ class DinoObjective(PrototypeObjective, name="dino"):
     usual_head = "teacher"
     # K as SSLight has it for small networks; DINO's own is 65536. Without a centre all images of a fresh head end at one
     # prototype.
+    joined_norm = True
     published = CopySettings(prototypes=4096, warmup_teacher_temp_epochs=50, centre="running", freeze_prototypes=1)
