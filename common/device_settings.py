@@ -1,14 +1,16 @@
 """What ``rob gpu-check`` found best on a device, kept for the runs that follow there."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .errors import FailureError
 from .files import replacing
+from .records import DamagedError, read_record, sealed, typed
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def store_settings(device: torch.device, settings: DeviceSettings) -> Path:
     known = _known(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(json.dumps(known | {_key(device): asdict(settings)}, indent=1).encode())
+        file.write(sealed(known | {_key(device): asdict(settings)}, indent=1))
     stored_settings.cache_clear()
     return path
 
@@ -49,10 +51,9 @@ def stored_settings(device: torch.device) -> DeviceSettings:
     """What is known of ``device``; nothing of a CPU, and nothing where the file cannot be read."""
     if device.type != "cuda":
         return DeviceSettings()
-    found = _known(settings_path()).get(_key(device))
     try:
-        return DeviceSettings(**found) if isinstance(found, dict) else DeviceSettings()
-    except TypeError:  # written by another version
+        return typed(DeviceSettings, _known(settings_path()).get(_key(device), {}))
+    except DamagedError:  # written by another version
         return DeviceSettings()
 
 
@@ -61,9 +62,9 @@ def _key(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def _known(path: Path) -> dict:
+def _known(path: Path) -> dict[str, Any]:
+    """Nothing of a file that is not there, is damaged, or has no checksum: what was measured is only faster, never needed."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_record(path, dict[str, Any], "")
+    except (OSError, FailureError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -142,6 +142,11 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def is_inside(name: str) -> bool:
+    """Whether a path that a file gives stays in its folder."""
+    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
 def flush_to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from .config import PairingConfig
 from .crops import VIT_PATCH
 from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
-from .students import VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
+from .students import SMALL_SIDE, VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trial import Trial
@@ -48,6 +48,12 @@ def warnings_of(
             f"the rate is scaled down with the batch: {config.optimiser.peak:g} x {config.loader.batch_size}/{LR_BATCH_SIZE} = "
             f"{rate:.2g} in a step. `lr` {LEAST_RATE['vit'] * LR_BATCH_SIZE / config.loader.batch_size:g} would keep it up"
         )
+    side = config.student.image_size
+    if is_small(config.student) and side > SMALL_SIDE:
+        found.append(
+            f"the form for images up to {SMALL_SIDE} px, at {side} px, takes up to 16 times the memory and the time of the "
+            "network as timm has it (a ResNet-18 with 64 images: 23 GB): leave `small_images` out"
+        )
     if trial and free_bytes and trial.memory_bytes > 0.9 * free_bytes:
         found.append(
             f"a step takes about {trial.memory_bytes / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are free: a smaller "
@@ -69,7 +75,6 @@ def warnings_of(
             "all images are of one class: their labels cannot tell whether the student learned. Pack one folder a class"
         )
     found += patch_warnings(config, branch)
-    side = config.student.image_size
     if side < stride:
         found.append(f"images of {side} px are below the {stride}-fold reduction of the network: a larger `image_size`")
     elif config.pairing.num_local and (config.local_size or side // 2) < stride:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.files import replacing
+from ...common.files import append_to, replacing
 from ...common.images.beton import Beton
 from ...common.look.neighbours import unit_vectors
 from ...common.records import sealed
@@ -205,5 +205,5 @@ def write_outcome(run: Path, outcome: Outcome) -> None:
 
 def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
-    with open(run / KNN_NAME, "ab") as file:
+    with append_to(run / KNN_NAME) as file:
         file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))

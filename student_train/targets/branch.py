@@ -81,7 +81,7 @@ class TargetBranch:
 
     @property
     def usual_objective(self) -> str:
-        """What did best in benchmarks/ablation.py with such targets, by name."""
+        """What did best in benchmarks/claims.py with such targets, by name."""
         return USUAL_OVER_PROTOTYPES if self.space.num_prototypes else "embedding"
 
     @property
