@@ -22,7 +22,7 @@ lint: .venv/.installed ## ruff and pyright
 
 .PHONY: test
 test: lint ## lint, then all tests
-	.venv/bin/pytest -n auto
+	.venv/bin/pytest -n auto --dist worksteal
 
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
@@ -36,7 +36,7 @@ demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv: 6.6 GB with torch's CUDA libraries, a few minutes"
 	.venv/bin/pip install -q -c constraints.txt --upgrade pip
-	.venv/bin/pip install -q -c constraints.txt -e '.[dev,export,parquet,standin]'
+	.venv/bin/pip install -q -c constraints.txt -e '.[dev,export,parquet,report,standin,tensorboard]'
 	mkdir -p .venv/lint
 	ln -sfn ../.. .venv/lint/rob
 	touch $@

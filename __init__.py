@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .student_train.optimiser import OptimiserConfig
     from .student_train.plan import make_plan
     from .student_train.presets import preset
+    from .student_train.report.config import ReportConfig
+    from .student_train.report.report import report
     from .student_train.students import StudentConfig
     from .student_train.targets.cached import Cached
     from .student_train.targets.momentum import Momentum
@@ -66,6 +68,8 @@ _HOME = {
     "student_train.export.export": ("export",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
+    "student_train.report.config": ("ReportConfig",),
+    "student_train.report.report": ("report",),
     "student_train.students": ("StudentConfig",),
     "student_train.targets.cached": ("Cached",),
     "student_train.targets.momentum": ("Momentum",),
@@ -103,6 +107,7 @@ __all__ = [
     "PairingConfig",
     "Recipe",
     "RecipeOverrides",
+    "ReportConfig",
     "Share",
     "StudentConfig",
     "TargetStore",
@@ -124,6 +129,7 @@ __all__ = [
     "make_plan",
     "pack",
     "preset",
+    "report",
     "train_student",
     "verify",
 ]

@@ -30,6 +30,7 @@ from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
+from rob.student_train.commands.report import report
 from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -198,7 +199,7 @@ for function in (knn, linear, lowshot, transfer):
     evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
 evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
-for function in (compare, sweep):
+for function in (compare, report, sweep):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))
 app.command(cls=GroupedCommand)(command(at_once(export)))

@@ -39,6 +39,14 @@ class FrozenTeacher(Protocol):
     def centre(self) -> Tensor | None: ...
     @property
     def teacher_temp(self) -> float | None: ...
+    @property
+    def patch_prototypes(self) -> Tensor | None: ...
+    @property
+    def head(self) -> nn.Module | None: ...
+    def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, S, S) -> embeddings as below, and the backbone's map (N, C, h, w)."""
+        ...
+
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) normalised by mean and std -> embeddings (N, D) float32, unit rows."""
         ...
@@ -50,17 +58,40 @@ def embedder(
     """The function from a batch, whose last view set has V views of ``view_size`` pixels a side, to their embeddings (B, V, D)
     float32 on ``device``, where ``teacher`` is already.
     """
-    mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
-    blur_scale = view_size / recipe.global_crops[0].size
     teacher = cast_once(teacher, device, precision)
+    views_of = _views(teacher, recipe, view_size, device)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> Tensor:
-        images = batch.to(device).augment(-1, blur_scale, mean, std)
+        images = views_of(batch)
         with autocast(device, precision):
             return teacher(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 
     return embed
+
+
+def dense_embedder(
+    teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device, precision: str
+) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    """As ``embedder``, with the backbone's maps (B, V, C, h, w) beside the embeddings."""
+    teacher = cast_once(teacher, device, precision)
+    views_of = _views(teacher, recipe, view_size, device)
+
+    @torch.inference_mode()
+    def embed(batch: Batch) -> tuple[Tensor, Tensor]:
+        images = views_of(batch)
+        with autocast(device, precision):
+            embedding, features = teacher.with_map(images.flatten(0, 1))
+        return embedding.float().unflatten(0, images.shape[:2]), features.unflatten(0, images.shape[:2])
+
+    return embed
+
+
+def _views(teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device) -> Callable[[Batch], Tensor]:
+    """A batch's views (B, V, 3, S, S) as the teacher takes them."""
+    mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+    blur_scale = view_size / recipe.global_crops[0].size
+    return lambda batch: batch.to(device).augment(-1, blur_scale, mean, std)
 
 
 def cast_once(teacher: FrozenTeacher, device: torch.device, precision: str) -> FrozenTeacher:

@@ -47,7 +47,12 @@ def token_features(backbone: nn.Module, images: Tensor, features: str) -> Tensor
             images, LAST_BLOCKS, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
         return torch.cat([prefix[:, 0] for _, prefix in blocks], 1)
-    tokens = model.forward_features(images)
+    return of_tokens(backbone, model.forward_features(images), features)
+
+
+def of_tokens(backbone: nn.Module, tokens: Tensor, features: str) -> Tensor:
+    """The same of what ``forward_features`` gave; not cls4."""
+    model: Any = backbone
     parts = {"cls": tokens[:, 0], "mean": tokens[:, model.num_prefix_tokens :].mean(1)}
     return torch.cat([parts[part] for part in features.split("+")], 1)
 

@@ -22,6 +22,7 @@ from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
     *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader", "compile"),
+    "loggers",
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie

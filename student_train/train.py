@@ -27,8 +27,9 @@ from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .evaluate.yardstick import Yardstick, record
 from .kernels.choice import Measured, use_measured
+from .loggers.logger import Loggers, check_installed
 from .plan import TrainPlan, opened, plan_run
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_log
 from .students import check_input_size, describe_student
 from .targets.pairing import plan_views
 from .train_config import TrainConfig
@@ -88,6 +89,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         if device.type == "cuda":
             progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
+    check_installed(config.loggers)
     config, context, branch = opened(config, device)
     data = context.data
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
@@ -131,9 +133,12 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     learns = trainer.objective
     advice = remedies(branch.kind, learns.centre_targets, learns.sinkhorn, learns.mean_entropy)
     collapse = CollapseWatch(branch.space.num_prototypes, total_steps, advice)
+    loggers: Loggers | None = None
 
     def on_log(line: dict[str, Any], total: int) -> None:
         progress.log(line, total)
+        if loggers is not None:
+            loggers.log(line)
         if "warning" in line:
             progress.note(line["warning"])
 
@@ -160,6 +165,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
 
     # ==== the loop ====
     try:
+        if ranks.is_main and step < total_steps:
+            loggers = Loggers(config.loggers, config.out, config.to_dict() | facts, read_log(config.out), progress.note)
         while step < total_steps:
             epoch, done = divmod(step, steps_per_epoch)
             views = plan_views(pairing, branch.views, epoch)
@@ -190,6 +197,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
             if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
                 found = yardstick.measure(trainer.model.backbone)
                 record(config.out, epoch + 1, step, found)
+                if loggers is not None:
+                    loggers.log({"step": step, **found.to_json()}, "knn")
                 progress.note(
                     f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
                     f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
@@ -209,6 +218,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
         raise
     finally:
+        if loggers is not None:
+            loggers.close(finished=step == total_steps)
         run.close()
     loss, images_per_second, shares = run.medians()
     advice = advise(shares, branch.kind) if shares else ""

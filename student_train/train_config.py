@@ -12,6 +12,7 @@ from ..common.views.config import LoaderConfig
 from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig, StudentConfig
 from .targets.config import TargetsConfig
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 EFFORTS = ("minutes", "hours", "full")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -115,6 +116,15 @@ class TrainConfig:
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)
     )
     log_every: Annotated[int, Setting("Steps per log line.", low=1)] = 10
+    loggers: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Tell tensorboard, wandb or mlflow, too; give it several times for several. Each is a package (rob[tensorboard] ...) "
+            "and goes by its own variables: WANDB_MODE=offline sends nothing. metrics.jsonl is written in any case.",
+            choices=LOGGERS,
+            option="--logger",
+        ),
+    ] = ()
     checkpoint_every: Annotated[
         int,
         Setting("Epochs per checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not.", low=1),

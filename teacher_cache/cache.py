@@ -4,7 +4,7 @@ data.beton -> loader -> augment -> teacher -> encode -> targets.zarr
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +21,15 @@ from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
+from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
 from ..common.store.writer import StoreWriter, begun_store, half_written
-from ..common.teacher import embedder
+from ..common.teacher import dense_embedder, embedder
 from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry, settled
 from .config import CacheConfig
 from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of, with_prototypes, write_logits
+from .patches import fixed_arrays, patch_encoding, with_patches
 from .prototypes import PrototypeConfig, refuse_unsuitable
 from .teachers import Teacher, load_teacher
 
@@ -64,20 +66,21 @@ def cache_teacher(
     data = Beton(config.data)
     teacher = (teacher or load_teacher(config.teacher)).to(device)
     _check(config, data, teacher)
+    patches = patch_encoding(config, data, teacher, progress.note)
 
     fitting = PrototypeConfig(config.prototypes, seed=config.seed)
     embeddings = _temporary_store(config)
     if embeddings is None:
-        _write_store(config.out, config.encoding, config, data, teacher, device, progress)
+        _write_store(config.out, config.encoding, patches, config, data, teacher, device, progress)
         if config.prototypes:
             with_prototypes(config.out, fitting, progress.note, device, progress.fitting)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
-    manifest = _manifest(config, config.encoding, data, teacher, config.prototypes)
+    manifest = _manifest(config, config.encoding, patches, data, teacher, config.prototypes)
     if not _is_complete(config.out, manifest, "teacher_temp"):
         begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
-        _write_store(embeddings, TEMPORARY, config, data, teacher, device, progress)
+        _write_store(embeddings, TEMPORARY, patches, config, data, teacher, device, progress)
         source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting)
         progress.note(f"encoding {config.encoding.kind} targets")
         temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
@@ -129,7 +132,12 @@ def _check(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
 
 
 def _manifest(
-    config: CacheConfig, encoding: Encoding, data: Beton, teacher: Teacher, num_prototypes: int
+    config: CacheConfig,
+    encoding: Encoding,
+    patches: PatchEncoding | None,
+    data: Beton,
+    teacher: Teacher,
+    num_prototypes: int,
 ) -> StoreManifest:
     return StoreManifest(
         data_fingerprint=data.manifest.fingerprint,
@@ -146,6 +154,7 @@ def _manifest(
         num_prototypes=num_prototypes,
         teacher_temp=teacher.teacher_temp,
         encoding=encoding.to_dict(),
+        patches=None if patches is None else patches.to_dict(),
         precision=config.precision,
         geometry=geometry(config.loader),
         versions=versions("rob", "torch", "timm", "zarr", "numcodecs"),
@@ -169,6 +178,7 @@ def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
 def _write_store(
     path: Path,
     encoding: Encoding,
+    patches: PatchEncoding | None,
     config: CacheConfig,
     data: Beton,
     teacher: Teacher,
@@ -176,18 +186,26 @@ def _write_store(
     progress: CacheProgress,
 ) -> None:
     """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed."""
-    manifest = _manifest(config, encoding, data, teacher, teacher.num_prototypes)
+    manifest = _manifest(config, encoding, patches, data, teacher, teacher.num_prototypes)
     if _is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         progress.note(f"{path} is complete already: nothing to do")
         return
     begun_store(path, manifest)  # refuses what is in the way, before the teacher runs
-    store_bytes = _bytes_per_view(config, teacher)
+    store_bytes = _bytes_per_view(config, teacher, patches)
     views = data.num_images * config.views
     refuse_what_will_not_fit(config.out, {path: views * bytes_ for path, bytes_ in store_bytes.items()})
-    embed = embedder(teacher, config.recipe, manifest.view_size, device, config.precision)
+    seen = teacher, config.recipe, manifest.view_size, device, config.precision
+    dense = None if patches is None else dense_embedder(*seen)
+    embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]
     # Tried before anything is begun: the teacher may not take views of this size.
     speed = views_per_second(embed, config.loader.batch_size, config.views, manifest.view_size)
     writer = StoreWriter.open_or_resume(path, manifest)
+    of_patches: Mapping[str, np.ndarray] = {}
+    says = lambda batch: (embed(batch), {})  # noqa: E731
+    if patches is not None and dense is not None:
+        make = partial(fixed_arrays, patches, config, data, teacher, manifest.view_size, dense, progress.note)
+        of_patches = writer.kept("patches", make)
+        says = with_patches(patches, teacher, dense, of_patches, device)
     batch_size = _batch_size(config, manifest.chunk_rows)
     if batch_size != config.loader.batch_size:
         progress.note(
@@ -196,28 +214,31 @@ def _write_store(
         )
     own, *beside = store_bytes.values()
     free = free_bytes(config.out)
-    progress.plan(CachePlan(data.num_images, config.views, own, sum(beside), free, writer.rows_done, speed))
+    for_patches = 0 if patches is None else patches.bytes_per_view
+    progress.plan(
+        CachePlan(data.num_images, config.views, own, sum(beside), for_patches, free, writer.rows_done, speed)
+    )
     progress.rows(writer.rows_done, data.num_images)
 
     dead = 0
 
-    def write(embedding: Tensor, logits: Tensor | None, made: torch.Event | None) -> int:
+    def write(embedding: Tensor, logits: Tensor | None, patch: dict[str, np.ndarray], made: torch.Event | None) -> int:
         """Where the chunk is: of a GPU's only what is stored comes home."""
         nonlocal dead
         with _after(made, embedding, logits):
             _refuse_not_finite(embedding, writer.rows_done)
             dead += int((~embedding.any(-1)).sum())
             arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
-        writer.append(arrays, statistics)
+        writer.append(arrays | patch, statistics)
         return writer.rows_done
 
     with ThreadPoolExecutor(1, "write", partial(_use_device, device)) as pool:
         writing: Future[int] | None = None
-        for embedding, logits in _chunks(config, data, teacher, embed, writer.rows_done, manifest):
+        for embedding, logits, patch in _chunks(config, data, teacher, says, writer.rows_done, manifest):
             if writing is not None:
                 progress.rows(writing.result(), data.num_images)
             made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            writing = pool.submit(write, embedding, logits, made)
+            writing = pool.submit(write, embedding, logits, patch, made)
         if writing is not None:
             progress.rows(writing.result(), data.num_images)
     if dead:
@@ -225,7 +246,7 @@ def _write_store(
             f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
             f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
-    statistics = writer.statistics
+    statistics = writer.statistics | dict(of_patches)
     if teacher.centre is not None:
         statistics["centre"] = teacher.centre.cpu().numpy()
     writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
@@ -268,12 +289,12 @@ def _chunks(
     config: CacheConfig,
     data: Beton,
     teacher: Teacher,
-    embed: Callable[[Batch], Tensor],
+    says: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
     first_row: int,
     manifest: StoreManifest,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Tensor | None, dict[str, np.ndarray]]]:
     """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on its
-    device.
+    device; and the arrays of its patch targets, if any.
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
@@ -281,14 +302,18 @@ def _chunks(
     loader = ViewLoader(data, config.recipe, config.seed, loader_config)
     views = ViewSet(manifest.view_ids, manifest.view_size)
     parts: list[Tensor] = []
+    of_patches: list[dict[str, np.ndarray]] = []
     for batch in loader.epoch(np.arange(first_row, data.num_images), [views]):
-        parts.append(embed(batch))
+        embedded, arrays = says(batch)
+        parts.append(embedded)
+        of_patches.append(arrays)
         rows = sum(map(len, parts))
         if rows == manifest.chunk_rows or batch.image_ids[-1] == data.num_images - 1:
             embedding = torch.cat(parts)
-            parts = []
+            joined = {name: np.concatenate([arrays[name] for arrays in of_patches]) for name in arrays}
+            parts, of_patches = [], []
             logits = None if teacher.prototypes is None else teacher.logits(embedding)
-            yield embedding, logits
+            yield embedding, logits, joined
 
 
 def _batch_size(config: CacheConfig, chunk_rows: int) -> int:
@@ -296,10 +321,11 @@ def _batch_size(config: CacheConfig, chunk_rows: int) -> int:
     return max(size for size in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % size == 0)
 
 
-def _bytes_per_view(config: CacheConfig, teacher: Teacher) -> dict[Path, int]:
+def _bytes_per_view(config: CacheConfig, teacher: Teacher, patches: PatchEncoding | None) -> dict[Path, int]:
     """Before compression, of the store and of the temporary one beside it, if there is one."""
     stores = {config.out: config.encoding}
     if (temporary := _temporary_store(config)) is not None:
         stores[temporary] = TEMPORARY
     num_prototypes = teacher.num_prototypes or config.prototypes
-    return {path: encoding.bytes_per_view(teacher.dim, num_prototypes) for path, encoding in stores.items()}
+    beside = 0 if patches is None else patches.bytes_per_view
+    return {path: encoding.bytes_per_view(teacher.dim, num_prototypes) + beside for path, encoding in stores.items()}

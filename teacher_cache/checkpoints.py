@@ -135,6 +135,7 @@ class Layout:
     """A file without this prefix is taken for a bare backbone."""
     head: str | None = None
     prototypes: str | None = None
+    patch_prototypes: str | None = None
     centre: str | None = None
     """Full name of DINO's running mean of the teacher's logits, which some files keep with the loss."""
     activation: Activation = "gelu"
@@ -150,6 +151,8 @@ class Parts:
     head: ProjectionHead | None = None
     prototypes: Tensor | None = None
     """(K, D) float32 effective rows: logits are ``embedding @ prototypes.T``."""
+    patch_prototypes: Tensor | None = None
+    """The same for patches, where they are others."""
     centre: Tensor | None = None
     """(K,) float32."""
 
@@ -164,10 +167,15 @@ def take_apart(tensors: Tensors, layout: Layout) -> Parts:
     taken = tuple(prefix for prefix in (layout.head, layout.prototypes) if prefix)
     rest = {name: tensor for name, tensor in encoder.items() if not name.startswith(taken)}
     centre = tensors.get(layout.centre) if layout.centre else None
+    own = prototype_rows(prototypes, layout.unit_prototypes)
+    of_patches = under(encoder, layout.patch_prototypes) if layout.patch_prototypes else {}
+    patches = prototype_rows(of_patches, layout.unit_prototypes)
+    shared = patches is None or (own is not None and torch.equal(patches, own))
     return Parts(
         backbone=under(rest, layout.backbone) or rest,
         head=projection_head(head, layout.activation),
-        prototypes=prototype_rows(prototypes, layout.unit_prototypes),
+        prototypes=own,
+        patch_prototypes=None if shared else patches,
         centre=None if centre is None else centre.float().flatten(),
     )
 

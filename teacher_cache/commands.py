@@ -62,9 +62,10 @@ def cache_teacher(
 
     def show(plan: CachePlan) -> None:
         meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""
+        patches = f", {plan.patch_bytes_per_view:,} of them for patches" if plan.patch_bytes_per_view else ""
         rows = [
             ("images x views", f"{plan.num_images:,} x {plan.views}"),
-            ("bytes a view", f"{plan.bytes_per_view:,}{meanwhile}"),
+            ("bytes a view", f"{plan.bytes_per_view:,}{patches}{meanwhile}"),
             ("total", f"{plan.total_bytes / 1e6:,.1f} MB before compression"),
             ("free disk", f"{plan.free_bytes / 1e9:,.1f} GB"),
         ]

@@ -10,6 +10,7 @@ from ..common.config import Checkpoint, Data, Device, Precision, Seed, TeacherNa
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.store.encodings import Encoding
+from ..common.store.patches import PatchChoice
 from ..common.views.config import LoaderConfig
 from ..common.views.recipes import Recipe, get_recipe
 
@@ -74,6 +75,7 @@ class CacheConfig:
     ] = 4
     seed: Seed = 0
     encoding: Encoding = field(default_factory=Encoding)
+    patches: PatchChoice = field(default_factory=PatchChoice)
     view_size: ViewSize = None
     prototypes: Annotated[
         int, Setting("Fit so many prototypes for a teacher without a head; at most a quarter of the views.", low=0)

@@ -25,13 +25,15 @@ TRIALS, TRIAL_SECONDS = 5, 4.0
 class CachePlan:
     """What caching will cost: bytes before compression, and seconds at the speed of a trial batch.
 
-    ``temporary_bytes_per_view`` are those of the embeddings that lie beside the store until prototypes are fitted to them.
+    ``bytes_per_view`` are all of the store, ``patch_bytes_per_view`` those among them of patch targets;
+    ``temporary_bytes_per_view`` are of the embeddings that lie beside the store until prototypes are fitted to them.
     """
 
     num_images: int
     views: int
     bytes_per_view: int
     temporary_bytes_per_view: int
+    patch_bytes_per_view: int
     free_bytes: int
     rows_done: int
     views_per_second: float
@@ -60,7 +62,7 @@ def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> 
         beside = ", with the embeddings beside it until it is done," if len(bytes_when_done) > 1 else ""
         raise MisuseError(
             f"{out}{beside} needs {sizes[0]} and {sizes[1]} are free there: "
-            "take fewer `views`, a smaller `encoding` (topk, or embedding in int8), or another disk"
+            "take fewer `views`, a smaller `encoding` (topk, or embedding in int8) or `patch_grid`, or another disk"
         )
 
 

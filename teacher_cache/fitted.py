@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.errors import MisuseError
 from ..common.files import locked
 from ..common.store.codec import decode, encode
-from ..common.store.encodings import Encoding
+from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from ..common.store.writer import StoreWriter
@@ -52,7 +52,7 @@ def _fit(
         )
 
     def read(start: int, stop: int) -> Tensor:
-        return decode(store.encoding, store.read(start, stop))["embedding"]
+        return decode(store.encoding, store.pooled().read(start, stop))["embedding"]
 
     note(f"fitting {config.num} prototypes on the cached embeddings")
     fitted = fit_prototypes(read, store.manifest.num_images, config, device, progress)
@@ -86,8 +86,11 @@ def write_logits(
     writer = StoreWriter.open_or_resume(out, manifest)
     while (start := writer.rows_done) < manifest.num_images:
         stop = min(start + writer.manifest.chunk_rows, manifest.num_images)
-        embedding = decode(source.encoding, source.read(start, stop))["embedding"].to(device)
+        stored = source.read(start, stop)
+        embedding = decode(source.encoding, stored)["embedding"].to(device)
         logits = embedding @ prototypes.T
-        writer.append(encode(encoding, embedding, logits), statistics_of(embedding, logits))
+        of_patches = {name: values for name, values in stored.items() if name.startswith(PATCHES)}
+        writer.append(encode(encoding, embedding, logits) | of_patches, statistics_of(embedding, logits))
         rows(stop, manifest.num_images)
-    writer.finish(source.prototypes)
+    of_patches = {name: values for name, values in source.statistics.items() if name.startswith("patch_")}
+    writer.finish(source.prototypes, writer.statistics | of_patches)

@@ -2,9 +2,11 @@
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import timm
 import timm.data
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, described_in, read_metadata
 from ..common.heads import ACTIVATIONS, ProjectionHead
-from ..common.tokens import check_tokens, is_dinov3, token_features
+from ..common.patches import feature_map
+from ..common.tokens import check_tokens, is_dinov3, of_tokens, token_features
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Layout, Parts, read_tensors, take_apart
@@ -40,6 +43,7 @@ class Teacher(nn.Module):
     """(K, dim) float32; logits are ``embedding @ prototypes.T``."""
     centre: Tensor | None
     """(K,) float32: DINO's running mean of the logits, where the file has it."""
+    own_patch_prototypes: Tensor | None
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Teacher(nn.Module):
         view_size: int = 224,
         head_name: str = "none",
         pooling: str | None = None,
+        patch_prototypes: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -61,6 +66,8 @@ class Teacher(nn.Module):
         self.head = head
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("centre", centre)
+        # No part of the teacher's identity: stores of it are older than patch targets.
+        self.register_buffer("own_patch_prototypes", patch_prototypes, persistent=False)
         self.teacher_temp = teacher_temp
         self.mean, self.std = mean, std
         self.view_size = view_size
@@ -81,14 +88,40 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
+    @property
+    def patch_prototypes(self) -> Tensor | None:
+        """(K, dim) float32 for patches: iBOT's own, or else those of images."""
+        return self.prototypes if self.own_patch_prototypes is None else self.own_patch_prototypes
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (N, dim) float32, unit rows, of images (N, 3, H, W) normalised with ``mean`` and ``std``.
 
         Raises ``MisuseError`` for a size that the backbone can't take.
         """
-        try:
+        with self._sizes_named(images):
             features = token_features(self.backbone, images, self.pooling) if self.pooling else self.backbone(images)
+        return self._projected(features)
+
+    @torch.no_grad()
+    def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and what the backbone says of every position (N, C, h, w): patch tokens behind its last norm, or a CNN's last
+        stage. One pass gives both. Raises ``MisuseError`` where it has no such map, too.
+        """
+        backbone: Any = self.backbone
+        with self._sizes_named(images):
+            features = backbone.forward_features(images)
+            pooled = of_tokens(backbone, features, self.pooling) if self.pooling else backbone.forward_head(features)
+        return self._projected(pooled), feature_map(backbone, features, f"teacher {self.name}")
+
+    def _projected(self, features: Tensor) -> Tensor:
+        return F.normalize(features.float(), dim=1) if self.head is None else self.head(features)
+
+    @contextmanager
+    def _sizes_named(self, images: Tensor) -> Iterator[None]:
+        """An image size that the backbone can't take is a MisuseError."""
+        try:
+            yield
         except (AssertionError, RuntimeError) as error:
             height, width = images.shape[-2:]
             if is_out_of_memory(error) or height == width == self.view_size:
@@ -96,7 +129,6 @@ class Teacher(nn.Module):
             raise MisuseError(
                 f"teacher {self.name} can't take views of {height}x{width} ({error}); its own size is {self.view_size}"
             ) from error
-        return F.normalize(features.float(), dim=1) if self.head is None else self.head(features)
 
     @torch.no_grad()
     def logits(self, embedding: Tensor) -> Tensor:
@@ -149,6 +181,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         view_size=arguments.get("img_size", entry.view_size),
         head_name="none" if parts.head is None else entry.method,
         pooling=pooling,
+        patch_prototypes=parts.patch_prototypes,
     )
 
 

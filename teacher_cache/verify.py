@@ -6,6 +6,7 @@ manifest. What may differ is bounded: the rounding of the encoding, exactly, and
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
+from ..common.patches import PatchTargets
 from ..common.run import autocast, pick_device
-from ..common.store.codec import decode
+from ..common.store.codec import decode, decode_patches
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
-from ..common.teacher import embedder
+from ..common.teacher import dense_embedder, embedder
 from ..common.tokens import TOKENS
-from ..common.views.loader import LoaderConfig, ViewLoader, ViewSet, geometry
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
 from .teachers import Teacher, load_teacher
@@ -30,6 +32,9 @@ COMPUTE_ERROR = {"fp32": 0.03, "fp16": 0.05, "bf16": 0.25}
 EfficientNet-Lite0 on CIFAR-10 at 96 px: 2e-6 with the size of the batch, up to 0.02 with the rounding of TF32 (which CUDA
 convolutions use for float32) and up to 0.18 with that of bfloat16; the nearest other image is 0.75 away or more.
 """
+
+Difference = tuple[float, float, float]
+"""Of a view: cosine, difference and error, as ``Sample`` has them."""
 
 HALF_STEP = 2.0**-11
 """Largest relative error of rounding to float16."""
@@ -104,19 +109,29 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     if manifest.geometry == "planes-gpu" and device.type == "cuda":
         backend = "gpu"
     loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(backend, config.batch_size, config.workers))
-    embed = embedder(teacher, recipe, manifest.view_size, device, precision)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)
+    seen = teacher, recipe, manifest.view_size, device, precision
+    if store.patches is None:
+        embed = embedder(*seen)
+        judge = lambda stored, batch: compare(decode(store.encoding, stored), embed(batch)[:, 0].cpu())  # noqa: E731
+    else:
+        dense, of_patches = dense_embedder(*seen), PatchComparison(store, teacher, tolerance, device)
+
+        def judge(stored: dict[str, np.ndarray], batch: Batch) -> list[Difference]:
+            embedding, features = dense(batch)
+            pooled = compare(decode(store.encoding, stored), embedding[:, 0].cpu())
+            return [
+                max(both, key=itemgetter(2)) for both in zip(pooled, of_patches(stored, features[:, 0]), strict=True)
+            ]
+
     columns = _draw(config, manifest.num_images, len(manifest.view_ids))
     total = sum(map(len, columns))
     samples: list[Sample] = []
     for column, (view_id, image_ids) in enumerate(zip(manifest.view_ids, columns, strict=True)):
         for batch in loader.epoch(image_ids, [ViewSet((view_id,), manifest.view_size)]):
-            embedding = embed(batch)[:, 0].cpu()
             stored = {name: rows[:, column] for name, rows in store.rows(batch.image_ids).items()}
-            for image_id, values in zip(
-                batch.image_ids, compare(decode(store.encoding, stored), embedding), strict=True
-            ):
+            for image_id, values in zip(batch.image_ids, judge(stored, batch), strict=True):
                 samples.append(Sample(int(image_id), view_id, *values))
             progress.samples(len(samples), total)
     samples.sort(key=lambda sample: -sample.error)
@@ -178,7 +193,7 @@ class Comparison:
         self.encoding, self.tolerance = encoding, tolerance
         self.prototypes = None if prototypes is None else torch.from_numpy(prototypes)
 
-    def __call__(self, stored: dict[str, Tensor], embedding: Tensor) -> list[tuple[float, float, float]]:
+    def __call__(self, stored: dict[str, Tensor], embedding: Tensor) -> list[Difference]:
         if self.encoding.kind == "embedding":
             values, expected, error = self._embedding(stored["embedding"], embedding)
         else:
@@ -215,6 +230,28 @@ class Comparison:
             tail = (stored["tail"] - rest.logsumexp(2)).abs() * temps / moved
             error = torch.maximum(error, tail.amax(1))
         return logits, expected, error
+
+
+class PatchComparison:
+    """The same of a store's patch targets, of the position of a view that is off by the most."""
+
+    def __init__(self, store: TargetStore, teacher: Teacher, tolerance: float, device: torch.device) -> None:
+        assert store.patches is not None
+        self.encoding = store.patches
+        self.targets = PatchTargets(self.encoding, teacher.head, teacher.patch_prototypes, store.statistics, device)
+        prototypes = None if teacher.patch_prototypes is None else teacher.patch_prototypes.cpu().numpy()
+        self.compare = Comparison(self.encoding.of_one, prototypes, tolerance)
+
+    def __call__(self, stored: dict[str, np.ndarray], features: Tensor) -> list[Difference]:
+        """``features`` (B, C, h, w) as the backbone gives them."""
+        rows = self.targets.rows(features).cpu()
+        decoded = decode_patches(self.encoding, stored)
+        if self.encoding.kind == "grid":  # tokens are not of unit length
+            scale = rows.square().sum(2).mean(1).sqrt()[:, None, None].clamp(min=1e-12)
+            rows, decoded = rows / scale, {"embedding": decoded["embedding"] / scale}
+        flat = {name: values.flatten(0, 1) for name, values in decoded.items()}
+        found, positions = self.compare(flat, rows.flatten(0, 1)), rows.shape[1]
+        return [max(found[at : at + positions], key=itemgetter(2)) for at in range(0, len(found), positions)]
 
 
 def _refuse_wrong(store: TargetStore, data: Beton, samples: list[Sample]) -> None:

@@ -11,6 +11,7 @@ from ..errors import MisuseError
 from ..images.beton import JPEG, Beton
 from ..store.encodings import Encoding
 from ..store.manifest import AGAIN, StoreManifest
+from ..store.patches import PatchEncoding
 from ..store.reader import TargetStore
 from ..store.writer import half_written, rows_done
 from ..tokens import TOKENS
@@ -82,7 +83,7 @@ def _store_rows(store: TargetStore) -> Rows:
     manifest = store.manifest
     yield from _manifest_rows(manifest)
     views = manifest.num_images * len(manifest.view_ids)
-    in_memory = views * store.encoding.bytes_per_view(manifest.dim, manifest.num_prototypes)
+    in_memory = views * manifest.bytes_per_view
     targets = sum(_bytes_under(store.path / name) for name in store.arrays)
     yield "targets on disk", f"{decimal(targets)}, {targets / views:,.0f} bytes a view ({targets / in_memory:.0%})"
     yield "store on disk", decimal(_bytes_under(store.path))
@@ -105,8 +106,10 @@ def _manifest_rows(manifest: StoreManifest) -> Rows:
         yield "prototypes", f"{manifest.num_prototypes:,}, teacher temperature {manifest.teacher_temp or 'not known'}"
     else:
         yield "prototypes", "none"
-    a_view = encoding.bytes_per_view(manifest.dim, manifest.num_prototypes)
+    a_view, patches = manifest.bytes_per_view, manifest.patch_encoding
     yield "encoding", _describe(encoding, manifest.num_prototypes)
+    if patches is not None:
+        yield "patches", f"{_describe_patches(patches)}, {patches.bytes_per_view:,} bytes a view"
     yield "bytes a view", f"{a_view:,} in memory, {decimal(manifest.num_images * views * a_view)} in all"
     yield "recipe", f"{recipe['name']}, seed {manifest.seed}, {manifest.view_size} px, {manifest.geometry} geometry"
     yield "chunks", f"{manifest.num_chunks:,} of {manifest.chunk_rows} images, {manifest.shard_chunks} to a shard"
@@ -124,6 +127,22 @@ def _describe(encoding: Encoding, num_prototypes: int) -> str:
             return f"topk, {min(encoding.k, num_prototypes)} of {num_prototypes:,} logits, tail at temperatures {temps}"
         case _:
             return f"dense, {num_prototypes:,} logits"
+
+
+def _describe_patches(patches: PatchEncoding) -> str:
+    positions = f"{patches.grid} x {patches.grid}"
+    match patches.kind:
+        case "grid":
+            cut = (
+                f"{patches.dim} principal components of {patches.width}"
+                if patches.reduced
+                else f"{patches.dim} numbers"
+            )
+            return f"grid, {positions} tokens of {cut}, int8"
+        case "embedding":
+            return f"embedding, {positions} of {patches.dim} numbers, int8, for {patches.num_prototypes:,} prototypes"
+        case _:
+            return f"prototypes, {positions} of {patches.k} of {patches.num_prototypes:,} logits"
 
 
 def _bytes_under(folder: Path) -> int:

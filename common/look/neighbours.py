@@ -27,6 +27,7 @@ def nearest(store: TargetStore, image_ids: np.ndarray, columns: int, chunks: Ite
     A neighbour is an image, by the view of it that is nearest. Alike is the cosine of what is stored: embeddings, logits,
     or the kept logits with zeros for the others. Where there are fewer other images than ``count``, cosines are -inf.
     """
+    store = store.pooled()
     manifest, rows = store.manifest, store.manifest.chunk_rows
     decoded = decode(store.encoding, store.rows(image_ids))
     queries = unit_vectors(

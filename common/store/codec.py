@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FailureError
-from .encodings import Encoding
+from .encodings import PATCHES, Encoding
+from .patches import PatchEncoding
 
 
 def encode(
@@ -38,13 +39,24 @@ def encode(
 def decode(encoding: Encoding, arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
     """Stored arrays -> what the loss reads, on the arrays' own device: floats as float32, ids as int64.
 
-    ``embedding`` gives {embedding}, ``topk`` {ids, logits, tail}, ``dense`` {logits}.
+    ``embedding`` gives {embedding}, ``topk`` {ids, logits, tail}, ``dense`` {logits}. Patch targets among them are left alone.
     """
-    tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
+    tensors = {name: torch.as_tensor(values) for name, values in arrays.items() if not name.startswith(PATCHES)}
     decoded = {name: _widen(values) for name, values in tensors.items() if name != "scale"}
     if "scale" in tensors:
         decoded["embedding"] *= tensors["scale"].float()[..., None]
     return decoded
+
+
+def encode_patches(encoding: PatchEncoding, rows: Tensor | None, logits: Tensor | None = None) -> dict[str, np.ndarray]:
+    """Rows (..., P, C), or their logits (..., P, K) where those are stored, to the arrays of ``PatchEncoding.layout``."""
+    return {PATCHES + name: values for name, values in encode(encoding.of_one, rows, logits).items()}
+
+
+def decode_patches(encoding: PatchEncoding, arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+    """As `decode`, of the patch targets among a store's arrays: {embedding} or {ids, logits, tail}, each (..., P, n)."""
+    own = {name.removeprefix(PATCHES): values for name, values in arrays.items() if name.startswith(PATCHES)}
+    return decode(encoding.of_one, own)
 
 
 def _encode_embedding(embedding: Tensor, dtype: str) -> dict[str, Tensor]:

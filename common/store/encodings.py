@@ -10,6 +10,8 @@ from ..settings import Setting, check
 
 KINDS = ("embedding", "topk", "dense")
 EMBEDDING_DTYPES = ("float32", "float16", "int8")
+PATCHES = "patches_"
+"""What the names of the arrays of patch targets begin with, beside a view's pooled target."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint16": 2, "uint32": 4}
 
 LADDER = (0.025, 0.04, 0.055, 0.07, 0.1)

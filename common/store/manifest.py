@@ -15,6 +15,7 @@ from ..errors import FailureError, MisuseError
 from ..files import differences, read_regular
 from ..records import LARGEST, DamagedError, crc32c, parsed, typed
 from .encodings import Encoding
+from .patches import PatchEncoding
 from .shards import ShardedArray
 
 FORMAT_VERSION = 1
@@ -62,6 +63,7 @@ class StoreManifest:
     geometry: str  # the resize path that made the views' pixels
     versions: dict[str, str]
     pooling: str | None = None  # what of the teacher's tokens was taken, where it is not what its network pools itself
+    patches: dict[str, Any] | None = None  # PatchEncoding.to_dict(), where there are patch targets
     chunk_rows: int = CHUNK_ROWS
     shard_chunks: int = SHARD_CHUNKS
     format_version: int = FORMAT_VERSION
@@ -73,18 +75,33 @@ class StoreManifest:
     def arrays(self) -> dict[str, ShardedArray]:
         """The sharded arrays by name."""
         encoding, views = Encoding.from_dict(self.encoding), len(self.view_ids)
+        kinds = [(encoding, encoding.layout(self.dim, self.num_prototypes))]
+        if (patches := self.patch_encoding) is not None:
+            kinds.append((patches.of_one, patches.layout()))
         return {
             name: ShardedArray(
-                (self.num_images, views, *shape), np.dtype(dtype), self.chunk_rows, self.shard_chunks, encoding.shuffle
+                (self.num_images, views, *shape), np.dtype(dtype), self.chunk_rows, self.shard_chunks, kind.shuffle
             )
-            for name, (shape, dtype) in encoding.layout(self.dim, self.num_prototypes).items()
+            for kind, layout in kinds
+            for name, (shape, dtype) in layout.items()
         }
 
+    @property
+    def patch_encoding(self) -> PatchEncoding | None:
+        """None: there are no patch targets."""
+        return None if self.patches is None else PatchEncoding.from_dict(self.patches)
+
+    @property
+    def bytes_per_view(self) -> int:
+        """Of all arrays, before compression."""
+        pooled = Encoding.from_dict(self.encoding).bytes_per_view(self.dim, self.num_prototypes)
+        return pooled + (self.patch_encoding.bytes_per_view if self.patch_encoding else 0)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values with sorted keys: the group's attributes. The usual pooling is left out, as in stores that are
-        older than the choice.
+        """Plain JSON values with sorted keys: the group's attributes. The usual pooling, and patches where there are none,
+        are left out, as in stores that are older than the choice.
         """
-        values = {name: value for name, value in asdict(self).items() if (name, value) != ("pooling", None)}
+        values = {n: v for n, v in asdict(self).items() if v is not None or n not in ("pooling", "patches")}
         plain = json.loads(json.dumps(values, sort_keys=True))
         return plain | {"versions": {CHECKSUM: _checksum(plain), **plain["versions"]}}
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..errors import MisuseError
-from .codec import decode
 from .reader import TargetStore
 
 READY_BATCHES = 3
@@ -26,7 +25,7 @@ READY_BATCHES = 3
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """``targets`` as `Encoding.decode` gives them, each (B, G, ...) on the device: row i is of image ``image_ids[i]``."""
+    """``targets`` as `TargetStore.decode` gives them, each (B, G, ...) on the device: row i is of image ``image_ids[i]``."""
 
     image_ids: np.ndarray
     targets: dict[str, Tensor]
@@ -264,9 +263,8 @@ class _Epoch:
         return len(self.ready) < READY_BATCHES and bool(self.arrived[: self.chunks_needed[number]].all())
 
     def _decode(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        encoding = self.owner.store.encoding
         if self.stream is None:
-            return decode(encoding, stored)
+            return self.owner.store.decode(stored)
         with torch.cuda.stream(self.stream):  # compact bytes cross the bus, and are widened on the device
             moved = {name: values.to(self.owner.device, non_blocking=True) for name, values in stored.items()}
-            return decode(encoding, moved)
+            return self.owner.store.decode(moved)

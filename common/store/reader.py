@@ -3,6 +3,7 @@
     targets.zarr/
       zarr.json             the group; its attributes are the manifest. Written last: without it there is no store
       embedding/ scale/     or ids/ logits/ tail/, or logits/: what the encoding stores, (N, V, ...), sharded
+      patches_*/            the same of every patch, (N, V, P, ...), where the store has patch targets
       prototypes/           (K, D) float32, when the teacher has them
       statistics/*          sums that the objectives need later, gathered in the same pass
       pending/              only while being written, see writer.py
@@ -12,6 +13,7 @@ A chunk is `chunk_rows` consecutive rows with all their views, compressed, with 
 
 import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
+from torch import Tensor
 
 from ..errors import FailureError, MisuseError
 from ..files import read_regular
 from ..records import LARGEST, parsed
-from .encodings import Encoding
+from .codec import decode, decode_patches
+from .encodings import PATCHES, Encoding
 from .manifest import AGAIN, CHECKSUM, StoreManifest, differing, read_json
 from .shards import ChunkError, checksum_of
 from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
@@ -40,7 +44,7 @@ class TargetStore:
     def __init__(self, path: Path, manifest: StoreManifest, sealed: bool = True) -> None:
         """``sealed``: it has checksums of its manifest and small arrays, too; False: it is of a rob from before them."""
         self.path, self.manifest, self.sealed = path, manifest, sealed
-        self.encoding = Encoding.from_dict(manifest.encoding)
+        self.encoding, self.patches = Encoding.from_dict(manifest.encoding), manifest.patch_encoding
         self.arrays = manifest.arrays()
         self._indices: dict[tuple[str, int], np.ndarray] = {}  # (array, shard) -> where its chunks lie, read once
 
@@ -66,6 +70,12 @@ class TargetStore:
             raise MisuseError(f"{path} is not a target store: it is no Zarr v3 group")
         done = f"{rows_done(path, begun):,} of {begun.num_images:,} rows are done"
         raise MisuseError(f"{path} is half-written, {done}: {AGAIN} to go on from there")
+
+    def pooled(self) -> Self:
+        """The same without its patch targets: those are neither read nor given room."""
+        store = copy(self)
+        store.arrays = {name: array for name, array in self.arrays.items() if not name.startswith(PATCHES)}
+        return store
 
     @property
     def chunk_bytes(self) -> int:
@@ -123,6 +133,15 @@ class TargetStore:
             for name, values in buffer.items():
                 gathered[name][wanted] = values[0, ids[wanted] % self.manifest.chunk_rows]
         return gathered
+
+    def decode(self, arrays: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+        """Arrays as stored -> as `codec.decode` and `decode_patches` give them, the latter's with ``patches_`` before their
+        names.
+        """
+        decoded = decode(self.encoding, arrays)
+        if self.patches is not None and any(name.startswith(PATCHES) for name in arrays):
+            decoded |= {PATCHES + name: values for name, values in decode_patches(self.patches, arrays).items()}
+        return decoded
 
     def empty(self, num_chunks: int) -> dict[str, np.ndarray]:
         """Room for ``num_chunks`` chunks: name -> uninitialised (num_chunks, chunk_rows, V, ...)."""

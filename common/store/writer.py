@@ -12,7 +12,7 @@ import os
 import shutil
 import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,6 @@ import zarr
 
 from ..errors import FailureError, MisuseError
 from ..files import lock_file, open_regular, whole_file
-from .encodings import Encoding
 from .manifest import AGAIN, StoreManifest, differing, read_json
 from .shards import small_array_files, zarr_files
 
@@ -188,8 +187,17 @@ class StoreWriter:
         """Bytes of the rows not yet done, before compression, and of the shard being put together."""
         manifest = self.manifest
         rows = manifest.num_images - self.rows_done + manifest.chunk_rows * manifest.shard_chunks
-        per_view = Encoding.from_dict(manifest.encoding).bytes_per_view(manifest.dim, manifest.num_prototypes)
-        return rows * len(manifest.view_ids) * per_view
+        return rows * len(manifest.view_ids) * manifest.bytes_per_view
+
+    def kept(self, name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """What ``make`` gives, made once for the store: a run that goes on after a kill finds the same arrays."""
+        path = self.path / "pending" / f"{name}.npz"
+        found = _read_journal(path)
+        if found is None:
+            found = dict(make())
+            with disk_full_is_a_failure(self.path, self._bytes_left()):
+                _replace(self.path, f"pending/{name}.npz", _npz(found))
+        return found
 
 
 def begun_store(path: Path, manifest: StoreManifest, *may_differ: str) -> StoreManifest | None:

@@ -35,7 +35,7 @@ FEWEST_OF_A_CLASS = 5
 NEIGHBOURS = 10
 QUERIES = 500
 K = 20
-OUTCOME_NAME = "outcome.json"
+OUTCOME_NAME, KNN_NAME = "outcome.json", "knn.jsonl"
 CLEARLY = 10.0
 """Points above the random start from which nobody has to wonder."""
 
@@ -154,7 +154,11 @@ def shared_neighbours(rows: Tensor, others: Tensor, count: int = NEIGHBOURS, que
 
 def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:
     """(n, D or K): the mean over the cached views of what the teacher said."""
-    return unit_vectors(decode(store.encoding, store.rows(image_ids)), store.manifest.num_prototypes).float().mean(1)
+    return (
+        unit_vectors(decode(store.encoding, store.pooled().rows(image_ids)), store.manifest.num_prototypes)
+        .float()
+        .mean(1)
+    )
 
 
 def usable_labels(data: Beton, image_ids: np.ndarray) -> Tensor | None:
@@ -199,5 +203,5 @@ def write_outcome(run: Path, outcome: Outcome) -> None:
 
 def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
-    with append_to(run / "knn.jsonl") as file:
+    with append_to(run / KNN_NAME) as file:
         file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))

@@ -83,3 +83,19 @@ def voc_shapes(folder: Path, splits: dict[str, int]) -> Path:
             row += 1
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
     return folder
+
+
+def mask_shapes(folder: Path, n: int, seed: int, names: bool = True) -> Path:
+    """``n`` pictures in ``folder/images`` and what is where in ``folder/masks``: 0 nothing, 1 disc, 2 square; their ``names``."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for row in range(n):
+        image, things = draw_shapes(seed * 1000 + row)
+        mask = Image.new("L", image.size)
+        for name, _, outline in things:
+            ImageDraw.Draw(mask).polygon(outline, fill=1 + CLASSES.index(name))
+        image.save(folder / "images" / f"{row:03}.png")
+        mask.save(folder / "masks" / f"{row:03}.png")
+    if names:
+        (folder / "classes.txt").write_text("\n".join(("nothing", *CLASSES)) + "\n")
+    return folder

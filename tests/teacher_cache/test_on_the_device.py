@@ -29,9 +29,9 @@ def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: Te
     chunks, encode = cache._chunks, cache.encode
 
     def watched_chunks(*arguments):
-        for embedding, logits in chunks(*arguments):
+        for embedding, logits, patches in chunks(*arguments):
             left.append(logits.data_ptr())
-            yield embedding, logits
+            yield embedding, logits, patches
 
     def watched_encode(encoding, embedding, logits=None):
         reached.append(logits.data_ptr())

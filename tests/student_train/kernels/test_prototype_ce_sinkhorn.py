@@ -1,17 +1,16 @@
 """Sinkhorn's offsets: against SwAV's own loop in float64, what balance they reach, and one batch over two ranks."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, prototype_cross_entropy, sinkhorn, sinkhorn_offsets
 from rob.student_train.kernels.entropy import mean_entropy as fused
 from rob.student_train.kernels.reference import mean_entropy, target_probabilities
 from support.prototype_ce_cases import make_case, topk_target, wide
+from support.ranks import on_ranks
 
 
 def swav(logits: torch.Tensor, temp: float, iterations: int) -> torch.Tensor:
@@ -105,19 +104,15 @@ def test_a_queue_is_further_images():
 
 
 def _rank(rank: int, folder: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     sinkhorn.TILE = 10
     mine = teacher(images=20).images(10 * rank, 10 * rank + 10)
     offsets = sinkhorn_offsets(mine, 0.05, log_sum_over_ranks=sinkhorn.over_ranks)
     torch.save(offsets.column, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one_batch(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_rank, tmp_path)
     column_0, column_1 = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(column_0, sinkhorn_offsets(teacher(images=20), 0.05).column)
     assert torch.equal(column_0, column_1)

@@ -1,17 +1,16 @@
 """Two ranks with half a batch each are one rank with all of it: losses, gradients, queues and centres, for every objective."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from rob.student_train.targets.space import TargetSpace
+from support.ranks import on_ranks
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES, STEPS = 8, 2, 2, 20, 8, 12, 4
 CASES = {
@@ -56,17 +55,13 @@ def steps(name: str, rank: int | None) -> dict[str, Tensor]:
 
 
 def _rank(rank: int, folder: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save({name: steps(name, rank) for name in CASES}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder),), nprocs=2)
+    on_ranks(_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -6,7 +6,6 @@ one rank and of two, on made-up targets, on a store's and on the teacher's.
 A global crop meets the target of its own view, a local one every target; SwAV's one target meets all crops.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from rob.student_train.targets.online import Online
 from rob.student_train.targets.pairing import plan_views
 from rob.student_train.targets.space import TargetSpace
 from rob.teacher_cache.teachers import load_teacher
+from support.ranks import on_ranks
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 IMAGES, LOCALS, FEATURES, DIM, PROTOTYPES = 6, 8, 20, 8, 12
@@ -197,9 +196,6 @@ def test_loss_and_gradients(name, impl):
 
 
 def rank_of_two(rank: int, folder: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
     for name, variant in VARIANTS.items():
         features, rows, space = made_up(variant)
@@ -210,13 +206,12 @@ def rank_of_two(rank: int, folder: str) -> None:
         loss.backward()
         found[name] = loss.detach(), {n: p.grad for n, p in objective.named_parameters()}, weights_of(objective)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one_batch(tmp_path):
     """BatchNorm aside, which goes by a rank's share on CPUs."""
-    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    on_ranks(rank_of_two, tmp_path)
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for name, variant in VARIANTS.items():
         if variant.norm:

@@ -1,0 +1,1 @@
+"""Where else than ``metrics.jsonl`` a run is logged."""

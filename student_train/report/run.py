@@ -1,0 +1,106 @@
+"""What a report reads of a run's folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import FailureError, MisuseError
+from ...common.files import read_regular
+from ...common.records import DamagedError, read_record, typed, unsealed
+from ..checkpoint import WEIGHTS_NAME
+from ..evaluate.results import read_results
+from ..evaluate.yardstick import KNN_NAME, OUTCOME_NAME, Outcome
+from ..export.card import read_settings
+from ..export.exported_file import ExportedFile, read_exports
+from ..run_folder import LARGEST_LOG, LogLine, read_log
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A line of ``knn.jsonl``."""
+
+    step: int
+    epoch: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; whatever it has not is empty or None. ``name`` is short, and no other run of the report has it."""
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    log: Sequence[LogLine]
+    measured: Sequence[Measured]
+    outcome: Outcome | None
+    results: Mapping[str, Mapping[str, Any]]
+    exports: Mapping[str, ExportedFile]
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.folder / WEIGHTS_NAME).exists()
+
+    @cached_property
+    def objective(self) -> str:
+        return str((self.settings.get("objective") or {}).get("name", "unknown"))
+
+    @cached_property
+    def student(self) -> str:
+        return str((self.settings.get("student") or {}).get("name", "unknown"))
+
+    @property
+    def data(self) -> Path | None:
+        found = self.settings.get("data")
+        return Path(found) if isinstance(found, str) else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """MisuseError: no run there, the same one twice, or one of its files is damaged."""
+    for number, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise MisuseError(f"{folder}: no such folder: give the folder of a run")
+        if not (folder / "config.json").exists():
+            raise MisuseError(
+                f"{folder} has no config.json: give the folder of a run, as rob train-student --out named it"
+            )
+        if folder.resolve() in [other.resolve() for other in folders[:number]]:
+            raise MisuseError(f"{folder} is given twice: give each run once")
+    short = [folder.resolve().name for folder in folders]
+    names = short if len(set(short)) == len(short) else list(map(str, folders))
+    return [_read(name, folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def _read(name: str, folder: Path) -> Run:
+    try:
+        outcome = folder / OUTCOME_NAME
+        return Run(
+            name,
+            folder,
+            read_settings(folder),
+            read_log(folder),
+            _measured(folder / KNN_NAME),
+            read_record(outcome, Outcome, "delete it") if outcome.exists() else None,
+            read_results(folder),
+            read_exports(folder),
+        )
+    except FailureError as problem:
+        raise MisuseError(str(problem)) from None
+
+
+def _measured(path: Path) -> list[Measured]:
+    """A step that was measured again, after a kill, counts as it was last."""
+    found: dict[int, Measured] = {}
+    lines = read_regular(path, LARGEST_LOG).splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            values = unsealed(line, dict[str, Any])
+            step, epoch = typed(int, values.pop("step", None), "step"), typed(int, values.pop("epoch", None), "epoch")
+            found[step] = Measured(step, epoch, typed(Outcome, values))
+        except DamagedError as problem:
+            raise FailureError(f"{path}: line {number} {problem}: delete that line") from None
+    return [found[step] for step in sorted(found)]
