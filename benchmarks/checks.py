@@ -1,13 +1,13 @@
 """What checking every file costs: this version against an earlier one, in turns.
 
     git worktree add /tmp/before 1ba95fc     # the last version that believed what it read
-    python benchmarks/checks.py runs/checks --before /tmp/before [--pairs 10] [--images 100000]
+    python benchmarks/checks.py runs/checks --before /tmp/before [--starts 10] [--pairs 10] [--images 100000]
 
 Each side is its own tree in processes of its own, with files that it has packed itself. `start` is a whole command, from Python's
 start to the moment at which the first image would be read, on many tiny images; `open` is the packed file alone. `loader` gives
 views of photographs (2 of 224 and 6 of 96 px of 500 x 375) on one thread, with the Beton opened anew (every image is looked at
 for the first time) and once more with the same. The sides take turns; medians, in seconds of wall and of CPU, which other work
-on the machine disturbs less.
+on the machine disturbs less. Figures are kept in OUT: called again, it adds pairs.
 """
 
 import argparse
@@ -130,9 +130,19 @@ def on_side(tree: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(script, env=environment, cwd=out, text=True, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
 
 
-def checks(out: Path, trees: dict[str, Path], images: int, pairs: int) -> list[dict[str, Any]]:
+def checks(out: Path, trees: dict[str, Path], images: int, starts: int, pairs: int) -> list[dict[str, Any]]:
     """A row a measurement: medians of both sides, and the ratio of now to before."""
+    kept = out / "figures.jsonl"
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
+
+    def keep(name: str, side: str, figures: dict[str, float]) -> None:
+        found.setdefault(name, {}).setdefault(side, []).append(figures)
+        with open(kept, "a") as file:
+            file.write(json.dumps([name, side, figures]) + "\n")
+
+    for line in kept.read_text().splitlines() if kept.exists() else ():
+        name, side, figures = json.loads(line)
+        found.setdefault(name, {}).setdefault(side, []).append(figures)
     for side, tree in trees.items():
         folder = out / side
         for name, words in (("tiny", (str(images),)), ("photographs", (str(out / "photographs"),))):
@@ -144,10 +154,10 @@ def checks(out: Path, trees: dict[str, Path], images: int, pairs: int) -> list[d
         "start of rob train-student": ("train-student", "tiny.beton", "--targets", "momentum", *TRAINING, *FAST),
         "start of rob eval knn": ("eval", "knn", "pixels", "tiny.beton", *FAST),
     }
-    for number in range(pairs):
+    for number in range(starts):
         for name, words in commands.items():
             for side in SIDES if number % 2 else SIDES[::-1]:
-                output = ("--out", f"run{number}") if name.endswith("student") else ()
+                output = ("--out", f"run{time.time_ns()}") if name.endswith("student") else ()
                 began = time.perf_counter()
                 process = on_side(trees[side], out / side, "start", *words, *output)
                 assert process.stdout is not None
@@ -156,7 +166,7 @@ def checks(out: Path, trees: dict[str, Path], images: int, pairs: int) -> list[d
                     raise RuntimeError(f"{side}: {name} did not reach its first image")
                 told = json.loads(line) | {"wall": time.perf_counter() - began}
                 process.wait()
-                found.setdefault(name, {}).setdefault(side, []).append(told)
+                keep(name, side, told)
     for role, file in (("open_beton", "tiny.beton"), ("loader", "photographs.beton")):
         running = {side: on_side(trees[side], out / side, role, file) for side in SIDES}
         for number in range(pairs + 1):
@@ -167,14 +177,16 @@ def checks(out: Path, trees: dict[str, Path], images: int, pairs: int) -> list[d
                 process.stdin.flush()
                 told = json.loads(process.stdout.readline())
                 for name, figures in told.items() if number else ():  # the first one warms up
-                    found.setdefault(name, {}).setdefault(side, []).append(figures)
+                    keep(name, side, figures)
         for process in running.values():
             assert process.stdin is not None
             process.stdin.close()
             process.wait()
     rows = []
     for name, sides in found.items():
-        row: dict[str, Any] = {"what": name, "pairs": len(sides["now"])}
+        if len(sides) < 2:
+            continue
+        row: dict[str, Any] = {"what": name, "pairs": min(map(len, sides.values()))}
         for kind in ("wall", "cpu"):
             before, now = (median(figures[kind] for figures in sides[side]) for side in SIDES)
             row |= {
@@ -201,19 +213,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--before", type=Path, required=True, help="The tree of the earlier version.")
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--starts", type=int, default=10, help="Pairs of starts.")
+    parser.add_argument("--pairs", type=int, default=10, help="Pairs of the other measurements.")
     parser.add_argument("--images", type=int, default=100_000)
     given = parser.parse_args()
     trees = {"before": given.before.absolute(), "now": Path(__file__).absolute().parents[1]}
     load = os.getloadavg()[0]
-    rows = checks(given.out.absolute(), trees, given.images, given.pairs)
+    rows = checks(given.out.absolute(), trees, given.images, given.starts, given.pairs)
     import torch
 
     from rob.benchmarks.report import Report
 
     work = {
         "images": given.images,
-        "pairs": given.pairs,
         "load_at_start": round(load, 1),
         "load_at_end": round(os.getloadavg()[0], 1),
     }

@@ -228,7 +228,7 @@ def _outcome(scene: Scene, trial: "Trial", wanted: dict[str, Any]) -> str:
     for one in ended:
         if one.outcome in BAD:
             return one.outcome
-    well = any(one.code == 0 for one in ended)
+    well = (all if scene.command.ranks > 1 else any)(one.code == 0 for one in ended)
     same = left_behind(scene.folder, scene.command.leaves) == wanted
     if trial.kind == "damage":
         if not well:

@@ -79,6 +79,7 @@ class RunFolder:
         self._images = 0
         self._lines: int | None = None  # of the log, when the checkpoint was written
         self._unlock = lambda: None
+        self._lock: int | None = None
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
         """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
@@ -87,7 +88,8 @@ class RunFolder:
         """
         if self.ranks.is_main:
             taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
-            self._unlock = weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
+            self._lock = lock_file(self.out / ".lock", taken)
+            self._unlock = weakref.finalize(self, os.close, self._lock)
         step = 0
         if self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self._fixed, device)
@@ -118,6 +120,7 @@ class RunFolder:
         health = self.check_losses(step)
         if not self.ranks.is_main:
             return
+        self._check_there()
         for name in (
             "metrics.jsonl",
             "train.log",
@@ -128,6 +131,15 @@ class RunFolder:
         parts = {name: part.state_dict() for name, part in state.items()}
         found = {"step": step, "health": health, "lines": len(read_log(self.out))}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
+
+    def _check_there(self) -> None:
+        """FailureError: the folder was moved or deleted. Writing would not notice, and make another with half a run in it."""
+        try:
+            there = self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.out / ".lock"))
+        except OSError:
+            there = False
+        if not there:
+            raise FailureError(f"{self.out} was moved or deleted while its run went on: put it back, or start again")
 
     def is_logged(self, step: int) -> bool:
         """Whether a line is written after step number ``step`` (from 1)."""
@@ -157,6 +169,7 @@ class RunFolder:
         seconds, passed = stopwatch.take()
         if not self.ranks.is_main:
             return
+        self._check_there()
         shares = shares_of_step(seconds, passed)
         line = {
             "step": step,

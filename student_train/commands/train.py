@@ -194,10 +194,10 @@ def train_student(
             result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan))
         alone = current_ranks().is_main
         leave_ranks()
-    note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
-    if result.shares:
-        note(f"{describe_shares(result.shares)}. {result.advice}")
     if alone:
+        note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
+        if result.shares:
+            note(f"{describe_shares(result.shares)}. {result.advice}")
         measure(run, result.steps)
 
 

@@ -209,6 +209,22 @@ def trained(out: Path, steps: int = 4) -> dict[str, Any]:
     return state
 
 
+def test_a_folder_that_is_moved_away_is_not_made_anew(tmp_path):
+    state, run = {"model": torch.nn.Linear(2, 2)}, open_run(tmp_path / "run")
+    run.resume(state, torch.device("cpu"))
+    advance(run, 2)
+    (tmp_path / "run").rename(tmp_path / "away")
+    for act in (lambda: run.save(state, 2), lambda: advance(run, 1)):
+        with pytest.raises(
+            FailureError, match=r"run was moved or deleted while its run went on: put it back, or start"
+        ):
+            act()
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "away").rename(tmp_path / "run")
+    run.save(state, 2)
+    run.close()
+
+
 def test_the_log_is_on_disk_before_the_checkpoint_that_relies_on_it(tmp_path, monkeypatch):
     synced: list[str] = []
     fsync = os.fsync
