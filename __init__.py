@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .student_train.evaluate.network import FrozenNetwork
     from .student_train.export.config import ExportConfig
     from .student_train.export.export import export
+    from .student_train.finetune.classify import finetune_classifier
+    from .student_train.finetune.config import ClassifyConfig, SegmentConfig
+    from .student_train.finetune.segment import finetune_segmenter
+    from .student_train.finetune.tuned import load_tuned
     from .student_train.objectives import ObjectiveConfig
     from .student_train.optimiser import OptimiserConfig
     from .student_train.plan import make_plan
@@ -66,6 +70,10 @@ _HOME = {
     "student_train.config": ("PairingChoice",),
     "student_train.export.config": ("ExportConfig",),
     "student_train.export.export": ("export",),
+    "student_train.finetune.classify": ("finetune_classifier",),
+    "student_train.finetune.config": ("ClassifyConfig", "SegmentConfig"),
+    "student_train.finetune.segment": ("finetune_segmenter",),
+    "student_train.finetune.tuned": ("load_tuned",),
     "student_train.objectives": ("ObjectiveConfig",),
     "student_train.optimiser": ("OptimiserConfig",),
     "student_train.report.config": ("ReportConfig",),
@@ -89,6 +97,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "CacheConfig",
     "Cached",
+    "ClassifyConfig",
     "DetectConfig",
     "Encoding",
     "ExportConfig",
@@ -108,6 +117,7 @@ __all__ = [
     "Recipe",
     "RecipeOverrides",
     "ReportConfig",
+    "SegmentConfig",
     "Share",
     "StudentConfig",
     "TargetStore",
@@ -119,12 +129,15 @@ __all__ = [
     "detect",
     "export",
     "export_teacher",
+    "finetune_classifier",
+    "finetune_segmenter",
     "get_recipe",
     "knn",
     "labelled_images",
     "linear",
     "load_student",
     "load_teacher",
+    "load_tuned",
     "lowshot",
     "make_plan",
     "pack",

@@ -28,6 +28,7 @@ from rob.student_train.commands.detect import detect
 from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
+from rob.student_train.commands.finetune import classify, segment
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
@@ -166,12 +167,13 @@ WIDEST_HELP = 160
 
 
 class InOrder(TyperGroup):
-    """Lists ``eval``, a group, where it is used, not behind all commands."""
+    """Lists ``eval`` and ``finetune``, groups, where they are used, not behind all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        names = [name for name in super().list_commands(ctx) if name != "eval"]
-        names.insert(names.index("train-student") + 1, "eval")
-        return names
+        groups = ["eval", "finetune"]
+        names = [name for name in super().list_commands(ctx) if name not in groups]
+        after = names.index("train-student") + 1
+        return names[:after] + groups + names[after:]
 
 
 app = typer.Typer(
@@ -199,6 +201,10 @@ for function in (knn, linear, lowshot, transfer):
     evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
 evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")
+finetune = typer.Typer(help="Train a student on labels: a classifier or a segmenter to ship.", no_args_is_help=True)
+for function in (classify, segment):
+    finetune.command(cls=GroupedCommand)(command(at_once(function)))
+app.add_typer(finetune, name="finetune")
 for function in (compare, report, sweep):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))

@@ -1,6 +1,6 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import cos, pi
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,6 +93,12 @@ class Schedule:
 def cosine_decay(step: float, total: float) -> float:
     """From 1 at step 0 to 0 at ``total``, along half a cosine."""
     return 0.5 * (1 + cos(pi * step / total))
+
+
+def warm_cosine(total: int) -> Callable[[int, int], float]:
+    """A linear warm-up over a tenth of the steps, 500 at most, and a cosine to 0."""
+    warmup = min(500, total // 10)
+    return lambda step, epoch: (step + 1) / warmup if step < warmup else cosine_decay(step - warmup, total - warmup)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool = False) -> Tensor:

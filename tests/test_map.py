@@ -41,7 +41,7 @@ def test_every_result_and_note_is_named_beside_it():
     assert set(re.findall(r"\w+_\d{8}\.json|\w*notes\w*\.md", text)) == there
 
 
-@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/tutorial.md"])
 def test_links_lead_somewhere(text):
     """To a file, and to a heading as GitHub spells it in addresses."""
     for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / text).read_text()):

@@ -1,8 +1,13 @@
 """``rob export`` and ``rob export-teacher``."""
 
+from typing import TYPE_CHECKING
+
 from ...common.screen import accuracies, bar, note
 from ..export.config import ExportConfig
 from ..train_config import ExportTeacherConfig
+
+if TYPE_CHECKING:
+    from ..export.exported_file import ExportedFile
 
 
 def export(config: ExportConfig) -> None:
@@ -11,17 +16,18 @@ def export(config: ExportConfig) -> None:
 
     with bar("exporting", "files") as update:
         files = export(config, note, update)
+    logits = files[0].output["name"] == "logits"
     accuracies(
         f"{files[0].student}, exported",
-        ("file", "MB", "ms, one thread", "lowest cosine", "k-NN top-1 %", "k-NN of torch %"),
+        ("file", "MB", "ms, one thread", "lowest cosine")
+        + (("as torch %", "top-1 %", "top-1 of torch %") if logits else ("k-NN top-1 %", "k-NN of torch %")),
         [
             (
                 entry.file,
                 entry.bytes / 1e6,
                 entry.latency_ms,
                 entry.agreement and f"{entry.agreement.lowest_cosine:.6f}",
-                entry.agreement and entry.agreement.knn,
-                entry.agreement and entry.agreement.knn_torch,
+                *_scores(entry, logits),
             )
             for entry in files
         ],
@@ -31,7 +37,17 @@ def export(config: ExportConfig) -> None:
     note(f"written to {folder}, and what was measured to export.json there")
     for entry in files:
         shape = " x ".join(map(str, entry.input["shape"]))
-        note(f"{entry.file}: {entry.input['form']} image ({shape}) -> features ({entry.output['shape'][-1]})")
+        out = " x ".join(map(str, entry.output["shape"][1:]))
+        note(f"{entry.file}: {entry.input['form']} image ({shape}) -> {entry.output['name']} ({out})")
+
+
+def _scores(entry: "ExportedFile", logits: bool) -> "tuple[float | None, ...]":
+    found = entry.agreement
+    if found is None:
+        return (None,) * (3 if logits else 2)
+    if not logits:
+        return found.knn, found.knn_torch
+    return found.same and 100 * found.same, found.top1, found.top1_torch
 
 
 def export_teacher(config: ExportTeacherConfig) -> None:

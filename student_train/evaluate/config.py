@@ -110,6 +110,9 @@ class DetectConfig:
     ]
     train: Annotated[str, Setting("NAME of the images to train on: train, trainval, train2017 ...")] = "train"
     test: Annotated[str, Setting("NAME of the images to test on; val while you choose settings, test once.")] = "test"
+    val: Annotated[
+        str | None, Setting("NAME of images, none of them TEST's, that choose the best epoch; default the last epoch.")
+    ] = None
     init: Annotated[str, Setting("student, or random: the same network untrained, for comparison.", choices=INITS)] = (
         "student"
     )

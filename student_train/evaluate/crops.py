@@ -18,9 +18,11 @@ CROPS_AND_FLIPS = Recipe("crops and flips", (Crop(224, (0.08, 1.0), flip=0.5),),
 class RandomCrops:
     """Crops as ``network`` takes them, drawn anew every epoch, as a pure function of ``seed`` and the epoch."""
 
-    def __init__(self, network: FrozenNetwork, data: Beton, loader: LoaderConfig, seed: int) -> None:
+    def __init__(
+        self, network: FrozenNetwork, data: Beton, loader: LoaderConfig, seed: int, recipe: Recipe = CROPS_AND_FLIPS
+    ) -> None:
         self.network, self.seed = network, seed
-        recipe = replace(CROPS_AND_FLIPS, interpolation=network.interpolation)
+        recipe = replace(recipe, interpolation=network.interpolation)
         self.views = ViewLoader(data, recipe, seed, loader)
 
     def epoch(self, image_ids: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from ...common.files import replacing
 from ...common.images.beton import Beton
 from ...common.records import read_record, sealed
 from ...common.views.loader import LoaderConfig
+from ..epochs import Training, train_epochs
 from ..optimiser import cosine_decay
 from .config import FinetuneConfig
 from .crops import RandomCrops
@@ -120,16 +121,19 @@ def finetune(
         {"params": model.backbone.parameters(), "lr": config.lr},
         {"params": model.head.parameters(), "lr": HEAD_RATE * config.lr},
     ]
-    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: cosine_decay(epoch, config.epochs))
     labels = subset.labels_by_id().to(network.device)
     crops = RandomCrops(network, Beton(train.path), loader, seed)
-    for epoch in range(config.epochs):
-        for image_ids, images in crops.epoch(subset.image_ids, epoch):
-            optimiser.zero_grad()
-            F.cross_entropy(model(images), labels[image_ids.to(network.device)]).backward()
-            optimiser.step()
-        schedule.step()
+    training = Training(
+        model=model,
+        optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay),
+        batches=lambda epoch: crops.epoch(subset.image_ids, epoch),
+        loss=lambda batch: F.cross_entropy(model(batch[1]), labels[batch[0].to(network.device)]),
+        rate=lambda step, epoch: cosine_decay(epoch, config.epochs),
+        epochs=config.epochs,
+        steps_per_epoch=-(-len(subset.image_ids) // loader.batch_size),
+        device=network.device,
+    )
+    train_epochs(training)
     return _top1(model.eval(), network, test, loader)
 
 

@@ -16,7 +16,11 @@ MIN_OF_A_CLASS = 5
 @dataclass(frozen=True)
 class Agreement:
     """Of ``images`` images. ``neighbours`` is the share of images whose nearest neighbour is among torch's five nearest; ``knn``
-    and ``knn_torch`` are top-1 in percent, each image by its 10 nearest among the others; None without labels."""
+    and ``knn_torch`` are top-1 in percent, each image by its 10 nearest among the others; None without labels.
+
+    Of logits there are no neighbours (1): ``same`` is the share of images, or of pixels, of torch's class, and ``top1`` and
+    ``top1_torch`` are the classifier's in percent, None without labels.
+    """
 
     images: int
     lowest_cosine: float
@@ -24,11 +28,16 @@ class Agreement:
     neighbours: float
     knn: float | None
     knn_torch: float | None
+    same: float | None = None
+    top1: float | None = None
+    top1_torch: float | None = None
 
     def score(self, int8: bool) -> float:
         """What ``min_agreement`` is held against."""
         if not int8:
             return self.lowest_cosine
+        if self.same is not None:
+            return self.same if self.top1 is None else min(1.0, 1 - ((self.top1_torch or 0.0) - self.top1) / 100)
         if self.knn is None or self.knn_torch is None:
             return self.neighbours
         return min(1.0, 1 - (self.knn_torch - self.knn) / 100)
@@ -37,7 +46,7 @@ class Agreement:
         """The least that is expected where nothing else is asked for."""
         if not int8:
             return MIN_FLOAT
-        return MIN_INT8 if self.knn is None else MIN_INT8_LABELLED
+        return MIN_INT8 if self.knn is None and self.top1 is None else MIN_INT8_LABELLED
 
 
 def agreement(found: Tensor, torchs: Tensor, labels: Tensor | None) -> Agreement:
@@ -54,6 +63,27 @@ def agreement(found: Tensor, torchs: Tensor, labels: Tensor | None) -> Agreement
         neighbours=kept.any(1).double().mean().item(),
         knn=None if labels is None else _knn_top1(near, labels),
         knn_torch=None if labels is None else _knn_top1(near_torch, labels),
+    )
+
+
+def agreement_of_logits(found: Tensor, torchs: Tensor, labels: Tensor | None) -> Agreement:
+    """Compare logits (N, C), or (N, C, S, S) of pixels, of the same images. labels: (N,) int64, or None."""
+    cosines = F.cosine_similarity(found.double().flatten(1), torchs.double().flatten(1), dim=1)
+    classes, classes_torch = found.argmax(1), torchs.argmax(1)
+
+    def top1(classes: Tensor) -> float | None:
+        return None if labels is None else 100 * (classes == labels).double().mean().item()
+
+    return Agreement(
+        images=len(found),
+        lowest_cosine=cosines.min().item(),
+        mean_cosine=cosines.mean().item(),
+        neighbours=1.0,
+        knn=None,
+        knn_torch=None,
+        same=(classes == classes_torch).double().mean().item(),
+        top1=top1(classes),
+        top1_torch=top1(classes_torch),
     )
 
 

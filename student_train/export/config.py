@@ -26,7 +26,10 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class ExportConfig:
     """Of which run, to what, and how it is checked. Files lie beside the weights, unless ``out`` says where else."""
 
-    run: Annotated[Path, Setting("A run folder, or a student's weights.", argument="RUN")]
+    run: Annotated[
+        Path,
+        Setting("A run folder, OUT of rob finetune, or weights of one of them: features or logits.", argument="RUN"),
+    ]
     to: Annotated[
         tuple[str, ...],
         Setting(
@@ -69,9 +72,9 @@ class ExportConfig:
     min_agreement: Annotated[
         float | None,
         Setting(
-            "Below it the file is not kept. float32: the smallest cosine with torch's features, default 0.9999. int8: 1 less the "
-            "lost k-NN accuracy, default 0.97; without labels the share of images whose nearest neighbour is among torch's "
-            "five nearest, default 0.9.",
+            "Below it the file is not kept. float32: the smallest cosine with torch's output, default 0.9999. int8: 1 less the "
+            "lost accuracy, of k-NN or of the classifier, default 0.97; without labels the share of images whose nearest "
+            "neighbour is among torch's five nearest, or whose class is torch's, default 0.9.",
             low=0,
             high=1,
         ),

@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...common.errors import FailureError, MisuseError
 from ...common.files import locked
 from ...common.images.beton import Beton
 from ...common.run import versions
 from ...common.timing import median_ms
-from ..checkpoint import load_student
-from ..evaluate.network import FrozenNetwork
-from ..students import StudentInfo, check_input_size, create_student
-from .agreement import Agreement, agreement
+from ..evaluate.network import SMALL_SIDE, FrozenNetwork
+from .agreement import Agreement, agreement, agreement_of_logits
 from .config import WITH_INT8, ExportConfig
 from .exported_file import ExportedFile, read_exports, write_exports
 from .formats import FORMATS, Format
@@ -29,12 +27,15 @@ from .graph import Graph, Runner
 from .input_form import WithInput, to_pixels
 from .int8 import quantise
 from .onnx_file import FACTS
+from .subject import Subject, open_subject
 from .timm_folder import check_for_timm
 
 BATCH = 32
 """Images that a file is run on at a time, where it takes more than one."""
 DRAWN = 64
 """Pictures drawn to check a float file on, where there are no images."""
+PICTURES_OF_LOGITS = 50
+"""At most so many images are compared where every pixel has its logits."""
 STAGING = ".export"
 """The folder that files are written in until they are checked."""
 
@@ -59,20 +60,16 @@ def export(
     MisuseError: no student there, a format whose packages are missing or that cannot hold it, files that are there already.
     FailureError: a file does not agree with torch, or cannot be written; those that were done before it are kept.
     """
-    backbone, info = load_student(config.run)
+    subject = open_subject(config.run, config.size)
+    info = subject.info
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent)
-    stem = "student" if config.run.is_dir() else config.run.stem
-    info = replace(info, image_size=config.size or info.image_size)
-    network = FrozenNetwork.student(config.run, torch.device("cpu"), info.image_size)
-    wanted = _wanted(config, folder, stem)
+    wanted = _wanted(config, folder, subject.stem)
     for name in config.to:
         FORMATS[name].check_installed(name)
     if "timm" in config.to:
-        check_for_timm(info, config.run)
-    check_input_size(backbone, info.image_size)
-    backbone = _for_one_size(backbone, info)
+        check_for_timm(info, config.run, subject.task)
     read_exports(folder)  # damaged, it is said before hours of work
-    sample = _sample(network, config)
+    sample = _sample(subject, config)
 
     done: list[ExportedFile] = []
     reference: dict[str, Tensor] = {}
@@ -86,16 +83,18 @@ def export(
                 progress(number, len(wanted), target.name)
                 form = FORMATS[name].only_input or config.input_form
                 graph = Graph(
-                    WithInput(backbone, form, info.image_size, info.mean, info.std).eval(),
+                    WithInput(subject.network, form, info.image_size, info.mean, info.std).eval(),
                     info,
                     config.opset,
-                    {FACTS: json.dumps(_facts(info, form, network.source)), "student": json.dumps(info.to_dict())},
+                    {FACTS: json.dumps(_facts(subject, form)), **subject.told},
+                    subject.output,
+                    subject.classes,
                 )
                 if form not in reference:
                     reference[form] = _torch_features(graph.network, sample.pixels)
-                full, path = folder / f"{stem}{FORMATS[name].suffix}", staging / target.name
+                full, path = folder / f"{subject.stem}{FORMATS[name].suffix}", staging / target.name
                 found = _write_and_check(config, FORMATS[name], precision, graph, path, full, sample, reference[form])
-                entry = replace(found, format=name, weights=network.source)
+                entry = replace(found, format=name, weights=subject.weights)
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(path, target)
@@ -126,26 +125,27 @@ def _wanted(config: ExportConfig, folder: Path, stem: str) -> list[tuple[str, st
     return wanted
 
 
-def _facts(info: StudentInfo, form: str, source: str) -> dict[str, object]:
+def _facts(subject: Subject, form: str) -> dict[str, object]:
     """What a file says of itself."""
-    facts = {"input": form, "size": info.image_size, "mean": info.mean, "std": info.std}
-    return {**facts, "student": info.name, "weights": source, **versions("rob")}
+    info = subject.info
+    crop = 1.0 if info.image_size <= SMALL_SIDE else 0.875  # of the shorter side, as evaluations look at an image
+    facts = {
+        "input": form,
+        "size": info.image_size,
+        "crop": crop,
+        "mean": info.mean,
+        "std": info.std,
+        "student": info.name,
+    }
+    tuned = {"task": subject.task, "classes": subject.classes} if subject.task else {}
+    return {**facts, **tuned, "weights": subject.weights, **versions("rob")}
 
 
-def _for_one_size(backbone: nn.Module, info: StudentInfo) -> nn.Module:
-    """The same network for images of ``info.image_size`` alone: a ViT's position embedding is brought to it here, not on the
-    device. In the memory layout that exporters expect."""
-    if info.timm_kwargs.get("dynamic_img_size"):
-        backbone.set_input_size(img_size=info.image_size)  # type: ignore[operator]
-        tensors = backbone.state_dict()
-        fixed = {**info.timm_kwargs, "img_size": info.image_size, "dynamic_img_size": False}
-        backbone = create_student(replace(info, timm_kwargs=fixed)).eval()
-        backbone.load_state_dict(tensors)
-    return backbone.to(memory_format=torch.contiguous_format)
-
-
-def _sample(network: FrozenNetwork, config: ExportConfig) -> Sample:
-    """Images of ``data``, the same for every student; without them drawn pictures."""
+def _sample(subject: Subject, config: ExportConfig) -> Sample:
+    """Images of ``data``, the same for every network; without them drawn pictures."""
+    info, cpu = subject.info, torch.device("cpu")
+    network = FrozenNetwork(info.name, subject.network, info.image_size, info.mean, info.std, subject.weights, cpu)
+    most = min(config.images, PICTURES_OF_LOGITS) if subject.task == "segment" else config.images
     generator = torch.Generator().manual_seed(0)
     if config.data is None:
         coarse = torch.rand(DRAWN, 3, 6, 6, generator=generator)
@@ -156,7 +156,7 @@ def _sample(network: FrozenNetwork, config: ExportConfig) -> Sample:
     if data.num_images < 2:
         raise MisuseError(f"`data` {config.data} has {data.num_images} image: give two or more")
     order = torch.randperm(data.num_images, generator=generator)
-    checked = order[: config.images]
+    checked = order[:most]
     calibrated = order[-config.calibration :] if config.int8 else order[:0]
     ids = torch.cat([checked, calibrated]).unique()
     row = torch.full((data.num_images,), -1)
@@ -165,7 +165,19 @@ def _sample(network: FrozenNetwork, config: ExportConfig) -> Sample:
     for image_ids, images in network.centred(data, config.loader, ids.numpy()):
         pixels[row[image_ids]] = to_pixels(images, network.mean, network.std)
     labels = None if data.labels is None else torch.as_tensor(data.labels, dtype=torch.int64)[checked]
+    if subject.task is not None:
+        labels = _as_classes(labels, data.manifest.classes, subject)
     return Sample(pixels[row[checked]], pixels[row[calibrated]], labels, data.manifest.fingerprint)
+
+
+def _as_classes(labels: Tensor | None, names: tuple[str, ...] | None, subject: Subject) -> Tensor | None:
+    """Labels as the classifier numbers them, by name; None where an image has none, or one that it does not know."""
+    if subject.task != "classify" or labels is None or labels.min() < 0 or subject.classes is None:
+        return None
+    numbers = {name: number for number, name in enumerate(subject.classes)}
+    named = names or tuple(map(str, range(int(labels.max()) + 1)))
+    found = torch.tensor([numbers.get(name, -1) for name in named])[labels]
+    return None if found.min() < 0 else found
 
 
 # ==== one file ====
@@ -202,7 +214,8 @@ def _write_and_check(
         runner = kind.load(path)
         batch = kind.batch or BATCH
         features = _run(runner, graph.network, sample.pixels, batch)
-        found = agreement(features, torchs, sample.labels)
+        compared = agreement if graph.classes is None else agreement_of_logits
+        found = compared(features, torchs, sample.labels)
         _hold(found, int8, config.min_agreement, path.name)
         one = graph.network.prepare(sample.pixels[:1]).numpy()
         latency = round(median_ms(lambda: runner(one)), 3)
@@ -223,7 +236,12 @@ def _write_and_check(
             "mean": list(graph.info.mean),
             "std": list(graph.info.std),
         },
-        output={"name": "features", "dtype": "float32", "shape": [kind.batch or "batch", torchs.shape[1]]},
+        output={
+            "name": graph.output,
+            "dtype": "float32",
+            "shape": [kind.batch or "batch", *torchs.shape[1:]],
+            **({} if graph.classes is None else {"classes": list(graph.classes)}),
+        },
         runtime=f"{kind.runtime} {versions(kind.runtime)[kind.runtime]}",
         agreement=found,
         checked_on=sample.source,
@@ -250,7 +268,11 @@ def _hold(found: Agreement, int8: bool, asked: float | None, name: str) -> None:
     if score >= least:
         return
     if not int8:
-        said = f"the smallest cosine with torch's features is {score:.6f}"
+        said = f"the smallest cosine with torch's output is {score:.6f}"
+    elif found.same is not None and found.top1 is not None:
+        said = f"top-1 falls from {found.top1_torch:.2f} to {found.top1:.2f} %, an agreement of {score:.4f}"
+    elif found.same is not None:
+        said = f"the class is torch's for {score:.2%} of what is classified"
     elif found.knn is not None:
         said = f"k-NN top-1 falls from {found.knn_torch:.2f} to {found.knn:.2f} %, an agreement of {score:.4f}"
     else:

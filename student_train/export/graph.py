@@ -26,6 +26,9 @@ class Graph:
     info: StudentInfo
     opset: int
     facts: Mapping[str, str]
+    output: str = "features"
+    """The name of what comes out: features, or logits of ``classes``."""
+    classes: tuple[str, ...] | None = None
 
     @property
     def example(self) -> Tensor:

@@ -53,7 +53,7 @@ def write_coreml(graph: Graph, path: Path) -> None:
         model = ct.convert(
             program,
             inputs=[pixels if form == "uint8" else ct.TensorType("image", shape)],
-            outputs=[ct.TensorType("features")],
+            outputs=[ct.TensorType(graph.output)],
             minimum_deployment_target=ct.target.iOS16,
         )
         model.user_defined_metadata.update(graph.facts)  # type: ignore

@@ -35,7 +35,7 @@ def write_onnx(graph: Graph, path: Path) -> None:
                 graph.program,
                 dynamo=True,
                 input_names=["image"],
-                output_names=["features"],
+                output_names=[graph.output],
                 dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
                 opset_version=graph.opset,
                 verbose=False,
@@ -89,7 +89,7 @@ def check_onnx(path: Path) -> bytes:
 def load_onnx(path: Path) -> Runner:
     """On one thread of the CPU."""
     session = _session(str(path), threads=1)
-    return lambda images: session.run(["features"], {"image": images})[0]
+    return lambda images: session.run(None, {"image": images})[0]
 
 
 def _session(source: str | bytes, threads: int) -> Any:
@@ -134,6 +134,8 @@ class OnnxBackbone:
         told = session.get_modelmeta().custom_metadata_map.get(FACTS)
         try:
             facts = json.loads(told or "")
+            if facts.get("task"):
+                raise MisuseError(f"{path} is made to {facts['task']}: it gives logits, not features; give a student's")
             mean, std = (tuple(map(float, facts[name])) for name in ("mean", "std"))
             form, size, student = facts["input"], int(facts["size"]), str(facts["student"])
             if form not in INPUTS or len(mean) != 3 or len(std) != 3:

@@ -25,10 +25,12 @@ def lines_without_timm(weights: str) -> str:
     return f'import rob\nbackbone, info = rob.load_student("{weights}")'
 
 
-def check_for_timm(info: StudentInfo, weights: Path) -> None:
-    """MisuseError: a small-image CNN, with the two lines that work."""
+def check_for_timm(info: StudentInfo, weights: Path, task: str | None = None) -> None:
+    """MisuseError: a segmenter, or a small-image CNN, with the two lines that work."""
+    if task == "segment":
+        raise MisuseError(f"`to` timm: timm has no segmenters, and {weights} holds one: take onnx, or rob.load_tuned")
     if not is_for_timm(info):
-        lines = lines_without_timm(str(weights)).replace("\n", "; ")
+        lines = lines_without_timm(str(weights)).replace("\n", "; ") if task is None else f'rob.load_tuned("{weights}")'
         raise MisuseError(
             f"`to` timm: {info.name} has the small-image form, whose strides timm cannot express: it would take the weights and "
             f"compute something else. These two lines load it: {lines}"
@@ -44,7 +46,8 @@ def write_timm(graph: Graph, folder: Path) -> None:
     data |= {"interpolation": "bicubic", "crop_pct": 1.0 if whole else 0.875}
     arguments = dict(info.timm_kwargs) | ({"img_size": size} if "img_size" in info.timm_kwargs else {})
     scratch = folder / "config.json"
-    save_config_for_hf(backbone, str(scratch), model_args=arguments, data_config=data)
+    names = {} if graph.classes is None else {"label_names": list(graph.classes)}
+    save_config_for_hf(backbone, str(scratch), names, arguments, data)
     config = json.loads(scratch.read_bytes())
     scratch.unlink()
     for stale in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes"):

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
-from ....common.errors import FailureError
 from ....common.files import locked, replacing
 from ....common.run import pick_device, seed_everything
 from ....common.shared_memory import shared_memory_holds
 from ....common.weights import hash_weights
-from ...checkpoint import load_checkpoint, load_student, random_state, restore_random_state, save_checkpoint
-from ...optimiser import cosine_decay
+from ...checkpoint import load_student
+from ...epochs import Kept, Training, train_epochs
+from ...finetune.tuned import Tuned, save_tuned
+from ...optimiser import warm_cosine
 from ...students import create_student
 from ..config import DetectConfig
 from .data import DetectionData, DetectionTensors, open_detection
@@ -56,19 +57,23 @@ class DetectProgress:
 
 
 def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectProgress | None = None) -> DetectResult:
-    """Train on ``config.train``, test on ``config.test`` once, at the end.
+    """Train on ``config.train``, test on ``config.test`` once, at the end: the last epoch, or with ``config.val`` the one of the
+    highest box AP there.
 
-    With ``keep_in`` a run folder, its ``eval`` folder takes a checkpoint an epoch, from which a killed run goes on, and
-    the detections in COCO's form. MisuseError: settings, data or a student that cannot be. FailureError: the loss stopped
-    being a number.
+    With ``keep_in`` a run folder, its ``eval`` folder takes a checkpoint an epoch, from which a killed run goes on, the
+    detections in COCO's form, and the detector (``rob.load_tuned``). MisuseError: settings, data or a student that cannot be.
+    FailureError: the loss stopped being a number.
     """
     progress = progress or DetectProgress()
     device = pick_device(config.device)
     train = open_detection(config.data, config.train)
     test = open_detection(config.data, config.test).with_classes_of(train)
-    for sentence in (*train.left_out, *test.left_out):
-        progress.note(sentence)
-    DetectionTensors(test, masks=False).check_sizes()  # not only after the training
+    val = open_detection(config.data, config.val).with_classes_of(train) if config.val else None
+    for data in (train, test, *([val] if val else [])):
+        for sentence in data.left_out:
+            progress.note(sentence)
+        if data is not train:
+            DetectionTensors(data, masks=False).check_sizes()  # not only after the training
     backbone, info = load_student(config.run)
     source = hash_weights(backbone.state_dict())
     seed_everything(config.seed)
@@ -81,12 +86,14 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
 
     task = "detect" if config.init == "student" else f"detect-{config.init}"
     checkpoint = keep_in and keep_in / "eval" / f"{task}.checkpoint.pt"
-    settings = {k: v for k, v in asdict(config).items() if k not in ("run", "data", "test", "workers", "device")}
+    free = ("run", "data", "test", "workers", "device")
+    settings = {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"weights": source, "classes": train.classes, "masks": masks}
     settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
     taken = f"{checkpoint}: another rob eval detect is at work on this run; wait for it, or give another `out`"
     with locked(checkpoint.with_suffix(".lock"), taken) if checkpoint else nullcontext():
-        fit(detector, train, masks, config, device, checkpoint, settings, progress)
+        validate = None if val is None else lambda: {"ap": _box_ap(detector, val, device, progress)}
+        fit(detector, train, masks, config, device, checkpoint, settings, progress, validate)
 
     found = find(detector, test, masks, device, progress)
     truth = test.to_coco()
@@ -102,6 +109,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     if keep_in:
         with replacing(keep_in / "eval" / "detections" / f"{task}.json") as file:
             file.write(json.dumps(found).encode())
+        head: dict[str, int | bool] = {"masks": masks, "side": config.side, "channels": config.channels}
+        tuned = Tuned("detect", info.to_dict(), train.classes, head)
+        save_tuned(detector, tuned, keep_in / "eval" / f"{task}.safetensors")
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return result
@@ -116,39 +126,32 @@ def fit(
     checkpoint: Path | None,
     settings: dict[str, Any],
     progress: DetectProgress,
+    validate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Train in place, or go on from ``checkpoint``."""
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    steps_per_epoch = -(-len(data.images) // config.batch_size)
-    total = config.epochs * steps_per_epoch
-    warmup = min(500, total // 10)
-    parts: dict[str, Any] = {"detector": detector, "optimiser": optimiser}
-    first = 0
-    if checkpoint and checkpoint.exists():
-        saved = load_checkpoint(checkpoint, settings, device)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        restore_random_state(saved["random"])
-        first = saved["epoch"]
-    detector.train()
-    for epoch in range(first, config.epochs):
-        for number, (images, targets) in enumerate(_training_batches(data, masks, config, epoch)):
-            step = epoch * steps_per_epoch + number
-            scale = (step + 1) / warmup if step < warmup else cosine_decay(step - warmup, total - warmup)
-            for group in optimiser.param_groups:
-                group["lr"] = config.lr * scale
-            losses = detector([image.to(device) for image in images], [_to(target, device) for target in targets])
-            loss = torch.stack(list(losses.values())).sum()
-            if not loss.isfinite():
-                raise FailureError(f"step {step + 1}: the loss is {loss.item():g}; lower `lr`")
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-            optimiser.step()
-            progress.train(step + 1, total, f"loss {loss.item():.3f}")
-        if checkpoint:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(checkpoint, {**states, "random": random_state(), "epoch": epoch + 1}, settings)
+    steps = -(-len(data.images) // config.batch_size)
+
+    def loss(batch: tuple[tuple[Tensor, ...], tuple[dict[str, Any], ...]]) -> Tensor:
+        images, targets = batch
+        losses = detector([image.to(device) for image in images], [_to(target, device) for target in targets])
+        return torch.stack(list(losses.values())).sum()
+
+    training = Training(
+        model=detector.train(),
+        optimiser=torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+        batches=lambda epoch: _training_batches(data, masks, config, epoch),
+        loss=loss,
+        rate=warm_cosine(config.epochs * steps),
+        epochs=config.epochs,
+        steps_per_epoch=steps,
+        device=device,
+        clip=1.0,
+    )
+    train_epochs(training, validate, Kept(checkpoint, settings) if checkpoint else None, progress.train)
+
+
+def _box_ap(detector: FasterRCNN, data: DetectionData, device: torch.device, progress: DetectProgress) -> float:
+    return average_precision(data.to_coco(), find(detector, data, False, device, progress)).ap or 0.0
 
 
 @torch.no_grad()

@@ -15,12 +15,16 @@ from pycocotools.cocoeval import COCOeval
 
 from rob import cli
 from rob.common.errors import MisuseError
+from rob.student_train import epochs
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate.detection import detect as stage
 from rob.student_train.evaluate.detection.data import DetectionTensors, open_detection
 from rob.student_train.evaluate.detection.detect import DetectConfig, detect
 from rob.student_train.evaluate.detection.model import Pyramid, build_detector
 from rob.student_train.evaluate.detection.score import average_precision
+from rob.student_train.export.config import ExportConfig
+from rob.student_train.export.export import export
+from rob.student_train.finetune.tuned import load_tuned
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import coco_shapes, voc_shapes
 
@@ -73,28 +77,36 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     whole = json.loads((run / "eval" / "detect-random.json").read_text())
     assert (whole["num_train"], whole["num_test"], whole["mask"]) == (6, 3, None)
     found = (run / "eval" / "detections" / "detect-random.json").read_bytes()
-    save = stage.save_checkpoint
+    save = epochs.save_checkpoint
 
     def killed(*rest):
         save(*rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "save_checkpoint", killed)
+    monkeypatch.setattr(epochs, "save_checkpoint", killed)
     assert rob(monkeypatch, *arguments, "--init", "random") == 130
-    monkeypatch.setattr(stage, "save_checkpoint", save)
+    monkeypatch.setattr(epochs, "save_checkpoint", save)
     boxes = data / "Annotations" / "000.xml"
     right = boxes.read_text()
     boxes.write_text(re.sub(r"<xmin>\d+", "<xmin>1", right))
     assert rob(monkeypatch, *arguments, "--init", "random") == 2  # half of the training would be on other boxes
     boxes.write_text(right)
-    epochs = []
+    trained = []
     batches = stage._training_batches
-    monkeypatch.setattr(stage, "_training_batches", lambda *rest: epochs.append(rest[-1]) or batches(*rest))
+    monkeypatch.setattr(stage, "_training_batches", lambda *rest: trained.append(rest[-1]) or batches(*rest))
     assert rob(monkeypatch, *arguments, "--init", "random") == 0
-    assert epochs == [1]
+    assert trained == [1]
     assert json.loads((run / "eval" / "detect-random.json").read_text()) == whole
     assert (run / "eval" / "detections" / "detect-random.json").read_bytes() == found
     assert not list((run / "eval").glob("*.pt"))
+    # The detector is kept, and finds the same anew; with --val the best epoch's is.
+    detector, tuned = load_tuned(run / "eval" / "detect-random.safetensors")
+    assert (tuned.task, tuned.classes) == ("detect", ("disc", "square"))
+    again = stage.find(detector, open_detection(data, "test"), False, torch.device("cpu"), stage.DetectProgress())
+    assert [found["bbox"] for found in again] == [found["bbox"] for found in json.loads(found)]
+    with pytest.raises(MisuseError, match="does not become a file for devices"):
+        export(ExportConfig(run / "eval" / "detect-random.safetensors"))
+    assert rob(monkeypatch, *arguments, "--val", "val", "--out", tmp_path / "best") == 0
 
 
 def test_the_students_weights_are_where_training_starts(tmp_path, monkeypatch):

@@ -1,0 +1,221 @@
+"""rob finetune: classifiers and segmenters that learn, go on after a kill to the last byte, and become files for devices."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from rob.common import timing
+from rob.common.errors import MisuseError
+from rob.common.images.pack import PackConfig, pack
+from rob.student_train import epochs
+from rob.student_train.checkpoint import export_weights
+from rob.student_train.export.config import ExportConfig
+from rob.student_train.export.export import export
+from rob.student_train.finetune.classify import finetune_classifier
+from rob.student_train.finetune.config import ClassifyConfig, SegmentConfig
+from rob.student_train.finetune.segment import finetune_segmenter
+from rob.student_train.finetune.tuned import load_tuned
+from rob.student_train.students import StudentConfig, build_student, describe_student
+from support.shapes import mask_shapes
+from support.tiny import tiny_images
+from support.training import LOADER
+
+COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220), "green": (40, 200, 40)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return a_run(tmp_path_factory.mktemp("run"), StudentConfig("test_resnet", 32, small_images=False))
+
+
+def a_run(folder: Path, student: StudentConfig) -> Path:
+    torch.manual_seed(0)
+    export_weights(build_student(student), describe_student(student), folder / "student.safetensors")
+    return folder
+
+
+def coloured(folder: Path, out: Path, n: int, names: tuple[str, ...] = ("red", "blue", "green"), seed: int = 0) -> Path:
+    """``n`` packed pictures, noise of a colour by turns, in one folder a colour."""
+    random = np.random.default_rng(seed)
+    for row in range(n):
+        name = names[row % len(names)]
+        path = folder / name / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = random.integers(-40, 40, (32, 32, 3))
+        Image.fromarray((np.array(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    pack(PackConfig(source=str(folder), out=out, workers=1))
+    return out
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("colours")
+    # Two classes to validate on, which by themselves would be numbered otherwise.
+    return (
+        coloured(folder / "train", folder / "train.beton", 24),
+        coloured(folder / "val", folder / "val.beton", 8, ("red", "green"), seed=1),
+    )
+
+
+def classify(run: Path, colours: tuple[Path, Path], out: Path, **changes) -> ClassifyConfig:
+    settings = {"epochs": 3, "device": "cpu", "loader": LOADER, "lr": 1e-3}
+    return ClassifyConfig(run, *colours, out, **(settings | changes))
+
+
+def segment(run: Path, data: Path, out: Path, **changes) -> SegmentConfig:
+    settings = {"size": 64, "channels": 16, "epochs": 2, "batch_size": 4, "lr": 3e-3, "device": "cpu"}
+    return SegmentConfig(run, data / "train", data / "val", out, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    mask_shapes(folder / "train", 16, seed=1)
+    mask_shapes(folder / "val", 3, seed=2)
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_CALLS", 1)
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
+
+
+def killed_after_an_epoch(monkeypatch, work) -> None:
+    save = epochs.save_checkpoint
+
+    def killed(*rest):
+        save(*rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+
+
+# ==== classifiers ====
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_goes_on_after_a_kill_and_is_exported(run, colours, tmp_path, monkeypatch, short):
+    # Everything that draws: views, erasing, mixing.
+    whole = finetune_classifier(classify(run, colours, tmp_path / "whole", augment="heavy"))
+    assert whole.top1 == 100
+    assert whole.per_class == {"blue": None, "green": 100, "red": 100}
+    config = classify(run, colours, tmp_path / "cut", augment="heavy")
+    killed_after_an_epoch(monkeypatch, lambda: finetune_classifier(config))
+    assert not (tmp_path / "cut" / "classifier.safetensors").exists()
+    assert finetune_classifier(config).top1 == whole.top1
+    assert (tmp_path / "cut" / "classifier.safetensors").read_bytes() == whole.weights.read_bytes()
+    with pytest.raises(MisuseError, match=r"made with lr = 0.001, this run has lr = 0.01"):
+        finetune_classifier(classify(run, colours, tmp_path / "cut", augment="heavy", lr=0.01))
+
+    (entry, eight_bits) = export(ExportConfig(tmp_path / "cut", data=colours[1], int8=True, loader=LOADER))
+    assert entry.agreement is not None
+    assert (entry.agreement.same, entry.agreement.top1, entry.agreement.top1_torch) == (1, 100, 100)
+    assert entry.output == {
+        "name": "logits",
+        "dtype": "float32",
+        "shape": ["batch", 3],
+        "classes": ["blue", "green", "red"],
+    }
+    assert (eight_bits.file, eight_bits.precision) == ("classifier.int8.onnx", "int8")
+    session = onnxruntime.InferenceSession(tmp_path / "cut" / "classifier.onnx", providers=["CPUExecutionProvider"])
+    told = json.loads(session.get_modelmeta().custom_metadata_map["rob"])
+    assert (told["task"], told["classes"]) == ("classify", ["blue", "green", "red"])
+    pixels = np.full((2, 32, 32, 3), COLOURS["green"], np.uint8)
+    (logits,) = session.run(None, {"image": pixels})
+    model, tuned = load_tuned(tmp_path / "cut")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tuned.info.mean, tuned.info.std))
+    with torch.no_grad():
+        expected = model((torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-3)  # no softmax
+    assert logits.argmax(1).tolist() == [1, 1]
+
+
+def test_the_best_epoch_is_kept_and_not_the_last(run, colours, tmp_path, monkeypatch):
+    scores = iter([50.0, 75.0, 75.0])
+    seen = []
+    save = epochs.save_checkpoint
+    monkeypatch.setattr(
+        epochs,
+        "save_checkpoint",
+        lambda path, state, config: seen.append(state["model"]["fc.weight"].clone()) or save(path, state, config),
+    )
+    train = epochs.train_epochs
+    monkeypatch.setattr(
+        "rob.student_train.finetune.classify.train_epochs",
+        lambda training, validate, *rest: train(training, lambda: {"top1": next(scores)}, *rest),
+    )
+    result = finetune_classifier(classify(run, colours, tmp_path / "out"))
+    assert result.best_epoch == 2
+    assert torch.equal(load_tuned(tmp_path / "out")[0].fc.weight, seen[1])  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_it_begins_with_regression_on_the_students_features(run, colours, tmp_path):
+    """With a rate of nearly nothing that alone is what is measured; random weights have no such start."""
+    nothing = {"lr": 1e-8, "epochs": 1}
+    assert finetune_classifier(classify(run, colours, tmp_path / "student", **nothing)).top1 == 100
+    random = finetune_classifier(classify(run, colours, tmp_path / "random", init="random", **nothing))
+    assert random.top1 < 100
+
+
+def test_labels_that_cannot_be_are_refused(run, colours, tmp_path):
+    train, val = colours
+    one = coloured(tmp_path / "one", tmp_path / "one.beton", 2, ("red",))
+    two = coloured(tmp_path / "two", tmp_path / "two.beton", 4, ("red", "green"))
+    flat = tiny_images(tmp_path / "flat", 2, classes=1) / "class0"
+    pack(PackConfig(source=str(flat), out=tmp_path / "flat.beton", workers=1))
+    out = tmp_path / "out"
+    for pair, said in (
+        ((tmp_path / "flat.beton", val), "has no labels"),
+        ((one, one), "has one class, 'red'"),
+        ((two, train), "class 'blue' of the test set is not in the training set"),
+    ):
+        with pytest.raises(MisuseError, match=said):
+            finetune_classifier(classify(run, pair, out))
+    with pytest.raises(MisuseError, match=r"holds student\.safetensors, of something else"):
+        finetune_classifier(classify(run, colours, run))
+    assert not out.exists()
+
+
+# ==== segmenters ====
+
+
+def test_a_segmenter_learns_and_goes_on_after_a_kill(run, shapes, tmp_path, monkeypatch):
+    settings = {"epochs": 4, "lr": 1e-2, "colour": 0.0, "crop": 0.8}
+    config = segment(run, shapes, tmp_path / "cut", **settings)
+    killed_after_an_epoch(monkeypatch, lambda: finetune_segmenter(config))
+    result = finetune_segmenter(config)
+    whole = finetune_segmenter(segment(run, shapes, tmp_path / "whole", **settings))
+    assert result.weights.read_bytes() == whole.weights.read_bytes()
+    assert result.score == whole.score
+    assert result.score.miou > 35  # nothing everywhere: 28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_segmenter_is_exported(name, shapes, tmp_path, short):
+    run = a_run(tmp_path / "run", StudentConfig(name, 32, small_images=False))
+    finetune_segmenter(segment(run, shapes, tmp_path / "out", epochs=1))
+    (entry,) = export(ExportConfig(tmp_path / "out", loader=LOADER))
+    assert entry.agreement is not None
+    assert entry.agreement.same == pytest.approx(1, abs=1e-3)
+    assert entry.output["shape"] == ["batch", 3, 64, 64]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "segmenter.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": np.zeros((1, 64, 64, 3), np.uint8)})[0].shape == (1, 3, 64, 64)
+
+
+def test_masks_of_one_class_are_refused(run, shapes, tmp_path):
+    folder = mask_shapes(tmp_path / "data" / "train", 1, seed=1)
+    Image.new("L", (64, 64)).save(folder / "masks" / "000.png")
+    with pytest.raises(MisuseError, match="has pixels of one class, 'nothing'"):
+        finetune_segmenter(SegmentConfig(run, folder, folder, tmp_path / "out", device="cpu"))
+    assert not (tmp_path / "out").exists()
