@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import TEACHER
 from rob.common.errors import FailureError, MisuseError
 from rob.common.store.encodings import Encoding
 from rob.common.views.loader import LoaderConfig
@@ -106,8 +106,9 @@ def train(config: ExportBenchConfig, student: str, folder: Path, loader: LoaderC
 
 def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderConfig) -> Iterator[dict[str, Any]]:
     """The rows of one format: its float32 file, and its int8 file where it has one."""
-    for calibrate in (None, *CALIBRATIONS) if name in WITH_INT8 else (None,):
-        label = f"{name} int8, {calibrate}" if calibrate else name
+    ways = CALIBRATIONS if name == "onnx" else CALIBRATIONS[:1] if name in WITH_INT8 else ()
+    for calibrate in (None, *ways):
+        label = name if calibrate is None else f"{name} int8, {calibrate}" if len(ways) > 1 else f"{name} int8"
         try:
             files = export(
                 ExportConfig(

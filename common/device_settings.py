@@ -16,13 +16,18 @@ from .records import DamagedError, read_record, sealed, typed
 @dataclass(frozen=True)
 class DeviceSettings:
     """``loss`` names the implementation by size ("65536x256": K by D); ``loader`` is gpu, or ffcv (older
-    files: auto) where the CPU's views are faster; ``compile`` whether the student is compiled. What is None, or not named, was
-    not measured.
+    files: auto) where the CPU's views are faster; ``compile`` how the student is compiled (older files: whether). What is None,
+    or not named, was not measured.
     """
 
     loss: dict[str, str] = field(default_factory=dict)
     loader: str | None = None
-    compile: bool | None = None
+    compile: str | bool | None = None
+
+    @property
+    def compile_mode(self) -> str:
+        """``off`` where nothing is known."""
+        return self.compile if isinstance(self.compile, str) else "default" if self.compile else "off"
 
 
 def settings_path() -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
-from ..common.ranks import ALONE, Ranks
+from ..common.ranks import ALONE, Ranks, from_main
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
@@ -86,18 +86,15 @@ class RunFolder:
 
         MisuseError: it is of other settings, or another process trains here.
         """
-        if self.ranks.is_main:
-            taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
-            self._lock = lock_file(self.out / ".lock", taken)
-            self._unlock = weakref.finalize(self, os.close, self._lock)
         step = 0
-        if self.checkpoint.exists():
-            saved = load_checkpoint(self.checkpoint, self._fixed, device)
+        alone = self.ranks.world_size == 1
+        saved = from_main(lambda: self._locked(device if alone else torch.device("cpu")))
+        if saved is not None:
             try:
                 for name, part in state.items():
                     part.load_state_dict(saved[name])
                 step = saved["step"]
-                self._health = list(saved["health"])
+                self._health = list(saved["health"].to(device))
                 self._lines = saved.get("lines")
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -110,6 +107,13 @@ class RunFolder:
             file.write(self._config_json)
         self._cut_log(step)
         return step
+
+    def _locked(self, device: torch.device) -> dict[str, Any] | None:
+        """What the checkpoint holds, if there is one, of a folder that is now this process's."""
+        taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
+        self._lock = lock_file(self.out / ".lock", taken)
+        self._unlock = weakref.finalize(self, os.close, self._lock)
+        return load_checkpoint(self.checkpoint, self._fixed, device) if self.checkpoint.exists() else None
 
     def close(self) -> None:
         """Let other processes train here."""

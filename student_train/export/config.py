@@ -10,13 +10,8 @@ from ...common.errors import MisuseError, unknown_name
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
 
-FORMATS = ("onnx", "torch", "executorch", "coreml", "timm")
-WITH_INT8 = ("onnx",)
-NOT_HERE = {
-    "litert": "litert-torch cannot be installed beside rob's torch and typing-extensions: convert the ONNX file in an "
-    "environment of its own",
-}
-"""Formats that cannot be had beside rob, and why."""
+FORMATS = ("onnx", "torch", "executorch", "coreml", "litert", "timm")
+WITH_INT8 = ("onnx", "executorch", "coreml", "litert")
 INPUTS = ("uint8", "unit", "normalised")
 CALIBRATIONS = ("minmax", "percentile")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -34,7 +29,8 @@ class ExportConfig:
         tuple[str, ...],
         Setting(
             "onnx; torch, torch.export's .pt2; executorch, XNNPACK's .pte; coreml, an .mlpackage (it runs on a Mac only, so it "
-            "is not checked here); timm, a folder for timm's local-dir: and the Hub. Several times: several files."
+            "is not checked here); litert, a .tflite (in an environment of its own); timm, a folder for timm and the Hub. "
+            "Several times: several files."
         ),
     ] = ("onnx",)
     data: Annotated[
@@ -44,7 +40,12 @@ class ExportConfig:
         ),
     ] = None
     int8: Annotated[
-        bool, Setting("Also a file of 8-bit weights and activations, for onnx; needs --data.", option="--int8")
+        bool,
+        Setting(
+            "Also a file of 8-bit weights and activations (coreml: weights alone), for onnx, executorch, coreml, litert; needs "
+            "--data.",
+            option="--int8",
+        ),
     ] = False
     input_form: Annotated[
         str,
@@ -64,7 +65,7 @@ class ExportConfig:
     calibrate: Annotated[
         str,
         Setting(
-            "How int8 finds the range of activations: minmax, or percentile, which leaves outliers out: try it where an "
+            "How onnx's int8 finds the range of activations: minmax, or percentile, which leaves outliers out: try it where an "
             "EfficientNet loses too much.",
             choices=CALIBRATIONS,
         ),
@@ -85,17 +86,15 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         for name in self.to:
-            if name in NOT_HERE:
-                raise MisuseError(f"`to` {name}: {NOT_HERE[name]}")
             if name not in FORMATS:
                 raise unknown_name("format", name, FORMATS)
         check(self)
+        if self.calibrate != "minmax" and "onnx" not in self.to:
+            raise MisuseError(f"`calibrate` {self.calibrate} is for onnx's int8: leave it out")
         if self.int8 and self.data is None:
             raise MisuseError("`int8` is calibrated on images: give `data`, packed by rob pack")
         if self.int8 and not set(self.to) & set(WITH_INT8):
-            raise MisuseError(
-                f"`int8` is for {' and '.join(WITH_INT8)}: add one of them with `to`, or leave `int8` out"
-            )
+            raise MisuseError(f"`int8` is for {', '.join(WITH_INT8)}: add one of them with `to`, or leave `int8` out")
 
 
 @dataclass(frozen=True)

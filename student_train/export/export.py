@@ -25,13 +25,14 @@ from .exported_file import ExportedFile, read_exports, write_exports
 from .formats import FORMATS, Format
 from .graph import Graph, Runner
 from .input_form import WithInput, to_pixels
-from .int8 import quantise
 from .onnx_file import FACTS
 from .subject import Subject, open_subject
 from .timm_folder import check_for_timm
 
 BATCH = 32
 """Images that a file is run on at a time, where it takes more than one."""
+MIN_SHARE = 0.9
+"""Of the weights that must be 8-bit: converters leave what they do not know as it is, and say nothing."""
 DRAWN = 64
 """Pictures drawn to check a float file on, where there are no images."""
 PICTURES_OF_LOGITS = 50
@@ -104,7 +105,12 @@ def export(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if "coreml" in config.to:
-        note("coreml: converted, not checked: an .mlpackage runs on a Mac only; compare it there with torch's features")
+        what = (
+            "; of int8 the weights alone have 8 bits, since activations are calibrated on a Mac" if config.int8 else ""
+        )
+        note(
+            f"coreml: converted, not checked: an .mlpackage runs on a Mac only; compare it there with torch's features{what}"
+        )
     return done
 
 
@@ -199,7 +205,12 @@ def _write_and_check(
     try:
         if int8:
             batches = [graph.network.prepare(pixels).numpy() for pixels in sample.calibration.split(BATCH)]
-            share = quantise(full, path, batches, config.calibrate)
+            assert kind.write_int8 is not None
+            share = kind.write_int8(graph, full, path, batches, config.calibrate)
+            if share < MIN_SHARE:
+                raise FailureError(
+                    f"only {share:.0%} of the weights became int8, expected {MIN_SHARE:.0%} or more: use float32"
+                )
         else:
             kind.write(graph, path)
     except (MisuseError, FailureError, MemoryError):

@@ -62,9 +62,9 @@ def test_a_teachers_features_are_embedded(rob, made, tmp_path):
     ("options", "message"),
     [
         (("--to", "onnxx"), "unknown format 'onnxx': did you mean onnx"),
-        (("--to", "litert"), "--to litert: litert-torch cannot be installed beside rob's torch"),
+        (("--to", "litert"), r"in an environment of its own, pip install -e '.\[litert\]'"),
         (("--int8",), "--int8 is calibrated on images: give --data"),
-        (("--to", "torch", "--int8", "--data", "DATA"), "--int8 is for onnx: add one"),
+        (("--to", "torch", "--int8", "--data", "DATA"), "--int8 is for onnx, executorch, coreml, litert: add one"),
         (("--input", "float"), "unknown input 'float'"),
         (("--size", 33), "cannot take images of 33 x 33 px"),
         (("--data", "nowhere.beton"), "nowhere.beton"),

@@ -16,7 +16,7 @@ from rob.common import timing
 from rob.common.errors import FailureError, MisuseError
 from rob.student_train.checkpoint import export_weights, load_student
 from rob.student_train.export import export as module
-from rob.student_train.export import formats, int8
+from rob.student_train.export import formats
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.export.exported_file import read_exports
@@ -173,7 +173,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path, monkeypatch, data):
 @pytest.mark.slow
 def test_weights_left_in_float_are_no_int8(tmp_path, monkeypatch, data):
     run = a_run(tmp_path / "run", RESNET)
-    monkeypatch.setattr(int8, "MIN_SHARE", 1.01)
+    monkeypatch.setattr(module, "MIN_SHARE", 1.01)
     with pytest.raises(FailureError, match="only 100% of the weights became int8"):
         export(ExportConfig(run, data=data.path, int8=True, images=8, calibration=8, loader=LOADER))
     assert set(read_exports(run)) == {"student.onnx"}
@@ -247,3 +247,17 @@ def test_executorch_computes_what_torch_does(tmp_path):
     assert entry.agreement is not None
     assert entry.agreement.lowest_cosine > 0.9999
     assert entry.input["shape"] == [1, 32, 32, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "package"), [("executorch", "executorch"), ("litert", "litert_torch")])
+def test_files_for_phones_are_of_8_bits(tmp_path, data, name, package):
+    pytest.importorskip(package)
+    run = a_run(tmp_path / "run", RESNET)
+    full, eight_bits = export(ExportConfig(run, (name,), data=data.path, int8=True, min_agreement=0.5, loader=LOADER))
+    assert full.agreement is not None
+    assert full.agreement.lowest_cosine > 0.9999
+    assert eight_bits.agreement is not None
+    assert eight_bits.agreement.mean_cosine > 0.9
+    assert eight_bits.bytes < full.bytes
+    assert eight_bits.int8_share == 1
