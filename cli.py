@@ -92,7 +92,9 @@ def teacher_licence(name: str) -> str | None:
 
 
 def demo(
-    out: Annotated[Path, Setting("Its folder; a demo that was killed there goes on.")] = Path("runs/demo"),
+    out: Annotated[Path, Setting("Its folder; what a demo that was killed left there is replaced.")] = Path(
+        "runs/demo"
+    ),
     teacher: Annotated[
         str, Setting("ours, self-supervised; or efficientnet_lite0, larger, which had labels.")
     ] = "ours",

@@ -259,11 +259,10 @@ def draw(losses: list[tuple[int, float]], accuracy: dict[str, dict[str, float]],
     ):
         places = [row + shift for row in range(len(names))]
         values = list(accuracy[measure].values())
-        bars = right.barh(places, values, 0.38, color=colour, label=measure.partition("_")[0].replace("knn", "k-NN"))
+        bars = right.barh(places, values, 0.38, color=colour)
         right.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     right.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     right.invert_yaxis()
-    right.set(xlabel="top-1, %", title="frozen features", xlim=(0, 105))
-    right.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.0), labelcolor="white")
+    right.set(xlabel="top-1, %", title="linear (dark), k-NN (light)", xlim=(0, 105))
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
