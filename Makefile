@@ -24,10 +24,15 @@ lint: .venv/.installed ## ruff and pyright
 test: lint ## lint, then all tests
 	.venv/bin/pytest -n auto --dist worksteal
 
+.PHONY: docs
+docs: .venv/.installed ## the documentation, in build/site
+	.venv/bin/pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
 	@[ -d $(FASHION_MNIST) ] || { $(SUDO) apt-get update -qq && $(APT_INSTALL) dataset-fashion-mnist; } || echo "no Debian package of Fashion-MNIST: rob downloads it"
-	.venv/bin/rob demo
+	.venv/bin/rob demo --overwrite
 
 # pyright cannot follow the import hook of an editable install, hence the link (extraPaths in pyproject.toml).
 .venv/.installed: pyproject.toml constraints.txt

@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
 from rob.common.commands import inspect, pack, views
-from rob.common.config import Device
+from rob.common.config import Device, Overwrite
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
+from rob.common.files import refuse_existing
 from rob.common.options import GroupedCommand, command
 from rob.common.screen import accuracies, bar, console, note, waiting
 from rob.common.settings import Setting
@@ -32,6 +33,7 @@ from rob.student_train.commands.finetune import classify, segment
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
+from rob.student_train.commands.segment import segment as probe_segmentation
 from rob.student_train.commands.students import students
 from rob.student_train.commands.sweep import sweep
 from rob.student_train.commands.train import train_student
@@ -90,21 +92,25 @@ def teacher_licence(name: str) -> str | None:
 
 
 def demo(
-    out: Annotated[Path, Setting("Its folder; results of an earlier demo there are replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, Setting("Its folder; a demo that was killed there goes on.")] = Path("runs/demo"),
+    teacher: Annotated[
+        str, Setting("ours, self-supervised; or efficientnet_lite0, larger, which had labels.")
+    ] = "ours",
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """The whole idea on Fashion-MNIST, in minutes."""
     from rob.benchmarks.demo import DemoConfig, DemoScreen, run
 
-    note(
-        "The teacher here is EfficientNet-Lite0, a small supervised stand-in that needs no download. Online, a real one is\n"
-        "  rob cache-teacher DATA.beton targets.zarr --teacher vit_small_patch16_224.dino"
-    )
-    summary = run(DemoConfig(out=out, device=device), DemoScreen(note, bar))
-    rows = [(name.replace("_", " "), top1) for name, top1 in summary["knn_top1"].items()]
-    accuracies("k-NN top-1 on Fashion-MNIST", ("features", "top-1 %"), rows, named=True)
+    refuse_existing(out / "summary.json", overwrite)
+    summary = run(DemoConfig(out, teacher, device=device), DemoScreen(note, bar))
+    linear_top1, knn_top1 = summary["linear_top1"], summary["knn_top1"]
+    rows = [(name.replace("_", " "), linear_top1[name], knn_top1[name]) for name in linear_top1]
+    accuracies("Fashion-MNIST, top-1", ("features", "linear %", "k-NN %"), rows, named=True)
     note("  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items()))
-    note(f"written to {out}: summary.json, curve.png, student/student.safetensors")
+    note(
+        f"written to {out}: report.html, curve.png, summary.json, student/student.safetensors and student/student.onnx"
+    )
 
 
 def at_once(function: Callable[..., None]) -> Callable[..., None]:
@@ -132,14 +138,19 @@ BENCHMARKS = {
 
 def bench(
     name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="name")],
-    out: Annotated[Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json.")] = None,
+    out: Annotated[
+        Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json, a new one.")
+    ] = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure one part against its peers and its floor."""
     from importlib import import_module
 
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
+    if out is not None:
+        refuse_existing(out, overwrite)
     module = import_module(f"rob.benchmarks.{name}")
     settings = getattr(module, BENCHMARKS[name])
     with waiting(f"measuring {name}: minutes, and the table comes at the end"):
@@ -197,7 +208,7 @@ app.command("cache-teacher", cls=GroupedCommand)(command(at_once(cache_teacher),
 app.command(cls=GroupedCommand)(command(at_once(inspect)))
 app.command(cls=GroupedCommand)(command(at_once(students)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
-for function in (knn, linear, lowshot, transfer):
+for function in (knn, linear, lowshot, transfer, probe_segmentation):
     evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
 evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
 app.add_typer(evaluate, name="eval")

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.pipeline import Side, tolerance_of
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device

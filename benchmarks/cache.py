@@ -20,9 +20,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from rob.benchmarks.demo import TEACHER, TEACHER_SIZE
 from rob.benchmarks.photographs import make_photographs
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import TEACHER, TEACHER_SIZE
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device

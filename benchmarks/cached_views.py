@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.run import pick_device
 from rob.common.store.encodings import Encoding

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import TEACHER
 from rob.common.errors import FailureError, MisuseError
 from rob.common.store.encodings import Encoding
 from rob.common.views.loader import LoaderConfig

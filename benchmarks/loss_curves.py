@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device

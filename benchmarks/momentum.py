@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rob.benchmarks.demo import TEACHER
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import TEACHER
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.run import pick_device

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rob.benchmarks.demo import STUDENT, TEACHER
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rob.benchmarks.demo import TEACHER, TEACHER_SIZE
 from rob.benchmarks.report import Report
+from rob.benchmarks.standin import TEACHER, TEACHER_SIZE
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import chain, count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,9 +49,13 @@ class Report:
         return cls(name, device_name(device), work, rows, ratios, versions(*PACKAGES))
 
     def write(self, path: Path | None = None) -> Path:
-        """Write JSON; by default ``benchmarks/results/<name>_<device>_<date>.json`` under the working directory."""
+        """Write JSON; by default ``benchmarks/results/<name>_<device>_<date>.json`` under the working directory, with a number
+        behind it where there is one already: an earlier result is never replaced by that."""
         short = "cpu" if "cpu" in self.device.lower() or "threads" in self.device else self.device.split()[-1].lower()
-        path = path or Path("benchmarks/results") / f"{self.name}_{short}_{date.today():%Y%m%d}.json"
+        if path is None:
+            first = Path("benchmarks/results") / f"{self.name}_{short}_{date.today():%Y%m%d}.json"
+            others = (first.with_stem(f"{first.stem}-{n}") for n in count(2))
+            path = next(name for name in chain([first], others) if not name.exists())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
         return path

@@ -7,7 +7,7 @@ from .config import Overwrite, RecipeName, Seed
 from .errors import MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
-from .look.config import Images
+from .look.config import Images, ImageSize
 from .screen import bar, facts, note
 from .settings import Setting
 from .views.recipes import RecipeOverrides, get_recipe
@@ -36,7 +36,7 @@ def inspect(
     ] = None,
     data: Annotated[Path | None, Setting("With --sheet for a store: the .beton it was cached from.")] = None,
     recipe: RecipeName = "dino",
-    images: Images = 6,
+    images: Images = 4,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what a .beton or a target store holds."""
@@ -68,7 +68,8 @@ def views(
     data: Annotated[Path, Setting("Images packed by rob pack.")],
     overrides: RecipeOverrides,
     recipe: RecipeName = "dino",
-    images: Annotated[int, Setting("Images to draw, spread over the data set; at most 64.", low=1)] = 5,
+    images: Annotated[int, Setting("Images to draw, spread over the data set; at most 64.", low=1)] = 4,
+    image_size: ImageSize = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -82,5 +83,7 @@ def views(
 
     refuse_existing(out, overwrite)
     drawn = get_recipe(recipe, overrides)
-    config = SheetConfig(data, out, images=images, spread=True, recipe=drawn, seed=seed, ratios=True)
+    config = SheetConfig(
+        data, out, images=images, spread=True, recipe=drawn, seed=seed, image_size=image_size, ratios=True
+    )
     note(f"written to {contact_sheet(config)}")

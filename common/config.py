@@ -6,7 +6,13 @@ from typing import Annotated
 from .settings import Setting
 
 Data = Annotated[Path, Setting("Images packed by rob pack.", argument="DATA.beton")]
-Workers = Annotated[int, Setting("Decoding threads (processes with --loader torch); 0 takes every core.", low=0)]
+Workers = Annotated[
+    int,
+    Setting(
+        "Decoding threads (processes with --loader torch); 0: one a core, of which the ranks of a machine have a share each.",
+        low=0,
+    ),
+]
 Device = Annotated[str, Setting("auto (CUDA where there is one), cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[
     str,

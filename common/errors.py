@@ -1,7 +1,8 @@
 """The two ways a command ends badly, and the one place that words an unknown name."""
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+import re
+from collections.abc import Iterable, Sequence, Set
+from difflib import SequenceMatcher, get_close_matches
 
 
 class MisuseError(Exception):
@@ -19,16 +20,41 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: str, most: int, tail: bool = False) -> str:
+    """To ``most`` letters: its beginning, or its ``tail``."""
+    if len(text) <= most:
+        return text
+    return f"...{text[-most + 3 :]}" if tail else f"{text[: most - 2]}..."
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
     of_its_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return of_its_kind or "can't allocate memory" in str(error)
 
 
-def unknown_name(kind: str, name: str, choices: Iterable[str]) -> MisuseError:
-    """The error for a name that is not among ``choices``: offers the nearest ones, and lists all when they are few."""
+def unknown_name(kind: str, name: str, choices: Iterable[str], usual: Iterable[str] = ()) -> MisuseError:
+    """The error for a name that is not among ``choices``: offers the nearest ones, rather the ``usual`` ones, and lists all when
+    they are few."""
     known = sorted(set(choices))
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    near = _nearest(name, known, set(usual))
     offer = f"did you mean {' or '.join(near)}?" if near else ""
     listing = f"known: {', '.join(known)}" if len(known) <= 20 else f"{len(known)} are known"
     return MisuseError(f"unknown {kind} {name!r}{f': {offer}' if offer else ''} ({listing})")
+
+
+def _nearest(name: str, known: Sequence[str], usual: Set[str]) -> list[str]:
+    """At most three: those spelled alike, whatever their capitals and hyphens, or that have it as their beginning or a part."""
+    plain, word = {_plain(other): other for other in reversed(known)}, _plain(name)
+    alike = get_close_matches(word, plain, n=10, cutoff=0.5) + get_close_matches(word, map(_plain, usual), cutoff=0.5)
+    part_of = [other for other in plain if len(word) > 2 and (other.startswith(word) or word in other.split("_"))]
+
+    def likeness(other: str) -> float:
+        return SequenceMatcher(None, word, other).ratio() + 0.2 * (other in part_of) + 0.15 * (plain[other] in usual)
+
+    likely = sorted(dict.fromkeys([*alike, *sorted(part_of, key=len)[:10]]), key=likeness, reverse=True)
+    return [plain[other] for other in likely[:3]]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-. ]", "_", name.lower())

@@ -19,10 +19,17 @@ def lock_file(path: Path, taken: str) -> int:
     MisuseError, which says ``taken``, when another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not lock(descriptor):
-        os.close(descriptor)
+    if (descriptor := open_locked(path)) is None:
         raise MisuseError(taken)
+    return descriptor
+
+
+def open_locked(path: Path, shared: bool = False) -> int | None:
+    """The same, of a folder that is there; None when another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not lock(descriptor, shared):
+        os.close(descriptor)
+        return None
     return descriptor
 
 
@@ -39,9 +46,13 @@ def wait_for_lock(path: Path, seconds: float) -> None:
 
 
 @contextmanager
-def locked(path: Path, taken: str) -> Iterator[None]:
-    """`lock_file` for as long as a block runs; the file goes with it."""
-    descriptor = lock_file(path, taken)
+def locked(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
+    """`lock_file` for as long as a block runs; the file goes with it. ``wait``: until others let it go."""
+    descriptor = None
+    while wait and (descriptor := open_locked(path)) is None:
+        time.sleep(0.2)
+    if descriptor is None:
+        descriptor = lock_file(path, taken)
     try:
         yield
     finally:
@@ -49,14 +60,15 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def lock(descriptor: int) -> bool:
+def lock(descriptor: int, shared: bool = False) -> bool:
     """Lock the file of ``descriptor``, which is open for writing, until it is closed; False when another process holds it.
+    ``shared``: with others who share it; a lock of one's own becomes a shared one, and the other way round.
 
     A record lock, because forked data-loading workers, which outlive a killed parent for seconds, do not inherit it. A file
     system without locks is as good as one where nobody else is.
     """
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
@@ -128,6 +140,11 @@ def open_regular(path: Path) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path that a file gives stays in its folder."""
+    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def flush_to_disk(file: BinaryIO) -> None:

@@ -5,20 +5,26 @@ Alone (no process group) every function here gives back what it was given.
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
-from .errors import FailureError
+from .errors import FailureError, MisuseError
 from .signals import ended_when_deaf, uninterrupted
+
+Result = TypeVar("Result")
 
 PATIENCE = 20.0
 """Seconds that a rank waits for the others once it was asked to end."""
+ASKED_EVERY = 10
+"""Steps after which ranks ask each other whether to stop; fewer where these take longer than ``ANSWERED_WITHIN`` seconds."""
+ANSWERED_WITHIN = 2.0
 DEAF = "another rank does not answer: ended without saving, and the last checkpoint is kept"
 ABSENT = "ended while it waited for the other ranks to come"
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket Timeout|timed out", re.IGNORECASE)
@@ -39,6 +45,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+_by_itself = False
+"""In all threads of this process: a backward pass has its own."""
 
 
 def join_ranks() -> Ranks:
@@ -51,7 +59,7 @@ def join_ranks() -> Ranks:
 
 def current_ranks() -> Ranks:
     """Those that were joined."""
-    grouped = dist.is_available() and dist.is_initialized()
+    grouped = dist.is_available() and dist.is_initialized() and not _by_itself
     return Ranks(dist.get_rank(), dist.get_world_size()) if grouped else ALONE
 
 
@@ -66,23 +74,66 @@ def whole_steps(ranks: Ranks) -> Iterator[Callable[[], AbstractContextManager[ob
     """Yields the context manager for a step that happens wholly or not at all: a Ctrl-C ends it with a KeyboardInterrupt once
     it is done, on all ranks.
 
-    Alone, signals outside of a step are taken at once. With other ranks they wait for the end of the next step, since
-    those that go on would wait in vain for the one that leaves. All agree on their CPUs: no GPU is waited for.
+    Alone, signals outside of a step are taken at once. With other ranks they wait until all have agreed, since those that go on
+    would wait in vain for the one that leaves: asked every ``ASKED_EVERY`` steps, answered while the next one runs, or at once
+    where steps are slow. All agree on their CPUs: no GPU is waited for.
     """
     if ranks.world_size == 1:
         yield uninterrupted
         return
     with uninterrupted() as held_back, ended_when_deaf(DEAF, PATIENCE):  # ended before what was held back is sent again
+        asking = _StopAsked(held_back)
 
         @contextmanager
         def step() -> Iterator[None]:
             yield
-            signals = torch.tensor(len(held_back))
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-            if signals:
+            if asking.after_step():
                 raise KeyboardInterrupt
 
         yield step
+        if asking.at_end():
+            raise KeyboardInterrupt
+
+
+class _StopAsked:
+    """Whether any rank was asked to stop, in a sum that is under way while a step runs; the same answer on all of them."""
+
+    def __init__(self, held_back: list[int]) -> None:
+        self.held_back = held_back
+        self.steps_left, self.steps_apart, self.slow = 1, 1, False
+        self.question: tuple[Any, Tensor] | None = None
+        self.began = time.perf_counter()
+
+    def after_step(self) -> bool:
+        asked = self._answered()
+        self.steps_left -= 1
+        if not (asked or self.steps_left):
+            self._ask()
+            asked = self.slow and self._answered()
+        return asked
+
+    def at_end(self) -> bool:
+        """The same after the last step, with what has come since."""
+        if self._answered():
+            return True
+        self._ask()
+        return self._answered()
+
+    def _ask(self) -> None:
+        now = time.perf_counter()
+        answer = torch.tensor([float(len(self.held_back)), (now - self.began) / self.steps_apart])
+        self.question = dist.all_reduce(answer, dist.ReduceOp.MAX, async_op=True), answer
+        self.began = now
+
+    def _answered(self) -> bool:
+        if self.question is None:
+            return False
+        (work, found), self.question = self.question, None
+        work.wait()
+        asked, seconds = found.tolist()
+        self.slow = seconds > ANSWERED_WITHIN
+        self.steps_apart = self.steps_left = max(1, min(ASKED_EVERY, int(ANSWERED_WITHIN / max(seconds, 1e-3))))
+        return asked > 0
 
 
 @contextmanager
@@ -100,12 +151,46 @@ def lost_ranks_are_a_failure() -> Iterator[None]:
         ) from error
 
 
-def normalise_together(model: nn.Module, device: torch.device) -> None:
-    """Make the BatchNorms inside ``model`` go by the joined batch, as DINO, SwAV and MSN train. On CUDA alone: torch has none
-    for CPUs, where every rank goes by its own share.
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this rank is alone: nothing here waits for another one."""
+    global _by_itself
+    _by_itself = True
+    try:
+        yield
+    finally:
+        _by_itself = False
+
+
+def from_main(make: Callable[[], Result]) -> Result:
+    """What ``make`` gives on rank 0, on all ranks; a MisuseError or FailureError that it ends with there ends it on all.
+
+    What must not differ is looked at by one: ranks on other machines see a file later, or another one.
     """
-    if current_ranks().world_size > 1 and device.type == "cuda":
-        convert_sync_batchnorm(model)
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return make()
+    found: list[Any] = [None]
+    if ranks.is_main:
+        try:
+            found = [make()]
+        except (MisuseError, FailureError) as error:
+            found = [error]
+    dist.broadcast_object_list(found, 0)
+    if isinstance(found[0], MisuseError | FailureError):
+        raise found[0]
+    return found[0]
+
+
+def once_a_machine(work: Callable[[], object]) -> None:
+    """Have the first rank of each machine do ``work`` by itself while the others wait: what it compiles they then find on
+    disk. Nothing is done where there is one rank."""
+    if current_ranks().world_size == 1:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with by_itself():
+            work()
+    dist.all_reduce(torch.zeros(1))  # on the CPUs: a barrier may ask for a GPU
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 import os
 import platform
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -46,6 +47,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def use_device(device: torch.device | None) -> None:
+    """Make a GPU the current one of this thread. A thread starts out on GPU 0, whichever the process is on, and whatever asks
+    CUDA there for anything, a stream too, makes a context of half a gigabyte on it."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def current_device() -> torch.device | None:
+    """The GPU that this thread is on, for the threads that it starts; None before CUDA is used."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
 def choose_precision(device: torch.device, precision: str) -> str:
     """What ``auto`` stands for on ``device``: bf16 on GPUs of compute capability 8 and up, fp32 elsewhere. MisuseError: an
     unknown one."""
@@ -56,6 +69,11 @@ def choose_precision(device: torch.device, precision: str) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE else "fp32"
 
 
+def pixel_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What views are written in: on CUDA what autocast would turn them into before the first layer, else float32."""
+    return PRECISIONS[choose_precision(device, precision)] or torch.float32 if device.type == "cuda" else torch.float32
+
+
 def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
     """On CUDA: cuDNN tries its algorithms once a shape, of which a run has few; and unless fp32 was asked for by name, what is
     left in float32 beside a network in half precision may be multiplied as TF32."""
@@ -63,6 +81,17 @@ def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
         return
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, float32 products are float32's on a GPU, too, whatever a run allows itself otherwise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .run import PRECISIONS, autocast, choose_precision
+from .run import PRECISIONS, autocast, choose_precision, pixel_dtype
 from .views.batch import Batch
 from .views.recipes import Recipe
 
@@ -43,6 +43,8 @@ class FrozenTeacher(Protocol):
     def patch_prototypes(self) -> Tensor | None: ...
     @property
     def head(self) -> nn.Module | None: ...
+    @property
+    def backbone(self) -> nn.Module: ...
     def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, S, S) -> embeddings as below, and the backbone's map (N, C, h, w)."""
         ...
@@ -59,7 +61,7 @@ def embedder(
     float32 on ``device``, where ``teacher`` is already.
     """
     teacher = cast_once(teacher, device, precision)
-    views_of = _views(teacher, recipe, view_size, device)
+    views_of = _views(teacher, recipe, view_size, device, precision)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> Tensor:
@@ -75,7 +77,7 @@ def dense_embedder(
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     """As ``embedder``, with the backbone's maps (B, V, C, h, w) beside the embeddings."""
     teacher = cast_once(teacher, device, precision)
-    views_of = _views(teacher, recipe, view_size, device)
+    views_of = _views(teacher, recipe, view_size, device, precision)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -87,11 +89,14 @@ def dense_embedder(
     return embed
 
 
-def _views(teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device) -> Callable[[Batch], Tensor]:
+def _views(
+    teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device, precision: str
+) -> Callable[[Batch], Tensor]:
     """A batch's views (B, V, 3, S, S) as the teacher takes them."""
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
+    dtype = pixel_dtype(device, precision)
     blur_scale = view_size / recipe.global_crops[0].size
-    return lambda batch: batch.to(device).augment(-1, blur_scale, mean, std)
+    return lambda batch: batch.to(device).augment(-1, blur_scale, mean, std, dtype)
 
 
 def cast_once(teacher: FrozenTeacher, device: torch.device, precision: str) -> FrozenTeacher:

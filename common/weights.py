@@ -11,7 +11,7 @@ from safetensors.torch import save as serialise_tensors
 from torch import Tensor
 
 from .files import open_regular
-from .records import DamagedError, crc32c
+from .records import DamagedError, NoChecksumError, crc32c
 
 
 def hash_weights(tensors: Mapping[str, Tensor], pooling: str | None = None) -> str:
@@ -58,10 +58,6 @@ def read_tensor_file(path: Path, foreign: bool = False) -> tuple[dict[str, Tenso
     if sealed != _checksum(tensors, metadata):
         raise DamagedError("is damaged or was edited: its checksum does not match")
     return tensors, metadata
-
-
-class NoChecksumError(DamagedError):
-    """There is no telling whether it is damaged."""
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

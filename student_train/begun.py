@@ -11,14 +11,17 @@ from .train_config import LoaderByPlan, TrainConfig
 
 
 def read_begun(out: Path) -> dict[str, Any] | None:
-    """The settings of the run whose checkpoint is in ``out``: it goes on as it was planned, however fast the machine is now.
+    """The settings of the run whose checkpoint is in ``out``; None: there is none. FailureError: they are damaged.
 
-    FailureError: they are damaged.
+    Those of a rob from before checksums pass: the checkpoint holds them too, has one, and takes no others.
     """
     if not (out / "checkpoint.pt").exists() or not (out / "config.json").exists():
         return None
     return read_record(
-        out / "config.json", dict[str, Any], "delete it, and give the settings that the run was begun with"
+        out / "config.json",
+        dict[str, Any],
+        "delete it, and give the settings that the run was begun with",
+        unchecked=True,
     )
 
 

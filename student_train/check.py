@@ -11,6 +11,7 @@ from ..common.records import DamagedError, read_record
 from ..common.store.reader import TargetStore
 from ..common.weights import read_tensor_file
 from .checkpoint import is_whole_archive
+from .export.onnx_file import check_onnx
 from .run_folder import read_log
 
 Progress = Callable[[int, int], None]
@@ -30,7 +31,7 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
 
     MisuseError: there is nothing of ours at ``path``, or what is there cannot even be opened.
     """
-    if path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".pt")):
+    if path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".onnx", ".pt")):
         data = Beton(path)
         damaged = data.damaged(progress)
         return Checked(f"{data.num_images:,} images", tuple(f"{path}: image {i} is damaged" for i in damaged))
@@ -69,6 +70,8 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
         in_run = any((folder / "config.json").exists() for folder in file.parents)
         if file.suffix == ".safetensors":
             yield file, _problem_of_tensors
+        elif file.suffix == ".onnx":
+            yield file, _problem_of_onnx
         elif file.suffix == ".pt":
             yield file, _problem_of_archive
         elif file.name == "metrics.jsonl":
@@ -82,6 +85,14 @@ def _problem_of_tensors(file: Path) -> str | None:
         read_tensor_file(file)
     except DamagedError as problem:
         return f"{file} {problem}"
+    return None
+
+
+def _problem_of_onnx(file: Path) -> str | None:
+    try:
+        check_onnx(file)
+    except DamagedError as problem:
+        return f"{file} {problem}: export it again"
     return None
 
 

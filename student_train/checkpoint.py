@@ -21,9 +21,9 @@ from torch import nn
 from ..common.errors import FailureError, MisuseError
 from ..common.exported import StudentInfo, described_in
 from ..common.files import first_difference, open_regular, replacing
-from ..common.records import DamagedError
+from ..common.records import DamagedError, NoChecksumError
 from ..common.run import versions
-from ..common.weights import NoChecksumError, read_tensor_file, tensor_file
+from ..common.weights import read_tensor_file, tensor_file
 from .students import create_student
 
 FORMAT_VERSION = 1

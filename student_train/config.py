@@ -163,6 +163,36 @@ class ObjectiveConfig:
             option="--norm-last-layer/--no-norm-last-layer",
         ),
     ] = None
+    patch_weight: Annotated[
+        float | None,
+        Setting(
+            "patch, and ibot where the targets have patches: weight of the patches' loss against the views' (default 1). 0: "
+            "views alone. Raise it for detection and segmentation, lower it where k-NN falls.",
+            low=0,
+        ),
+    ] = None
+    patch_standardise: Annotated[
+        bool | None,
+        Setting(
+            "patch: the numbers of each target token are brought to mean 0 and deviation 1, as RADIO and lightly-train do; for "
+            "teachers some of whose tokens are far larger than others.",
+            option="--patch-standardise",
+        ),
+    ] = None
+    patch_layer: Annotated[
+        int | None,
+        Setting(
+            "patch: block or stage of the student whose map meets the targets, from 0, or from the end as -2; default the last. "
+            "An earlier one where the last has fewer positions than the targets."
+        ),
+    ] = None
+    patch_from_region: Annotated[
+        bool | None,
+        Setting(
+            "patch: local crops take part, each against the region of the cached views that it shows.",
+            option="--patch-from-region",
+        ),
+    ] = None
     only_consistency: Annotated[bool | None, Setting("disco without InfoNCE.", option="--only-consistency")] = None
     consistency_weight: Annotated[
         float | None,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import MisuseError
+from ..common.run import pixel_dtype
 from ..common.views.batch import Batch, ViewSet
 from ..common.views.recipes import Recipe
 from .students import VIT_PATCH_SMALL, is_small
@@ -38,15 +39,22 @@ def crop_sets(config: TrainConfig, recipe: Recipe, plan: ViewPlan) -> tuple[View
 class Preparation:
     """Turns a batch's bytes into the student's normalised crops on the device."""
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
+    def __init__(
+        self,
+        recipe: Recipe,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> None:
+        self.recipe, self.device, self.dtype = recipe, device, pixel_dtype(device, precision)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     def __call__(self, batch: Batch, sets: tuple[ViewSet, ...]) -> list[Tensor]:
-        """One (B, n, 3, S, S) float32 tensor a set."""
+        """One (B, n, 3, S, S) tensor a set, float32, or what a student of this ``precision`` turns it into on a GPU."""
         crops = []
         for number, views in enumerate(sets):
             kind = self.recipe.global_crops[0] if number == 0 else self.recipe.local_crop
             assert kind is not None
-            crops.append(batch.augment(number, views.size / kind.size, self.mean, self.std))
+            crops.append(batch.augment(number, views.size / kind.size, self.mean, self.std, self.dtype))
         return crops

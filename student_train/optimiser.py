@@ -66,7 +66,7 @@ class Schedule:
         self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
         self._cosine = CosineLRScheduler(
             optimiser,
-            t_initial=self.total_steps - warmup_steps,
+            t_initial=max(2, self.total_steps - warmup_steps),  # of 1 timm warns, and its rate is the same
             lr_min=config.min_lr,
             warmup_t=warmup_steps,
             warmup_lr_init=config.warmup_lr or 0.0,

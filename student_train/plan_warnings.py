@@ -7,8 +7,9 @@ import torch
 
 from .config import PairingConfig
 from .crops import VIT_PATCH
+from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
-from .students import VIT_FAMILIES, VIT_PATCH_SMALL
+from .students import SMALL_SIDE, VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trial import Trial
@@ -20,6 +21,8 @@ LEAST_RATE = {"cnn": 2e-3, "vit": 5e-4}
 STRIDE = 32
 """Of an ordinary CNN; an eighth of it would be 4."""
 STRIDE_SMALL = 8
+BUSY = 0.25
+"""Share of a step's time in which none of its threads ran."""
 
 
 def warnings_of(
@@ -45,10 +48,21 @@ def warnings_of(
             f"the rate is scaled down with the batch: {config.optimiser.peak:g} x {config.loader.batch_size}/{LR_BATCH_SIZE} = "
             f"{rate:.2g} in a step. `lr` {LEAST_RATE['vit'] * LR_BATCH_SIZE / config.loader.batch_size:g} would keep it up"
         )
+    side = config.student.image_size
+    if is_small(config.student) and side > SMALL_SIDE:
+        found.append(
+            f"the form for images up to {SMALL_SIDE} px, at {side} px, takes up to 16 times the memory and the time of the "
+            "network as timm has it (a ResNet-18 with 64 images: 23 GB): leave `small_images` out"
+        )
     if trial and free_bytes and trial.memory_bytes > 0.9 * free_bytes:
         found.append(
             f"a step takes about {trial.memory_bytes / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are free: a smaller "
             "`batch_size` or `image_size`, or `accumulate` 4"
+        )
+    if trial and trial.waited > BUSY:
+        found.append(
+            f"other work on this machine took {trial.waited:.0%} of the time of the steps that were tried: the times of this "
+            "plan hold while it lasts"
         )
     teacher = parameters_of(str(branch.description.get("teacher", "")))
     if trial and teacher and trial.parameters > teacher:
@@ -60,7 +74,7 @@ def warnings_of(
         found.append(
             "all images are of one class: their labels cannot tell whether the student learned. Pack one folder a class"
         )
-    side = config.student.image_size
+    found += patch_warnings(config, branch)
     if side < stride:
         found.append(f"images of {side} px are below the {stride}-fold reduction of the network: a larger `image_size`")
     elif config.pairing.num_local and (config.local_size or side // 2) < stride:
@@ -68,6 +82,26 @@ def warnings_of(
             f"local crops are below the {stride}-fold reduction of the network: `num_local` 0, or a `local_size`"
         )
     return found
+
+
+def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
+    """What is to be said of targets of patches."""
+    assert config.objective is not None
+    space, objective, name = branch.space.patches, OBJECTIVES[config.objective.name], config.objective.name
+    if space is not None and not objective.patch_kinds_of(config.objective):
+        readers = ", ".join(reader for reader, one in OBJECTIVES.items() if space.kind in one.patch_kinds)
+        return [f"`objective` {name} does not read the patches of {branch.source}: {readers} does"]
+    if space is None and "prototypes" in objective.patch_kinds and config.objective.patch_weight != 0:
+        return [
+            "ibot learns from the class token alone: its other half reads what `patches` prototypes caches of a ViT's"
+        ]
+    side = config.student.image_size // stride_of(model_family(config.student.name), is_small(config.student))
+    if space is not None and side < space.grid and config.objective.patch_layer is None:
+        return [
+            f"the student's map of {side} x {side} positions is smaller than the targets' {space.grid} x {space.grid} and is "
+            f"enlarged: a larger `image_size`, an earlier `patch_layer`, or a cache with `patch_grid` {max(1, side)}"
+        ]
+    return []
 
 
 def stride_of(family: str, small: bool) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
-from ..common.ranks import ALONE, Ranks
-from ..common.records import DamagedError, sealed, unsealed
+from ..common.ranks import ALONE, Ranks, from_main
+from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
@@ -79,23 +79,22 @@ class RunFolder:
         self._images = 0
         self._lines: int | None = None  # of the log, when the checkpoint was written
         self._unlock = lambda: None
+        self._lock: int | None = None
 
     def resume(self, state: Mapping[str, Any], device: torch.device) -> int:
         """Load the checkpoint, if there is one, into ``state``'s objects; the step to go on from.
 
         MisuseError: it is of other settings, or another process trains here.
         """
-        if self.ranks.is_main:
-            taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
-            self._unlock = weakref.finalize(self, os.close, lock_file(self.out / ".lock", taken))
         step = 0
-        if self.checkpoint.exists():
-            saved = load_checkpoint(self.checkpoint, self._fixed, device)
+        alone = self.ranks.world_size == 1
+        saved = from_main(lambda: self._locked(device if alone else torch.device("cpu")))
+        if saved is not None:
             try:
                 for name, part in state.items():
                     part.load_state_dict(saved[name])
                 step = saved["step"]
-                self._health = list(saved["health"])
+                self._health = list(saved["health"].to(device))
                 self._lines = saved.get("lines")
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -109,6 +108,13 @@ class RunFolder:
         self._cut_log(step)
         return step
 
+    def _locked(self, device: torch.device) -> dict[str, Any] | None:
+        """What the checkpoint holds, if there is one, of a folder that is now this process's."""
+        taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
+        self._lock = lock_file(self.out / ".lock", taken)
+        self._unlock = weakref.finalize(self, os.close, self._lock)
+        return load_checkpoint(self.checkpoint, self._fixed, device) if self.checkpoint.exists() else None
+
     def close(self) -> None:
         """Let other processes train here."""
         self._unlock()
@@ -118,6 +124,7 @@ class RunFolder:
         health = self.check_losses(step)
         if not self.ranks.is_main:
             return
+        self._check_there()
         for name in (
             "metrics.jsonl",
             "train.log",
@@ -128,6 +135,15 @@ class RunFolder:
         parts = {name: part.state_dict() for name, part in state.items()}
         found = {"step": step, "health": health, "lines": len(read_log(self.out))}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
+
+    def _check_there(self) -> None:
+        """FailureError: the folder was moved or deleted. Writing would not notice, and make another with half a run in it."""
+        try:
+            there = self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.out / ".lock"))
+        except OSError:
+            there = False
+        if not there:
+            raise FailureError(f"{self.out} was moved or deleted while its run went on: put it back, or start again")
 
     def is_logged(self, step: int) -> bool:
         """Whether a line is written after step number ``step`` (from 1)."""
@@ -157,6 +173,7 @@ class RunFolder:
         seconds, passed = stopwatch.take()
         if not self.ranks.is_main:
             return
+        self._check_there()
         shares = shares_of_step(seconds, passed)
         line = {
             "step": step,
@@ -211,7 +228,7 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> None:
         """Drop what a killed run logged after its last checkpoint: those steps are run again."""
-        lines = [line for line in read_log(self.out) if line["step"] <= step]
+        lines = [line for line in read_log(self.out, unchecked=True) if line["step"] <= step]
         if self._lines is not None and len(lines) < self._lines:
             self.notes.append(
                 f"{self.out / 'metrics.jsonl'} has lost {self._lines - len(lines)} of the {self._lines} lines up to step {step}"
@@ -231,10 +248,10 @@ class RunFolder:
         )
 
 
-def read_log(run: Path) -> list[LogLine]:
+def read_log(run: Path, unchecked: bool = False) -> list[LogLine]:
     """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
 
-    FailureError: a line is not what a run writes.
+    FailureError: a line is not what a run writes. ``unchecked``: those of a rob from before checksums pass.
     """
     metrics = run / "metrics.jsonl"
     lines = read_regular(metrics, LARGEST_LOG).splitlines(keepends=True) if metrics.exists() else []
@@ -242,7 +259,10 @@ def read_log(run: Path) -> list[LogLine]:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                found.append(unsealed(line, LogLine))
+                found.append(unsealed(line, LogLine, unchecked))
+            except NoChecksumError as problem:
+                remedy = "run the same rob train-student again, which writes it anew"
+                raise FailureError(f"{metrics}: line {number} {problem}: {remedy}") from None
             except DamagedError as problem:
                 raise FailureError(f"{metrics}: line {number} {problem}: delete that line") from None
     return found

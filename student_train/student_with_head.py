@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels.target import Target
 from .objectives import Objective
-from .students import patch_dropouts
+from .students import patch_dropouts, pooled_and_map
+from .targets.dense import TargetWithPatches
 from .targets.pair import PairTarget
 
 
@@ -31,8 +32,12 @@ class StudentWithHead(nn.Module):
         self._patch_dropouts = patch_dropouts(backbone)
         self._compiled = False
 
-    def forward(self, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor) -> Tensor:
+    def forward(
+        self, crops: list[Tensor], target: Target | PairTarget | TargetWithPatches | None, pair_weights: Tensor
+    ) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
+        if isinstance(target, TargetWithPatches):
+            return self._with_patches(crops, target, pair_weights)
         features = [self.features(views, drop_patches=number == 0) for number, views in enumerate(crops)]
         if self.objective.norm_by_size:
             self.objective.views_by_size = [views.shape[1] for views in crops]
@@ -41,6 +46,36 @@ class StudentWithHead(nn.Module):
     def features(self, views: Tensor, drop_patches: bool = False) -> Tensor:
         """Of the backbone: (B, n, 3, S, S) -> (B, n, F). ``drop_patches``: in training mode, if it does so at all."""
         return torch.cat([self._part(part, drop_patches) for part in views.chunk(self.parts)])
+
+    def _with_patches(self, crops: list[Tensor], target: TargetWithPatches, pair_weights: Tensor) -> Tensor:
+        hidden = self.objective.hidden_patches(target.placement)
+        seen = [self.features_and_map(views, None if number else hidden) for number, views in enumerate(crops)]
+        features, maps = torch.cat([pooled for pooled, _ in seen], dim=1), [map_ for _, map_ in seen]
+        if self.objective.norm_by_size:
+            self.objective.views_by_size = [views.shape[1] for views in crops]
+        return self.objective.with_patches(features, maps, hidden, target, pair_weights)
+
+    def features_and_map(self, views: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of the backbone: (B, n, 3, S, S) -> (B, n, F) and (B, n, C, h, w). ``hidden`` (B, n, h, w) bool: a ViT's patches that
+        it does not see.
+        """
+        parts = []
+        covered = [None] * self.parts if hidden is None else hidden.to(views.device).chunk(self.parts)
+        for part, cover in zip(views.chunk(self.parts), covered, strict=False):
+            if self.recompute and torch.is_grad_enabled():
+                contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731
+                parts.append(checkpoint(self._run_dense, part, cover, use_reentrant=False, context_fn=contexts))
+            else:
+                parts.append(self._run_dense(part, cover))
+        features, maps = zip(*parts, strict=True)
+        return torch.cat(features), torch.cat(maps)
+
+    def _run_dense(self, views: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        with (
+            nullcontext() if hidden is None else hiding(self.backbone, hidden.flatten(0, 1), self.objective.mask_token)
+        ):
+            features, map_ = pooled_and_map(self.backbone, views.flatten(0, 1), self.objective.patch_layer)
+        return features.unflatten(0, views.shape[:2]), map_.unflatten(0, views.shape[:2])
 
     def _part(self, views: Tensor, drop_patches: bool) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
@@ -53,10 +88,11 @@ class StudentWithHead(nn.Module):
             layer.train(drop_patches and self.training)
         return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
-    def compile_backbone(self) -> None:
-        """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are."""
+    def compile_backbone(self, replayed: bool = False) -> None:
+        """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are. ``replayed``:
+        as CUDA graphs, whose outputs hold until the next step. A copy is never replayed."""
         self._compiled = True
-        self.backbone.compile(dynamic=False)
+        self.backbone.compile(dynamic=False, mode="reduce-overhead" if replayed else None)
 
     def copy_for_targets(self) -> "StudentWithHead":
         """A copy that only embeds: it is not trained, gathers nothing and drops neither path nor patch."""
@@ -67,6 +103,24 @@ class StudentWithHead(nn.Module):
         if self._compiled:
             copy.compile_backbone()
         return copy.train(self.training).requires_grad_(False)
+
+
+@contextmanager
+def hiding(backbone: nn.Module, hidden: Tensor, token: Tensor | None) -> Iterator[None]:
+    """Inside, a ViT has the ``token`` (1, C) in the place of the ``hidden`` (N, h, w) patches of its images, as in iBOT: before
+    the position embedding.
+    """
+    assert token is not None
+
+    def put(module: nn.Module, inputs: object, patches: Tensor) -> Tensor:
+        cover = hidden if patches.ndim == 4 else hidden.flatten(1)  # NHWC where sizes may differ, else NLC
+        return torch.where(cover.unsqueeze(-1), token.to(patches.dtype), patches)
+
+    handle = backbone.get_submodule("patch_embed").register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -32,12 +32,13 @@ from timm.models._efficientnet_blocks import (
     InvertedResidual,
     UniversalInvertedResidual,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
 from ..common.exported import StudentInfo, adapt_stem
+from ..common.patches import feature_map
 from .config import StudentConfig
 
 VIT_PATCH_SMALL = 4
@@ -48,6 +49,8 @@ MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
 MOBILE_BLOCKS = (DepthwiseSeparableConv, InvertedResidual, EdgeResidual, UniversalInvertedResidual)
 SMALL_SIDE = 64
 """Pixels a side of the largest images that the small form is for."""
+USUAL = ("vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "efficientnet_lite0")
+"""Students that are offered first where a name is unknown."""
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
 
 
@@ -150,10 +153,38 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
         raise MisuseError(f"the network cannot take images of {size} x {size} px: {reason}") from error
 
 
+def pooled_and_map(backbone: nn.Module, images: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features (N, F) as ``backbone(images)`` gives them, and a map (N, C, h, w): of the last layer, or of block or stage
+    ``layer``, from 0, or from the end if negative.
+    """
+    model: Any = backbone
+    if layer is None:
+        features = model.forward_features(images)
+        return model.forward_head(features), feature_map(backbone, features)
+    features, (found,) = model.forward_intermediates(images, indices=[layer])
+    return model.forward_head(features), found
+
+
+@torch.no_grad()
+def map_shape(backbone: nn.Module, size: int, layer: int | None, name: str) -> tuple[int, int]:
+    """Channels and positions a side of that map, of images of ``size`` pixels. MisuseError: the student ``name`` has none."""
+    check_input_size(backbone, size)
+    weight, training = next(backbone.parameters()), backbone.training
+    try:
+        black = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
+        found = pooled_and_map(backbone.eval(), black, layer)[1]
+    except (AttributeError, AssertionError, IndexError, ValueError, MisuseError) as error:
+        which = "its last layer" if layer is None else f"`patch_layer` {layer}"
+        raise MisuseError(f"student {name} gives no map of features at {which} ({error}): take another") from None
+    finally:
+        backbone.train(training)
+    return found.shape[1], found.shape[2]
+
+
 def model_family(name: str) -> str:
     """timm's module for the architecture ``name``, such as ``resnet``. MisuseError, with the nearest names: unknown."""
     if not timm.is_model(name):
-        raise unknown_name("student", name, timm.list_models())
+        raise unknown_name("student", name, timm.list_models(), USUAL)
     return model_entrypoint(name).__module__.rpartition(".")[-1]
 
 

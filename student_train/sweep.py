@@ -323,7 +323,10 @@ def _run(config: SweepConfig, cell: Sequence[str], gpu: str | None, processes: P
             log.flush()
             if not processes.run(words, log, environment):
                 return False
-    result = {"loss": read_log(folder)[-1]["loss"], "knn_top1": read_results(folder)["knn"]["top1"]}
+    lines, results = read_log(folder), read_results(folder)
+    if not lines or "knn" not in results:
+        raise FailureError(f"{folder} was moved or deleted while its run went on: run the sweep again")
+    result = {"loss": lines[-1]["loss"], "knn_top1": results["knn"]["top1"]}
     with replacing(folder / RECORD_NAME) as file:
         file.write(sealed({"made_with": made_with, **result}, indent=2))
     return True

@@ -5,6 +5,7 @@ data.beton -> loader -> augment -> student -> head -> objective <- target branch
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.order import block_shuffled_order
-from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, whole_steps
+from ..common.pace import Pace
+from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
@@ -119,9 +121,9 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     for crops in crop_sets(config, branch.recipe, first):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
-    stopwatch = Stopwatch(device)
+    stopwatch, pace = Stopwatch(device), Pace(device)
     facts = {
         "student_info": info.to_dict(),
         "data_fingerprint": data.manifest.fingerprint,
@@ -162,6 +164,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     yardstick = None
     if config.knn_every and ranks.is_main and step < total_steps:
         yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader)
+    unrehearsed = trainer.compiles
 
     # ==== the loop ====
     try:
@@ -178,16 +181,22 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                     seed_step(config.seed, ranks.rank, step)
                     with stopwatch("prepare"):
                         batch = batch.to(device)
+                        if unrehearsed:
+                            once_a_machine(partial(prepare, batch, crops))
                         images = prepare(batch, crops)
                     with whole_step():  # a checkpoint of half a step would be of no step at all
                         with stopwatch("target"):
                             branch.before_step(step)
                             target = target_of(batch, images)
+                        if unrehearsed:
+                            once_a_machine(partial(trainer.rehearse, images, target, pair_weights))
+                            unrehearsed = False
                         with stopwatch("student"):
                             trainer.objective.watching = run.is_logged(step + 1)
                             health, rate = trainer.step(step, images, target, pair_weights)
                             if trainer.moved:
                                 branch.after_step(step)
+                            pace.step_done()
                         step += 1
                         progress.step(step, total_steps)
                         run.log(

@@ -13,6 +13,7 @@ from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConf
 from .targets.config import TargetsConfig
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+COMPILE = ("off", "default", "reduce-overhead")
 EFFORTS = ("minutes", "hours", "full")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -104,11 +105,22 @@ class TrainConfig:
     seed: Seed = 0
     precision: Precision = "auto"
     compile: Annotated[
+        str | None,
+        Setting(
+            "Compile the student: minutes at the start, then fewer and larger kernels. off, default, or reduce-overhead: its "
+            "passes are replayed as CUDA graphs, for small students whose kernels take longer to launch than to run (rob "
+            "gpu-check times it; one GPU, no --accumulate, no --knn-every). Default what rob gpu-check found to be faster on "
+            "this GPU, else off.",
+            choices=COMPILE,
+        ),
+    ] = None
+    sync_batchnorm: Annotated[
         bool | None,
         Setting(
-            "Compile the student: minutes at the start, then fewer and larger kernels. Default what rob gpu-check found to be "
-            "faster on this GPU, else not.",
-            option="--compile/--no-compile",
+            "Under torchrun, BatchNorm goes by the joined batch of a machine's ranks, or by each rank's own. Default joined for "
+            "dino, ibot, swav and msn, as their code has it, else not (moco, seed and disco). Joining costs two waits among "
+            "the ranks a layer; with fewer than 32 images a rank it is worth them.",
+            option="--sync-batchnorm/--no-sync-batchnorm",
         ),
     ] = None
     device: Device = "auto"

@@ -1,31 +1,47 @@
 """One step of training."""
 
 import weakref
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.batchnorm import join_batchnorms
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
-from ..common.ranks import ALONE, Ranks, normalise_together
+from ..common.patches import has_tokens
+from ..common.ranks import ALONE, Ranks
 from ..common.run import autocast, seed_everything
 from .config import PairingConfig
-from .kernels.target import Target
-from .objectives import build_objective
+from .objectives import OBJECTIVES, ObjectiveConfig, StudentMap, build_objective
 from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
 from .student_with_head import StudentWithHead
-from .students import build_student
-from .targets.pair import PairTarget
+from .students import build_student, map_shape
+from .targets.branch import AnyTarget
 from .targets.space import TargetSpace
 from .train_config import TrainConfig
+
+
+def check_replay(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    """MisuseError: something other than the next step may ask for what a graph's replay overwrites."""
+    unsafe = {
+        f"`device` {device} has none": device.type != "cuda",
+        f"there are {ranks.world_size} ranks, which exchange gradients meanwhile": ranks.world_size > 1,
+        "`accumulate` runs the student several times a step": (config.accumulate or 1) > 1,
+        "`knn_every` runs the student between steps": config.knn_every is not None,
+    }
+    for reason, found in unsafe.items():
+        if found:
+            raise MisuseError(f"`compile` reduce-overhead replays CUDA graphs, and {reason}: use `compile` default")
 
 
 class Trainer:
     """The student, its optimiser and schedule: everything that one step changes.
 
-    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed.
+    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed. ``compiles``: whether the
+    first step does, which one rank of a machine then rehearses.
     """
 
     def __init__(
@@ -41,13 +57,22 @@ class Trainer:
         assert config.objective and isinstance(config.pairing, PairingConfig) and config.epochs, "the plan chooses them"
         backbone = build_student(config.student)
         features: int = backbone.num_features  # type: ignore[assignment]
-        self.objective = build_objective(config.objective, features, space, config.pairing.step_targets, num_images)
+        student_map = student_map_of(config, backbone) if reads_patches(config.objective, space) else None
+        self.objective = build_objective(
+            config.objective, features, space, config.pairing.step_targets, num_images, student_map
+        )
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
-        normalise_together(self.model, device)
+        if self.objective.joined_norm if config.sync_batchnorm is None else config.sync_batchnorm:
+            join_batchnorms(self.model)
         if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
             backbone.to(memory_format=torch.channels_last)
-        if stored_settings(device).compile if config.compile is None else config.compile:
-            self.model.compile_backbone()
+        compiled = config.compile or stored_settings(device).compile_mode
+        self.replays = compiled == "reduce-overhead"
+        if self.replays:
+            check_replay(config, device, ranks)
+        if compiled != "off":
+            self.model.compile_backbone(replayed=self.replays)
+        self.compiles = compiled != "off" or device.type == "cuda"
         # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
         alone = ranks.world_size == 1
         self.parallel = (
@@ -77,11 +102,25 @@ class Trainer:
         parts = {"model": self.model, "optimiser": self.optimiser, "scaler": self.scaler}
         return parts | ({"average": self.average.module} if self.average else {})
 
+    def rehearse(self, crops: list[Tensor], target: AnyTarget | None, pair_weights: Tensor) -> None:
+        """Forward and backward once, which compiles what a step needs; nothing of the run changes."""
+        before = deepcopy(self.model.state_dict())
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with autocast(self.device, self.precision):
+                loss = self.model(crops, target, pair_weights)
+            learns = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(
+                loss, learns, allow_unused=True
+            )  # not ``backward``: DDP would ask other ranks for theirs
+        self.model.load_state_dict(before)
+
     def step(
-        self, number: int, crops: list[Tensor], target: Target | PairTarget | None, pair_weights: Tensor
+        self, number: int, crops: list[Tensor], target: AnyTarget | None, pair_weights: Tensor
     ) -> tuple[Tensor, float]:
         """Step ``number`` (from 0): (loss, gradient norm) as a (2,) tensor on the device, and the learning rate."""
         rate = self.schedule.step(number)
+        if self.replays:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left is not needed any more
         with autocast(self.device, self.precision):
             loss = self.parallel(crops, target, pair_weights)
         self.optimiser.zero_grad(set_to_none=True)
@@ -100,3 +139,28 @@ class Trainer:
         if self.scaler.is_enabled():  # fp16 skips a step whose gradient overflowed: no reason to stop
             norm = torch.where(norm.isfinite(), norm, 0.0)
         return torch.stack([loss.detach(), norm]), rate
+
+
+def reads_patches(objective: ObjectiveConfig, space: TargetSpace) -> bool:
+    """Whether there are targets of patches, and a use for them."""
+    return space.patches is not None and bool(OBJECTIVES[objective.name].patch_kinds_of(objective))
+
+
+def student_map_of(config: TrainConfig, backbone: nn.Module) -> StudentMap:
+    """What the student of ``config`` says of its patches. MisuseError: it has no map, or drops patches of it."""
+    assert config.objective is not None
+    if config.student.patch_drop:
+        raise MisuseError(
+            f"`patch_drop` {config.student.patch_drop:g} leaves no whole map for the patches of `objective` "
+            f"{config.objective.name}: leave it out"
+        )
+    pairing, name = config.pairing, config.objective.name
+    assert isinstance(pairing, PairingConfig)
+    regions = config.objective.patch_from_region and pairing.num_local
+    if not (pairing.replays and pairing.num_global >= pairing.step_targets) and not regions:
+        raise MisuseError(
+            f"`objective` {name} compares patches of the very view that the teacher saw, and the student is shown others: use "
+            "`pairing` same without fewer `step_globals`, or `patch_weight` 0"
+        )
+    width, side = map_shape(backbone, config.student.image_size, config.objective.patch_layer, config.student.name)
+    return StudentMap(width, side, has_tokens(backbone))

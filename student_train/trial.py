@@ -4,6 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +16,10 @@ from ..common.order import block_shuffled_order
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, settled
+from .checkpoint import save_checkpoint
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
+from .evaluate.yardstick import MOST_ON_CPU
 from .students import check_input_size, describe_student, num_parameters
 from .targets.branch import RunContext
 from .targets.pairing import plan_views
@@ -24,6 +30,11 @@ FEW_IMAGES = 8
 """In the steps that are tried first, so that a step that does not fit the memory is seen before it is made."""
 LONG_STEP = 5.0
 """Seconds: a whole step that would take longer is not tried, its time follows from that of a few images."""
+WARM_UP, FEWEST, MOST_STEPS = 3, 3, 100
+"""Steps that are not counted, and those that are. The first ones of a process are slow: memory is found, kernels are chosen."""
+EPOCHS = 2 * MOST_STEPS
+PASSES = 3
+"""Times as long as a forward pass, a step takes."""
 BYTES_A_PARAMETER = 16
 """Weight, gradient and AdamW's two moments in float32."""
 
@@ -31,71 +42,98 @@ BYTES_A_PARAMETER = 16
 @dataclass(frozen=True)
 class Trial:
     """What a step of the run's batch takes: ``memory_bytes`` of weights, optimiser and what the backward pass keeps.
-    ``parameters`` are the student's, without its head.
+    ``parameters`` are the student's, without its head. ``waited`` is the share of the time in which no thread of this process ran
+    since other work had the CPU.
     """
 
     seconds: float
     memory_bytes: int
     parameters: int
+    checkpoint_seconds: float = 0.0
+    waited: float = 0.0
+
+    def seconds_of_run(self, config: TrainConfig, num_images: int, epochs: int) -> float:
+        """Of ``epochs`` of a run: steps, checkpoints, and what the student is compared with at its end and in the run."""
+        assert isinstance(config.pairing, PairingConfig)
+        batch = config.loader.batch_size
+        crops = config.pairing.num_global + config.pairing.num_local
+        networks = 2 + (epochs / config.knn_every if config.knn_every else 0)
+        compared = networks * min(MOST_ON_CPU, num_images) * self.seconds / (batch * crops) / PASSES
+        steps = epochs * max(1, num_images // batch)
+        return steps * self.seconds + epochs / config.checkpoint_every * self.checkpoint_seconds + compared
 
 
-def try_steps(config: TrainConfig, run: RunContext) -> Trial:
-    """Tries steps of ``config``, which leaves nothing open but ``epochs``, on the images and targets of ``run``.
+def try_steps(config: TrainConfig, run: RunContext, seconds: float) -> Trial:
+    """Tries steps of ``config``, which leaves nothing open but ``epochs``, on the images and targets of ``run``, for about
+    ``seconds``.
 
     MisuseError as the run itself.
     """
     batch = config.loader.batch_size
-    parts = config.accumulate or 1
-    few = min(batch, FEW_IMAGES * parts)
-    seconds, memory, kept, parameters = _steps(config, run, few)
-    memory += kept * (batch - few) // few
-    if few < batch and seconds * batch / few < LONG_STEP and memory < _free(run.device):
-        seconds, *_ = _steps(config, run, batch)
-        return Trial(seconds, memory, parameters)
-    return Trial(seconds * batch / few, memory, parameters)
+    few = min(batch, FEW_IMAGES * (config.accumulate or 1))
+    found, kept = _steps(config, run, few, seconds / 4 if few < batch else seconds)
+    memory = found.memory_bytes + kept * (batch - few) // few
+    if few < batch and found.seconds * batch / few < LONG_STEP and memory < _free(run.device):
+        found, _ = _steps(config, run, batch, seconds)
+    else:
+        found = replace(found, seconds=found.seconds * batch / few)
+    return replace(found, memory_bytes=memory)
 
 
-def _steps(config: TrainConfig, run: RunContext, batch: int, most: int = 6) -> tuple[float, int, int, int]:
-    """Seconds of a step of ``batch`` images after the first, bytes that it takes in all, those of them that its backward pass
-    keeps, and weights of the student.
+def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> tuple[Trial, int]:
+    """Steps of ``batch`` images just as the run makes them, through as many epochs as ``seconds`` have room for: the mean of
+    those after the first few. And the bytes that a backward pass keeps.
     """
     branch, device = config.targets.open(run), run.device
-    config = replace(config, loader=replace(config.loader, batch_size=batch), epochs=100)
-    trainer = Trainer(
-        config, branch.space, max(1, run.data.num_images // batch), device, num_images=run.data.num_images
-    )
-    branch.follow(trainer.model, max(1, run.data.num_images // batch), 100)
+    config = replace(config, loader=replace(config.loader, batch_size=batch), epochs=EPOCHS)
+    per_epoch = max(1, run.data.num_images // batch)
+    trainer = Trainer(config, branch.space, per_epoch, device, num_images=run.data.num_images)
+    branch.follow(trainer.model, per_epoch, EPOCHS)
     assert isinstance(config.pairing, PairingConfig)
-    plan = plan_views(config.pairing, branch.views, epoch=0)
-    crops, weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
-    for views in crops:
-        check_input_size(trainer.model.backbone, views.size)
     info = describe_student(config.student)
-    prepare = Preparation(branch.recipe, info.mean, info.std, device)
+    prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
-    order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, 0, 0, 1)
-    order = order[: min(most, len(order) // batch) * batch]
-    times, kept = [], 0
-    with branch.targets(order, batch, plan) as target_of:
-        start = _now(device)
-        for number, views in enumerate(loader.epoch(order, crops + branch.view_sets(plan))):
-            seed_step(config.seed, 0, number)
-            views = views.to(device)
-            images = prepare(views, crops)
-            branch.before_step(number)
-            target = target_of(views, images)
-            with _counted(trainer) if number == 0 else _uncounted() as counted:
-                trainer.step(number, images, target, weights)
-            branch.after_step(number)
-            kept = max(kept, sum(counted.values()))
-            end = _now(device)
-            times.append(end - start)
-            start = end
-            if len(times) > 1 and sum(times) > LONG_STEP:
-                break
-    memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
-    return min(times[1:] or times), memory, kept, num_parameters(trainer.model.backbone)
+    done, kept, began, started, computed = 0, 0, _now(device), None, 0.0
+    for epoch in count():
+        plan = plan_views(config.pairing, branch.views, epoch)
+        crops, weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
+        for views in crops:
+            check_input_size(trainer.model.backbone, views.size)
+        order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, epoch, 0, 1)[
+            : per_epoch * batch
+        ]
+        with branch.targets(order, batch, plan) as target_of:
+            for views in loader.epoch(order, crops + branch.view_sets(plan)):
+                seed_step(config.seed, 0, done)
+                views = views.to(device)
+                images = prepare(views, crops)
+                branch.before_step(done)
+                target = target_of(views, images)
+                with _counted(trainer) if done == 0 else _uncounted() as counted:
+                    trainer.step(done, images, target, weights)
+                branch.after_step(done)
+                kept = max(kept, sum(counted.values()))
+                done, now = done + 1, _now(device)
+                if started is None and (done >= WARM_UP or now - began > LONG_STEP):
+                    started, computed = (now, done), time.process_time()
+                    continue
+                passed, counting = (now - started[0], done - started[1]) if started else (0.0, 0)
+                if counting >= MOST_STEPS or (passed > seconds and counting >= FEWEST) or passed > LONG_STEP + seconds:
+                    memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
+                    waited = 1 - (time.process_time() - computed) / passed if device.type == "cpu" else 0.0
+                    saving, weights = _seconds_of_a_checkpoint(trainer, branch.state), trainer.model.backbone
+                    return Trial(passed / counting, memory, num_parameters(weights), saving, max(0.0, waited)), kept
+    raise AssertionError("epochs do not end")
+
+
+def _seconds_of_a_checkpoint(trainer: Trainer, state: dict[str, Any]) -> float:
+    """To write one of such a run, where temporary files lie."""
+    with TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        parts = {name: part.state_dict() for name, part in (trainer.state | state).items()}
+        save_checkpoint(Path(folder, "checkpoint.pt"), parts, {})
+        return time.perf_counter() - began
 
 
 @contextmanager

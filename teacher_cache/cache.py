@@ -3,10 +3,9 @@
 data.beton -> loader -> augment -> teacher -> encode -> targets.zarr
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,22 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import FailureError, MisuseError
+from ..common.errors import MisuseError
 from ..common.images.beton import Beton
-from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, versions
+from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, use_device, versions
+from ..common.store.begun import begun_store, half_written
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
 from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
-from ..common.store.writer import StoreWriter, begun_store, half_written
 from ..common.teacher import dense_embedder, embedder
-from ..common.views.loader import Batch, ViewLoader, ViewSet, check_loader, geometry, settled
+from ..common.views.loader import ViewLoader, ViewSet, check_loader, geometry, settled
+from .chunks import after, chunks, fitting_batch, refuse_not_finite
 from .config import CacheConfig
-from .cost import CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
+from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of, with_prototypes, write_logits
 from .patches import fixed_arrays, patch_encoding, with_patches
 from .prototypes import PrototypeConfig, refuse_unsuitable
+from .share import Share, beside
 from .teachers import Teacher, load_teacher
 
 TEMPORARY = Encoding("embedding", dtype="float16")
@@ -54,9 +55,13 @@ def cache_teacher(
     """Write the store ``config.out``, going on from the last whole chunk when an earlier run was killed. A ``teacher`` that is
     given is taken as it is, instead of ``config.teacher``'s being loaded.
 
+    Under torchrun all ranks write it together, each with a device of its own, and return when it is whole. With
+    ``config.part`` this process makes its part of the shards, and returns; the store is whole once all parts ran.
+
     Raises MisuseError for settings that cannot be and for a disk that is too small, FailureError when the disk fills up.
     """
     progress = progress or CacheProgress()
+    share = Share.of(config.part)
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
     allow_fast_arithmetic(device, config.precision)
@@ -71,21 +76,28 @@ def cache_teacher(
     fitting = PrototypeConfig(config.prototypes, seed=config.seed)
     embeddings = _temporary_store(config)
     if embeddings is None:
-        _write_store(config.out, config.encoding, patches, config, data, teacher, device, progress)
+        manifest = _manifest(config, config.encoding, patches, data, teacher, teacher.num_prototypes)
+        if not _write_store(config.out, manifest, config, data, teacher, device, progress, share):
+            return manifest
         if config.prototypes:
-            with_prototypes(config.out, fitting, progress.note, device, progress.fitting)
+            with_prototypes(config.out, fitting, progress.note, device, progress.fitting, wait=share.split is not None)
         return TargetStore.open(config.out).manifest
 
     # Logits of a teacher without a head: its embeddings first, then prototypes fitted on them, then the logits of both.
     manifest = _manifest(config, config.encoding, patches, data, teacher, config.prototypes)
-    if not _is_complete(config.out, manifest, "teacher_temp"):
-        begun_store(config.out, manifest, "teacher_temp")  # refuses what is in the way, before the embeddings are made
-        _write_store(embeddings, TEMPORARY, patches, config, data, teacher, device, progress)
-        source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting)
-        progress.note(f"encoding {config.encoding.kind} targets")
-        temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
-        write_logits(source, config.out, replace(manifest, teacher_temp=temp), progress.rows, device)
-    shutil.rmtree(embeddings, ignore_errors=True)
+    temporary = _manifest(config, TEMPORARY, patches, data, teacher, teacher.num_prototypes)
+    with beside(config.out, embeddings):
+        if not _is_complete(config.out, manifest, "teacher_temp"):
+            # Refuses what is in the way, before the embeddings are made.
+            _begun(config.out, manifest, share, "teacher_temp")
+            if not _write_store(embeddings, temporary, config, data, teacher, device, progress, share):
+                return manifest
+            wait = share.split is not None
+            source = with_prototypes(embeddings, fitting, progress.note, device, progress.fitting, wait)
+            progress.note(f"encoding {config.encoding.kind} targets")
+            temp = _within_ladder(config.encoding, source.manifest.teacher_temp, progress.note)
+            manifest = replace(manifest, teacher_temp=temp)
+            write_logits(source, config.out, manifest, progress.rows, device, share.of_all())
     return TargetStore.open(config.out).manifest
 
 
@@ -175,38 +187,54 @@ def _is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
     return True
 
 
+def _begun(path: Path, manifest: StoreManifest, share: Share, *may_differ: str) -> None:
+    """MisuseError where the store of ``manifest`` cannot be begun or gone on with at ``path``. Others may finish it any time."""
+    try:
+        begun_store(path, manifest, *may_differ)
+    except MisuseError:
+        if share.split is None or not _is_complete(path, manifest, *may_differ):
+            raise
+
+
 def _write_store(
     path: Path,
-    encoding: Encoding,
-    patches: PatchEncoding | None,
+    manifest: StoreManifest,
     config: CacheConfig,
     data: Beton,
     teacher: Teacher,
     device: torch.device,
     progress: CacheProgress,
-) -> None:
-    """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed."""
-    manifest = _manifest(config, encoding, patches, data, teacher, teacher.num_prototypes)
+    share: Share,
+) -> bool:
+    """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed.
+
+    False: this worker's share is done, and the store is not whole yet.
+    """
     if _is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         progress.note(f"{path} is complete already: nothing to do")
-        return
-    begun_store(path, manifest)  # refuses what is in the way, before the teacher runs
-    store_bytes = _bytes_per_view(config, teacher, patches)
+        return True
+    _begun(path, manifest, share)  # refuses what is in the way, before the teacher runs
+    store_bytes = _bytes_per_view(config, teacher, manifest.patch_encoding)
     views = data.num_images * config.views
     refuse_what_will_not_fit(config.out, {path: views * bytes_ for path, bytes_ in store_bytes.items()})
+    patches = manifest.patch_encoding
     seen = teacher, config.recipe, manifest.view_size, device, config.precision
     dense = None if patches is None else dense_embedder(*seen)
     embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]
     # Tried before anything is begun: the teacher may not take views of this size.
-    speed = views_per_second(embed, config.loader.batch_size, config.views, manifest.view_size)
-    writer = StoreWriter.open_or_resume(path, manifest)
+    few = min(config.loader.batch_size, max(1, TRIAL_VIEWS // config.views))
+    trial = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=few))
+    speed = views_per_second(embed, trial, few, ViewSet(manifest.view_ids, manifest.view_size), data.num_images)
+    writer = share.join(path, manifest)
+    if writer is None:
+        return True
     of_patches: Mapping[str, np.ndarray] = {}
     says = lambda batch: (embed(batch), {})  # noqa: E731
     if patches is not None and dense is not None:
         make = partial(fixed_arrays, patches, config, data, teacher, manifest.view_size, dense, progress.note)
         of_patches = writer.kept("patches", make)
         says = with_patches(patches, teacher, dense, of_patches, device)
-    batch_size = _batch_size(config, manifest.chunk_rows)
+    batch_size = fitting_batch(config.loader.batch_size, manifest.chunk_rows)
     if batch_size != config.loader.batch_size:
         progress.note(
             f"batches of {batch_size} images, not {config.loader.batch_size}: "
@@ -214,111 +242,61 @@ def _write_store(
         )
     own, *beside = store_bytes.values()
     free = free_bytes(config.out)
+    done = writer.rows_done
     for_patches = 0 if patches is None else patches.bytes_per_view
     progress.plan(
-        CachePlan(data.num_images, config.views, own, sum(beside), for_patches, free, writer.rows_done, speed)
+        CachePlan(data.num_images, config.views, own, sum(beside), for_patches, free, done, speed, share.parts)
     )
-    progress.rows(writer.rows_done, data.num_images)
+    progress.rows(done, data.num_images)
 
-    dead = 0
+    dead, encoding = 0, Encoding.from_dict(manifest.encoding)
 
-    def write(embedding: Tensor, logits: Tensor | None, patch: dict[str, np.ndarray], made: torch.Event | None) -> int:
-        """Where the chunk is: of a GPU's only what is stored comes home."""
+    def write(
+        row: int, embedding: Tensor, logits: Tensor | None, patch: dict[str, np.ndarray], made: torch.Event | None
+    ) -> bool:
+        """The chunk at ``row``; where it is: of a GPU's only what is stored comes home. False: another worker has its shard."""
         nonlocal dead
-        with _after(made, embedding, logits):
-            _refuse_not_finite(embedding, writer.rows_done)
+        if writer.claim(row // len(manifest.rows(0))) != row:
+            return False
+        with after(made, embedding, logits):
+            refuse_not_finite(embedding, row)
             dead += int((~embedding.any(-1)).sum())
             arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
         writer.append(arrays | patch, statistics)
-        return writer.rows_done
+        return True
 
-    with ThreadPoolExecutor(1, "write", partial(_use_device, device)) as pool:
-        writing: Future[int] | None = None
-        for embedding, logits, patch in _chunks(config, data, teacher, says, writer.rows_done, manifest):
+    loader = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=batch_size))
+    with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:
+        for shards in share.runs(writer):
+            rows = [np.arange(writer.start(shard), manifest.rows(shard).stop) for shard in shards]
+            made_of = chunks(loader, np.concatenate([*rows, np.arange(0)]), teacher, says, manifest)
+            writing: Future[bool] | None = None
+            with closing(made_of):
+                for row, embedding, logits, patch in made_of:
+                    if writing is not None:
+                        if not writing.result():
+                            break
+                        progress.rows(writer.rows_done, data.num_images)
+                    made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                    writing = pool.submit(write, row, embedding, logits, patch, made)
             if writing is not None:
-                progress.rows(writing.result(), data.num_images)
-            made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            writing = pool.submit(write, embedding, logits, patch, made)
-        if writing is not None:
-            progress.rows(writing.result(), data.num_images)
+                writing.result()
+            if writing is not None or not shards:
+                progress.rows(writer.rows_done, data.num_images)
     if dead:
         progress.note(
             f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
             f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
-    statistics = writer.statistics | dict(of_patches)
-    if teacher.centre is not None:
-        statistics["centre"] = teacher.centre.cpu().numpy()
-    writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), statistics)
-
-
-def _use_device(device: torch.device) -> None:
-    """A thread starts out on GPU 0, whichever the process is on."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-@contextmanager
-def _after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
-    """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would
-    wait for all that the teacher was given since, and the GPU then for the next chunk."""
-    if made is None:
-        yield
-        return
-    stream = torch.cuda.Stream()
-    stream.wait_event(made)
-    with torch.cuda.stream(stream):
-        yield
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.record_stream(stream)
-
-
-def _refuse_not_finite(embedding: Tensor, first_row: int) -> None:
-    """FailureError naming the images, ``first_row`` onwards, whose embeddings (rows, V, D) are NaN or infinite."""
-    image_ids = (first_row + (~embedding.isfinite()).flatten(1).any(1).nonzero().flatten()).tolist()
-    if image_ids:
-        named = ", ".join(map(str, image_ids[:5])) + (" ..." if len(image_ids) > 5 else "")
-        raise FailureError(
-            f"the teacher's output for {len(image_ids)} of {len(embedding)} images is NaN or infinite (image ids {named}): "
-            "check its weights, its `precision` and these images"
+    if missing := writer.missing():
+        at = f"{len(missing):,} of {manifest.num_shards:,} shards"
+        progress.note(
+            f"{path}: this part is done; {at} are missing, and whoever makes the last of them finishes the store"
         )
-
-
-def _chunks(
-    config: CacheConfig,
-    data: Beton,
-    teacher: Teacher,
-    says: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
-    first_row: int,
-    manifest: StoreManifest,
-) -> Iterator[tuple[Tensor, Tensor | None, dict[str, np.ndarray]]]:
-    """The teacher's embeddings (rows, V, D), and logits (rows, V, K) if it has prototypes, a chunk of rows at a time, on its
-    device; and the arrays of its patch targets, if any.
-
-    Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
-    """
-    loader_config = replace(config.loader, batch_size=_batch_size(config, manifest.chunk_rows))
-    loader = ViewLoader(data, config.recipe, config.seed, loader_config)
-    views = ViewSet(manifest.view_ids, manifest.view_size)
-    parts: list[Tensor] = []
-    of_patches: list[dict[str, np.ndarray]] = []
-    for batch in loader.epoch(np.arange(first_row, data.num_images), [views]):
-        embedded, arrays = says(batch)
-        parts.append(embedded)
-        of_patches.append(arrays)
-        rows = sum(map(len, parts))
-        if rows == manifest.chunk_rows or batch.image_ids[-1] == data.num_images - 1:
-            embedding = torch.cat(parts)
-            joined = {name: np.concatenate([arrays[name] for arrays in of_patches]) for name in arrays}
-            parts, of_patches = [], []
-            logits = None if teacher.prototypes is None else teacher.logits(embedding)
-            yield embedding, logits, joined
-
-
-def _batch_size(config: CacheConfig, chunk_rows: int) -> int:
-    """The largest that is asked for and divides a chunk."""
-    return max(size for size in range(1, min(config.loader.batch_size, chunk_rows) + 1) if chunk_rows % size == 0)
+        return False
+    more = dict(of_patches) if teacher.centre is None else {**of_patches, "centre": teacher.centre.cpu().numpy()}
+    writer.finish(None if teacher.prototypes is None else teacher.prototypes.cpu().numpy(), more)
+    return True
 
 
 def _bytes_per_view(config: CacheConfig, teacher: Teacher, patches: PatchEncoding | None) -> dict[Path, int]:

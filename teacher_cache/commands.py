@@ -79,7 +79,8 @@ def cache_teacher(
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise
-    note(f"{full.out}: complete")
+    if (full.out / "zarr.json").exists():
+        note(f"{full.out}: complete")
 
 
 def teachers(

@@ -80,6 +80,13 @@ class CacheConfig:
     prototypes: Annotated[
         int, Setting("Fit so many prototypes for a teacher without a head; at most a quarter of the views.", low=0)
     ] = 0
+    part: Annotated[
+        str | None,
+        Setting(
+            "K/N: make the K-th of N parts and end, as a job of an array that knows nothing of the others; the last one to end "
+            "finishes the store. A job that was killed is started again with the same K/N. torchrun's ranks need no part.",
+        ),
+    ] = None
     precision: Precision = "auto"
     device: Device = "auto"
     loader: Annotated[

@@ -13,8 +13,8 @@ from ..common.store.codec import decode, encode
 from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
-from ..common.store.writer import StoreWriter
 from .prototypes import CPU, PrototypeConfig, fit_prototypes
+from .share import ALONE, Share
 
 
 def with_prototypes(
@@ -23,15 +23,17 @@ def with_prototypes(
     note: Callable[[str], None],
     device: torch.device = CPU,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    wait: bool = False,
 ) -> TargetStore:
     """The complete store of embeddings at ``path`` with prototypes, which are fitted to it, on ``device``, unless it has them
     already.
 
     ``progress`` is called with (batches done, all). MisuseError: it has another number of them, or another process is fitting
-    some.
+    some and this one does not ``wait`` for it.
     """
     if TargetStore.open(path).manifest.num_prototypes != config.num:
-        with locked(path / ".lock", f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"):
+        taken = f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"
+        with locked(path / ".lock", taken, wait):
             _fit(TargetStore.open(path), config, note, device, progress)
     return TargetStore.open(path)
 
@@ -78,19 +80,23 @@ def write_logits(
     manifest: StoreManifest,
     rows: Callable[[int, int], None],
     device: torch.device = CPU,
+    share: Share = ALONE,
 ) -> None:
-    """Turn the embeddings and prototypes of ``source`` into the store of logits ``out``, chunk by chunk, on ``device``; ``rows``
-    is called with (rows done, all)."""
+    """Turn the embeddings and prototypes of ``source`` into the store of logits ``out``, chunk by chunk, on ``device``, this
+    worker's ``share``; ``rows`` is called with (rows done by all, all)."""
     assert source.prototypes is not None
     prototypes, encoding = torch.from_numpy(source.prototypes).to(device), Encoding.from_dict(manifest.encoding)
-    writer = StoreWriter.open_or_resume(out, manifest)
-    while (start := writer.rows_done) < manifest.num_images:
-        stop = min(start + writer.manifest.chunk_rows, manifest.num_images)
-        stored = source.read(start, stop)
-        embedding = decode(source.encoding, stored)["embedding"].to(device)
-        logits = embedding @ prototypes.T
-        of_patches = {name: values for name, values in stored.items() if name.startswith(PATCHES)}
-        writer.append(encode(encoding, embedding, logits) | of_patches, statistics_of(embedding, logits))
-        rows(stop, manifest.num_images)
+    if (writer := share.join(out, manifest)) is None:
+        return
+    for shards in share.runs(writer):
+        for shard in shards:
+            while (start := writer.claim(shard)) is not None:
+                stop = min(start + writer.manifest.chunk_rows, manifest.num_images)
+                stored = source.read(start, stop)
+                embedding = decode(source.encoding, stored)["embedding"].to(device)
+                logits = embedding @ prototypes.T
+                of_patches = {name: values for name, values in stored.items() if name.startswith(PATCHES)}
+                writer.append(encode(encoding, embedding, logits) | of_patches, statistics_of(embedding, logits))
+                rows(writer.rows_done, manifest.num_images)
     of_patches = {name: values for name, values in source.statistics.items() if name.startswith("patch_")}
-    writer.finish(source.prototypes, writer.statistics | of_patches)
+    writer.finish(source.prototypes, of_patches)

@@ -239,7 +239,7 @@ def _timm_entry(name: str) -> Entry:
     """Any timm model. A file with a head in DINO's layout brings it along: what ``rob`` and DINO's own code train."""
     models = {*timm.list_models(), *timm.list_pretrained()}
     if name not in models:
-        raise unknown_name("teacher", name, [*TEACHERS, STAND_IN, *models])
+        raise unknown_name("teacher", name, [*TEACHERS, STAND_IN, *models], [*TEACHERS, STAND_IN])
     published = timm.get_pretrained_cfg(name)
     data = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {})
     dinov3 = is_dinov3(name)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
+from rob.student_train import trial
 from support.photographs import photograph
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
@@ -22,6 +23,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same of nohup
 # Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
 hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
+trial.MOST_STEPS = 3  # of a plan: nobody here goes by the time of a step
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The wheel holds the packages and nothing else."""
+"""The wheel holds the packages, the demo's teacher, and nothing else."""
 
 import shutil
 import subprocess
@@ -25,9 +25,9 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel_names):
+def test_wheel_holds_every_module_the_demos_teacher_and_nothing_else(wheel_names):
     content = {name for name in wheel_names if ".dist-info/" not in name}
-    assert content == {f"rob/{path}" for path in modules()}
+    assert content == {f"rob/{path}" for path in [*modules(), "assets/teacher_fashion_mnist.safetensors"]}
 
 
 def test_wheel_carries_licence_and_command(wheel_names):

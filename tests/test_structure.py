@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_PACKAGED = {"tests", "build", "dist", "runs"}
+NOT_PACKAGED = {"tests", "build", "dist", "docs", "runs"}
 MAY_IMPORT = {
     "common": {"common"},
     "teacher_cache": {"common", "teacher_cache"},

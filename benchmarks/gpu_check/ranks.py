@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rob.benchmarks.gpu_check.section import NotHere, Section
 from rob.common import ranks
+from rob.common.batchnorm import _Joined
 from rob.student_train.kernels import DenseTarget
 from rob.student_train.kernels.sinkhorn import over_ranks, sinkhorn_offsets
 from rob.student_train.objectives.queue import Queue
@@ -68,13 +69,22 @@ def _parallel(section: Section) -> None:
 
 
 def _batchnorm(section: Section) -> None:
-    if section.device.type != "cuda":
-        return  # torch has no joined one for CPUs
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to(section.device)
-    images = torch.randn(4, 3, 9, 9, device=section.device)
-    expected = network(images)
-    joined = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    section.check("joined BatchNorm is a lone rank's own", (joined(images) - expected).abs().max(), 1e-4)
+    alone, joined = (nn.BatchNorm2d(8).to(section.device) for _ in range(2))
+    images, upstream = torch.randn(2, 4, 8, 9, 9, device=section.device).to(memory_format=torch.channels_last_3d)
+    found = []
+    for layer in (alone, joined):
+        given = images.clone().requires_grad_()
+        if layer is alone:
+            made = layer(given)
+        else:
+            running = (layer.running_mean, layer.running_var, layer.momentum)
+            made: torch.Tensor = _Joined.apply(given, layer.weight, layer.bias, running, layer.eps, None, 1)  # type: ignore
+        made.backward(upstream)
+        found.append((made, given.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var))
+    for name, one, other in zip(
+        ("output", "input's gradient", "weight's", "bias's", "mean", "variance"), *found, strict=True
+    ):
+        section.check(f"joined BatchNorm is a lone rank's own: {name}", (one - other).detach().abs().max(), 1e-4)
 
 
 def _objectives(section: Section) -> None:

@@ -4,11 +4,13 @@ import json
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from rob.benchmarks.gpu_check.images import photographs
 from rob.benchmarks.gpu_check.section import Section
@@ -16,9 +18,12 @@ from rob.benchmarks.gpu_check.stage1 import cache, random_teacher
 from rob.common.images.beton import Beton
 from rob.common.views.loader import LoaderConfig
 from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig, StudentConfig
+from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import TrainProgress, train_student
 from rob.student_train.train_config import TrainConfig
+from rob.student_train.trainer import Trainer
 
 
 def run(section: Section) -> None:
@@ -34,8 +39,8 @@ def run(section: Section) -> None:
     )
     (name, size), *others = students
 
-    def speed_of(student: str, size: int, loader: str, compiled: bool = False) -> float | None:
-        words = f"{student} at {size} px, loader {loader}{', compiled' * compiled}"
+    def speed_of(student: str, size: int, loader: str, compiled: str = "off") -> float | None:
+        words = f"{student} at {size} px, loader {loader}{', compiled' * (compiled != 'off')}"
         row = section.measure(words, lambda: _train(section, data, store, student, size, loader, compiled, words))
         return row.get("images_per_second") if row else None
 
@@ -46,8 +51,11 @@ def run(section: Section) -> None:
     loader = section.settings.get("loader", "auto")
     for student, side in others:
         speed_of(student, side, loader)
-    if _cuda(section) and section.left() > COMPILING and (compiled := speed_of(name, size, loader, compiled=True)):
-        section.settings["compile"] = compiled > WORTH_COMPILING * (speeds.get(loader) or 0)
+    for how in ("off", *(("default", "reduce-overhead") if _cuda(section) and section.left() > COMPILING else ())):
+        section.measure(f"step of {SMALL} at 32 px, compile {how}", lambda h=how: _small_step(section, data, store, h))
+    if _cuda(section) and section.left() > COMPILING and (compiled := speed_of(name, size, loader, "default")):
+        faster = compiled > WORTH_COMPILING * (speeds.get(loader) or 0)
+        section.settings["compile"] = "default" if faster else "off"
     for row in section.rows:
         if "error" in row:
             section.checks.append({"check": row["what"], "passed": False, "error": row["error"]})
@@ -55,6 +63,8 @@ def run(section: Section) -> None:
 
 COMPILING = 60
 """Seconds that must be left for a student to be compiled."""
+SMALL = "resnet10t"
+"""A student whose kernels take longer to launch than to run."""
 WORTH_COMPILING = 1.1
 """Times as many images a second, for which the minutes of compiling are worth while."""
 
@@ -71,7 +81,7 @@ def _config(
     student: str,
     size: int,
     loader: str,
-    compiled: bool | None = False,
+    compiled: str | None = "off",
 ) -> TrainConfig:
     batch = section.size(8, 128, 128)
     return TrainConfig(
@@ -96,7 +106,7 @@ def _log(out: Path) -> list[dict[str, Any]]:
 
 
 def _train(
-    section: Section, data: Beton, store: Path, student: str, size: int, loader: str, compiled: bool, words: str
+    section: Section, data: Beton, store: Path, student: str, size: int, loader: str, compiled: str, words: str
 ) -> dict[str, Any]:
     out = section.data / "run"
     shutil.rmtree(out, ignore_errors=True)
@@ -114,6 +124,24 @@ def _train(
         **{f"{name}_share": median(line["shares"][name] for line in settled) for name in lines[0]["shares"]},
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if _cuda(section) else None,
     }
+
+
+def _small_step(section: Section, data: Beton, store: Path, compiled: str) -> dict[str, Any]:
+    """Of a student at 32 px on two crops that are there already: what launching costs, and whether compiling helps."""
+    device, images = section.device, section.size(4, 256, 256)
+    config = replace(
+        _config(section, data, store, section.data / "run", SMALL, 32, "auto", compiled),
+        student=StudentConfig(SMALL, 32, small_images=True),
+        objective=ObjectiveConfig("embedding"),
+        pairing=PairingConfig("same", 2),
+    )
+    trainer = Trainer(config, TargetSpace(384, 0, True), 1000, device)
+    crops = torch.randn(images, 2, 3, 32, 32, device=device)
+    target = EmbeddingTarget(F.normalize(torch.randn(images, 2, 384, device=device), dim=-1))
+    weights = torch.ones(2, 2, device=device)
+    number = count()
+    seconds = section.seconds_of(lambda: trainer.step(next(number), [crops], target, weights), 20, 10)
+    return {"images_per_second": images / seconds, "ms": seconds * 1e3}
 
 
 def _resume(section: Section, data: Beton, store: Path) -> None:

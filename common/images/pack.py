@@ -5,7 +5,6 @@ Every image ends as what a viewer would show: turned upright by its EXIF orienta
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import TypeVar
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
+from ..cores import usable_cores
 from ..errors import FailureError, MisuseError
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
@@ -48,7 +48,7 @@ def pack(
     source = source.take(config.limit)
     source = source.shuffled() if config.shuffle else source
     total = len(source.paths)
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or usable_cores()
 
     def encode(path: str) -> tuple[StoredImage | BadImage, int]:
         try:

@@ -11,6 +11,13 @@ from ..views.recipes import Recipe, get_recipe
 
 Images = Annotated[int, Setting("Images on the sheet, at most 64.", low=1, high=64)]
 """A picture of more is too tall to be drawn or looked at."""
+ImageSize = Annotated[
+    int | None,
+    Setting(
+        "Side in pixels of the global crops, as you will train; local ones in the recipe's proportion. Default the recipe's.",
+        low=8,
+    ),
+]
 Count = Annotated[int, Setting(low=1)]
 
 
@@ -25,13 +32,14 @@ class SheetConfig:
     data: Path
     out: Path
     store: Path | None = None
-    images: Images = 6
+    images: Images = 4
     spread: bool = False
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
     seed: Seed = 0
-    views: Count = 4
+    views: Count = 2
     neighbours: Count = 6
     search: Count = 10_000
+    image_size: ImageSize = None
     ratios: bool = False
     """Whether to add histograms of how much the paired views differ in scale, beside those of recipe dino."""
 

@@ -4,50 +4,47 @@ A ``.beton``'s sheet shows what a recipe does to its images. A target store's sh
 with its nearest neighbours by the cached targets: when the neighbours make no sense, no student will learn any.
 """
 
+from math import ceil
 from pathlib import Path
-from textwrap import wrap
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from PIL import Image
+from matplotlib.ticker import PercentFormatter
 
-from ..errors import printable
+from ..errors import shortened
+from ..files import replacing
 from ..images.beton import Beton
 from ..store.reader import TargetStore
-from ..views.drawing import CROP_HEIGHT, CROP_WIDTH, LEFT, LOCAL, TOP, view_parameters
+from ..views.drawing import LOCAL
 from ..views.loader import LoaderConfig, ViewLoader, ViewSet
 from ..views.recipes import Recipe, get_recipe
 from .config import SheetConfig
 from .neighbours import nearest
 from .pair_ratios import pair_ratios, weighted_median
+from .sheet import (
+    FAINT,
+    GAP,
+    IMAGE,
+    INK,
+    LINE,
+    PAGE,
+    SAME_CLASS,
+    TILE,
+    Sheet,
+    class_of,
+    colour_of,
+    number_of,
+)
 
-DPI = 150
-MARGIN, GAP, LINE = 0.18, 0.07, 0.15
-"""Inches: around the sheet, between tiles, and a line of small text."""
-CHART_WIDTH, CHART_HEIGHT, CHARTS_WIDTH = 2.6, 2.2, 7.0
-"""Inches: a chart, with the lines above and below it, and both with the longer line above the second."""
+BETWEEN = 0.35
+"""Inches between what does not belong together."""
+CHART_WIDTH, CHART_HEIGHT = 5.0, 2.5
+"""Inches."""
 RATIO_IMAGES = 2000
 """Images whose pairs are in the histograms."""
-TILE, IMAGE = 1.0, 1.6
-"""Inches: sides of a view, and of the image it is taken from."""
-GLOBAL_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-LOCAL_COLOURS = (
-    "#e41a1c",
-    "#377eb8",
-    "#4daf4a",
-    "#984ea3",
-    "#ff7f00",
-    "#a6a61d",
-    "#a65628",
-    "#f781bf",
-    "#17becf",
-    "#666666",
-)
-INK, FAINT, SAME_CLASS = "#1a1a1a", "#6e6e6e", "#00785a"
+SMALL = (IMAGE - GAP) / 2
+"""Inches: two of these are as tall as an image."""
 
 
 def contact_sheet(config: SheetConfig) -> Path:
@@ -60,8 +57,8 @@ def contact_sheet(config: SheetConfig) -> Path:
         store = TargetStore.open(config.store)
         store.check(data_fingerprint=data.manifest.fingerprint)
         sheet = _neighbours_sheet(config, data, store, image_ids)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(config.out)
+    with replacing(config.out) as file:
+        sheet.figure.savefig(file, format="png", metadata={"Software": None})
     return config.out
 
 
@@ -73,79 +70,111 @@ def _choose(available: int, count: int, spread: bool) -> np.ndarray:
 # ==== the two sheets ====
 
 
-def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> "Sheet":
-    """A row an image: the image, its global crops, and its local crops in two half-sized rows."""
-    recipe = config.recipe
-    global_ids, local_ids = tuple(range(recipe.num_global)), tuple(range(LOCAL, LOCAL + recipe.num_local))
-    sets = [(recipe.global_crops[0].size, global_ids)]
-    if recipe.local_crop and local_ids:
-        sets.append((recipe.local_crop.size, local_ids))
-    pixels = load_views(data, recipe, config.seed, "auto", image_ids, sets)
+class Grid(NamedTuple):
+    """Blocks of tiles of the same size, as many side by side as the page has room for."""
 
-    small = (IMAGE - GAP) / 2
-    per_row = -(-len(local_ids) // 2)
-    locals_at = (1 + len(global_ids)) * (IMAGE + GAP) + GAP
-    width = locals_at + per_row * (small + GAP) - GAP if local_ids else locals_at - 2 * GAP
-    width = max(width, CHARTS_WIDTH) if config.ratios else width
-    row_height = IMAGE + LINE + 2 * GAP
-    names = f"{config.data.name}: views of recipe {recipe.name}"
-    what = f"seed {config.seed}, rows {_listed(image_ids)} of {data.num_images:,}; a frame has the colour of its crop's box"
-    height = len(image_ids) * row_height + LINE
-    sheet = Sheet(width, height + (CHART_HEIGHT if config.ratios else 0), names, what)
-    if config.ratios:
-        _draw_ratios(sheet, height, config, data)
-    sheet.text(0, 0, "image")
-    sheet.text(IMAGE + GAP, 0, f"global crops, {recipe.global_crops[0].size} px")
+    blocks: int
+    width: float
+    height: float
+
+    @property
+    def columns(self) -> int:
+        return max(1, min(self.blocks, int((PAGE + BETWEEN) / (self.width + BETWEEN))))
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height of them all, in inches."""
+        return self.columns * (self.width + BETWEEN) - BETWEEN, ceil(self.blocks / self.columns) * self.height
+
+    def at(self, number: int) -> tuple[float, float]:
+        """Left and top of a block."""
+        return number % self.columns * (self.width + BETWEEN), number // self.columns * self.height
+
+
+def _views_sheet(config: SheetConfig, data: Beton, image_ids: np.ndarray) -> Sheet:
+    """A block an image: the image with the boxes of its global crops, and of its local ones, and both in two half-sized rows."""
+    recipe, size = config.recipe, config.image_size or config.recipe.global_crops[0].size
+    global_ids, local_ids = tuple(range(recipe.num_global)), tuple(range(LOCAL, LOCAL + recipe.num_local))
+    groups = [("global", size, global_ids)]
     if recipe.local_crop and local_ids:
-        sheet.text(locals_at, 0, f"local crops, {recipe.local_crop.size} px")
-    for row, image_id in enumerate(image_ids):
-        top = LINE + GAP + row * row_height
-        sheet.image(0, top, data, image_id, recipe, config.seed, global_ids + local_ids)
-        for n, view_id in enumerate(global_ids):
-            sheet.tile((1 + n) * (IMAGE + GAP), top, IMAGE, pixels[image_id, view_id], _colour(view_id))
-        for n, view_id in enumerate(local_ids):
-            left, down = locals_at + n % per_row * (small + GAP), n // per_row * (small + GAP)
-            sheet.tile(left, top + down, small, pixels[image_id, view_id], _colour(view_id))
+        groups.append(("local", recipe.local_crop.size * size // recipe.global_crops[0].size, local_ids))
+    pixels = load_views(data, recipe, config.seed, "auto", image_ids, [group[1:] for group in groups])
+
+    left, lefts = len(groups) * (IMAGE + GAP) + GAP, []
+    for *_, ids in groups:
+        lefts.append(left)
+        left += ceil(len(ids) / 2) * (SMALL + GAP) + 2 * GAP
+    grid = Grid(len(image_ids), max(left - 3 * GAP, IMAGE * 1.5), IMAGE + LINE + 2 * GAP)
+    width, height = grid.size
+    charts_at = width + BETWEEN
+    sheet = Sheet(
+        charts_at + CHART_WIDTH if config.ratios else width,
+        LINE + max(height, 2 * (CHART_HEIGHT + BETWEEN) if config.ratios else 0),
+        f"{config.data.name}: views of recipe {recipe.name}",
+        f"rows {_listed(image_ids)} of {data.num_images:,}, seed {config.seed}; a view has the number and the colour of its box",
+    )
+    for column in range(grid.columns):
+        at = grid.at(column)[0]
+        for n, (kind, side, _) in enumerate(groups):
+            sheet.text(at + n * (IMAGE + GAP), 0, f"where the {kind} crops are")
+            sheet.text(at + lefts[n], 0, f"{kind}, {side} px")
+    for block, image_id in enumerate(image_ids):
+        at, top = grid.at(block)
+        top += LINE + GAP
+        for n, (_, _, ids) in enumerate(groups):
+            caption = _caption(data, image_id) if n == 0 else ""
+            sheet.image(at + n * (IMAGE + GAP), top, data, image_id, recipe, config.seed, ids, caption)
+            per_row = ceil(len(ids) / 2)
+            for place, view_id in enumerate(ids):
+                across, down = at + lefts[n] + place % per_row * (SMALL + GAP), top + place // per_row * (SMALL + GAP)
+                shown = pixels[image_id, view_id]
+                sheet.tile(across, down, SMALL, shown, colour_of(view_id), number_of(view_id))
+    if config.ratios:
+        _draw_ratios(sheet, charts_at, config, data, size)
     return sheet
 
 
-def _draw_ratios(sheet: "Sheet", top: float, config: SheetConfig, data: Beton) -> None:
-    """Two histograms over the pairs that meet in the loss, by their share of it, of the recipe (filled) and of ``dino`` as it
-    stands (line).
+def _draw_ratios(sheet: Sheet, left: float, config: SheetConfig, data: Beton, size: int) -> None:
+    """Two histograms over the pairs that meet in the loss, by their share of it, of the recipe (filled) and of ``dino`` unchanged
+    (line).
     """
     some = slice(0, RATIO_IMAGES)
-    recipes = {config.recipe.name: config.recipe, "dino (as in its table)": get_recipe("dino")}
-    found = {
-        name: pair_ratios(recipe, config.seed, data.heights[some], data.widths[some])
-        for name, recipe in recipes.items()
+    usual = get_recipe("dino")
+    recipes = {f"recipe {config.recipe.name}": config.recipe, "recipe dino, unchanged": usual}
+    if config.recipe == usual:
+        del recipes["recipe dino"]
+    found = {n: pair_ratios(r, config.seed, data.heights[some], data.widths[some]) for n, r in recipes.items()}
+    fields = {
+        "area": "larger crop's area over the smaller one's",
+        "magnification": "times larger that a thing appears in one of the two views",
     }
-    titles = ("larger crop's area over the smaller one's", "how much larger things appear in one of the views")
-    for n, (field_name, title) in enumerate(zip(("area", "magnification"), titles, strict=True)):
-        left = n * (CHART_WIDTH + 3 * MARGIN) + MARGIN
-        axes = sheet.chart(left, top + LINE + GAP, CHART_WIDTH, CHART_HEIGHT - 0.75)
+    pairs = len(next(iter(found.values())).area)
+    sheet.text(left, 0, f"how different the two views of a pair are, in scale ({pairs:,} pairs)")
+    for n, (field_name, title) in enumerate(fields.items()):
+        top = LINE + 2 * GAP + n * (CHART_HEIGHT + BETWEEN)
+        axes = sheet.chart(left + 0.5, top, CHART_WIDTH - 0.6, CHART_HEIGHT - 0.55)
         shown = {name: np.log2(getattr(ratios, field_name)) for name, ratios in found.items()}
         bins = np.linspace(0, max([1.0, *(values.max() for values in shown.values() if values.size)]), 40).tolist()
-        for name, values in shown.items():
-            if not values.size:
-                continue
-            weight = found[name].weight
-            label = f"{name}: median {2 ** weighted_median(values, weight):.1f}"
-            if name == config.recipe.name:
-                axes.hist(values, bins, density=True, weights=weight, label=label, color="#89c2d9")
-            else:
-                axes.hist(values, bins, density=True, weights=weight, label=label, color=INK, histtype="step")
+        for (name, values), style in zip(
+            shown.items(), ({"color": "#89c2d9"}, {"color": INK, "histtype": "step"}), strict=False
+        ):
+            if values.size:
+                weight = found[name].weight
+                label = f"{name}: median {2 ** weighted_median(values, weight):.1f}"
+                axes.hist(values, bins, weights=weight / weight.sum(), label=label, **style)  # pyright: ignore[reportArgumentType]
         powers = range(0, int(bins[-1]) + 1)
         axes.set_xticks(powers, [f"{2**power}" for power in powers])
-        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
-        axes.set_yticks([])
-        axes.set_ylabel("share of the loss", fontsize=6)
-        axes.tick_params(labelsize=6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.legend(fontsize=6, frameon=False)
-        sheet.text(left, top, f"{title}, {len(next(iter(found.values())).area):,} pairs")
+        axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.locator_params(axis="y", nbins=4)
+        axes.set_xlabel(title, fontsize=8)
+        axes.set_ylabel("share of the loss", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="upper right")
 
 
-def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> "Sheet":
+def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> Sheet:
     """A block an image: the image, and a row a view with its neighbours."""
     manifest = store.manifest
     recipe, columns = Recipe.from_dict(manifest.recipe), min(config.views, len(manifest.view_ids))
@@ -159,34 +188,42 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
 
     view_at, first_at = IMAGE + 2 * GAP, IMAGE + TILE + 6 * GAP
     row_height = TILE + LINE + GAP
-    block_height = max(columns * row_height, IMAGE + LINE + GAP) + 2 * GAP
+    grid = Grid(
+        len(image_ids),
+        first_at + max(3, config.neighbours) * (TILE + GAP) - GAP,  # what is written above them needs three
+        max(columns * row_height, IMAGE + LINE + GAP) + GAP,
+    )
+    width, height = grid.size
     rows = sum(min(manifest.chunk_rows, manifest.num_images - chunk * manifest.chunk_rows) for chunk in chunks.tolist())
     sheet = Sheet(
-        first_at + config.neighbours * (TILE + GAP) - GAP,
-        len(image_ids) * block_height + LINE,
+        width,
+        height + LINE,
         f"{store.path.name}: what {manifest.teacher} finds alike",
         f"{manifest.view_size} px views of recipe {recipe.name}, rows {_listed(image_ids)} of {data.num_images:,}; "
         f"neighbours are views of other images among {rows:,} rows, with the cosine of their {store.encoding.kind} targets",
     )
-    sheet.text(0, 0, "image")
-    sheet.text(view_at, 0, "cached view")
-    sheet.text(first_at, 0, "nearest neighbours" + (" (green: same class)" if data.labels is not None else ""))
+    for column in range(grid.columns):
+        at = grid.at(column)[0]
+        sheet.text(at, 0, "image")
+        sheet.text(at + view_at, 0, "cached view")
+        sheet.text(at + first_at, 0, "nearest neighbours" + (" (green: same class)" if data.labels is not None else ""))
     for block, image_id in enumerate(image_ids):
-        top = LINE + GAP + block * block_height
-        sheet.image(0, top, data, image_id, recipe, manifest.seed, manifest.view_ids[:columns])
-        for column, view_id in enumerate(manifest.view_ids[:columns]):
+        at, top = grid.at(block)
+        top += LINE + GAP
+        ids = manifest.view_ids[:columns]
+        sheet.image(at, top, data, image_id, recipe, manifest.seed, ids, _caption(data, image_id))
+        for column, view_id in enumerate(ids):
             down = top + column * row_height
-            sheet.tile(view_at, down, TILE, pixels[image_id, view_id], _colour(view_id))
-            sheet.text(view_at, down + TILE, f"view {view_id}", FAINT)
+            view = pixels[image_id, view_id]
+            sheet.tile(at + view_at, down, TILE, view, colour_of(view_id), number_of(view_id))
             neighbours = zip(*(values[block, column] for values in found), strict=True)
             for n, (other, other_column, cosine) in enumerate(neighbours):
                 if np.isfinite(cosine):
-                    left = first_at + n * (TILE + GAP)
+                    left = at + first_at + n * (TILE + GAP)
                     sheet.tile(left, down, TILE, pixels[other, manifest.view_ids[other_column]])
                     same = data.labels is not None and data.labels[other] == data.labels[image_id]
-                    sheet.text(
-                        left, down + TILE, f"{cosine:.3f} {_caption(data, other)}", SAME_CLASS if same else FAINT
-                    )
+                    name = shortened(class_of(data, other) or f"row {other}", 10)
+                    sheet.text(left, down + TILE, f"{cosine:.2f} {name}", SAME_CLASS if same else FAINT)
     return sheet
 
 
@@ -206,102 +243,13 @@ def load_views(
     return pixels
 
 
-# ==== drawing ====
-
-
-class Sheet:
-    """A page of tiles placed in inches from the top left corner of what is below its title."""
-
-    def __init__(self, width: float, height: float, title: str, subtitle: str) -> None:
-        titles, subtitles = wrap(title, int(width / 0.11)), wrap(subtitle, int(width / 0.055))  # inches a letter
-        below_titles = MARGIN + 0.2 * len(titles) + 0.03
-        self.head = below_titles + LINE * len(subtitles) + 0.07
-        self.width, self.height = width + 2 * MARGIN, self.head + height + MARGIN
-        self.figure = Figure((self.width, self.height), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(self.figure)
-        for n, line in enumerate(titles):
-            self._write(MARGIN, MARGIN + 0.2 * n, line, 11, INK, "bold")
-        for n, line in enumerate(subtitles):
-            self._write(MARGIN, below_titles + LINE * n, line, 7, FAINT)
-
-    def text(self, left: float, top: float, text: str, colour: str = INK) -> None:
-        self._write(MARGIN + left, self.head + top, text, 7, colour)
-
-    def _write(self, left: float, top: float, text: str, points: int, colour: str, weight: str = "normal") -> None:
-        x, y = left / self.width, 1 - (top + 0.035) / self.height
-        self.figure.text(
-            x, y, printable(text), size=points, color=colour, weight=weight, ha="left", va="top", parse_math=False
-        )
-
-    def chart(self, left: float, top: float, width: float, height: float):
-        """Empty axes at these inches."""
-        bottom = self.head + top + height
-        return self.figure.add_axes(
-            ((MARGIN + left) / self.width, 1 - bottom / self.height, width / self.width, height / self.height)
-        )
-
-    def tile(self, left: float, top: float, side: float, pixels: np.ndarray, frame: str | None = None):
-        """``pixels`` (H, W, 3) uint8 with ``side`` inches for the longer side; returns the axes, in pixels."""
-        height, width = pixels.shape[:2]
-        tall, wide = side * height / max(height, width), side * width / max(height, width)
-        bottom = self.head + top + tall
-        box = ((MARGIN + left) / self.width, 1 - bottom / self.height, wide / self.width, tall / self.height)
-        axes = self.figure.add_axes(box, xticks=[], yticks=[])
-        size = round(wide * DPI), round(tall * DPI)
-        axes.imshow(_resized(pixels, size), extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
-        for spine in axes.spines.values():
-            spine.set(visible=frame is not None, color=frame, linewidth=2)
-        return axes
-
-    def image(
-        self, left: float, top: float, data: Beton, image_id: int, recipe: Recipe, seed: int, view_ids: tuple[int, ...]
-    ) -> None:
-        """The stored image with the boxes that its views are cropped from, and its name."""
-        pixels = data.image(image_id)
-        axes = self.tile(left, top, IMAGE, pixels)
-        n, (height, width) = len(view_ids), pixels.shape[:2]
-        heights, widths = np.full(n, height), np.full(n, width)
-        crops = view_parameters(recipe, seed, np.full(n, image_id), np.array(view_ids), heights, widths).geometry
-        columns = (LEFT, TOP, CROP_WIDTH, CROP_HEIGHT)
-        for view_id, (x, y, wide, tall) in zip(view_ids, crops[:, columns].tolist(), strict=True):
-            line = 0.9 if view_id >= LOCAL else 1.8
-            halo = [withStroke(linewidth=line + 0.8, foreground="white")]
-            axes.add_patch(
-                Rectangle((x, y), wide, tall, fill=False, edgecolor=_colour(view_id), linewidth=line, path_effects=halo)
-            )
-        below = top + IMAGE * height / max(height, width)
-        self.text(left, below, f"{image_id} {_tail(data.manifest.paths[image_id], 24)}", FAINT)
-
-    def save(self, path: Path) -> None:
-        self.figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def _resized(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """To (width, height). Much enlarged pixels stay squares, which tells a small image from a blurred one."""
-    image = Image.fromarray(pixels)
-    factor = size[0] // image.width
-    if factor >= 4:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _colour(view_id: int) -> str:
-    colours = LOCAL_COLOURS if view_id >= LOCAL else GLOBAL_COLOURS
-    return colours[view_id % LOCAL % len(colours)]
-
-
 def _caption(data: Beton, image_id: int) -> str:
-    if data.labels is None:
-        return f"row {image_id}"
-    label = int(data.labels[image_id])
-    name = data.manifest.classes[label] if data.manifest.classes else f"class {label}"
-    return name if len(name) <= 10 else f"{name[:8]}..."
+    """The class, the row and the name of an image."""
+    kind, name = class_of(data, image_id), data.manifest.paths[image_id].rpartition("/")[2]
+    words = f"{shortened(kind, 14)}: {image_id} " if kind else f"{image_id} "
+    return words + shortened(name, 28 - len(words), tail=True)
 
 
 def _listed(image_ids: np.ndarray) -> str:
     first, last = int(image_ids[0]), int(image_ids[-1])
     return f"{first:,} to {last:,}" if last - first == len(image_ids) - 1 else ", ".join(f"{i:,}" for i in image_ids)
-
-
-def _tail(text: str, most: int) -> str:
-    return text if len(text) <= most else f"...{text[-most + 3 :]}"

@@ -9,11 +9,11 @@ from rich.filesize import decimal
 
 from ..errors import MisuseError
 from ..images.beton import JPEG, Beton
+from ..store.begun import half_written, rows_done, shards_done
 from ..store.encodings import Encoding
 from ..store.manifest import AGAIN, StoreManifest
 from ..store.patches import PatchEncoding
 from ..store.reader import TargetStore
-from ..store.writer import half_written, rows_done
 from ..tokens import TOKENS
 
 Rows = Iterator[tuple[str, str]]
@@ -76,6 +76,8 @@ def _data_rows(data: Beton) -> Rows:
 def _half_written_rows(path: Path, manifest: StoreManifest) -> Rows:
     done = rows_done(path, manifest)
     yield "done", f"{done:,} of {manifest.num_images:,} images ({done / manifest.num_images:.0%}): {AGAIN} to go on"
+    if manifest.num_shards > 1:
+        yield "whole shards", f"{_runs(shards_done(path, manifest))} of 0 to {manifest.num_shards - 1}"
     yield from _manifest_rows(manifest)
 
 
@@ -143,6 +145,17 @@ def _describe_patches(patches: PatchEncoding) -> str:
             return f"embedding, {positions} of {patches.dim} numbers, int8, for {patches.num_prototypes:,} prototypes"
         case _:
             return f"prototypes, {positions} of {patches.k} of {patches.num_prototypes:,} logits"
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers, those that follow each other as one: 0 to 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return _abbreviated([" to ".join(map(str, run)) for run in runs]) or "none"
 
 
 def _bytes_under(folder: Path) -> int:

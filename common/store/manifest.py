@@ -72,6 +72,20 @@ class StoreManifest:
     def num_chunks(self) -> int:
         return -(-self.num_images // self.chunk_rows)
 
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_chunks // self.shard_chunks)
+
+    def chunks(self, shard: int) -> range:
+        """The numbers of the chunks of a shard; the last shard may have fewer."""
+        first = shard * self.shard_chunks
+        return range(first, min(first + self.shard_chunks, self.num_chunks))
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        chunks = self.chunks(shard)
+        return range(chunks.start * self.chunk_rows, min(chunks.stop * self.chunk_rows, self.num_images))
+
     def arrays(self) -> dict[str, ShardedArray]:
         """The sharded arrays by name."""
         encoding, views = Encoding.from_dict(self.encoding), len(self.view_ids)

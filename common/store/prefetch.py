@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MisuseError
+from ..run import use_device
 from .reader import TargetStore
 
 READY_BATCHES = 3
@@ -212,6 +213,7 @@ class _Epoch:
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
+            use_device(self.owner.device)
             work()
         except BaseException as error:
             with self.lock:

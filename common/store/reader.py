@@ -6,7 +6,7 @@
       patches_*/            the same of every patch, (N, V, P, ...), where the store has patch targets
       prototypes/           (K, D) float32, when the teacher has them
       statistics/*          sums that the objectives need later, gathered in the same pass
-      pending/              only while being written, see writer.py
+      pending/              only while being written, see begun.py
 
 A chunk is `chunk_rows` consecutive rows with all their views, compressed, with its own crc32c.
 """
@@ -26,11 +26,12 @@ from torch import Tensor
 from ..errors import FailureError, MisuseError
 from ..files import read_regular
 from ..records import LARGEST, parsed
+from .begun import disk_full_is_a_failure, half_written, rows_done
 from .codec import decode, decode_patches
 from .encodings import PATCHES, Encoding
 from .manifest import AGAIN, CHECKSUM, StoreManifest, differing, read_json
 from .shards import ChunkError, checksum_of
-from .writer import StoreWriter, disk_full_is_a_failure, half_written, rows_done, write_extras, write_group
+from .writer import StoreWriter, into, write_extras, write_group
 
 LARGEST_SMALL = 1 << 35
 """Bytes of an array that is not one row an image: a million prototypes of 8192 dimensions."""
@@ -61,7 +62,7 @@ class TargetStore:
             manifest = StoreManifest.from_json(path, attributes)
             store = cls(path, manifest, CHECKSUM in attributes["versions"])
             for name, array in store.arrays.items():
-                for shard in range(-(-store.manifest.num_chunks // array.shard_chunks)):
+                for shard in range(store.manifest.num_shards):
                     if not (file := path / name / array.shard_file(shard)).exists():
                         raise FailureError(f"{path} is damaged, {file} is missing: delete the store and {AGAIN}")
             return store
@@ -217,6 +218,6 @@ def add_prototypes(
     assert prototypes.shape[1] == store.manifest.dim
     manifest = replace(store.manifest, num_prototypes=len(prototypes), head=head, teacher_temp=teacher_temp)
     with disk_full_is_a_failure(store.path, prototypes.nbytes):
-        write_extras(store.path, prototypes, statistics or {})
-        write_group(store.path, "", manifest.to_json())
+        write_extras(into(store.path), prototypes, statistics or {})
+        write_group(into(store.path), "", manifest.to_json())
     return TargetStore.open(path)

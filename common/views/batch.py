@@ -78,10 +78,9 @@ class Batch:
         """
         colour = self.colour[number]
         if self.planes is None:
-            images = apply_colours(
-                self.views[number].to(mean.device).flatten(0, 1), colour.flatten(0, 1), blur_scale, mean, std
-            )
-            return images.to(dtype).unflatten(0, colour.shape[:2])
+            views = self.views[number].to(mean.device).flatten(0, 1)
+            images = apply_colours(views, colour.flatten(0, 1), blur_scale, mean, std, dtype)
+            return images.unflatten(0, colour.shape[:2])
         if mean.device.type == "cuda":
             from .kernel import views_from_planes
         else:

@@ -20,25 +20,31 @@ from .drawing import BRIGHTNESS, CONTRAST, GREY, HUE, ORDER, SATURATION, SIGMA, 
 SOLARISE_FROM = 128 / 255
 
 
-def apply_colours(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
+def apply_colours(
+    images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Views as the network takes them.
 
     images: (N, 3, S, S) uint8, any strides. colour: (N, 8) float32 on the CPU (``ViewParameters.colour``). blur_scale: S
     over the size that the recipe's blur radii refer to. mean, std: (3,) of the network's input, in [0, 1] units, on the
-    images' device. Returns (N, 3, S, S) float32, contiguous.
+    images' device. Returns (N, 3, S, S) of ``dtype``, contiguous, on CUDA channels last.
 
     On a CPU this is compiled code (``colours_compiled.py``), nine times as fast as the torch formulas, and equal to a few 1e-6;
     on CUDA it is ``kernel_colours.py``, which rounds what it blurs to float16.
     """
-    return _of_device(images.device.type)(images, colour, blur_scale, mean, std)
+    if images.device.type == "cuda" and _has_triton():
+        from .kernel_colours import apply_colours_triton
+
+        return apply_colours_triton(images, colour, blur_scale, mean, std, dtype)
+    return _in_torch(images.device.type)(images, colour, blur_scale, mean, std).to(dtype)
 
 
 @cache
-def _of_device(kind: str) -> Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]:
-    if kind == "cuda" and find_spec("triton") is not None:
-        from .kernel_colours import apply_colours_triton
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
-        return apply_colours_triton
+
+def _in_torch(kind: str) -> Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]:
     return apply_colours_compiled if kind == "cpu" else apply_colours_torch
 
 

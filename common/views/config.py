@@ -1,10 +1,10 @@
 """What can be set of loading views."""
 
-import os
 from dataclasses import dataclass
 from typing import Annotated
 
 from ..config import Workers
+from ..cores import usable_cores
 from ..settings import Setting, check
 
 BACKENDS = ("auto", "ffcv", "torch", "gpu")
@@ -39,7 +39,5 @@ class LoaderConfig:
 
     @property
     def threads(self) -> int:
-        """``workers``, or the number of cores that this process may use."""
-        if self.workers:
-            return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        """``workers``, or as many as this process has cores."""
+        return self.workers or usable_cores()

@@ -75,7 +75,7 @@ def _mix(x):
 
 
 @njit(cache=True, nogil=True)
-def _key(seed, image_id, view_id):
+def key_of(seed, image_id, view_id):
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = _mix(np.uint64(seed) + golden)
     key = _mix(key ^ (np.uint64(image_id) * golden))
@@ -83,13 +83,13 @@ def _key(seed, image_id, view_id):
 
 
 @njit(cache=True, nogil=True)
-def _uniform(key, counter, low, high):
+def uniform(key, counter, low, high):
     bits = _mix(key + np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15))
     return low + (high - low) * (np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0))
 
 
 @njit(cache=True, nogil=True)
-def _exp(x):
+def exp(x):
     """exp by its series: only + and *, so every machine draws the same crop (libm's exp differs in the last bit)."""
     term, total = 1.0, 1.0
     for n in range(1, 24):
@@ -99,7 +99,7 @@ def _exp(x):
 
 
 @njit(cache=True, nogil=True)
-def _log(x):
+def log(x):
     """log by the series of atanh, for the same reason; good to 1e-12 for the ratios 1/4 to 4 that crops use."""
     z = (x - 1.0) / (x + 1.0)
     power, total = z, 0.0
@@ -119,7 +119,7 @@ def _draw_views(table, kinds, seed, image_ids, view_ids, heights, widths, geomet
 def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, colour):
     """Fill ``geometry`` (5,) and ``colour`` (8,) for one view. The crop is torchvision's RandomResizedCrop.get_params."""
     crop = table[kinds if view_id >= LOCAL else view_id % kinds]
-    key = _key(seed, image_id, view_id)
+    key = key_of(seed, image_id, view_id)
 
     if crop.centre > 0.0:
         side = max(1, int(np.floor(crop.centre * min(height, width) + 0.5)))
@@ -129,14 +129,14 @@ def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, c
         ratio_low, ratio_high = crop.ratio[0], crop.ratio[1]
         crop_height, crop_width, top, left = 0, 0, 0, 0
         for attempt in range(10):
-            area = height * width * _uniform(key, 16 + 4 * attempt, crop.scale[0], crop.scale[1])
-            ratio = _exp(_uniform(key, 17 + 4 * attempt, _log(ratio_low), _log(ratio_high)))
+            area = height * width * uniform(key, 16 + 4 * attempt, crop.scale[0], crop.scale[1])
+            ratio = exp(uniform(key, 17 + 4 * attempt, log(ratio_low), log(ratio_high)))
             w = int(np.floor(np.sqrt(area * ratio) + 0.5))
             h = int(np.floor(np.sqrt(area / ratio) + 0.5))
             if 0 < w <= width and 0 < h <= height:
                 crop_height, crop_width = h, w
-                top = int(_uniform(key, 18 + 4 * attempt, 0.0, height - h + 1.0))
-                left = int(_uniform(key, 19 + 4 * attempt, 0.0, width - w + 1.0))
+                top = int(uniform(key, 18 + 4 * attempt, 0.0, height - h + 1.0))
+                left = int(uniform(key, 19 + 4 * attempt, 0.0, width - w + 1.0))
                 break
         if crop_height == 0:  # no attempt fitted: the largest centred crop whose ratio is allowed
             crop_height, crop_width = height, width
@@ -146,16 +146,16 @@ def _draw_view(table, kinds, seed, image_id, view_id, height, width, geometry, c
                 crop_width = max(1, int(np.floor(height * ratio_high + 0.5)))
             top, left = (height - crop_height) // 2, (width - crop_width) // 2
     geometry[TOP], geometry[LEFT], geometry[CROP_HEIGHT], geometry[CROP_WIDTH] = top, left, crop_height, crop_width
-    geometry[FLIP] = 1 if _uniform(key, 0, 0.0, 1.0) < crop.flip else 0
+    geometry[FLIP] = 1 if uniform(key, 0, 0.0, 1.0) < crop.flip else 0
 
     colour[BRIGHTNESS], colour[CONTRAST], colour[SATURATION], colour[HUE] = 1.0, 1.0, 1.0, 0.0
-    colour[ORDER] = np.floor(_uniform(key, 6, 0.0, 24.0))
-    if _uniform(key, 1, 0.0, 1.0) < crop.jitter:
-        colour[BRIGHTNESS] = _uniform(key, 2, max(0.0, 1.0 - crop.brightness), 1.0 + crop.brightness)
-        colour[CONTRAST] = _uniform(key, 3, max(0.0, 1.0 - crop.contrast), 1.0 + crop.contrast)
-        colour[SATURATION] = _uniform(key, 4, max(0.0, 1.0 - crop.saturation), 1.0 + crop.saturation)
-        colour[HUE] = _uniform(key, 5, -crop.hue, crop.hue)
-    colour[GREY] = 1.0 if _uniform(key, 7, 0.0, 1.0) < crop.grey else 0.0
-    blurred = _uniform(key, 8, 0.0, 1.0) < crop.blur
-    colour[SIGMA] = _uniform(key, 9, crop.sigma[0], crop.sigma[1]) if blurred else 0.0
-    colour[SOLARISE] = 1.0 if _uniform(key, 10, 0.0, 1.0) < crop.solarise else 0.0
+    colour[ORDER] = np.floor(uniform(key, 6, 0.0, 24.0))
+    if uniform(key, 1, 0.0, 1.0) < crop.jitter:
+        colour[BRIGHTNESS] = uniform(key, 2, max(0.0, 1.0 - crop.brightness), 1.0 + crop.brightness)
+        colour[CONTRAST] = uniform(key, 3, max(0.0, 1.0 - crop.contrast), 1.0 + crop.contrast)
+        colour[SATURATION] = uniform(key, 4, max(0.0, 1.0 - crop.saturation), 1.0 + crop.saturation)
+        colour[HUE] = uniform(key, 5, -crop.hue, crop.hue)
+    colour[GREY] = 1.0 if uniform(key, 7, 0.0, 1.0) < crop.grey else 0.0
+    blurred = uniform(key, 8, 0.0, 1.0) < crop.blur
+    colour[SIGMA] = uniform(key, 9, crop.sigma[0], crop.sigma[1]) if blurred else 0.0
+    colour[SOLARISE] = 1.0 if uniform(key, 10, 0.0, 1.0) < crop.solarise else 0.0

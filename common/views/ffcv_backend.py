@@ -19,6 +19,7 @@ from ffcv.pipeline.compiler import Compiler
 from numba import types
 
 from ..images.beton import Beton
+from ..run import current_device, use_device
 from .batch import Batch, ViewSet
 from .fetcher import BATCHES_AHEAD, PlaneFetcher, ViewFetcher
 from .recipes import Recipe
@@ -126,7 +127,7 @@ class _Fetch(SimpleRGBImageDecoder):
 
     def __init__(self, fetcher: ViewFetcher) -> None:
         super().__init__()
-        self.fetcher = fetcher
+        self.fetcher, self.device = fetcher, current_device()
 
     def declare_state_and_memory(self, previous_state):  # pyright: ignore[reportIncompatibleMethodOverride] (no memory)
         return replace(previous_state, jit_mode=True, shape=(), dtype=np.dtype("u1")), None
@@ -134,6 +135,7 @@ class _Fetch(SimpleRGBImageDecoder):
     def generate_code(self):
         def fetch(image_ids, _memory, _metadata, _storage):
             try:
+                use_device(self.device)  # of ffcv's thread, which page-locks memory and waits for copies
                 return self.fetcher(np.asarray(image_ids, np.int64))
             except BaseException as error:  # ffcv's thread would die with it, and its consumer wait for ever
                 return error

@@ -14,6 +14,9 @@ TILE = 32
 """Side in pixels of the part of a view that one program makes: 224 and 96 are whole multiples."""
 ROWS, COLUMNS = 32, 32
 """The part of a plane that is read at once."""
+WIDE = 64
+"""Columns of the first plane that are read at once from compute capability 9 on: there are twice as many as of the others, and
+a tile of a view is 34 and more of them wide. Before, so many do not fit the registers."""
 WARPS = 8
 """Of a program. With four, fewer fit a multiprocessor: twice the pixels a thread, and more registers than that costs."""
 
@@ -27,7 +30,7 @@ def blur(
     mean: Tensor,
     std: Tensor,
     kept: Tensor,
-    out: Tensor,  # (B, count, 3, size, size)
+    out: Tensor,  # (B, count, 3, size, size), a pixel's channels side by side
     blur_scale: float,
     all_views: int,
     first: int,
@@ -81,13 +84,14 @@ def blur_kernel(
     total = 1.0
     for distance in range(1, radius + 1):
         total += 2.0 * bell(distance, 1.0 / sigma, radius)
-    totals = total + tl.zeros((TILE,), tl.float32)
+    ones = tl.full((TILE,), 1.0, tl.float32)  # every pixel has the same sum, which is divided by at the end
     parameters = (1.0 / sigma, radius, size)
-    rows = (tl.maximum(top - radius, 0), tl.minimum(bottom + radius + 1, size), totals, parameters)
-    columns = (tl.maximum(left - radius, 0), tl.minimum(right + radius + 1, size), totals, parameters)
+    rows = (tl.maximum(top - radius, 0), tl.minimum(bottom + radius + 1, size), ones, parameters)
+    columns = (tl.maximum(left - radius, 0), tl.minimum(right + radius + 1, size), ones, parameters)
     channel = tl.program_id(0) % 3
     kept += (place.to(tl.int64) * 3 + channel) * size * size
     values = filtered(kept, size, source_y, source_x, rows, columns, gaussian, ROWS, COLUMNS)
+    values *= (1.0 / total) * (1.0 / total)
     values = normalised(values, tl.load(colour + _SOLARISE), mean, std, channel)
-    out += (view.to(tl.int64) * 3 + channel) * size * size
-    tl.store(out + y[:, None] * size + x[None, :], values, inside)
+    out += view.to(tl.int64) * 3 * size * size + channel
+    tl.store(out + (y * (3 * size))[:, None] + (x * 3)[None, :], values, inside)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import drawing
 from .kernel_blur import blur
-from .kernel_formulas import coloured, finish, orders_on, places_of
+from .kernel_formulas import channels_last, coloured, finish, orders_on, places_of
 
 BLOCK, WARPS = 1024, 4
 """Pixels of a resized view that one program makes, and its warps."""
@@ -19,11 +19,13 @@ _CONTRAST = tl.constexpr(drawing.CONTRAST)
 _COLOUR_COLUMNS = tl.constexpr(drawing.COLOUR_COLUMNS)
 
 
-def apply_colours_triton(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:
+def apply_colours_triton(
+    images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """What ``colours.apply_colours`` says, for images on a CUDA device. Waits for nothing."""
     num_views, _, size, _ = images.shape
     images, device, tiles = images.contiguous(), images.device, triton.cdiv(size * size, BLOCK)
-    out = torch.empty(num_views, 3, size, size, device=device)
+    out = channels_last(num_views, size, dtype, device)
     places, blurred = places_of(colour[:, drawing.SIGMA], device)
     kept = torch.empty(blurred, 3, size, size, dtype=torch.float16, device=device)
     sums = torch.empty(num_views, tiles, dtype=torch.float32, device=device)
@@ -57,7 +59,7 @@ def colours_kernel(
     std,  # (3,) float32
     sums,  # (N, tiles) float32
     kept,  # (views to be blurred, 3, area) float16
-    out,  # (N, 3, area)
+    out,  # (N, area, 3)
     area,
     MEASURE: tl.constexpr,
     TILES: tl.constexpr,

@@ -31,6 +31,35 @@ def filtered(source, stride, y, x, rows, columns, WEIGHTS: tl.constexpr, ROWS: t
 
 
 @triton.jit
+def filtered_pair(
+    source, apart, stride, y, x, rows, columns, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``filtered`` of two planes alike, the second ``apart`` from the first: read together, side by side, by the same weights."""
+    top, bottom, down_sum, down_parameters = rows
+    left, right, along_sum, along_parameters = columns
+    TILE: tl.constexpr = y.shape[0]
+    both = tl.arange(0, 2 * COLUMNS)
+    pair = tl.zeros((2 * TILE, TILE), tl.float32)  # one above the other
+    for column in range(left, right, COLUMNS):
+        source_x = tl.minimum(column + both % COLUMNS, right - 1) + both // COLUMNS * apart
+        strip = tl.zeros((TILE, 2 * COLUMNS), tl.float32)
+        for row in range(top, bottom, ROWS):
+            source_y = row + tl.arange(0, ROWS)
+            pixels = tl.load(source + source_x[None, :] + tl.minimum(source_y, bottom - 1)[:, None] * stride)
+            down = WEIGHTS(y[:, None], source_y[None, :], bottom, down_parameters)
+            strip = tl.dot(down.to(tl.float16), pixels.to(tl.float16), strip)
+        stacked = tl.reshape(
+            tl.permute(tl.reshape(strip.to(tl.float16), (TILE, 2, COLUMNS)), (1, 0, 2)), (2 * TILE, COLUMNS)
+        )
+        tap = column + tl.arange(0, COLUMNS)
+        along = WEIGHTS(x[None, :], tap[:, None], right, along_parameters)
+        pair = tl.dot(stacked, along.to(tl.float16), pair)
+    first, second = tl.split(tl.permute(tl.reshape(pair, (2, TILE, TILE)), (1, 2, 0)))
+    norm = (1.0 / down_sum)[:, None] * (1.0 / along_sum)[None, :]
+    return first * norm, second * norm
+
+
+@triton.jit
 def triangle(place, tap, end, parameters):
     """The weight of the source's pixel ``tap`` in the view's pixel ``place``, before they are made to add to one."""
     start, scale, slope = parameters

@@ -29,6 +29,11 @@ def places_of(sigma: Tensor, device: torch.device) -> tuple[Tensor, int]:
     return places, int(blurred.sum())
 
 
+def channels_last(views: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(views, 3, size, size), as cuDNN wants it: a pixel's channels side by side."""
+    return torch.empty(views, size, size, 3, dtype=dtype, device=device).permute(0, 3, 1, 2)
+
+
 @cache
 def orders_on(device: torch.device) -> Tensor:
     """(24, 4) int32: which part of the jitter comes first, second ..."""
@@ -80,11 +85,11 @@ def normalised(channel, solarise, mean, std, number):
 
 
 @triton.jit
-def _store(out, place, r, g, b, inside, area):
-    """``place``: of the pixels in the first of three channels of ``area`` pixels."""
+def _store(out, place, r, g, b, inside, stride):
+    """``place``: of the pixels in the first of three channels, which lie ``stride`` apart."""
     tl.store(out + place, r, inside)
-    tl.store(out + area + place, g, inside)
-    tl.store(out + 2 * area + place, b, inside)
+    tl.store(out + stride + place, g, inside)
+    tl.store(out + 2 * stride + place, b, inside)
 
 
 @triton.jit
@@ -115,7 +120,7 @@ def coloured(
 
 @triton.jit
 def finish(r, g, b, colour, places, mean, std, kept, out, view, pixel, inside, area):
-    """Grey, solarise, normalise and store; or grey and keep what is to be blurred."""
+    """Grey, solarise, normalise and store, a pixel's channels side by side; or grey and keep what is to be blurred."""
     if tl.load(colour + _GREY) != 0.0:
         grey = _grey(r, g, b)
         r, g, b = grey, grey, grey
@@ -126,4 +131,4 @@ def finish(r, g, b, colour, places, mean, std, kept, out, view, pixel, inside, a
         solarise = tl.load(colour + _SOLARISE)
         r, g = normalised(r, solarise, mean, std, 0), normalised(g, solarise, mean, std, 1)
         b = normalised(b, solarise, mean, std, 2)
-        _store(out + view.to(tl.int64) * 3 * area, pixel, r, g, b, inside, area)
+        _store(out + view.to(tl.int64) * 3 * area, 3 * pixel, r, g, b, inside, 1)

@@ -30,11 +30,12 @@ def knn(
     load_teacher: LoadTeacher,
 ) -> None:
     """Weighted k-nearest-neighbour accuracy, as DINO defines it."""
+    from ..evaluate.features import brought_to
     from ..evaluate.knn import knn_sweep
 
     subject = Subject(context, what, config, load_teacher)
     train, held_out = subject.images(data, test)
-    results = knn_sweep(train.features, held_out.features, list(k), temperature)
+    results = knn_sweep(*brought_to(subject.network.device, train.features, held_out.features), list(k), temperature)
     accuracies(
         f"k-NN of {subject.network.title}",
         ("k", "top-1 %", "top-5 %", "train images", "test images"),
@@ -61,6 +62,7 @@ def linear(
     load_teacher: LoadTeacher,
 ) -> None:
     """A linear classifier on frozen features: a sweep in one pass, the choice made on a tenth of TRAIN, one test."""
+    from ..evaluate.features import brought_to
     from ..evaluate.linear import linear
     from ..evaluate.linear_augmented import linear_augmented
 
@@ -75,7 +77,7 @@ def linear(
                 network, train, held_out.features, training, subject.loader, checkpoint=saved, progress=update
             )
         else:
-            result = linear(train.features.to(network.device), held_out.features.to(network.device), training, update)
+            result = linear(*brought_to(network.device, train.features, held_out.features), training, update)
     accuracies(
         f"linear classifier on {network.title}",
         ("learning rate", "weight decay", "validation %", "top-1 %", "top-5 %"),
@@ -121,6 +123,7 @@ def lowshot(
 ) -> None:
     """Few labels: fixed subsets by seed, logistic regression on frozen features or --finetune; mean and deviation."""
     from ...common.images.beton import Beton
+    from ..evaluate.features import brought_to
     from ..evaluate.finetune import finetune_lowshot
     from ..evaluate.lowshot import MSN_REGULARISATION, REGULARISATION, Listed, Share
     from ..evaluate.lowshot import lowshot as frozen_lowshot
@@ -153,7 +156,7 @@ def lowshot(
                     network, train, held_out, tuning, subject.loader, share, range(seeds), kept, update
                 )
             else:
-                features = train.features.to(network.device), held_out.features.to(network.device)
+                features = brought_to(network.device, train.features, held_out.features)
                 several = range(1 if isinstance(share, Listed) else seeds)
                 result = frozen_lowshot(*features, share, several, strength, update, logistic.protocol)
         results.append(result)
@@ -200,6 +203,7 @@ def transfer(
     load_teacher: LoadTeacher,
 ) -> None:
     """Another task: a linear classifier on frozen features, chosen as by rob eval linear, and k-NN."""
+    from ..evaluate.features import brought_to
     from ..evaluate.knn import knn
     from ..evaluate.linear import linear
     from ..evaluate.transfer import packed_task
@@ -216,7 +220,7 @@ def transfer(
             progress=update,
         )
     train, held_out = subject.images(*paths)
-    features = train.features.to(subject.network.device), held_out.features.to(subject.network.device)
+    features = brought_to(subject.network.device, train.features, held_out.features)
     with bar("training", "steps") as update:
         result = linear(*features, training, update)
     nearest = knn(*features, k=min(20, len(train.features)))

@@ -1,6 +1,5 @@
 """What ``rob eval`` measures: a student, a teacher or raw pixels, with its images and the folder that keeps its results."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...common.config import Checkpoint, Device
-from ...common.errors import MisuseError
+from ...common.errors import FailureError, MisuseError
 from ...common.options import refuse
+from ...common.records import read_record
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
@@ -137,6 +137,7 @@ def describe(what: Path) -> "StudentInfo":
     from ..students import StudentInfo
 
     try:
-        return StudentInfo.from_dict(json.loads((what / "config.json").read_text())["student_info"])
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_record(what / "config.json", dict[str, Any], "", unchecked=True)
+        return StudentInfo.from_dict(config["student_info"])
+    except (OSError, FailureError, ValueError, KeyError, TypeError):
         return load_student(what)[1]

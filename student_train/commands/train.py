@@ -64,9 +64,10 @@ def train_student(
         str | None,
         Setting(
             "embedding: regress the teacher's embedding. simreg: the same behind a deeper head. disco: embedding and InfoNCE. "
-            "moco: InfoNCE alone. seed: similarities to other images. Over prototypes: dino, ibot (class token), swav (Sinkhorn "
-            "codes), msn (uses all prototypes). Default dino where the targets have prototypes, else embedding; rob "
-            "cache-teacher --prototypes K fits some to embeddings that are cached already."
+            "moco: InfoNCE alone. seed: similarities to other images. patch: embedding, and patch tokens (a cache with --patches "
+            "grid). Over prototypes: dino, ibot (its patches too, with --patches prototypes), swav (Sinkhorn codes), msn (uses "
+            "all prototypes). Default dino where the targets have prototypes, else embedding; rob cache-teacher --prototypes K "
+            "fits some to embeddings that are cached already."
         ),
     ] = None,
     matched: partial[ObjectiveConfig],
@@ -194,10 +195,10 @@ def train_student(
             result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan))
         alone = current_ranks().is_main
         leave_ranks()
-    note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
-    if result.shares:
-        note(f"{describe_shares(result.shares)}. {result.advice}")
     if alone:
+        note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
+        if result.shares:
+            note(f"{describe_shares(result.shares)}. {result.advice}")
         measure(run, result.steps)
 
 

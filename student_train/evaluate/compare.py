@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...common.errors import MisuseError
+from ...common.errors import MisuseError, shortened
 from ...common.files import replacing
 from ...common.timing import median_ms
 from ...common.weights import hash_weights
@@ -111,8 +111,9 @@ def check_comparable(summaries: Sequence[RunSummary]) -> list[str]:
 
 
 def all_tasks(summaries: Sequence[RunSummary]) -> list[str]:
-    """In order of first appearance."""
-    return list(dict.fromkeys(task for summary in summaries for task in summary.scores))
+    """A task and its controls side by side, and what else is of one task in the order of its first appearance."""
+    found = dict.fromkeys(task for summary in summaries for task in summary.scores)
+    return sorted(found, key=lambda task: task.partition(" ")[0])
 
 
 def write_comparison(summaries: Sequence[RunSummary], out: Path) -> None:
@@ -120,10 +121,7 @@ def write_comparison(summaries: Sequence[RunSummary], out: Path) -> None:
 
     MisuseError: no run has a result yet. FailureError: a file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from .compare_plot import compare_plot
 
     tasks = all_tasks(summaries)
     if not tasks:
@@ -135,30 +133,9 @@ def write_comparison(summaries: Sequence[RunSummary], out: Path) -> None:
         "CUDA latency, ms": [s.cuda_ms for s in summaries],
         "training images/s": [s.train_images_per_second for s in summaries],
     }
-    costs = {name: values for name, values in costs.items() if any(value is not None for value in values)}
-    figure, axes = plt.subplots(1, len(costs), figsize=(3.6 * len(costs), 4.2), sharey=True, squeeze=False)
-    for panel, (cost, values) in zip(axes[0], costs.items(), strict=True):
-        for task in tasks:
-            points = sorted(
-                (value, s.scores[task])
-                for value, s in zip(values, summaries, strict=True)
-                if value is not None and task in s.scores
-            )
-            panel.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1, label=task) if points else None
-        for value, summary in zip(values, summaries, strict=True):
-            if value is not None and summary.scores:
-                name = Path(summary.run).name
-                top = max(summary.scores.values())
-                panel.annotate(name, (value, top), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
-        panel.set_xscale("log")
-        panel.set_xlabel(cost)
-        panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("%")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=min(len(labels), 6), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    names = [f"{shortened(Path(s.run).name, 40)} ({s.student}, {s.image_size} px)" for s in summaries]
+    figure = compare_plot(names, costs, {task: [s.scores.get(task) for s in summaries] for task in tasks})
     with replacing(out) as file:
-        figure.savefig(file, format="png", dpi=140)
-    plt.close(figure)
+        figure.savefig(file, format="png", dpi=110)
     with replacing(out.with_suffix(".json")) as file:
         file.write((json.dumps([asdict(summary) for summary in summaries], indent=2) + "\n").encode())

@@ -130,3 +130,30 @@ class DetectConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """A BatchNorm and one linear layer a position, trained by AdamW with a cosine to 0, on maps that stay as they are."""
+
+    train: Annotated[
+        Path,
+        Setting(
+            "Images with a class for every pixel: a folder of images/ and masks/, images/PART beside masks/PART, COCO's "
+            "annotations/instances_PART.json, VOC's ImageSets/Segmentation/PART.txt, or ADE20K's images/PART.",
+            argument="TRAIN",
+        ),
+    ]
+    test: Annotated[Path, Setting("The same to test on.", argument="TEST")]
+    layer: Annotated[
+        int | None,
+        Setting("Block or stage whose map is probed, from 0, or from the end as -2; default the last. CNNs: try -2."),
+    ] = None
+    epochs: Annotated[int, Setting("Passes over the maps, which are made once.", low=1)] = 40
+    batch_size: Annotated[int, Setting("Images a step.", low=1)] = 16
+    lr: Annotated[float, Setting("Peak, as in DINOv2's linear segmentation.", low=1e-8, high=10)] = 1e-3
+    weight_decay: float = 1e-4
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check(self)

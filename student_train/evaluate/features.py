@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from ...common.files import replacing
 from ...common.records import DamagedError
 from ...common.weights import read_tensor_file, tensor_file
 
+COPIES = 4
+"""Of the features, that an evaluation holds at most: rows to train on, rows to choose by, both standardised."""
 SHARD_ROWS = 16_384
 """Images whose features are written at a time: 32 MB of 512 dimensions, and no more lost when extraction is killed."""
 
@@ -47,6 +50,14 @@ class Features:
 
     def to(self, device: torch.device | str) -> "Features":
         return Features(self.features.to(device), self.labels.to(device), self.classes)
+
+
+def brought_to(device: torch.device, train: Features, test: Features) -> tuple[Features, Features]:
+    """Both where they are evaluated: on ``device``, or where they are if that is a GPU without room for ``COPIES`` of them."""
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if COPIES * train.features.nbytes + test.features.nbytes > room:
+        return train, test
+    return train.to(device), test.to(device)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def finetune_lowshot(
     for seed in seeds:
         settings = {**asdict(config), **share.to_json(), "seed": seed, "loader": asdict(loader)}
         settings |= {**network.settings, "images": len(train.image_ids)}
-        settings |= {"data": [Beton(images.path).manifest.fingerprint for images in (train, test)]}
+        settings |= {"data": [Beton(train.path).manifest.fingerprint for images in (train, test)]}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         done = keep_in and keep_in / f"{digest[:16]}.json"
         top1 = done and _kept(done)
@@ -106,10 +106,18 @@ def finetune(
     It starts where ``lowshot`` ends ("LP-FT", Kumar et al. 2022): behind a random classifier, few labels would ruin the
     features. ``network`` is left as it was. MisuseError: it is no student, or as ``lowshot``.
     """
+    subset = train.rows(share.rows(train.features.labels, seed))
+    return _top1(fit_classifier(network, subset, config, loader, seed), network, test, loader)
+
+
+def fit_classifier(
+    network: FrozenNetwork, train: LabelledImages, config: FinetuneConfig, loader: LoaderConfig, seed: int
+) -> Classifier:
+    """A copy of ``network`` and a classifier on it, both trained on all of ``train``, in eval mode. MisuseError: it is no
+    student."""
     if not isinstance(network.embed, nn.Module) or not any(p.requires_grad for p in network.embed.parameters()):
         raise MisuseError(f"{network.name} cannot be fine-tuned: give a run folder or a student's weights")
-    subset = train.rows(share.rows(train.features.labels, seed))
-    frozen = subset.features
+    frozen = train.features
     start = fit_logistic(Features(F.normalize(frozen.features), frozen.labels, frozen.classes), REGULARISATION)
     model = Classifier(copy.deepcopy(network.embed), start.weights, start.biases).to(network.device).train()
     # So few images make poor statistics: batch norm keeps those it was trained with.
@@ -121,20 +129,20 @@ def finetune(
         {"params": model.backbone.parameters(), "lr": config.lr},
         {"params": model.head.parameters(), "lr": HEAD_RATE * config.lr},
     ]
-    labels = subset.labels_by_id().to(network.device)
+    labels = train.labels_by_id().to(network.device)
     crops = RandomCrops(network, Beton(train.path), loader, seed)
     training = Training(
         model=model,
         optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay),
-        batches=lambda epoch: crops.epoch(subset.image_ids, epoch),
+        batches=lambda epoch: crops.epoch(train.image_ids, epoch),
         loss=lambda batch: F.cross_entropy(model(batch[1]), labels[batch[0].to(network.device)]),
         rate=lambda step, epoch: cosine_decay(epoch, config.epochs),
         epochs=config.epochs,
-        steps_per_epoch=-(-len(subset.image_ids) // loader.batch_size),
+        steps_per_epoch=-(-len(train.image_ids) // loader.batch_size),
         device=network.device,
     )
     train_epochs(training)
-    return _top1(model.eval(), network, test, loader)
+    return model.eval()
 
 
 @torch.no_grad()

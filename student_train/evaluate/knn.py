@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification of frozen features, as DINO's ``eval_knn.py`` defines it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.run import exact_products
 from .features import Features, same_classes
 
-SIMILARITIES_PER_BATCH = 16_000_000
-"""Similarities held at a time (64 MB of float32): test rows of a batch times all training rows."""
+SIMILARITY_BYTES = 64_000_000
+"""Of the float32 similarities held at a time, test rows of a batch times all training rows, on a CPU. A GPU may take a
+sixteenth of what it has free: with ImageNet's rows, 64 MB would be a dozen test images a launch."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ def knn_sweep(
 
     Runs on the device the features are on. MisuseError: k outside 1..N, or a test class that the training set lacks.
     """
+    results = []
+    for k, hits in zip(ks, _hits(train, test, ks, temperature), strict=True):
+        top1, top5 = (count / len(test) for count in torch.stack([hits[:, 0].sum(), hits.any(1).sum()]).tolist())
+        results.append(KnnResult(k, temperature, 100 * top1, 100 * top5, len(train), len(test)))
+    return tuple(results)
+
+
+def knn_hits(train: Features, test: Features, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """(N_test,) bool: which of the test images ``knn`` gives their label. MisuseError as ``knn_sweep``."""
+    return next(_hits(train, test, (k,), temperature))[:, 0]
+
+
+def _hits(train: Features, test: Features, ks: Sequence[int], temperature: float) -> Iterator[Tensor]:
+    """For each ``k`` (N_test, 5) bool, or fewer columns: whether an image's label is its first vote, its second ..."""
     test = same_classes(train, test)
     for k in ks:
         if not 1 <= k <= len(train):
@@ -49,21 +65,24 @@ def knn_sweep(
     similarities, votes = nearest_labels(train, test, max(ks))
     # Relative to the nearest, none overflows; and every vote counts for more than none.
     weights = ((similarities - similarities[:, :1]) / temperature).exp().clamp_min(torch.finfo(similarities.dtype).tiny)
-    results = []
     for k in ks:
         scores = weights.new_zeros(len(test), train.num_classes).scatter_add_(1, votes[:, :k], weights[:, :k])
         best = scores.topk(min(5, train.num_classes))
-        hits = (best.indices == test.labels[:, None]) & (best.values > 0)  # a class without a vote is no answer
-        top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
-        results.append(KnnResult(k, temperature, 100 * top1, 100 * top5, len(train), len(test)))
-    return tuple(results)
+        yield (best.indices == test.labels[:, None]) & (best.values > 0)  # a class without a vote is no answer
 
 
 def nearest_labels(train: Features, test: Features, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (N_test, k), greatest first, and the labels (N_test, k) of each test row's nearest training rows."""
     keys, queries = F.normalize(train.features), F.normalize(test.features)
-    batch = max(1, SIMILARITIES_PER_BATCH // len(keys))
-    found = [(rows @ keys.T).topk(k) for rows in queries.split(batch)]
+    batch = max(1, similarity_bytes(keys.device) // (4 * len(keys)))
+    with exact_products():
+        found = [(rows @ keys.T).topk(k) for rows in queries.split(batch)]
     similarities = torch.cat([values for values, _ in found])
     neighbours = torch.cat([indices for _, indices in found])
     return similarities, train.labels[neighbours]
+
+
+def similarity_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SIMILARITY_BYTES
+    return max(SIMILARITY_BYTES, torch.cuda.mem_get_info(device)[0] // 16)

@@ -72,9 +72,10 @@ def write_result(
 
 
 def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
-    """Task -> what its file says, in alphabetical order. MisuseError: a file that is damaged, or no result."""
+    """Task -> what its file says, in alphabetical order: knn, then its controls. MisuseError: a file that is damaged, or no
+    result."""
     results: dict[str, dict[str, Any]] = {}
-    for path in sorted((run_folder / "eval").glob("*.json")):
+    for path in sorted((run_folder / "eval").glob("*.json"), key=lambda path: path.stem):
         try:
             results[path.stem] = dict(read_record(path, Result, AGAIN))
         except FailureError as problem:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.files import read_regular
 from .features import Features
+
+LARGEST = 1 << 30
+"""Bytes of a list of images."""
 
 
 def balanced_subset(
@@ -45,7 +49,7 @@ def listed_rows(file: Path, paths: Sequence[str]) -> Tensor:
     are not those of exactly one image.
     """
     try:
-        names = [name for line in file.read_text().splitlines() if (name := line.strip())]
+        names = [name for line in read_regular(file, LARGEST).decode().splitlines() if (name := line.strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise MisuseError(
             f"`subset` {file} cannot be read ({error}): give a text file of image names, one a line"

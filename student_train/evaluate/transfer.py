@@ -6,26 +6,55 @@ intervals, from the scene files; its test images are Clevr's validation split.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from ...common.errors import MisuseError, unknown_name
+from ...common.files import is_inside, read_regular
 from ...common.images.beton import Beton
 from ...common.images.pack import PackConfig, pack
-from ...common.images.sources import Source, open_folder, open_torchvision
+from ...common.images.sources import LARGEST, Source, open_folder, open_torchvision
+from ...common.records import read_foreign
 
 CLEVR_COUNTS = range(3, 11)
 """Objects in a scene: the eight classes of Clevr/Count."""
 CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 """Bounds of Clevr/Dist's six classes: class i is above the i-th and at most the next."""
 
+LARGEST_LIST = 1 << 32
+"""Bytes of an annotation file."""
+
 Sources = tuple[Source, Source]
+
+
+class Listed(TypedDict):
+    """An image of iNaturalist's annotations."""
+
+    file_name: str
+
+
+class Listing(TypedDict):
+    images: list[Listed]
+
+
+class Thing(TypedDict):
+    pixel_coords: tuple[float, float, float]
+
+
+class Scene(TypedDict):
+    """What is read of a scene of Clevr."""
+
+    image_filename: str
+    objects: list[Thing]
+
+
+class Scenes(TypedDict):
+    scenes: list[Scene]
 
 
 @dataclass(frozen=True)
@@ -134,8 +163,12 @@ def _open_inaturalist_before_2021(year: str) -> Callable[[Path, bool], Sources]:
         number = {Path(name).as_posix(): index for index, name in enumerate(data.all_categories)}
 
         def source(part: str) -> Source:
-            listed = json.loads((root / f"{part}{year}.json").read_text())["images"]
+            path = root / f"{part}{year}.json"
+            listed = read_foreign(path, Listing, "an annotation file of iNaturalist", LARGEST_LIST)["images"]
             files = [image["file_name"].partition("/")[2] for image in listed]
+            odd = next((file for file in files if not is_inside(file) or file.rpartition("/")[0] not in number), None)
+            if odd is not None:
+                raise MisuseError(f"{path} names {odd!r}, which is of no category in {data.root}")
             return _of_files(Path(data.root), ((f, number[f.rpartition("/")[0]]) for f in files), list(number))
 
         return source("train"), source("val")
@@ -155,15 +188,21 @@ def _open_places(root: Path, download: bool) -> Sources:
     return source("train-standard"), source("val")
 
 
-def _open_clevr(label: Callable[[dict[str, Any]], int], classes: Sequence[str]) -> Callable[[Path, bool], Sources]:
+def _open_clevr(label: Callable[[Scene], int], classes: Sequence[str]) -> Callable[[Path, bool], Sources]:
     def open_(root: Path, download: bool) -> Sources:
         from torchvision.datasets import CLEVRClassification
 
         def source(split: str) -> Source:
-            data = CLEVRClassification(str(root), split, download=download)
             folder = root / "clevr" / "CLEVR_v1.0"
-            scenes = json.loads((folder / "scenes" / f"CLEVR_{split}_scenes.json").read_text())["scenes"]
-            labels = {scene["image_filename"]: label(scene) for scene in scenes}
+            path = folder / "scenes" / f"CLEVR_{split}_scenes.json"
+
+            def read() -> dict[str, int]:
+                scenes = read_foreign(path, Scenes, "a scene file of Clevr", LARGEST_LIST)["scenes"]
+                return {scene["image_filename"]: label(scene) for scene in scenes}
+
+            labels = read() if path.exists() else {}  # before torchvision, which believes what it reads
+            data = CLEVRClassification(str(root), split, download=download)
+            labels = labels or read()
             files = ((path.name, labels[path.name]) for path in data._image_files)
             return _of_files(folder / "images" / split, files, classes)
 
@@ -172,7 +211,7 @@ def _open_clevr(label: Callable[[dict[str, Any]], int], classes: Sequence[str]) 
     return open_
 
 
-def count_label(scene: dict[str, Any]) -> int:
+def count_label(scene: Scene) -> int:
     """VTAB's ``count_all``: the number of objects, less three. MisuseError: a scene of fewer than 3 or more than 10."""
     count = len(scene["objects"])
     if count not in CLEVR_COUNTS:
@@ -180,11 +219,11 @@ def count_label(scene: dict[str, Any]) -> int:
     return count - CLEVR_COUNTS[0]
 
 
-def distance_label(scene: dict[str, Any]) -> int:
+def distance_label(scene: Scene) -> int:
     """VTAB's ``closest_object_distance``: the interval of ``CLEVR_DISTANCES`` of the least depth, the third of an
     object's ``pixel_coords``. MisuseError: a depth outside them.
     """
-    nearest = min(thing["pixel_coords"][2] for thing in scene["objects"])
+    nearest = min((thing["pixel_coords"][2] for thing in scene["objects"]), default=float("nan"))
     label = int(np.searchsorted(CLEVR_DISTANCES, nearest, side="left")) - 1
     if not 0 <= label < len(CLEVR_DISTANCES) - 1:
         raise MisuseError(f"{scene['image_filename']} of Clevr has an object at depth {nearest:g}, expected 0 to 100")
@@ -207,7 +246,7 @@ def _of_files(folder: Path, files: Iterable[tuple[str, int]], classes: Sequence[
     labels = dict(sorted(files))
     if not labels:
         raise FileNotFoundError(f"no image in {folder}")
-    return Source(tuple(labels), lambda path: ((folder / path).read_bytes(), labels[path]), tuple(classes))
+    return Source(tuple(labels), lambda path: (read_regular(folder / path, LARGEST), labels[path]), tuple(classes))
 
 
 _CLEVR = (

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.files import replacing
+from ...common.files import append_to, replacing
 from ...common.images.beton import Beton
 from ...common.look.neighbours import unit_vectors
 from ...common.records import sealed
+from ...common.run import exact_products
 from ...common.store.codec import decode
 from ...common.store.reader import TargetStore
 from ...common.views.config import LoaderConfig
@@ -109,7 +110,7 @@ class Yardstick:
                 name: self._score(self._features(n)) for name, n in (("random", random), ("pixels", pixels))
             }
             if self.labels is not None and self.teacher_rows is not None:
-                self._others["teacher"] = self._score(self.teacher_rows)
+                self._others["teacher"] = self._score(self.teacher_rows.to(self.device))
         others = self._others
         score = self._score(self._features(mine))
         by_labels = self.labels is not None
@@ -123,33 +124,34 @@ class Yardstick:
             module.eval()
         try:
             batches = network.centred(self.data, self.loader, self.image_ids)
-            return torch.cat([network.embed(images).float().cpu() for _, images in batches])
+            return torch.cat([network.embed(images).float() for _, images in batches])  # all on its device
         finally:
             if module is not None:
                 module.train(training)
 
     def _score(self, rows: Tensor) -> float:
         if self.labels is not None:
-            kept, tested = hold_out(Features(rows, self.labels), HELD_OUT, 0, "")
-            features = Features(rows, self.labels)
+            features = Features(rows, self.labels.to(rows.device))
+            kept, tested = hold_out(features, HELD_OUT, 0, "")
             train = features.rows(kept)
             return round(knn(train, features.rows(tested), k=min(K, len(train))).top1, 2)
         assert self.teacher_rows is not None
-        return round(100 * shared_neighbours(rows, self.teacher_rows), 2)
+        return round(100 * shared_neighbours(rows, self.teacher_rows.to(rows.device)), 2)
 
 
 def shared_neighbours(rows: Tensor, others: Tensor, count: int = NEIGHBOURS, queries: int = QUERIES) -> float:
     """Mean share of the ``count`` nearest rows (by cosine) of ``rows`` (N, D) that are among those of ``others`` (N, E)."""
-    asked = torch.linspace(0, len(rows) - 1, min(queries, len(rows))).long()
+    asked = torch.linspace(0, len(rows) - 1, min(queries, len(rows))).long().to(rows.device)
 
     def nearest(values: Tensor) -> Tensor:
         unit = F.normalize(values - values.mean(0), dim=1)
-        cosines = unit[asked] @ unit.T
-        cosines[torch.arange(len(asked)), asked] = -torch.inf
+        with exact_products():
+            cosines = unit[asked] @ unit.T
+        cosines[torch.arange(len(asked), device=rows.device), asked] = -torch.inf
         return cosines.topk(count).indices
 
     mine, theirs = nearest(rows), nearest(others)
-    return (mine[:, :, None] == theirs[:, None, :]).any(2).double().mean().item()
+    return (mine[:, :, None] == theirs[:, None, :]).any(2).sum().item() / mine.numel()
 
 
 def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:
@@ -203,5 +205,5 @@ def write_outcome(run: Path, outcome: Outcome) -> None:
 
 def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
-    with open(run / KNN_NAME, "ab") as file:
+    with append_to(run / KNN_NAME) as file:
         file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .graph import Graph, quiet
+from .onnx_file import save_onnx
 
 LAYERS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
@@ -56,7 +57,9 @@ def quantise(
             nodes_to_exclude=products if transformer else None,
             calibrate_method=methods[calibrate],
         )
-    return share_of_int8(onnx.load(out))
+    quantised = onnx.load(out)
+    save_onnx(quantised, {entry.key: entry.value for entry in quantised.metadata_props}, out)
+    return share_of_int8(quantised)
 
 
 def share_of_int8(model: Any) -> float:

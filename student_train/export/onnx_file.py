@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,20 @@ import torch
 from torch import Tensor
 
 from ...common.errors import FailureError, MisuseError
+from ...common.files import read_regular
+from ...common.records import DamagedError, NoChecksumError, crc32c
 from .config import INPUTS
 from .graph import Graph, Runner, quiet
 from .input_form import prepare, to_pixels
 
+LARGEST = 1 << 31
+"""Bytes: protobuf's own limit."""
 FACTS = "rob"
 """The property of the file that says what it takes, as JSON."""
 
 
 def write_onnx(graph: Graph, path: Path) -> None:
     """FailureError: the opset lacks an operator of the network."""
-    import onnx
     import onnxslim
 
     with quiet():
@@ -45,30 +50,55 @@ def write_onnx(graph: Graph, path: Path) -> None:
     found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if found.pop("ai.onnx", None) != graph.opset or found:
         raise FailureError(f"{graph.info.name} has operators that `opset` {graph.opset} lacks: use 20")
-    tell(model, graph.facts)
-    onnx.save(model, path)
+    save_onnx(model, graph.facts, path)
 
 
-def tell(model: Any, facts: Any) -> None:
-    """Put ``facts`` among the file's properties."""
+# ==== its checksum ====
+
+_SEAL = re.compile(rb"\x0a\x06crc32c\x12\x08([0-9a-f]{8})")
+"""A property of an ONNX file, as protobuf writes it: its name, and the checksum of the file in which it is eight zeros."""
+
+
+def save_onnx(model: Any, facts: Mapping[str, str], path: Path) -> None:
+    """Write ``model``, with ``facts`` and a checksum of the file among its properties."""
     del model.metadata_props[:]
-    for key, value in facts.items():
+    for key, value in {**facts, "crc32c": "0" * 8}.items():
         model.metadata_props.add(key=key, value=value)
+    data = bytearray(model.SerializeToString(deterministic=True))
+    *_, seal = _SEAL.finditer(data)
+    start, end = seal.span(1)
+    data[start:end] = crc32c(bytes(data)).encode()
+    path.write_bytes(data)
+
+
+def check_onnx(path: Path) -> bytes:
+    """The content of a file that ``save_onnx`` wrote. DamagedError: it is another, or none. OSError."""
+    data = bytearray(read_regular(path, LARGEST))
+    seals = list(_SEAL.finditer(data))
+    if not seals:
+        raise NoChecksumError("is no ONNX file of rob export, damaged, or of a rob from before checksums")
+    start, end = seals[-1].span(1)
+    said = bytes(data[start:end])
+    data[start:end] = b"0" * 8
+    if crc32c(bytes(data)) != said.decode():
+        raise DamagedError("is damaged or was edited: its checksum does not match")
+    data[start:end] = said
+    return bytes(data)
 
 
 def load_onnx(path: Path) -> Runner:
     """On one thread of the CPU."""
-    session = _session(path, threads=1)
+    session = _session(str(path), threads=1)
     return lambda images: session.run(None, {"image": images})[0]
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(source: str | bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)
@@ -94,7 +124,10 @@ class OnnxBackbone:
         if not path.is_file():
             raise MisuseError(f"{path}: no such file; rob export writes it")
         try:
-            session = _session(path, threads=torch.get_num_threads())
+            content = check_onnx(path)
+            session = _session(content, threads=torch.get_num_threads())
+        except DamagedError as problem:
+            raise MisuseError(f"{path} {problem}: export it again") from None
         except Exception as error:  # onnxruntime has a class of its own for each reason
             reason = str(error).strip().splitlines()[0]
             raise MisuseError(f"{path} is damaged or no ONNX file ({reason}): export it again") from None
@@ -109,7 +142,7 @@ class OnnxBackbone:
                 raise ValueError(form)
         except (ValueError, TypeError, KeyError):
             raise MisuseError(f"{path} does not say what it takes: give a file that rob export wrote") from None
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
         return cls(session, f"{student} ({path.name})", size, form, mean, std, digest)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class _Target:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})  # type: ignore[type-var]
 
+    @property
+    def rows(self) -> Self:
+        """Every view as an image of its own: B * G images of one view; views of the same memory."""
+        return replace(self, **{name: getattr(self, name).flatten(0, 1)[:, None] for name in self._per_image})  # type: ignore[type-var]
+
     def images(self, start: int, stop: int) -> Self:
         """The target of images ``start`` to ``stop``; views of the same memory."""
         return replace(self, **{name: getattr(self, name)[start:stop] for name in self._per_image})  # type: ignore[type-var]

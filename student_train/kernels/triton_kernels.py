@@ -272,7 +272,8 @@ def compile_together(arguments: tuple, constants: dict[str, Any]) -> None:
     if key in _compiled or not hasattr(triton, "AsyncCompileMode"):
         return
     _compiled.add(key)
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    here = ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=key[:1])  # threads begin on GPU 0
+    with here as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for config in device_configs(constants["PRECISION"]):
             _exponentials.warmup(*arguments, grid=(1,), **constants, **config.all_kwargs())
 

@@ -12,7 +12,8 @@ from .embedding import EmbeddingObjective
 from .ibot import IbotObjective
 from .moco import MocoObjective
 from .msn import MsnObjective
-from .objective import OBJECTIVES, Objective, ObjectiveContext, build_objective
+from .objective import OBJECTIVES, Objective, ObjectiveContext, StudentMap, build_objective
+from .patch import PatchObjective
 from .seed import SeedObjective
 from .simreg import SimregObjective
 from .swav import SwavObjective
@@ -30,8 +31,10 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "ObjectiveContext",
+    "PatchObjective",
     "SeedObjective",
     "SimregObjective",
+    "StudentMap",
     "SwavObjective",
     "build_objective",
 ]

@@ -4,7 +4,7 @@
 
 Head: D-2048-2048-256 with GELU, unit rows, K weight-normed prototypes; tau_s .1. DINO's centre c is ``centre_targets``
 "checkpoint" or "running"; DINOv2 and DINOv3 put ``sinkhorn`` "batch" in its place, over all views of the batch together.
-The student's prototypes start at the teacher's: best of all objectives for both students of benchmarks/ablation.py.
+The student's prototypes start at the teacher's: best of all objectives for both students of benchmarks/claims.py.
 """
 
 from .prototypes import PrototypeObjective
@@ -18,4 +18,5 @@ class DinoObjective(PrototypeObjective, name="dino"):
     usual_head = "teacher"
     # K as SSLight has it for small networks; DINO's own is 65536. Without a centre all images of a fresh head end at one
     # prototype.
+    joined_norm = True
     published = CopySettings(prototypes=4096, warmup_teacher_temp_epochs=50, centre="running", freeze_prototypes=1)

@@ -25,6 +25,7 @@ class MsnObjective(PrototypeObjective, name="msn"):
     sinkhorn_alone = "batch"
     mean_entropy_alone = 1.0
     patch_drop = 0.15
+    joined_norm = True
     published = CopySettings(
         prototypes=1024, teacher_temp=0.025, linear_momentum=True, momentum_runs=1.25, own_prototypes=True
     )

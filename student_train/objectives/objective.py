@@ -13,14 +13,27 @@ from ...common.errors import MisuseError
 from ...common.heads import Prototypes
 from ..config import READ, ObjectiveConfig
 from ..kernels.target import Target
+from ..targets.dense import Placement, TargetWithPatches
 from ..targets.space import TargetSpace
 from .without_teacher import CopySettings
+
+
+@dataclass(frozen=True)
+class StudentMap:
+    """The map of the student's global crops: ``width`` numbers at ``side`` x ``side`` positions; ``tokens``: of patches that can
+    be hidden, as a ViT's.
+    """
+
+    width: int
+    side: int
+    tokens: bool
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveContext:
     """What an objective is built from: its ``config``, for a student of ``num_features``, against targets of ``space``, in
     steps of ``target_views`` views of each image. ``num_images`` of the data set, where known, keeps a queue short enough.
+    ``student_map``: where the objective reads targets of patches and there are some.
     """
 
     config: ObjectiveConfig
@@ -28,6 +41,7 @@ class ObjectiveContext:
     space: TargetSpace
     target_views: int = 2
     num_images: int | None = None
+    student_map: StudentMap | None = None
 
 
 class Objective(nn.Module):
@@ -59,8 +73,19 @@ class Objective(nn.Module):
     beside_teacher: ClassVar[CopySettings | None] = None
     """A copy of the student beside a frozen teacher, where a run asks for one: ``forward`` then gets a ``PairTarget``. None: it
     has no use for a copy."""
+    joined_norm: ClassVar[bool] = False
+    """Whether BatchNorm goes by the joined batch of a machine's ranks in its paper's code, or by each rank's own."""
     bottleneck: ClassVar[int] = 128
     """Width of the student's embedding, where no teacher's has to be met."""
+
+    patch_kinds: ClassVar[tuple[str, ...]] = ()
+    """Of targets of patches, those that it reads (``PatchSpace.kind``)."""
+    patch_weight: float = 0.0
+    """Of the loss of patches against that of views; 0: there is none."""
+    patch_layer: int | None = None
+    """Block or stage whose map meets the patches' targets; None: the last."""
+    mask_token: nn.Parameter | None
+    """(1, C) float32, what a ViT sees in place of a hidden patch; None: none are hidden."""
 
     head: nn.Module
     prototypes: Prototypes | None
@@ -84,6 +109,7 @@ class Objective(nn.Module):
         self.targets_found: dict[str, Tensor] = {}
         self.centre_targets = context.config.centre_targets
         self.prototypes = None
+        self.register_parameter("mask_token", None)
         if context.config.norm_by_size is not None:
             self.norm_by_size = context.config.norm_by_size
 
@@ -104,6 +130,28 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def patch_kinds_of(cls, config: ObjectiveConfig) -> tuple[str, ...]:
+        """``patch_kinds``, none where the configuration gives patches no weight."""
+        return () if config.patch_weight == 0 else cls.patch_kinds
+
+    def hidden_patches(self, placement: Placement) -> Tensor | None:
+        """(B, n, h, w) bool of the student's n global crops; None: it sees all."""
+        return None
+
+    def with_patches(
+        self,
+        features: Tensor,
+        maps: Sequence[Tensor],
+        hidden: Tensor | None,
+        target: TargetWithPatches,
+        pair_weights: Tensor,
+    ) -> Tensor:
+        """The loss of views and patches; ``maps`` (B, n, C, h, w), one a crop size, the global crops first. Only objectives with
+        ``patch_kinds`` are asked.
+        """
+        raise NotImplementedError
+
     def use_queue(self, serves: bool) -> None:
         """Whether the queue of Sinkhorn, if there is one, fills and serves in the steps that follow."""
 
@@ -119,10 +167,16 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def build_objective(
-    config: ObjectiveConfig, num_features: int, space: TargetSpace, target_views: int = 2, num_images: int | None = None
+    config: ObjectiveConfig,
+    num_features: int,
+    space: TargetSpace,
+    target_views: int = 2,
+    num_images: int | None = None,
+    student_map: StudentMap | None = None,
 ) -> Objective:
     """The objective of such an ``ObjectiveContext``. MisuseError: the targets cannot serve it."""
-    objective = OBJECTIVES[config.name](ObjectiveContext(config, num_features, space, target_views, num_images))
+    context = ObjectiveContext(config, num_features, space, target_views, num_images, student_map)
+    objective = OBJECTIVES[config.name](context)
     if config.norm_by_size and not any(isinstance(layer, _BatchNorm) for layer in objective.head.modules()):
         raise MisuseError(
             "`norm_by_size` is for the head's BatchNorm, and this head has none: leave it out, or use `head_norm`"

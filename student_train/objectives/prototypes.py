@@ -18,7 +18,7 @@ ibot   softmax(t / .07), class token    2        iBOT's, or "mlp"
 =====  ===============================  =======  ====================================================================
 
 The presets ``rob-dino``, ``rob-swav`` ... set all of it; heads and pairing are otherwise those that did best in
-``benchmarks/ablation.py``.
+``benchmarks/claims.py``.
 """
 
 # What its base may lack, it always has.

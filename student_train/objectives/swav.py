@@ -34,6 +34,7 @@ class SwavObjective(PrototypeObjective, name="swav"):
     sinkhorn = "batch"
     sinkhorn_alone = "queue"
     target_views, global_views = 1, 2
+    joined_norm = True
     published = CopySettings(
         prototypes=3000, copy_momentum=None, teacher_temp=0.05, queue_from_epoch=15, freeze_prototypes=1
     )

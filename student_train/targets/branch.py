@@ -26,11 +26,14 @@ from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe
 from ..config import ObjectiveConfig
 from ..kernels.target import Target
+from ..objectives import OBJECTIVES
 from ..student_with_head import StudentWithHead
+from .dense import TargetWithPatches
 from .pair import PairTarget
 from .pairing import ViewPlan
 from .space import TargetSpace
 
+AnyTarget = Target | PairTarget | TargetWithPatches
 USUAL_OVER_PROTOTYPES = "dino"
 
 
@@ -44,6 +47,11 @@ class RunContext:
     precision: str = "fp32"
     seed: int = 0
     objective: ObjectiveConfig | None = None
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the objective has a use for targets of patches; the usual ones have none."""
+        return self.objective is not None and bool(OBJECTIVES[self.objective.name].patch_kinds_of(self.objective))
 
 
 class TargetBranch:
@@ -73,7 +81,7 @@ class TargetBranch:
 
     @property
     def usual_objective(self) -> str:
-        """What did best in benchmarks/ablation.py with such targets, by name."""
+        """What did best in benchmarks/claims.py with such targets, by name."""
         return USUAL_OVER_PROTOTYPES if self.space.num_prototypes else "embedding"
 
     @property
@@ -100,13 +108,11 @@ class TargetBranch:
         return ()
 
     @contextmanager
-    def targets(
-        self, order: np.ndarray, batch_size: int, plan: ViewPlan
-    ) -> Iterator[Callable[..., Target | PairTarget | None]]:
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., AnyTarget | None]]:
         """For one epoch in ``order``: ``target``, to be called with its batches one after the other."""
         yield self.target
 
-    def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
+    def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | TargetWithPatches | None:
         """The target of ``batch``: row b belongs to image ``batch.image_ids[b]``.
 
         ``crops`` are the student's, as it will see them. None: the student makes its own target.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.images.beton import Beton
+from ...common.patches import ROWS
 from ...common.settings import check
-from ...common.store.encodings import Encoding
+from ...common.store.encodings import PATCHES, Encoding
+from ...common.store.patches import PatchEncoding
 from ...common.store.prefetch import TargetPrefetcher, window_blocks
 from ...common.store.reader import TargetStore
 from ...common.tokens import is_dinov3
@@ -20,8 +24,9 @@ from ...common.views.recipes import Recipe
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .branch import RunContext, TargetBranch
 from .config import CacheInMemory, WindowMib
+from .dense import Placement, TargetWithPatches
 from .pairing import ViewPlan
-from .space import TargetSpace
+from .space import PatchSpace, TargetSpace
 
 WINDOW_BLOCKS = 16
 """Blocks of 256 images within which an epoch's order is shuffled, unless the memory for targets holds fewer."""
@@ -71,8 +76,11 @@ class CachedTargets(TargetBranch):
 
     def __init__(self, config: Cached, run: RunContext) -> None:
         self.config, self.device = config, run.device
-        self.store = TargetStore.open(config.path)
+        self.store, self.data = TargetStore.open(config.path), run.data
         self.store.check(data_fingerprint=run.data.manifest.fingerprint)
+        self.reads_patches = self.store.patches is not None and run.reads_patches
+        if not self.reads_patches:
+            self.store = self.store.pooled()
         manifest = self.store.manifest
         if manifest.pooling is None and manifest.head in ("none", "fitted") and is_dinov3(manifest.teacher):
             raise MisuseError(
@@ -96,15 +104,21 @@ class CachedTargets(TargetBranch):
         }
 
     @contextmanager
-    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., Target]]:
+    def targets(
+        self, order: np.ndarray, batch_size: int, plan: ViewPlan
+    ) -> Iterator[Callable[..., Target | TargetWithPatches]]:
         prefetcher = self._prefetch(batch_size)
         prefetcher.columns = np.array(plan.targets)
         batches = prefetcher.epoch(order)
 
-        def target(batch: Batch, crops: Sequence[Tensor] = ()) -> Target:
+        def target(batch: Batch, crops: Sequence[Tensor] = ()) -> Target | TargetWithPatches:
             ready = next(batches)
             assert np.array_equal(ready.image_ids, batch.image_ids), "the loader and the store read the same order"
-            return self.make_target(ready.targets)
+            pooled = self.make_target(ready.targets)
+            if not self.reads_patches:
+                return pooled
+            placement = placed(batch.image_ids, self.data, plan, self.recipe, self.seed)
+            return TargetWithPatches(pooled, self.make_patches(ready.targets), placement)
 
         try:
             yield target
@@ -123,6 +137,34 @@ class CachedTargets(TargetBranch):
     def make_target(self, arrays: dict[str, Tensor]) -> Target:
         """Decoded arrays (B, G, ...) of the store as the loss takes them."""
         return stored_target(self.store.encoding, arrays, self.space.prototypes, self.space.num_prototypes)
+
+    def make_patches(self, arrays: dict[str, Tensor]) -> Target:
+        """The same of its patch targets, (B, G * P, ...)."""
+        encoding = self.store.patches
+        assert encoding is not None
+        own = {n.removeprefix(PATCHES): a.flatten(1, 2) for n, a in arrays.items() if n.startswith(PATCHES)}
+        return stored_target(encoding.of_one, own, self.patch_prototypes, encoding.num_prototypes)
+
+    @cached_property
+    def patch_prototypes(self) -> Tensor | None:
+        """(K, D) of a patch's embedding; None: patches are not for prototypes."""
+        assert self.store.patches is not None
+        if self.store.patches.kind == "grid":
+            return None
+        own = self.store.statistics.get(ROWS)
+        return self.space.prototypes if own is None else torch.from_numpy(own).to(self.device)
+
+
+def placed(image_ids: np.ndarray, data: Beton, plan: ViewPlan, recipe: Recipe, seed: int) -> Placement:
+    """Where the views of ``plan`` are on some images."""
+    return Placement(image_ids, data.heights[image_ids], data.widths[image_ids], plan, recipe, seed)
+
+
+def patch_space(encoding: PatchEncoding) -> PatchSpace:
+    """What patch targets that are stored so are made of."""
+    tail = encoding.kind == "prototypes" and encoding.k < encoding.num_prototypes
+    ladder = encoding.of_one.temps if tail else None
+    return PatchSpace(encoding.kind, encoding.grid, encoding.dim, encoding.num_prototypes, ladder)
 
 
 def space_of(store: TargetStore, device: torch.device) -> TargetSpace:
@@ -145,6 +187,7 @@ def space_of(store: TargetStore, device: torch.device) -> TargetSpace:
         prototypes=prototypes,
         has_all_logits=encoding.kind != "topk",
         ladder=encoding.temps if has_tail else None,
+        patches=None if store.patches is None else patch_space(store.patches),
     )
 
 

@@ -15,9 +15,11 @@ The objectives are those of distillation and do not notice. Both branches see th
 a view never meets itself. The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,10 +34,12 @@ from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
 from ..optimiser import cosine_decay
 from ..student_with_head import StudentWithHead
-from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
+from .branch import USUAL_OVER_PROTOTYPES, AnyTarget, RunContext, TargetBranch
+from .cached import placed
 from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, WarmupTeacherTempEpochs
+from .dense import Placement, TargetWithPatches
 from .pairing import ViewPlan
-from .space import TargetSpace
+from .space import PatchSpace, TargetSpace
 
 UNBOUNDED = 1 << 20
 """Target views that there are of an image: more than any training uses."""
@@ -117,6 +121,7 @@ class MomentumTargets(TargetBranch):
     def __init__(self, recipe: Recipe, settings: CopySettings, objective: ObjectiveConfig, run: RunContext) -> None:
         self.settings = replace(settings, teacher_temp=objective.teacher_temp or settings.teacher_temp)
         self.recipe, self.seed, self.device, self.precision = recipe, run.seed, run.device, run.precision
+        self.data = run.data
         self.queue = objective.queue
         self.space = TargetSpace(
             OBJECTIVES[objective.name].embedding_dim(objective),
@@ -125,6 +130,9 @@ class MomentumTargets(TargetBranch):
             teacher_temp=self.settings.teacher_temp,
             usual_centre=self.settings.centre,
             of_student=True,
+            patches=PatchSpace("student", 0, 0, self.settings.prototypes)
+            if OBJECTIVES[objective.name].patch_kinds_of(objective)
+            else None,
         )
         self.freeze_prototypes = self.settings.freeze_prototypes
         self.description = {"kind": self.kind, "seed": self.seed, **asdict(self.settings)}
@@ -143,6 +151,15 @@ class MomentumTargets(TargetBranch):
                 "with `targets` momentum a view that meets itself has nothing to learn: leave out `pairing`, which is cross"
             )
         return ()
+
+    @contextmanager
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., AnyTarget | None]]:
+        def target(batch: Batch, crops: Sequence[Tensor] = ()) -> AnyTarget | None:
+            if not self.model.objective.patch_weight:
+                return self.target(batch, crops)
+            return self.embed_with_patches(crops[0], placed(batch.image_ids, self.data, plan, self.recipe, self.seed))
+
+        yield target
 
     def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
         return self.embed(crops[0])
@@ -210,9 +227,27 @@ class MomentumTargets(TargetBranch):
             return None
         with autocast(self.device, self.precision):
             embedding = self.copy.objective.embed(self._features(self.copy, crops))
+        return EmbeddingTarget(embedding, self._prototypes)
+
+    @torch.no_grad()
+    def embed_with_patches(self, crops: Tensor, placement: Placement) -> TargetWithPatches:
+        """The same of the views, and of every patch of each: none is hidden from the copy."""
+        assert self.copy is not None
+        with autocast(self.device, self.precision):
+            features, maps = self.copy.features_and_map(crops)
+            rows = maps.flatten(3).mT.flatten(1, 2)  # (B, G * P, C)
+            embedding, of_patches = self.copy.objective.embed(features), self.copy.objective.embed(rows)
+        prototypes = self._prototypes
+        return TargetWithPatches(
+            EmbeddingTarget(embedding, prototypes), EmbeddingTarget(of_patches, prototypes), placement
+        )
+
+    @property
+    def _prototypes(self) -> Tensor | None:
         source = self.model if self.settings.own_prototypes else self.copy
+        assert source is not None
         prototypes = source.objective.prototypes
-        return EmbeddingTarget(embedding, None if prototypes is None else prototypes.matrix().detach())
+        return None if prototypes is None else prototypes.matrix().detach()
 
     def _features(self, copy: StudentWithHead, crops: Tensor) -> Tensor:
         """(B, G, F) of the copy. With ``split_batchnorm`` its parts are of shuffled images: ShuffleBN (1911.05722, 3.3)."""

@@ -1,19 +1,28 @@
 """Targets from the frozen teacher itself, run on every batch: the baseline without a cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ...common.config import ViewSize
+from ...common.errors import MisuseError
+from ...common.patches import PatchTargets, has_tokens
+from ...common.run import autocast
 from ...common.settings import check
-from ...common.teacher import FrozenTeacher, embedder
+from ...common.store.patches import PatchChoice, settled
+from ...common.teacher import FrozenTeacher, dense_embedder, embedder
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
-from .branch import RunContext, TargetBranch
-from .cached import WINDOW_BLOCKS
+from ..objectives import OBJECTIVES
+from .branch import AnyTarget, RunContext, TargetBranch
+from .cached import WINDOW_BLOCKS, patch_space, placed
 from .config import Views
+from .dense import TargetWithPatches
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -23,13 +32,15 @@ class Online:
     """The loaded ``teacher``, which is on the run's device, at ``view_size`` pixels (None: its own size).
 
     ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a
-    cache of so many.
+    cache of so many. ``patches`` are those that an objective reads which has a use for some; None: all numbers of a grid, or what
+    goes into the prototypes. No PCA is fitted.
     """
 
     teacher: FrozenTeacher
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
     views: Views = 4
     view_size: ViewSize = None
+    patches: PatchChoice | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -66,10 +77,54 @@ class OnlineTargets(TargetBranch):
             "views": self.views,
             "seed": self.seed,
         }
-        self.embed = embedder(teacher, self.recipe, self.view_size, run.device, run.precision)
+        seen = teacher, self.recipe, self.view_size, run.device, run.precision
+        self.patches, self.data = self._patches(config, run), run.data
+        if self.patches is None:
+            self.embed = embedder(*seen)
+            return
+        self.dense_embed = dense_embedder(*seen)
+        self.space = replace(self.space, patches=patch_space(self.patches.encoding))
+
+    def _patches(self, config: Online, run: RunContext) -> PatchTargets | None:
+        """What makes patch targets of the teacher's maps; None: the objective reads none, or the teacher has none for it."""
+        teacher = self.teacher
+        if not run.reads_patches:
+            return None
+        assert run.objective is not None
+        kinds = OBJECTIVES[run.objective.name].patch_kinds_of(run.objective)
+        choice = config.patches
+        if choice is None:
+            if "grid" not in kinds and (teacher.patch_prototypes is None or not has_tokens(teacher.backbone)):
+                return None  # the class token alone
+            choice = PatchChoice("grid", patch_dim=0) if "grid" in kinds else PatchChoice("embedding")
+        with torch.no_grad(), autocast(run.device, run.precision):
+            size = self.view_size
+            features = teacher.with_map(torch.zeros(1, 3, size, size, device=run.device))[1]
+        number = 0 if teacher.patch_prototypes is None else len(teacher.patch_prototypes)
+        name = f"teacher {teacher.name}"
+        encoding = settled(choice, name, features.shape[2], features.shape[1], teacher.dim, number)
+        if encoding is None:
+            return None
+        if encoding.reduced:
+            raise MisuseError("`patch_dim` needs a PCA, which only a store has: use 0 with `targets` online")
+        return PatchTargets(encoding, teacher.head, teacher.patch_prototypes, {}, run.device)
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
         return (ViewSet(plan.targets, self.view_size),)
+
+    @contextmanager
+    def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., AnyTarget]]:
+        def target(batch: Batch, crops: Sequence[Tensor] = ()) -> AnyTarget:
+            if self.patches is None:
+                return self.target(batch, crops)
+            embedding, features = self.dense_embed(batch)
+            rows = self.patches.rows(features.flatten(0, 1).clone()).unflatten(0, features.shape[:2])
+            prototypes = None if self.patches.encoding.kind == "grid" else self.teacher.patch_prototypes
+            pooled = EmbeddingTarget(embedding.clone(), self.teacher.prototypes)
+            placement = placed(batch.image_ids, self.data, plan, self.recipe, self.seed)
+            return TargetWithPatches(pooled, EmbeddingTarget(rows.flatten(1, 2), prototypes), placement)
+
+        yield target
 
     def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target:
         embedding = self.embed(batch).clone()  # out of inference mode: autograd may save it

@@ -12,8 +12,6 @@ are the student's global crops beyond the targets (``step_globals``). ``same`` s
 is fresh costs no target. It has local crops where they are asked for.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from ...common.views.drawing import LOCAL
 from ...common.views.recipes import Recipe
 from ..config import PairingChoice, PairingConfig
 from ..objectives import OBJECTIVES
+from .view_plan import ViewPlan
 
 
 def choose_pairing(
@@ -67,17 +66,6 @@ def check_pairing(objective: str, config: PairingConfig) -> PairingConfig:
     return config
 
 
-@dataclass(frozen=True)
-class ViewPlan:
-    """The view ids of one epoch: ``targets`` (G), the student's ``globals`` and ``locals`` (V together)."""
-
-    targets: tuple[int, ...]
-    globals: tuple[int, ...]
-    locals: tuple[int, ...]
-    pair_weights: Tensor
-    """(V, G) float32, global crops first, summing to 1."""
-
-
 def plan_views(config: PairingConfig, cached_views: int, epoch: int) -> ViewPlan:
     """The views of ``epoch``: the targets rotate through the ``cached_views`` ids 0 .. V-1, what is fresh follows them.
 
@@ -93,7 +81,7 @@ def plan_views(config: PairingConfig, cached_views: int, epoch: int) -> ViewPlan
     fresh = range(len(replayed), config.num_global)
     globals_ = replayed + tuple(cached_views + epoch * config.num_global + v for v in fresh)
     locals_ = tuple(LOCAL + epoch * config.num_local + i for i in range(config.num_local))
-    return ViewPlan(targets, globals_, locals_, _pair_weights(config, targets, globals_, locals_))
+    return ViewPlan(targets, globals_, locals_, _pair_weights(config, targets, globals_, locals_), epoch)
 
 
 def _pair_weights(

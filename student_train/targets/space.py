@@ -6,6 +6,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class PatchSpace:
+    """What targets of patches are made of: ``grid`` x ``grid`` of them a view, of the ``kind`` of ``PatchEncoding``, or of a
+    copy of the "student", at its own patches (``grid`` 0). ``dim`` numbers, against K = ``num_prototypes`` where there are some.
+    """
+
+    kind: str
+    grid: int
+    dim: int
+    num_prototypes: int = 0
+    ladder: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class TargetSpace:
     """What a branch's targets are made of, for the objective to fit its head to.
 
@@ -14,7 +27,7 @@ class TargetSpace:
     ``mean_embedding`` (D,) and ``mean_logits`` (K,) over the data set, the ``centre`` (K,) of the teacher's own file, its
     ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off. ``has_copy``: the
     targets of a copy of the student come beside these (``PairTarget``). ``of_student``: there is no teacher, these are the
-    student's own or its copy's.
+    student's own or its copy's. ``patches``: what the targets of patches are, where there are some.
     """
 
     dim: int
@@ -30,3 +43,4 @@ class TargetSpace:
     usual_centre: str = "none"
     has_copy: bool = False
     of_student: bool = False
+    patches: PatchSpace | None = None

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rob.benchmarks import ablation, momentum
-from rob.benchmarks.ablation import AblationConfig
+from rob.benchmarks import claims, momentum
+from rob.benchmarks.claims_config import ClaimsConfig
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.momentum import MomentumBenchConfig
 from rob.common.errors import MisuseError
@@ -48,14 +48,14 @@ def images(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("benchmark", "config", "changes"),
     [
-        (ablation, AblationConfig, {"epochs": 1, "views": 2, "prototypes": 64, "teacher_size": 32}),
+        (claims, ClaimsConfig, {"epochs": 1, "views": 2, "prototypes": 64, "teacher_size": 32}),
         (
             momentum,
             MomentumBenchConfig,
             {"epochs": 1, "image_size": 16, "num_local": 2, "views": 2, "teacher_size": 32},
         ),
     ],
-    ids=["ablation", "momentum"],
+    ids=["claims", "momentum"],
 )
 def test_another_setting_or_data_set_is_refused(tmp_path, images, monkeypatch, benchmark, config, changes):
     class Begun(Exception):
@@ -64,7 +64,7 @@ def test_another_setting_or_data_set_is_refused(tmp_path, images, monkeypatch, b
     def begin(*arguments: Any) -> None:
         raise Begun
 
-    for name in ("cached_store", "top1", "measured"):  # whichever comes first
+    for name in ("prepare", "top1", "measured"):  # whichever comes first
         monkeypatch.setattr(benchmark, name, begin, raising=False)
     train, test = images
     first = config(train, test, tmp_path, device="cpu")

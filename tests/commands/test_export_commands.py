@@ -93,5 +93,8 @@ def test_there_is_no_student(refused, tmp_path, made):
 
 def test_a_file_that_is_no_onnx_of_ours(refused, tmp_path, made):
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
-    for name, message in (("bad", "is damaged or no ONNX file"), ("none", "no such file; rob export writes it")):
+    for name, message in (
+        ("bad", "is no ONNX file of rob export, damaged, or"),
+        ("none", "no such file; rob export writes it"),
+    ):
         refused(2, message, "embed", tmp_path / f"{name}.onnx", made.data, tmp_path / "a.npy", *FAST)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rob.student_train import plan as plan_module
+from rob.student_train import planner
 from support.tiny import TEACHER, tiny_images
 
 README = Path(__file__).parents[2] / "README.md"
@@ -28,8 +28,8 @@ def test_the_first_path_works_word_for_word(rob, made, tmp_path, monkeypatch):
     for part, number in (("train", 24), ("test", 8)):
         tiny_images(tmp_path / "labelled" / part, number, seed=number)
     shutil.copy(made.checkpoint, "teacher.safetensors")
-    monkeypatch.setattr(plan_module, "LEAST_STEPS", 2)
-    monkeypatch.setitem(plan_module.EFFORTS, "minutes", plan_module.Effort(1, 2, 1, "a test"))
+    monkeypatch.setattr(planner, "LEAST_STEPS", 2)
+    monkeypatch.setitem(planner.EFFORTS, "minutes", planner.Effort(1, 2, 1, "a test"))
     listed = commands()
     assert [words.split()[1] for words in listed] == ["pack", "cache-teacher", "train-student", "pack", "pack", "eval"]
     assert PUBLISHED in listed[1]

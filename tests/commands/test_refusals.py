@@ -154,4 +154,8 @@ def test_inspect_and_bench_refuse(refused, made, tmp_path):
     refused(2, "there is nothing at .*nowhere", "inspect", tmp_path / "nowhere")
     refused(2, "not a target store", "inspect", tmp_path)
     refused(2, "unknown benchmark 'pipelines': did you mean pipeline", "bench", "pipelines")
+    there = tmp_path / "summary.json"
+    there.touch()
+    for words in (("bench", "loss", "--out", there), ("demo", "--out", tmp_path)):
+        refused(2, "summary.json is there already: pass --overwrite to replace it", *words)
     refused(2, "--sheet of a store needs its images: pass --data", "inspect", made.store, "--sheet", tmp_path / "a.png")

@@ -39,3 +39,9 @@ def test_a_damaged_file_is_none(tmp_path, monkeypatch):
         device_settings.stored_settings.cache_clear()
         assert stored_settings(CUDA) == DeviceSettings()
     device_settings.stored_settings.cache_clear()
+
+
+def test_older_files_say_whether_and_newer_how_a_student_is_compiled():
+    kept = (None, False, True, "off", "default", "reduce-overhead")
+    modes = [DeviceSettings(compile=value).compile_mode for value in kept]
+    assert modes == ["off", "off", "default", "off", "default", "reduce-overhead"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rob.common.errors import FailureError
-from rob.common.records import DamagedError, crc32c, read_record, sealed, typed, unsealed
+from rob.common.errors import FailureError, MisuseError
+from rob.common.records import DamagedError, crc32c, read_foreign, read_record, sealed, typed, unsealed
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -106,6 +106,25 @@ def test_the_sentence_names_the_file_and_what_to_do(tmp_path):
     path.write_text('{"x": 1}')
     with pytest.raises(FailureError, match=r"a\.json has no checksum: it was edited, or is of a rob from before"):
         read_record(path, Point, "make it again")
+
+
+def test_what_never_had_a_checksum_passes_where_something_else_vouches_for_it():
+    assert unsealed(b'{"x": 1}', Point, unchecked=True) == Point(1)
+    for damage in (lambda whole: whole.replace(b'{"x": 1', b'{"x": 2'), lambda whole: whole.replace(b"32c", b"33c")):
+        with pytest.raises(DamagedError, match="its checksum does not match"):
+            unsealed(damage(sealed({"x": 1})), Point, unchecked=True)
+
+
+def test_json_of_others_is_held_to_its_form(tmp_path):
+    path = tmp_path / "theirs.json"
+    path.write_text('{"x": 1}')
+    assert read_foreign(path, Point, "a list of points", 100) == Point(1)
+    for content, words in (('{"x": "a"}', "is not a list of points: it says x is 'a'"), ("[", "it is cut or no JSON")):
+        path.write_text(content)
+        with pytest.raises(MisuseError, match=rf"theirs\.json .*{words}"):
+            read_foreign(path, Point, "a list of points", 100)
+    with pytest.raises(MisuseError, match=r"theirs\.json cannot be read: 1 bytes, more than the 0"):
+        read_foreign(path, Point, "a list of points", 0)
 
 
 def test_only_a_regular_file_of_sane_size_is_read(tmp_path):

@@ -135,6 +135,11 @@ def test_every_setting_is_found_with_its_default():
 def test_an_unknown_name_offers_the_near_ones_or_all():
     near = unknown_name("protocol", "usaul", ("usual", "msn"))
     assert str(near) == "unknown protocol 'usaul': did you mean usual? (known: msn, usual)"
+    teachers = [f"efficientnet_lite{n}" for n in range(5)]
+    assert "did you mean efficientnet_lite0 or" in str(
+        unknown_name("teacher", "EfficientNet-lite", teachers, teachers[:1])
+    )
+    assert "did you mean swav_resnet50?" in str(unknown_name("teacher", "swav", [*teachers, "swav_resnet50"]))
     assert str(unknown_name("protocol", "foo", ("usual", "msn"))) == "unknown protocol 'foo' (known: msn, usual)"
 
 

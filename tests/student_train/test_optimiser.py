@@ -106,6 +106,12 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
     assert optimiser.param_groups[0]["lr"] == rates[-1]
 
 
+def test_a_run_of_one_step_has_its_rate_and_timm_warns_of_nothing(caplog):
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    assert Schedule(optimiser, OptimiserConfig("sgd", lr=0.3, warmup_epochs=0.0), 1, 1).step(0) == 0.3
+    assert caplog.text == ""
+
+
 def test_schedule_depends_on_the_step_alone():
     """A resumed run builds everything anew, loads the optimiser's state and asks for a later step."""
     optimiser, config = sgd_at(1.0, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.4)

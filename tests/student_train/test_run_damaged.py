@@ -1,6 +1,7 @@
 """What a run leaves is checked when it is read: a damaged file is named, and nothing is read or written through a link."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rob.common.errors import FailureError, MisuseError
-from rob.common.records import sealed
+from rob.common.records import DamagedError, sealed
 from rob.common.weights import read_tensor_file
+from rob.student_train.begun import read_begun
 from rob.student_train.checkpoint import export_weights, load_checkpoint, load_student, save_checkpoint
 from rob.student_train.evaluate.features import FeatureKey, cached_features
 from rob.student_train.evaluate.results import read_results, write_result
+from rob.student_train.evaluate.yardstick import Outcome, record
+from rob.student_train.export.onnx_file import check_onnx, save_onnx
 from rob.student_train.run_folder import RunFolder, read_log
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support import tiny
@@ -51,6 +55,23 @@ def write_log(folder: Path) -> Path:
     return folder / "metrics.jsonl"
 
 
+def write_onnx(folder: Path) -> Path:
+    onnx = pytest.importorskip("onnx")
+    image, features = (onnx.helper.make_tensor_value_info(name, 1, [1]) for name in ("image", "features"))
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["image"], ["features"])], "g", [image], [features]
+    )
+    save_onnx(onnx.helper.make_model(graph), {"rob": "{}", "name": "tiny"}, folder / "student.onnx")
+    return folder / "student.onnx"
+
+
+def read_onnx(path: Path) -> Any:
+    try:
+        return check_onnx(path)
+    except DamagedError as problem:
+        raise MisuseError(f"{path} {problem}") from None
+
+
 def read_checkpoint(path: Path) -> Any:
     state = load_checkpoint(path, CONFIG)
     return {**state, "weights": state["weights"].tolist()}
@@ -66,6 +87,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "weights": (write_weights, read_weights),
     "result": (write_results, lambda path: read_results(path.parents[1])),
     "log": (write_log, lambda path: read_log(path.parent)),
+    "exported ONNX": (write_onnx, read_onnx),
 }
 
 
@@ -187,6 +209,22 @@ def trained(out: Path, steps: int = 4) -> dict[str, Any]:
     return state
 
 
+def test_a_folder_that_is_moved_away_is_not_made_anew(tmp_path):
+    state, run = {"model": torch.nn.Linear(2, 2)}, open_run(tmp_path / "run")
+    run.resume(state, torch.device("cpu"))
+    advance(run, 2)
+    (tmp_path / "run").rename(tmp_path / "away")
+    for act in (lambda: run.save(state, 2), lambda: advance(run, 1)):
+        with pytest.raises(
+            FailureError, match=r"run was moved or deleted while its run went on: put it back, or start"
+        ):
+            act()
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "away").rename(tmp_path / "run")
+    run.save(state, 2)
+    run.close()
+
+
 def test_the_log_is_on_disk_before_the_checkpoint_that_relies_on_it(tmp_path, monkeypatch):
     synced: list[str] = []
     fsync = os.fsync
@@ -214,6 +252,32 @@ def test_a_checkpoint_of_something_else_is_one_sentence(tmp_path):
         open_run(tmp_path).resume({"model": torch.nn.Linear(3, 2)}, torch.device("cpu"))
     with pytest.raises(FailureError, match=r"checkpoint\.pt is not of this run"):
         open_run(tmp_path).resume({"other": torch.nn.Linear(2, 2)}, torch.device("cpu"))
+
+
+def test_a_run_from_before_checksums_goes_on_and_has_them_then(tmp_path):
+    state, names = trained(tmp_path), ("config.json", "metrics.jsonl")
+    whole = {name: (tmp_path / name).read_bytes() for name in names}
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(re.sub(rb',?\s*"crc32c": "[0-9a-f]{8}"', b"", content))
+    with pytest.raises(FailureError, match=r"line 1 has no checksum.*: run the same rob train-student again"):
+        read_log(tmp_path)
+    begun = read_begun(tmp_path)
+    assert begun is not None and begun["loader"] == {"batch_size": 4}
+    again = open_run(tmp_path)
+    assert again.resume(state, torch.device("cpu")) == 4
+    again.close()
+    assert {name: (tmp_path / name).read_bytes() for name in names} == whole
+    (tmp_path / "config.json").write_bytes(whole["config.json"].replace(b": 4", b": 8"))
+    with pytest.raises(FailureError, match=r"config\.json is damaged or was edited"):
+        read_begun(tmp_path)
+
+
+def test_the_course_of_a_run_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "knn.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"knn\.jsonl"):
+        record(tmp_path, 1, 2, Outcome(True, 50, 1.0, 2.0, 3.0, None))
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,13 @@ def test_a_failed_run_is_named_and_the_others_are_made(tmp_path, data, commands)
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 1
 
 
+def test_a_run_whose_log_is_gone_is_a_sentence(tmp_path, data, commands):
+    config = SweepConfig(tmp_path, (data,), (SIZES,), device="cpu")
+    commands.meanwhile = lambda: [log.unlink() for log in tmp_path.rglob("metrics.jsonl")]
+    with pytest.raises(FailureError, match=r"local-size=16 was moved or deleted while its run went on: run the sweep"):
+        sweep(config)
+
+
 def shown(config: SweepConfig, rows: list[SweepRow], png: Path) -> tuple[list, list[str], list[str], np.ndarray]:
     """Of the drawn heat map: (row, column, text) of every label in a cell, the tick labels down and across, and the colour
     that each cell has in the PNG, (down, across, 3) uint8."""

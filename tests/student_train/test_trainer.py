@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rob.common.errors import MisuseError
+from rob.common.ranks import Ranks
+from rob.student_train import trainer as trainer_module
 from rob.student_train.kernels import EmbeddingTarget
+from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
 from rob.student_train.targets.momentum import Momentum, MomentumTargets
@@ -163,3 +167,64 @@ def test_a_step_that_fp16_skips_does_not_move_the_copy(config, monkeypatch):
     pairing = PairingConfig("cross", step_targets=2, fresh=False)
     train_student(replace(config, targets=Momentum(), objective=objective, pairing=pairing, epochs=2))
     assert moved == [0, 1, 4, 5]
+
+
+def test_a_rehearsal_leaves_no_trace(config):
+    """Of the step that it goes through once to compile it: not even of what is drawn, nor of the queue."""
+    config = replace(config, objective=ObjectiveConfig("moco", hidden_dim=16, queue=8))
+    random = torch.Generator().manual_seed(0)
+    crops = [torch.randn(4, 1, 3, 32, 32, generator=random)]
+    target, weights = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1)), torch.ones(1, 1)
+    found = []
+    for rehearsed in (False, True):
+        trainer = build(replace(config, student=replace(config.student, drop_path=0.5)))
+        if rehearsed:
+            trainer.rehearse(crops, target, weights)
+            assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        health, _ = trainer.step(0, crops, target, weights)
+        found.append([health, *(v for v in trainer.model.state_dict().values() if isinstance(v, Tensor))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "joined"), [("dino", None, True), ("moco", None, False), ("dino", False, False)]
+)
+def test_batchnorm_is_joined_as_the_objective_s_paper_has_it(config, monkeypatch, name, asked, joined):
+    done = []
+    monkeypatch.setattr(trainer_module, "join_batchnorms", done.append)
+    trainer = build(replace(config, objective=ObjectiveConfig(name, hidden_dim=16), sync_batchnorm=asked))
+    assert done == [trainer.model] * joined
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "ranks", "reason"),
+    [
+        ({}, "cpu", 1, "`device` cpu has none"),
+        ({}, "cuda", 2, "there are 2 ranks"),
+        ({"accumulate": 2}, "cuda", 1, "`accumulate` runs the student several times"),
+        ({"knn_every": 1}, "cuda", 1, "`knn_every` runs the student between steps"),
+        ({}, "cuda", 1, None),
+    ],
+)
+def test_graphs_are_replayed_only_where_that_is_safe(config, changes, device, ranks, reason):
+    config = replace(config, compile="reduce-overhead", **changes)
+    check = lambda: trainer_module.check_replay(config, torch.device(device), Ranks(0, ranks))  # noqa: E731
+    if reason is None:
+        return check()
+    with pytest.raises(MisuseError, match=reason):
+        check()
+
+
+def test_a_replayed_student_says_when_a_step_begins_and_its_copy_is_not_replayed(config, monkeypatch):
+    """What torch is asked for; there is no GPU to do it."""
+    said = []
+    monkeypatch.setattr(trainer_module, "check_replay", lambda *_: said.append("checked"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: said.append(how["mode"]))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: said.append("step"))
+    trainer, _ = some_step(replace(config, compile="reduce-overhead"))
+    trainer.model.copy_for_targets()
+    assert said == ["checked", "reduce-overhead", "step", None]
+    said.clear()
+    some_step(replace(config, compile="default"))
+    some_step(replace(config, compile=None))
+    assert said == [None]

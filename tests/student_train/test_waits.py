@@ -1,13 +1,20 @@
 """What would make the host wait for a GPU in a step of training. There is none here: the places are read."""
 
 import ast
+from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from test_structure import ROOT
+from torch import nn
 
+from rob.common.pace import Pace
+from rob.student_train.config import OptimiserConfig
 from rob.student_train.kernels.topk import _on_device
+from rob.student_train.optimiser import build_average, build_optimiser
 from rob.student_train.targets.momentum import move_towards
+from support.launches import Operations
 
 STEP = (
     "student_train/trainer.py",
@@ -19,12 +26,13 @@ STEP = (
     *(f"common/views/{name}.py" for name in ("batch", "colours", "kernel")),
     "common/teacher.py",
     "common/heads.py",
+    "common/batchnorm.py",
 )
 WAITING = {"item", "tolist", "cpu", "new_tensor", "numpy"}
 """Methods of a tensor that wait for it, or copy to the device while the host waits."""
 ONCE = {
     ("student_train/crops.py", "__init__"),
-    ("common/teacher.py", "embedder"),
+    ("common/teacher.py", "_views"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
 }
@@ -69,3 +77,51 @@ def test_the_copy_moves_alike_in_one_launch_or_in_many(monkeypatch):
     for found in (plain, together):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_average_and_lars_move_all_weights_in_few_launches():
+    """By what torch does to many tensors at once, which it takes by itself on a GPU."""
+    network = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
+    average, launched = build_average(network, 0.9), Counter()
+    with Operations(launched):
+        average.update(network, 1)
+    assert launched == {"_foreach_lerp_": 1}
+    weights = []
+    for together in (False, True):
+        moved = deepcopy(network)
+        optimiser = build_optimiser(moved, OptimiserConfig("lars", weight_decay=1e-4), 256)
+        for group in optimiser.param_groups:
+            assert group["foreach"] is None  # where it can
+            group["foreach"] = together
+        launched.clear()
+        for parameter in moved.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+        with Operations(launched):
+            optimiser.step()
+        assert (launched.total() < 40) == together, launched
+        weights.append(torch.cat([parameter.flatten() for parameter in moved.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
+def test_the_host_is_three_steps_ahead_at_most(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, blocking):
+            self.number = sum(word == "launched" for word, _ in said)
+
+        def record(self):
+            said.append(("launched", self.number))
+
+        def synchronize(self):
+            said.append(("waited for", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = Pace(torch.device("cuda"))
+    for _ in range(5):
+        pace.step_done()
+    waits = [("waited for", 0), ("launched", 3), ("waited for", 1), ("launched", 4)]
+    assert said == [("launched", 0), ("launched", 1), ("launched", 2), *waits]
+    Pace(torch.device("cpu")).step_done()
+    assert len(said) == 7

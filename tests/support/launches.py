@@ -31,7 +31,7 @@ WITHOUT = {
 """Operations that launch nothing."""
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     def __init__(self, found: Counter) -> None:
         super().__init__()
         self.found = found
@@ -68,5 +68,5 @@ def launches(monkeypatch, processors: int = 132):
     monkeypatch.setattr(products, "torch", library)  # CPUs have no product of halves with float32 sums
     monkeypatch.setattr(products, "_widens", lambda device, dtype: dtype.itemsize == 2)
     monkeypatch.setattr(products, "_processors", lambda device: processors)
-    with _Operations(found):
+    with Operations(found):
         yield found

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
-multiprocessing.set_forkserver_preload(["torch", "rob.student_train.objectives"])
+multiprocessing.set_forkserver_preload(["torch", "rob.student_train.objectives", "rob.teacher_cache.cache"])
 
 
 def on_ranks(function: Callable[..., None], folder: Path, ranks: int = 2) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rob.common.images.beton import Beton
+from rob.common.store.writer import StoreWriter
 from rob.common.views.recipes import get_recipe
 from rob.teacher_cache import cache, fitted
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
@@ -26,31 +27,23 @@ def test_statistics_of_a_chunk():
 def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: TeacherConfig, tmp_path, monkeypatch):
     """The very tensors of the teacher reach the encoder: no copy of all logits was made on the way."""
     left, reached, threads = [], [], []
-    chunks, encode = cache._chunks, cache.encode
+    chunks, encode = cache.chunks, cache.encode
 
     def watched_chunks(*arguments):
-        for embedding, logits, patches in chunks(*arguments):
+        for row, embedding, logits, patches in chunks(*arguments):
             left.append(logits.data_ptr())
-            yield embedding, logits, patches
+            yield row, embedding, logits, patches
 
     def watched_encode(encoding, embedding, logits=None):
         reached.append(logits.data_ptr())
         return encode(encoding, embedding, logits)
 
-    monkeypatch.setattr(cache, "_chunks", watched_chunks)
+    monkeypatch.setattr(cache, "chunks", watched_chunks)
     monkeypatch.setattr(cache, "encode", watched_encode)
-    monkeypatch.setattr(cache, "_use_device", lambda device: threads.append(device))
+    monkeypatch.setattr(cache, "use_device", lambda device: threads.append(device))
     cache_teacher(CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu"))
     assert left == reached
     assert threads == [torch.device("cpu")]
-
-
-def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in (torch.device("cpu"), torch.device("cuda", 3)):
-        cache._use_device(device)
-    assert chosen == [torch.device("cuda", 3)]
 
 
 @pytest.mark.parametrize("encoding", ["embedding", "dense"])
@@ -89,10 +82,10 @@ def test_a_chunk_comes_home_on_a_stream_of_its_own(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    with cache._after("made", Home(), None):  # type: ignore[arg-type]
+    with cache.after("made", Home(), None):  # type: ignore[arg-type]
         said.append("read")
     assert said == [("waits for", "made"), "on it", "read", "off it", ("kept for", Stream)]
-    with cache._after(None, torch.zeros(1)):
+    with cache.after(None, torch.zeros(1)):
         pass
 
 
@@ -108,7 +101,7 @@ def test_a_store_goes_on_with_the_views_that_it_began_with(
     config = CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu")
     with monkeypatch.context() as stopped, nullcontext() if whole else pytest.raises(KeyboardInterrupt):
         if not whole:
-            stopped.setattr(cache.StoreWriter, "finish", interrupt)
+            stopped.setattr(StoreWriter, "finish", interrupt)
         cache_teacher(config)
     asked = []
     monkeypatch.setattr(cache, "settled", lambda loader, device, as_in: asked.append(as_in) or loader)

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ....common.errors import MisuseError
-from ....common.files import read_regular
-from ....common.records import DamagedError, parsed, typed
+from ....common.records import read_foreign
 
 LARGEST = 1 << 32
 """Bytes of an annotation file."""
@@ -43,10 +41,5 @@ class Coco(TypedDict):
 def read_coco(folder: Path, split: str, path: Path) -> tuple[dict[str, Any], Path]:
     """The content of an annotation file and the folder of its images. MisuseError: a field that is used is missing, or is of
     another type."""
-    try:
-        content = typed(Coco, parsed(read_regular(path, LARGEST)))
-    except DamagedError as problem:
-        raise MisuseError(f"{path} is not an annotation file of COCO: it {problem}") from None
-    except OSError as error:
-        raise MisuseError(f"{path} cannot be read: {error.strerror}") from None
-    return content, folder / split
+    content = read_foreign(path, Coco, "an annotation file of COCO", LARGEST)
+    return dict(content), folder / split

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ....common.errors import FailureError, MisuseError
-from ....common.files import read_regular
+from ....common.files import is_inside, read_regular
 from ....common.images.reading import MOST_PIXELS, BadImage, quiet_pillow, read_pixels
 from .coco import LARGEST, read_coco
 from .masks import UnusableError, checked_segmentation, draw_mask
-from .voc import is_inside, read_voc
+from .voc import read_voc
 
 ROUNDING = 1.0
 """Pixels that a box may reach over its image's edge, from rounding or a convention of counting: it is cut off."""

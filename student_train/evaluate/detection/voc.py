@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ....common.errors import MisuseError
-from ....common.files import read_regular
+from ....common.files import is_inside, read_regular
 from ....common.images.reading import EXTENSIONS
 
 LARGEST = 1 << 26
@@ -72,11 +72,6 @@ def _image(folder: Path, name: str, told: str | None, path: Path) -> str:
         if (folder / candidate).is_file():
             return candidate
     return f"{name}.jpg"  # which is then said to be missing
-
-
-def is_inside(name: str) -> bool:
-    """Whether a path that a file gives stays in its folder."""
-    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _text(element: ElementTree.Element, path: str) -> str:

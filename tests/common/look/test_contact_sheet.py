@@ -15,9 +15,10 @@ from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.look import contact_sheet as sheets
-from rob.common.look.contact_sheet import DPI, IMAGE, TILE, Sheet, SheetConfig, contact_sheet, load_views
+from rob.common.look.contact_sheet import SMALL, SheetConfig, contact_sheet, load_views
 from rob.common.look.neighbours import nearest
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
+from rob.common.look.sheet import DPI, IMAGE, MARGIN, TILE, Sheet
 from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
@@ -35,9 +36,9 @@ class Recorder(Sheet):
         self.tiles = []
         Recorder.made.append(self)
 
-    def tile(self, left, top, side, pixels, frame=None):
+    def tile(self, left, top, side, pixels, frame=None, badge=None):
         self.tiles.append((left, top, side, pixels, frame))
-        return super().tile(left, top, side, pixels, frame)
+        return super().tile(left, top, side, pixels, frame, badge)
 
 
 @pytest.fixture
@@ -74,31 +75,44 @@ def test_views_on_a_sheet_are_those_the_teacher_sees(data) -> None:
     assert np.abs(views[5, LOCAL + 4] - pixels.permute(1, 2, 0).numpy()).max() < 0.51
 
 
+SCREEN = 1080
+"""Pixels in height."""
+
+
 def test_sheet_of_packed_images(data, tmp_path, drawn) -> None:
-    sheet, png = drawn(SheetConfig(data.path, tmp_path / "new" / "sheet.png", images=3))
+    """At most a screen tall; boxes of global and of local crops on images of their own, with the numbers of their views."""
+    sheet, png = drawn(SheetConfig(data.path, tmp_path / "new" / "sheet.png"))
     assert_nothing_is_cut(sheet)
+    assert png.shape[0] <= SCREEN
     np.testing.assert_allclose(png.shape[:2], (sheet.height * DPI, sheet.width * DPI), atol=1)
-    assert len(sheet.tiles) == 3 * (1 + 2 + 10)
-    expected = load_views(data, get_recipe("dino"), 0, "auto", np.arange(3), [(224, (0, 1)), (96, (LOCAL + 7,))])
-    image_tiles = [tile for tile in sheet.tiles if tile[2] == IMAGE]
-    assert np.array_equal(image_tiles[3][3], data.image(1))
-    assert np.array_equal(image_tiles[5][3], expected[1, 1])
-    assert np.array_equal(sheet.tiles[13 + 3 + 7][3], expected[1, LOCAL + 7])
-    assert len({tile[4] for tile in sheet.tiles[:13]}) == 13  # every view of an image has a frame of its own colour
+    assert len(sheet.tiles) == 4 * (2 + 2 + 10)
+    expected = load_views(data, get_recipe("dino"), 0, "auto", np.arange(4), [(224, (0, 1)), (96, (LOCAL + 7,))])
+    image_tiles = [tile[3] for tile in sheet.tiles if tile[2] == IMAGE]
+    views = [tile[3] for tile in sheet.tiles if tile[2] == SMALL]
+    assert np.array_equal(image_tiles[2], data.image(1))
+    assert np.array_equal(views[12 + 1], expected[1, 1])
+    assert np.array_equal(views[12 + 2 + 7], expected[1, LOCAL + 7])
+    frames = [tile[4] for tile in sheet.tiles[:14] if tile[4]]
+    assert len(set(frames)) == len(frames) == 12  # every view of an image has a frame of its own colour
+    texts = [text.get_text() for text in sheet.figure.findobj(Text)]
+    assert texts.count("10") == 2 * 4  # on a box and on its view
+    assert any(text.startswith(f"class{data.labels[1]}: 1 ") for text in texts)
 
 
 def test_tiles_are_at_their_place_on_the_page(data, tmp_path, drawn) -> None:
     sheet, png = drawn(SheetConfig(data.path, tmp_path / "sheet.png", images=1, recipe=get_recipe("weak")))
     left, top, side, pixels, _ = sheet.tiles[1]
-    x, y = round((sheets.MARGIN + left) * DPI), round((sheet.head + top) * DPI)
-    shown = png[y : y + round(side * DPI), x : x + round(side * DPI)][8:-8, 8:-8]
+    x, y = round((MARGIN + left) * DPI), round((sheet.head + top) * DPI)
+    shown = png[y : y + round(side * DPI), x : x + round(side * DPI)][20:-8, 8:-8]
     reference = np.asarray(Image.fromarray(pixels).resize((round(side * DPI),) * 2, Image.Resampling.LANCZOS))[
-        8:-8, 8:-8
+        20:-8, 8:-8
     ]
     assert np.abs(shown.astype(int) - reference).mean() < 3
 
 
 def test_sheet_of_a_store(store, data, tmp_path, drawn) -> None:
+    whole, _ = drawn(SheetConfig(data.path, tmp_path / "sheet.png", store.path))
+    assert whole.height * DPI <= SCREEN
     sheet, _ = drawn(SheetConfig(data.path, tmp_path / "sheet.png", store.path, images=2, neighbours=3))
     assert_nothing_is_cut(sheet)
     assert len(sheet.tiles) == 2 * (1 + 2 * (1 + 3))
@@ -112,7 +126,7 @@ def test_sheet_of_a_store(store, data, tmp_path, drawn) -> None:
     for place in range(3):
         other, column = found.image_ids[1, 1, place], found.columns[1, 1, place]
         assert np.array_equal(tiles[-3 + place], views[other, column])
-        assert f"{found.cosines[1, 1, place]:.3f} class{data.labels[other]}" in texts
+        assert f"{found.cosines[1, 1, place]:.2f} class{data.labels[other]}" in texts
 
 
 def test_small_and_unlabelled_stores_have_sheets_too(tmp_path, drawn) -> None:
@@ -201,9 +215,10 @@ def test_views_are_drawn_with_how_much_pairs_differ(data, rob_views) -> None:
     areas = {}
     for name in ("dino", "sslight"):
         recipe = get_recipe(name)
-        sheet, png = rob_views("--recipe", name, "--seed", "3")
+        sheet, png = rob_views("--recipe", name, "--seed", "3", "--image-size", "32")
         assert_nothing_is_cut(sheet)
-        assert len([tile for tile in sheet.tiles if tile[2] == IMAGE]) == 2 * (1 + 2)
+        assert len([tile for tile in sheet.tiles if tile[2] == IMAGE]) == 2 * 2
+        assert {tile[3].shape[0] for tile in sheet.tiles if tile[2] == SMALL} == {32, {"dino": 13, "sslight": 18}[name]}
         charts = charts_of(sheet, png)
         assert len(charts) == 2
         found = pair_ratios(recipe, 3, data.heights, data.widths)
@@ -213,12 +228,15 @@ def test_views_are_drawn_with_how_much_pairs_differ(data, rob_views) -> None:
             legend = axes.get_legend()
             assert legend is not None
             told = [text.get_text().rpartition(": median ") for text in legend.get_texts()]
-            assert [name for name, *_ in told] == [name, "dino (as in its table)"]
-            np.testing.assert_allclose([float(median) for *_, median in told], medians, atol=0.06)
+            both = ["recipe dino, unchanged"] if name == "dino" else [f"recipe {name}", "recipe dino, unchanged"]
+            assert [text for text, *_ in told] == both
+            np.testing.assert_allclose([float(median) for *_, median in told], medians[: len(both)], atol=0.06)
+            assert axes.get_xlabel()
+            assert axes.get_ylabel() == "share of the loss"
             filled = (np.abs(pixels.astype(int) - (0x89, 0xC2, 0xD9)).max(2) < 8).mean()
             line = (pixels.max(2) < 0x40).mean()
             assert 0.05 < filled < 0.7
-            assert 0.005 < line < 0.2
+            assert name == "dino" or 0.005 < line < 0.2
             areas[name, field] = pixels
     for field in ("area", "magnification"):
         one, other = areas["dino", field], areas["sslight", field]

@@ -105,11 +105,16 @@ def test_sigkill_at_random_moments(tmp_path):
 
 
 def kill_and_resume(path: Path) -> None:
-    """Writes a store with writers in turn, each killed after up to 150 ms of writing, until the seventh or the end."""
+    """Writes a store with writers in turn, each killed once some more files came or went, until the seventh or the end."""
     rng, progress = random.Random(0), []
     while len(progress) < 7 and not (path / "zarr.json").exists():
         child = start_writing(path)
-        time.sleep(rng.uniform(0, 0.15))
+        seen, changes = None, rng.randrange(1, 20)
+        while changes and os.waitpid(child, os.WNOHANG)[0] == 0:
+            found = {name for _, _, names in os.walk(path) for name in names}
+            seen, changes = found, changes - (found != seen)
+        if changes:
+            break  # it ended before
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         progress.append(len(list(path.rglob("*"))))

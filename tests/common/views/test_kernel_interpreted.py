@@ -26,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import torch
 
+    from rob.common.views import kernel
     from rob.common.views.colours import apply_colours_torch
     from rob.common.views.kernel import views_from_planes
     from rob.common.views.kernel_colours import apply_colours_triton
@@ -90,6 +91,9 @@ else:
         error = (ours - exact).abs() * STD.view(3, 1, 1) * 255
         assert error.mean() < 0.05
         assert (error > 0.5).float().mean() < 2e-3
+        half = apply_colours_triton(images, colour, 0.8, MEAN, STD, torch.float16)  # the interpreter cuts bfloat16 off
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(half, ours.half())  # what autocast would make of it
         assert apply_colours_triton(images[:0], colour[:0], 0.8, MEAN, STD).shape == (0, 3, size, size)
 
     def test_some_views_of_several_images_in_bfloat16():
@@ -99,8 +103,19 @@ else:
         exact = reference(planes, 1, 17, colour, 1.0, MEAN, STD, torch.float32)
         assert ours.dtype == torch.bfloat16
         assert ours.shape == (2, 3, 3, 17, 17)
+        assert ours.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert float((ours.float() - exact).abs().max()) < 0.03
         assert len(exact.flatten(2).mean(2).unique()) == 6
+
+    @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
+    def test_wider_strips_change_nothing_but_roundings(monkeypatch, cubic):
+        """As newer GPUs have them."""
+        _, geometry, size, planes = cases("4:2:0", 1, cubic)
+        colour, found = neutral(len(geometry)), []
+        for columns in (kernel.COLUMNS, kernel.WIDE):
+            monkeypatch.setattr(kernel, "wide_columns", lambda device, columns=columns: columns)
+            found.append(views_from_planes(planes, 0, size, colour, 1.0, *RAW_COLOUR, torch.float32))
+        assert (found[0] - found[1]).abs().max() * 255 < 0.5
 
     @pytest.mark.parametrize("size", [1, 2, 3])
     def test_tiny_views(size):

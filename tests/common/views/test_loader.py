@@ -210,7 +210,7 @@ ASKED = """
 import torch
 for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
     setattr(torch.cuda, name, lambda *_, name=name: print(name, flush=True))
-import rob, rob.cli, rob.student_train.train, rob.teacher_cache.cache, rob.student_train.evaluate.linear, rob.benchmarks.ablation
+import rob, rob.cli, rob.student_train.train, rob.teacher_cache.cache, rob.student_train.evaluate.linear, rob.benchmarks.claims
 assert torch.cuda.is_available() is None  # and it is as before
 """
 

@@ -14,6 +14,7 @@ from rob.common import screen, timing
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
+from rob.student_train.evaluate.compare_plot import compare_plot
 from rob.student_train.evaluate.results import read_results, write_result
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
@@ -33,12 +34,33 @@ def make_run(folder: Path, name: str, size: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_nothing_of_the_plot_is_cut_or_covered(count):
+    names = [f"run-{'long-' * 6}{n} (test_resnet, 32 px)" for n in range(count)]
+    costs = {"parameters, M": [0.4 * 2 ** (n // 2) for n in range(count)], "CUDA latency, ms": [None] * count}
+    scores = {"knn": [60.0 + n for n in range(count)], "knn-random": [30.0, *[None] * (count - 1)]}
+    figure = compare_plot(names, costs, scores)
+    figure.canvas.draw()
+    (panel,) = figure.axes  # none for a cost that nobody has
+    numbers = [text for text in panel.texts]
+    assert [text.get_text() for text in numbers] == (["1"] if count == 1 else ["1, 2", "3, 4", "5"])
+    for text in [*numbers, *(label for legend in figure.legends for label in legend.get_texts()), panel.xaxis.label]:
+        box, whole = text.get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    named = [label.get_text() for label in figure.legends[1].get_texts()]
+    assert named == [f"{n}  {name}" for n, name in enumerate(names, 1)]
+    shown = [label.get_text() for label in panel.get_xticklabels() if panel.get_xlim()[0] <= label.get_position()[0]]
+    assert any(shown)
+
+
 def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     first, second = make_run(tmp_path / "first", "test_resnet", 32), make_run(tmp_path / "second", "test_vit", 32)
     write_result(first, "knn", {"top1": 61.25, "test_fingerprint": "abc"})
     shots = [{"labels": "1 %", "mean": 33.5}, {"labels": "10 %", "mean": 47.0}]
     write_result(first, "lowshot", {"results": shots, "test_fingerprint": "abc"})
     write_result(second, "knn", {"top1": 58.5, "test_fingerprint": "xyz"})
+    write_result(second, "knn-random", {"top1": 20.5, "test_fingerprint": "xyz"})
     write_result(second, "detect", {"box": {"ap": 12.5}, "mask": None})
     lines = b"".join(log_line(images_per_second=speed) for speed in (100.0, 300.0, 200.0))
     (first / "metrics.jsonl").write_bytes(lines + b'{"cut')
@@ -52,6 +74,7 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     for expected in ("61.25", "33.50", "47.00", "58.50", "12.50", "detect box AP", "200.00"):
         assert expected in text
+    assert text.index("knn %") < text.index("knn-random %") < text.index("lowshot 1 %")  # a task, then its controls
     assert "knn: " in text
     assert "tested on different images" in text
     with Image.open(out) as image:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from rob.common.errors import MisuseError
+from rob.common.run import exact_products
 from rob.student_train.evaluate import knn as knn_module
-from rob.student_train.evaluate.features import Features
+from rob.student_train.evaluate.features import Features, brought_to
 from rob.student_train.evaluate.knn import knn, knn_sweep
 from support.gaussians import gaussian_classes
 
@@ -47,7 +48,7 @@ def test_a_sweep_and_small_batches_change_nothing(monkeypatch):
     train, test = gaussian_classes(500, seed=1), gaussian_classes(300, seed=2)
     whole = knn_sweep(train, test, (5, 20, 100))
     assert whole == tuple(knn(train, test, k) for k in (5, 20, 100))
-    monkeypatch.setattr(knn_module, "SIMILARITIES_PER_BATCH", 7 * len(train))
+    monkeypatch.setattr(knn_module, "SIMILARITY_BYTES", 4 * 7 * len(train))
     assert knn_sweep(train, test, (5, 20, 100)) == whole
 
 
@@ -71,3 +72,29 @@ def test_a_class_without_a_vote_is_not_among_the_five(k):
     voted = (votes == test.labels[:, None]).any(1).double().mean().item()
     assert knn(train, test, k=k).top5 == pytest.approx(100 * voted)
     assert knn(train, test, k=1).top5 == knn(train, test, k=1).top1
+
+
+def test_a_gpu_searches_in_large_parts_and_multiplies_exactly(monkeypatch):
+    """Whatever a training allows itself: TF32 would mix up near neighbours."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 30, 80 << 30))
+    assert knn_module.similarity_bytes(torch.device("cuda", 0)) == 4 << 30
+    assert knn_module.similarity_bytes(torch.device("cpu")) == 64_000_000
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    knn(gaussian_classes(60, seed=1), gaussian_classes(30, seed=2), k=5)
+    assert asked == ["highest", "highest"]  # the second is what was before
+    with pytest.raises(ValueError), exact_products():
+        raise ValueError
+    assert len(asked) == 4
+
+
+def test_features_go_where_there_is_room(monkeypatch):
+    train, test = gaussian_classes(60, seed=1), gaussian_classes(30, seed=2)
+    moved = []
+    monkeypatch.setattr(Features, "to", lambda self, device: moved.append((self, device)) or self)
+    needed = 4 * train.features.nbytes + test.features.nbytes
+    for device, free, there in (("cpu", 0, True), ("cuda", needed, True), ("cuda", needed - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        brought_to(torch.device(device), train, test)
+        assert moved == ([(train, torch.device(device)), (test, torch.device(device))] if there else [])
+        moved.clear()

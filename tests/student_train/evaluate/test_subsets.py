@@ -1,5 +1,7 @@
 """Balanced subsets: fixed for a seed, nested, and untouched by other classes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -72,5 +74,6 @@ def test_lists_that_do_not_fit_are_refused(tmp_path):
         listed(tmp_path, "a.JPEG")
     with pytest.raises(MisuseError, match="names no image"):
         listed(tmp_path, " \n")
-    with pytest.raises(MisuseError, match="cannot be read"):
-        listed_rows(tmp_path / "nowhere.txt", PATHS)
+    for path in (tmp_path / "nowhere.txt", Path("/dev/zero")):
+        with pytest.raises(MisuseError, match="cannot be read"):
+            listed_rows(path, PATHS)

@@ -116,6 +116,30 @@ def test_clevr(tmp_path):
     assert labels_of(test) == {"CLEVR_val_000000.png": "0 to 8"}
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"scenes": {}}', '{"scenes": [{"image_filename": 3, "objects": []}]}'])
+def test_scenes_of_another_form_are_one_sentence(tmp_path, content):
+    clevr(tmp_path)
+    (tmp_path / "clevr" / "CLEVR_v1.0" / "scenes" / "CLEVR_val_scenes.json").write_text(content)
+    with pytest.raises(MisuseError, match=r"CLEVR_val_scenes\.json is not a scene file of Clevr: it "):
+        open_task("clevr-count", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([{"file_name": "train_val2018/../../etc/passwd"}], r"names '\.\./\.\./etc/passwd', which is of no category"),
+        ([{"file_name": "train_val2018/Fungi/9/0.jpg"}], "names 'Fungi/9/0.jpg', which is of no category"),
+        ({"file_name": 1}, "is not an annotation file of iNaturalist: it says images is"),
+    ],
+)
+def test_annotations_of_inaturalist_are_not_believed(tmp_path, images, words):
+    save_image(tmp_path / "2018" / "Aves" / "0" / "0.jpg", 0)
+    for part in ("train", "val"):
+        (tmp_path / f"{part}2018.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(MisuseError, match=rf"train2018\.json {words}"):
+        open_task("inaturalist2018", tmp_path)
+
+
 def test_clevr_labels_are_those_of_vtab():
     """VTAB: thrs = [0, 8, 8.5, 9, 9.5, 10, 100], label = the last index whose threshold is below the least depth."""
 

@@ -1,0 +1,110 @@
+"""How much of a teacher's patch tokens survives storing: bytes a view, cosine, and what a linear probe finds in what is left.
+
+    python -m rob.benchmarks.patches --train masks/images/train --test masks/images/test
+
+Each encoding is what ``rob cache-teacher --patches grid`` would store of a whole image, decoded again; the probe is that of
+``rob eval segment``. The teacher is the offline stand-in, a CNN, unless another is named: its last feature map then stands for
+patch tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from rob.benchmarks.report import Report
+from rob.common.config import Checkpoint
+from rob.common.options import command
+from rob.common.patches import BASIS, KEPT, MEAN, fit_pca, grid_rows
+from rob.common.settings import Setting
+from rob.common.store.codec import decode_patches, encode_patches
+from rob.common.store.patches import PatchEncoding
+from rob.student_train.evaluate.config import SegmentConfig
+from rob.student_train.evaluate.network import FrozenNetwork
+from rob.student_train.evaluate.segmentation.layouts import open_segmentation
+from rob.student_train.evaluate.segmentation.linear import fit, maps_of, score, square
+from rob.teacher_cache.config import TeacherConfig
+from rob.teacher_cache.teachers import load_teacher
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PatchesBench:
+    """Of which images, masks and teacher."""
+
+    train: Annotated[Path, Setting("Images with masks to fit the PCA and the probe on, as for rob eval segment.")]
+    test: Annotated[Path, Setting("Images with masks to test on.")]
+    teacher: Annotated[str, Setting("As for rob cache-teacher.")] = "efficientnet_lite0"
+    checkpoint: Checkpoint = None
+    size: Annotated[int, Setting("Side in pixels of the teacher's views.", low=32)] = 224
+    epochs: Annotated[int, Setting("Of the probe.", low=1)] = 40
+
+
+def run(config: PatchesBench) -> Report:
+    teacher = load_teacher(TeacherConfig(config.teacher, config.checkpoint))
+    network = FrozenNetwork.teacher(teacher, config.size, CPU)
+    train, test = open_segmentation(config.train), open_segmentation(config.test)
+    test = test.with_classes_of(train, train.counts())
+    maps = [maps_of(network, data, None, lambda done, total: None).float() for data in (train, test)]
+    labels = torch.stack([square(train.labels(row), config.size) for row in range(len(train))])
+    probe = SegmentConfig(config.train, config.test, epochs=config.epochs)
+    rows: list[dict[str, Any]] = []
+    for name, bytes_, kept, stored in encodings(*maps):
+        found = fit(stored[0], labels, len(train.classes), probe, CPU, lambda done, total: None)
+        whole = torch.nn.functional.adaptive_avg_pool2d(maps[1], stored[1].shape[-1])
+        rows.append(
+            {
+                "encoding": name,
+                "bytes_per_view": bytes_,
+                "cosine": torch.cosine_similarity(kept, whole, dim=1).mean().item(),
+                "miou": score(found, stored[1], test, CPU).miou,
+            }
+        )
+    work = {
+        "teacher": config.teacher,
+        "size": config.size,
+        "train": len(train),
+        "test": len(test),
+        "epochs": config.epochs,
+    }
+    return Report.of("patches", CPU, work, rows, {})
+
+
+def encodings(train: Tensor, test: Tensor) -> Iterator[tuple[str, int, Tensor, list[Tensor]]]:
+    """Name, bytes a view, the test's tokens (N, C, g, g) as they come back, and what is decoded of both sets."""
+    width, side = train.shape[1:3]
+    yield "float32, all", 4 * width * side * side, test, [train, test]
+    grids = sorted({side, max(1, side // 2)}, reverse=True)
+    for grid in grids:
+        for dim in [width, *(d for d in (256, 128, 64, 32, 16) if d < width)]:
+            encoding = PatchEncoding("grid", grid, dim, width)
+            pca = fit_pca([grid_rows(train, grid).flatten(0, 1)], dim) if encoding.reduced else None
+            basis, mean = (
+                (torch.eye(width), torch.zeros(width))
+                if pca is None
+                else map(torch.from_numpy, (pca[BASIS], pca[MEAN]))
+            )
+            stored = []
+            for maps in (train, test):
+                arrays = encode_patches(encoding, (grid_rows(maps, grid) - mean) @ basis.T)
+                stored.append(decode_patches(encoding, arrays)["embedding"])
+            back = stored[1] @ basis + mean
+            shown = [values.mT.unflatten(2, (grid, grid)) for values in (back, *stored)]
+            kept = "" if pca is None else f", {float(pca[KEPT]):.0%} of the variance"
+            yield f"{grid} x {grid} x {dim}, int8{kept}", encoding.bytes_per_view, shown[0], shown[1:]
+
+
+if __name__ == "__main__":
+
+    def patches(config: PatchesBench, out: Annotated[Path | None, Setting("JSON to write.")] = None) -> None:
+        """Bytes, cosine and mean IoU of every encoding of patch tokens."""
+        report = run(config)
+        report.show()
+        report.write(out)
+
+    typer.run(command(patches))

@@ -1,0 +1,283 @@
+"""What a run leaves open, chosen one setting after the other: by its images, and by steps that are tried on this machine."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+from typing import Any, NamedTuple
+
+from ..common.errors import MisuseError
+from ..common.ranks import Ranks
+from ..common.views.config import LoaderConfig
+from .config import PUBLISHED_LR, PairingChoice, PairingConfig
+from .optimiser import LR_BATCH_SIZE
+from .plan_warnings import LEAST_RATE, LEAST_STEPS, stride_of
+from .students import SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
+from .targets.branch import RunContext, TargetBranch
+from .targets.pairing import check_pairing, choose_pairing
+from .train_config import USUAL_BATCH, LoaderByPlan, TrainConfig, seconds_of
+from .trial import Trial, try_steps
+
+
+class Effort(NamedTuple):
+    """The longest time in seconds, the steps that are enough, and the fewest passes over the images."""
+
+    seconds: float | None
+    steps: int
+    epochs: int
+    words: str
+
+
+EFFORTS = {
+    "minutes": Effort(15 * 60, 4_000, 1, "at most 15 minutes"),
+    "hours": Effort(4 * 3600, 40_000, 10, "at most 4 hours"),
+    "full": Effort(None, 100_000, 100, "100 epochs or more"),
+}
+SMALLEST_BATCH, CPU_BATCH, FEWEST = 32, 32, 16
+NEED_A_BATCH = ("swav", "msn")
+"""Objectives whose targets are balanced over the batch."""
+STEPS_AN_EPOCH = 32
+"""That a batch should leave: a small data set is for small batches."""
+BY_SIZE = f"for --image-size up to {SMALL_SIDE}; --no-small-images keeps timm's"
+WORTH_A_STEM = 2.0
+"""Times as many steps in the same time, for which the form for small images is given up."""
+WORTH_HALVING = 1.4
+"""Times as many steps in the same time, for which a batch is halved: a small network takes nearly as long for half of it."""
+SECONDS_TO_CHOOSE = 2.0
+SHARE_TO_TRY, MOST_TO_TRY = 0.02, 10.0
+"""Of the time of a run, and at most in seconds: how long its steps are tried once it is settled what they are."""
+LEAST_WARMUP_STEPS = 50
+
+
+class Choice(NamedTuple):
+    """What was chosen of a setting, and why."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+class Planner:
+    """Fills in what a configuration leaves open, one setting after the other."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunContext,
+        branch: TargetBranch,
+        ranks: Ranks,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.run, self.branch, self.ranks, self.say = config, run, branch, ranks, say
+        self.choices: list[Choice] = []
+        self.trial: Trial | None = None
+        self.began = time.monotonic()
+        self.on_cpu = run.device.type == "cpu"
+        self.family = model_family(config.student.name)
+
+    # ==== as published ====
+
+    def as_published(self) -> None:
+        """What is open although epochs and batch are given."""
+        optimiser = replace(self.config.optimiser, lr=self.config.optimiser.peak)
+        small = is_small(self.config.student)
+        if small and self.config.student.small_images is None:
+            self.choices.append(Choice("small_images", True, BY_SIZE))
+        student = replace(self.config.student, small_images=small)
+        self._set(optimiser=optimiser, student=student, pairing=self._pairing(None))
+
+    def _pairing(self, num_local: int | None) -> PairingConfig:
+        """What is open of the views; of local crops as many as ``num_local``, None: as the recipe has them."""
+        config, branch = self.config, self.branch
+        objective = config.objective
+        assert objective is not None
+        if isinstance(config.pairing, PairingConfig):
+            return check_pairing(objective.name, config.pairing)
+        choice = config.pairing or PairingChoice()
+        if choice.num_local is None and num_local is not None:
+            choice = replace(choice, num_local=num_local)
+        return choose_pairing(objective.name, branch.recipe, branch.views, choice, branch.from_student)
+
+    # ==== chosen ====
+
+    def choose(self) -> None:
+        """Views, batch and rate first, on which the time of a step depends; then the stem and the epochs, by that time."""
+        self._choose_views()
+        self._choose_batch()
+        self._choose_rate()
+        self._choose_length()
+
+    def _choose_views(self) -> None:
+        usual = self._pairing(None)
+        config = self.config
+        left_open = not isinstance(config.pairing, PairingConfig) and (
+            config.pairing is None or config.pairing.num_local is None
+        )
+        reason = ""
+        if left_open and usual.num_local and config.local_size is None and usual.global_weight is None:
+            local = self.branch.recipe.local_crop
+            assert local is not None
+            side = config.student.image_size * local.size // self.branch.recipe.global_crops[0].size
+            if self.on_cpu:
+                reason = f"{usual.num_local} would cost as much again, on a CPU"
+            elif side < 2 * self.stride:
+                reason = f"{side} px leave less than 2 x 2 positions of a network that reduces {self.stride}-fold"
+        if reason and not self.branch.from_student:
+            self.choices.append(Choice("num_local", 0, reason))
+            usual = self._pairing(0)
+        self._set(pairing=usual)
+
+    def _choose_batch(self) -> None:
+        loader, images = self.config.loader, self.run.data.num_images
+        if not isinstance(loader, LoaderByPlan):
+            return
+        most = CPU_BATCH if self.on_cpu else USUAL_BATCH
+        batch = power_of_two(min(most, max(SMALLEST_BATCH, images // STEPS_AN_EPOCH)))
+        step = self.ranks.world_size * (self.config.accumulate or 1)
+        batch = min(batch, max(2, images)) // step * step or step
+        reason = f"{images:,} images leave {images // batch:,} steps an epoch"
+        if batch == most:
+            reason += ", more would leave fewer steps for the time" if self.on_cpu else ", as published"
+        self.choices.append(Choice("batch_size", batch, reason))
+        self._set(loader=LoaderConfig(loader.backend, batch, loader.workers))
+
+    def _choose_rate(self) -> None:
+        optimiser, batch = self.config.optimiser, self.config.loader.batch_size
+        if optimiser.lr is not None:
+            return
+        scaled = PUBLISHED_LR * batch / LR_BATCH_SIZE
+        least = LEAST_RATE["vit" if self.family in VIT_FAMILIES else "cnn"] if optimiser.name == "adamw" else 0.0
+        lr = max(scaled, least) * LR_BATCH_SIZE / batch
+        reason = f"x {batch}/{LR_BATCH_SIZE} = {max(scaled, least):g} in a step"
+        if least > scaled:
+            reason += f"; the published {PUBLISHED_LR:g} would be {scaled:.2g}, too little for a short run"
+        self.choices.append(Choice("lr", round(lr, 6), reason))
+        self._set(optimiser=replace(optimiser, lr=round(lr, 6)))
+
+    def _choose_length(self) -> None:
+        """The stem, a smaller batch where that buys steps, and how many epochs."""
+        config, device_has = self.config, "minutes" if self.on_cpu else "hours"
+        effort, budget = EFFORTS[config.effort or device_has], seconds_of(config.budget)
+        seconds = budget or effort.seconds
+        self._set(student=replace(config.student, small_images=is_small(config.student)))
+        if self.ranks.world_size == 1:
+            self._try(SECONDS_TO_CHOOSE)
+        elif budget:
+            raise MisuseError(
+                "`budget` is for a single process, whose steps can be tried: give `epochs` under torchrun"
+            )
+        short = seconds if config.epochs is None else None
+        if config.student.small_images is None:
+            self._choose_stem(short)
+        if short:
+            self._halve_batch(short, effort.steps)
+        if config.epochs is None:
+            self._choose_epochs(config.effort or device_has, seconds)
+
+    def _choose_stem(self, seconds: float | None) -> None:
+        """timm's stem in the place of that for small images, where the time would be too short with it."""
+        slow, student = self.trial, self.config.student
+        if not student.small_images or self.family not in SMALL_IMAGE_FAMILIES:
+            return
+        reason = BY_SIZE
+        halves = 2 if self._may_halve else 1
+        if slow and seconds and halves * seconds / slow.seconds < 2 * LEAST_STEPS:
+            self._set(student=replace(student, small_images=False))
+            gain = slow.seconds / self._try(SECONDS_TO_CHOOSE).seconds
+            if gain >= WORTH_A_STEM:
+                reason = f"{gain:.0f} times as many steps in the time as with a stem for small images"
+            else:
+                self._set(student=student)
+                self.trial = slow
+        self.choices.append(Choice("small_images", self.config.student.small_images, reason))
+
+    @property
+    def _may_halve(self) -> bool:
+        config = self.config
+        assert config.objective is not None
+        chosen = any(choice.setting == "batch_size" for choice in self.choices) and not config.accumulate
+        return chosen and config.loader.batch_size > FEWEST and config.objective.name not in NEED_A_BATCH
+
+    def _halve_batch(self, seconds: float, enough: int) -> None:
+        """Where the time is short, steps are worth more than the images in them: of as many images seen, 250 steps of 64 ended
+        below the random start, 510 of 32 at 54 % and 1,030 of 16 at 64 % (MobileNetV3-Small, signdigits)."""
+        whole, loader, optimiser = self.trial, self.config.loader, self.config.optimiser
+        if not self._may_halve or whole is None or seconds / whole.seconds >= enough:
+            return
+        before = self.config
+        chosen = {choice.setting: number for number, choice in enumerate(self.choices)}
+        lr = round(optimiser.peak * loader.batch_size / FEWEST, 6) if "lr" in chosen else optimiser.lr
+        self._set(loader=replace(loader, batch_size=FEWEST), optimiser=replace(optimiser, lr=lr))
+        gain = whole.seconds / self._try(SECONDS_TO_CHOOSE).seconds
+        if gain < WORTH_HALVING:
+            self.config, self.trial = before, whole
+            return
+        reason = f"the time is short, and {gain:.1f} times as many steps count for more"
+        self.choices[chosen["batch_size"]] = Choice("batch_size", FEWEST, reason)
+        if "lr" in chosen:
+            scaled = f"x {FEWEST}/{LR_BATCH_SIZE} = {optimiser.peak * loader.batch_size / LR_BATCH_SIZE:g} in a step"
+            self.choices[chosen["lr"]] = Choice("lr", lr, scaled)
+
+    def _choose_epochs(self, name: str, seconds: float | None) -> None:
+        """As many as are enough, or as there is time for: that of the plan itself is taken off."""
+        config, per_epoch, effort = self.config, self.steps_per_epoch, EFFORTS[name]
+        wanted = max(effort.epochs, ceil(effort.steps / per_epoch))
+        reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({effort.words})"
+        if seconds and self.trial:
+            trial = self._try(min(MOST_TO_TRY, SHARE_TO_TRY * seconds))
+            beside, first = (trial.seconds_of_run(config, self.run.data.num_images, epochs) for epochs in (0, 1))
+            left = seconds - (time.monotonic() - self.began) - beside
+            possible, least = max(1, int(left / (first - beside))), ceil(LEAST_STEPS / per_epoch)
+            steps = f"{possible * per_epoch:,} steps are what"
+            if config.budget:
+                wanted, reason = possible, f"{steps} --budget {config.budget} has time for"
+            elif possible < least:
+                wanted = least
+                reason = f"{least * per_epoch:,} steps, with fewer a student learns too little; --budget is obeyed"
+            elif possible < wanted:
+                wanted, reason = possible, f"{steps} --effort {name} has time for"
+        self.choices.append(Choice("epochs", wanted, reason))
+        self._set(epochs=wanted, effort=None, budget=None)
+        self._choose_warmup(wanted)
+
+    def _choose_warmup(self, epochs: int) -> None:
+        optimiser = self.config.optimiser
+        if optimiser.warmup_epochs is not None:
+            return
+        usual = optimiser.warmup(epochs)
+        least = min(LEAST_WARMUP_STEPS / self.steps_per_epoch, epochs / 4)
+        if least > usual:
+            self.choices.append(
+                Choice("warmup_epochs", round(least, 2), f"a tenth, but {LEAST_WARMUP_STEPS} steps at least")
+            )
+            self._set(optimiser=replace(optimiser, warmup_epochs=round(least, 2)))
+
+    # ==== what it is chosen by ====
+
+    def _set(self, **values: Any) -> None:
+        self.config = replace(self.config, **values)
+
+    def _try(self, seconds: float) -> Trial:
+        """Steps of the configuration as it is now, for so long."""
+        self.say(f"trying steps of {self.config.student.name}")
+        # a budget and epochs exclude each other, and the trial has epochs of its own
+        self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds)
+        return self.trial
+
+    def measure(self) -> None:
+        """Try a step, where none was tried yet and one process has them to itself."""
+        if self.trial is None and self.ranks.world_size == 1:
+            self._try(SECONDS_TO_CHOOSE)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, self.run.data.num_images // self.config.loader.batch_size)
+
+    @property
+    def stride(self) -> int:
+        return stride_of(self.family, is_small(self.config.student))
+
+
+def power_of_two(most: int) -> int:
+    """The largest up to ``most``."""
+    return 1 << (most.bit_length() - 1)

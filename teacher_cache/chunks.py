@@ -1,0 +1,72 @@
+"""Images to whole chunks of what the teacher says of them."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.errors import FailureError
+from ..common.store.manifest import StoreManifest
+from ..common.views.loader import Batch, ViewLoader, ViewSet
+from .teachers import Teacher
+
+
+@contextmanager
+def after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
+    """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would
+    wait for all that the teacher was given since, and the GPU then for the next chunk."""
+    if made is None:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(made)
+    with torch.cuda.stream(stream):
+        yield
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(stream)
+
+
+def refuse_not_finite(embedding: Tensor, first_row: int) -> None:
+    """FailureError naming the images, ``first_row`` onwards, whose embeddings (rows, V, D) are NaN or infinite."""
+    image_ids = (first_row + (~embedding.isfinite()).flatten(1).any(1).nonzero().flatten()).tolist()
+    if image_ids:
+        named = ", ".join(map(str, image_ids[:5])) + (" ..." if len(image_ids) > 5 else "")
+        raise FailureError(
+            f"the teacher's output for {len(image_ids)} of {len(embedding)} images is NaN or infinite (image ids {named}): "
+            "check its weights, its `precision` and these images"
+        )
+
+
+def chunks(
+    loader: ViewLoader,
+    rows: np.ndarray,
+    teacher: Teacher,
+    says: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
+    manifest: StoreManifest,
+) -> Generator[tuple[int, Tensor, Tensor | None, dict[str, np.ndarray]]]:
+    """Of ``rows``, whole chunks in any order: each chunk's first row and the teacher's embeddings (rows, V, D), and logits (rows,
+    V, K) if it has prototypes, on its device; and the arrays of its patch targets, if any.
+
+    Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
+    """
+    parts: list[Tensor] = []
+    of_patches: list[dict[str, np.ndarray]] = []
+    for batch in loader.epoch(rows, [ViewSet(manifest.view_ids, manifest.view_size)]):
+        embedded, arrays = says(batch)
+        parts.append(embedded)
+        of_patches.append(arrays)
+        last = int(batch.image_ids[-1])
+        if (last + 1) % manifest.chunk_rows == 0 or last == manifest.num_images - 1:
+            embedding = torch.cat(parts)
+            joined = {name: np.concatenate([arrays[name] for arrays in of_patches]) for name in arrays}
+            parts, of_patches = [], []
+            logits = None if teacher.prototypes is None else teacher.logits(embedding)
+            yield last + 1 - len(embedding), embedding, logits, joined
+
+
+def fitting_batch(asked: int, chunk_rows: int) -> int:
+    """The largest that is asked for and divides a chunk."""
+    return max(size for size in range(1, min(asked, chunk_rows) + 1) if chunk_rows % size == 0)
