@@ -48,6 +48,8 @@ def write_litert_int8(graph: Graph, full: Path, out: Path, batches: Sequence[np.
                 weight_num_bits=8,
                 algorithm_key="min_max_uniform_quantize",
             )
+        # Else features come out as int8 with an offset, whose cosines say nothing.
+        recipes.add_quantization_config(regex=".*", operation_name="OUTPUT", algorithm_key="no_quantize")
         work = quantizer.Quantizer(str(full), recipes.get_quantization_recipe())
         images = [{INPUT: one[None]} for batch in batches for one in batch]
         work.quantize(work.calibrate({SIGNATURE: images}, num_threads=1)).export_model(str(out))
