@@ -1,26 +1,32 @@
 """What becomes of four students in each format: size, agreement with torch, k-NN, latency.
 
     python benchmarks/export.py TRAIN.beton TEST.beton runs/export [--students resnet18 vit_tiny_patch16_224 ...]
-        [--to onnx torch executorch coreml litert] [--image-size 64] [--budget 5m] [--images 2000]
+        [--to onnx torch executorch coreml litert] [--image-size 64] [--budget 5m] [--images 2000] [--result FILE.json]
 
 Each student is first trained on TRAIN from the cached embeddings of the demo's stand-in teacher, for ``--budget``, unless
 ``runs/export/STUDENT`` has weights already: the k-NN of a network that learned nothing would not tell what int8 costs. Then it is
 exported as ``rob export`` does, int8 calibrated on 256 images of TEST and everything compared with torch on ``--images`` of
 TEST. k-NN is top-1 among these images, each by its 10 nearest others; latency is of one image on one thread of the CPU, in the
 file's own runtime. What does not convert, agree or install is a row that says why.
+
+Not all formats install side by side: run it again with the Python of another environment and the same OUT. Each row is kept in
+``OUT/rows`` as it is done, and only those that lacked a package, or were not tried, are made; the report holds all of them.
 """
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.report import Report
 from rob.benchmarks.standin import TEACHER
 from rob.common.errors import FailureError, MisuseError
+from rob.common.files import replacing
 from rob.common.store.encodings import Encoding
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
@@ -59,20 +65,36 @@ class ExportBenchConfig:
 
 def run(config: ExportBenchConfig) -> Report:
     loader = LoaderConfig(batch_size=32, workers=config.workers)
-    rows: list[dict[str, Any]] = []
+    work = {"images": config.images, "image_size": config.image_size, "calibration": CALIBRATION}
+    torch.set_num_threads(1)
+    keep_settings(config.out, {**work, "train": config.train.name, "test": config.test.name, "budget": config.budget})
     for student in config.students:
         folder = config.out / student
         if not (folder / "student.safetensors").exists():
             train(config, student, folder, loader)
-        backbone, info = load_student(folder)
-        torch_ms = latency_ms(backbone, info.image_size, torch.device("cpu"))
-        rows.append({"student": student, "file": "none: torch, eager", "ms": torch_ms})
-        for name in config.to:
-            for row in exported(config, folder, name, loader):
-                rows.append({"student": student, **row})
-                print(rows[-1], flush=True)
-    work = {"images": config.images, "image_size": config.image_size, "calibration": CALIBRATION}
+        for row in missing(config, folder, loader):
+            print(row, flush=True)
+            file = rows_of(config.out) / f"{student}, {row['file']}.json"
+            file.parent.mkdir(exist_ok=True)
+            with replacing(file) as open_file:
+                open_file.write(json.dumps({"student": student, **row}).encode())
+    labels = ["torch, eager", *(label for name in TO for label in sorted(label for label, *_ in files((name,))))]
+    rows = [json.loads(file.read_text()) for file in rows_of(config.out).glob("*.json")]
+    rows.sort(key=lambda row: (row["student"], labels.index(row["file"])))
     return Report.of("export", torch.device("cpu"), work, rows, {})
+
+
+def rows_of(out: Path) -> Path:
+    return out / "rows"
+
+
+def files(formats: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
+    """What is made: its label, its format, and how it is calibrated, None for float, which comes with the int8 before it."""
+    for name in formats:
+        ways = CALIBRATIONS if name == "onnx" else CALIBRATIONS[:1] if name in WITH_INT8 else ()
+        for way in ways:
+            yield f"{name} int8, {way}" if len(ways) > 1 else f"{name} int8", name, way
+        yield name, name, None
 
 
 def train(config: ExportBenchConfig, student: str, folder: Path, loader: LoaderConfig) -> None:
@@ -104,17 +126,26 @@ def train(config: ExportBenchConfig, student: str, folder: Path, loader: LoaderC
     )
 
 
-def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderConfig) -> Iterator[dict[str, Any]]:
-    """The rows of one format: its float32 file, and its int8 file where it has one."""
-    ways = CALIBRATIONS if name == "onnx" else CALIBRATIONS[:1] if name in WITH_INT8 else ()
-    for calibrate in (None, *ways):
-        label = name if calibrate is None else f"{name} int8, {calibrate}" if len(ways) > 1 else f"{name} int8"
+def missing(config: ExportBenchConfig, folder: Path, loader: LoaderConfig) -> Iterator[dict[str, Any]]:
+    """The rows of one student that are not kept yet: torch, and each format's files, as far as this environment has it."""
+
+    def kept(label: str) -> bool:
+        file = rows_of(config.out) / f"{folder.name}, {label}.json"
+        return file.exists() and not json.loads(file.read_text()).get("lacks")
+
+    if not kept("torch, eager"):
+        backbone, info = load_student(folder)
+        yield {"file": "torch, eager", "ms": latency_ms(backbone, info.image_size, torch.device("cpu"))}
+    for label, name, calibrate in files(config.to):
+        if kept(label):
+            continue
         try:
-            files = export(
+            done = export(
                 ExportConfig(
                     folder,
                     (name,),
                     data=config.test,
+                    out=folder / name,
                     int8=calibrate is not None,
                     calibrate=calibrate or CALIBRATIONS[0],
                     images=config.images,
@@ -124,14 +155,19 @@ def exported(config: ExportBenchConfig, folder: Path, name: str, loader: LoaderC
                     loader=loader,
                 )
             )
-        except (MisuseError, FailureError) as error:
+        except MisuseError as error:
+            yield {"file": label, "reason": str(error), "lacks": True}
+        except FailureError as error:
             yield {"file": label, "reason": str(error)}
         else:
-            yield {"file": label, **figures(files[-1])}
+            yield {"file": label, **figures(done[-1])}
+            if calibrate and not kept(name):
+                yield {"file": name, **figures(done[0])}
 
 
 def figures(entry: ExportedFile) -> dict[str, Any]:
     found: dict[str, Any] = {"MB": entry.bytes / 1e6, "int8_share": entry.int8_share, "ms": entry.latency_ms}
+    found["runtime"] = entry.runtime
     if entry.agreement is None:
         return {**found, "reason": "converted; not run: it needs a Mac"}
     agreement = entry.agreement
@@ -150,8 +186,12 @@ if __name__ == "__main__":
     parser.add_argument("--budget", default="5m")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--result", type=Path, help="where the report goes; default benchmarks/results/export_DEVICE_DATE.json"
+    )
     given: dict[str, Any] = vars(parser.parse_args())
     several: dict[str, Any] = {name: tuple(given.pop(name)) for name in ("students", "to")}
+    result: Path | None = given.pop("result")
     report = run(ExportBenchConfig(**given, **several))
     report.show()
-    print(f"written to {report.write()}")
+    print(f"written to {report.write(result)}")

@@ -1,18 +1,19 @@
 """ExecuTorch's .pte with XNNPACK's kernels, float32 or of 8 bits by torchao's PT2E quantisation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .graph import Graph, Runner, quiet
 
 
 def write_executorch(graph: Graph, path: Path) -> None:
     with quiet():
-        path.write_bytes(_lowered(graph.of_one_image()))
+        path.write_bytes(_lowered(graph.of_one_image()).buffer)
 
 
 def write_executorch_int8(graph: Graph, full: Path, out: Path, batches: Sequence[np.ndarray], calibrate: str) -> float:
@@ -38,17 +39,31 @@ def write_executorch_int8(graph: Graph, full: Path, out: Path, batches: Sequence
             for one in (image for images in batches for image in images):
                 prepared(torch.from_numpy(one[None]))
         converted = convert_pt2e(prepared)
-        out.write_bytes(_lowered(torch.export.export(converted, (graph.example[:1],))))
-    weights = [tensor for tensor in converted.state_dict().values() if tensor.ndim >= 2 and tensor.numel() > 3]
+        lowered = _lowered(torch.export.export(converted, (graph.example[:1],)))
+        out.write_bytes(lowered.buffer)
+        weights = [tensor for tensor in _constants(lowered.exported_program()) if tensor.ndim >= 2]
     total = sum(tensor.numel() for tensor in weights)
     return sum(tensor.numel() for tensor in weights if tensor.dtype == torch.int8) / max(1, total)
 
 
-def _lowered(program: torch.export.ExportedProgram) -> bytes:
+def _lowered(program: torch.export.ExportedProgram) -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # type: ignore
     from executorch.exir import to_edge_transform_and_lower  # type: ignore
 
-    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
+    return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+
+
+def _constants(program: torch.export.ExportedProgram) -> Iterator[Tensor]:
+    """What the file holds: of the program and of each part of it that went to XNNPACK. A module that PT2E made still has the
+    float weights beside their copies of 8 bits, of which nothing is written."""
+    for spec in program.graph_signature.input_specs:
+        if spec.target is not None:
+            held = program.state_dict.get(spec.target, program.constants.get(spec.target))
+            if isinstance(held, Tensor):
+                yield held
+    for part in program.graph_module.modules():
+        if hasattr(part, "original_module"):
+            yield from _constants(part.original_module)
 
 
 def load_executorch(path: Path) -> Runner:
