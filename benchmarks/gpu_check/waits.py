@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -16,12 +17,15 @@ from rob.student_train.config import ObjectiveConfig, OptimiserConfig, StudentCo
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.dense import Placement, TargetWithPatches
 from rob.student_train.targets.pairing import choose_pairing, plan_views
-from rob.student_train.targets.space import TargetSpace
+from rob.student_train.targets.space import PatchSpace, TargetSpace
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+GRID = 2
+"""Patches a side of a target."""
 
 
 def run(section: Section) -> None:
@@ -59,6 +63,8 @@ def _step(section: Section, name: str) -> None:
     recipe = replace(get_recipe("dino"), num_local=2)
     prototypes = normalize(torch.randn(k, d, device=device), dim=1)
     space = TargetSpace(d, k, has_embedding=True, teacher_temp=0.05, prototypes=prototypes)
+    if name == "patch":
+        space = replace(space, patches=PatchSpace("grid", GRID, d))
     pairing = choose_pairing(name, recipe, 2)
     config = TrainConfig(
         Path("data.beton"),
@@ -81,6 +87,11 @@ def _step(section: Section, name: str) -> None:
         crops.append(torch.randn(images, len(plan.locals), 3, size // 2, size // 2, device=device))
     rows = normalize(torch.randn(images, len(plan.targets), d, device=device), dim=2)
     target = EmbeddingTarget(rows, prototypes)
+    if space.patches:
+        tokens = torch.randn(images, len(plan.targets) * GRID**2, d, device=device)
+        sides = np.full(images, size)
+        placement = Placement(np.arange(images), sides, sides, plan, recipe, 0)
+        target = TargetWithPatches(target, EmbeddingTarget(tokens), placement)
     for step in range(2):
         trainer.step(step, crops, target, pair_weights)
     section.wait()

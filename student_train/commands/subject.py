@@ -10,7 +10,6 @@ import typer
 from ...common.config import Checkpoint, Device
 from ...common.errors import FailureError, MisuseError
 from ...common.options import refuse
-from ...common.records import read_record
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
@@ -133,6 +132,7 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
 
 def describe(what: Path) -> "StudentInfo":
     """The student of a run, which need not have ended or even begun to save, or of a weights file. MisuseError: there is none."""
+    from ...common.records import read_record
     from ..checkpoint import load_student
     from ..students import StudentInfo
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rob.common.errors import MisuseError
 from rob.common.run import seed_step
 from rob.student_train.kernels import EmbeddingTarget
-from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.student_with_head import StudentWithHead
 from rob.student_train.students import StudentConfig, build_student, describe_student, patch_dropouts
 from rob.student_train.targets.space import TargetSpace
+from support.objectives import OF_VIEWS
 
 IMAGES, DIM, PROTOTYPES = 6, 8, 12
 CASES = {"moco": {"queue": 20}, "disco": {"queue": 20}, "dino": {"centre_targets": "running"}, "swav": {"queue": 13}}
@@ -67,7 +68,7 @@ def after_steps(model: StudentWithHead, name: str, own_targets: bool = False) ->
 
 @pytest.mark.parametrize("parts", [2, 6])
 @pytest.mark.parametrize(
-    ("name", "own"), [*((name, False) for name in OBJECTIVES), ("swav", True)], ids=lambda value: str(value)
+    ("name", "own"), [*((name, False) for name in OF_VIEWS), ("swav", True)], ids=lambda value: str(value)
 )
 def test_parts_of_a_batch_are_the_batch_for_every_objective(name, own, parts):
     """Losses, gradients, centres and queues over three steps, with BatchNorm in the head, of a student that has none."""

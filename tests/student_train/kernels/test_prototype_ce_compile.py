@@ -164,6 +164,7 @@ class NoGpu:
 @pytest.mark.slow
 def test_a_first_call_compiles_all_tiles_and_another_size_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(triton_kernels, "_compiled", set())
     constants = dict(OFFSET=False, PRECISION="tf32", LIFT=0, BLOCK_D=64, SUM_BLOCK=128)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rob.common.errors import MisuseError
 from rob.student_train.kernels import DenseTarget, EmbeddingTarget, TopKTarget, entropy, mean_entropy, reference
-from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.objectives.queue import Queue
 from rob.student_train.targets.space import TargetSpace
+from support.objectives import OF_VIEWS
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES = 6, 3, 2, 20, 8, 12
 SMALL = {"hidden_dim": 16, "bottleneck": 10}
@@ -55,7 +56,7 @@ def test_embedding_is_the_squared_distance_of_unit_vectors(centre):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "disco"])
+@pytest.mark.parametrize("name", [name for name in OF_VIEWS if name != "disco"])
 @pytest.mark.parametrize("head_norm", [False, True])
 def test_a_batch_twice_as_large_is_the_same_loss_and_gradient(name, head_norm):
     def loss_and_gradient(times: int) -> tuple[Tensor, Tensor]:

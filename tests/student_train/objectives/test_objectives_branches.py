@@ -20,6 +20,7 @@ from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.online import Online
 from rob.student_train.targets.pairing import PairingConfig, plan_views
 from rob.teacher_cache.teachers import Teacher, TeacherConfig, load_teacher
+from support.objectives import OF_VIEWS
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 CPU = torch.device("cpu")
@@ -137,10 +138,10 @@ def test_the_same_losses_from_the_store_and_from_the_teacher(data, teacher, stor
 
 
 def test_every_objective_is_compared():
-    assert {name for name, _, _ in CASES} == set(OBJECTIVES)
+    assert {name for name, _, _ in CASES} == set(OF_VIEWS)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_VIEWS)
 @pytest.mark.parametrize("encoding", ["dense", "topk"])
 def test_encodings_that_do_not_serve_are_refused_in_one_sentence(data, stored, name, encoding):
     serves = any(encoding in serve for case, settings, serve in CASES if case == name and not settings)
@@ -170,8 +171,8 @@ def test_the_store_keeps_the_centre_of_the_teachers_file(data, teacher, stored):
 def test_a_teacher_without_prototypes_serves_embeddings_only(data, tmp_path: Path):
     plain = tiny_store(tmp_path / "t.zarr", data, tiny_teacher_checkpoint(tmp_path), loader=LOADER)
     space = cached(plain.path, data).space
-    for name, objective in OBJECTIVES.items():
-        if issubclass(objective, PrototypeObjective):
+    for name in OF_VIEWS:
+        if issubclass(OBJECTIVES[name], PrototypeObjective):
             with pytest.raises(MisuseError, match=f"`objective` {name} needs prototype logits.* --prototypes K"):
                 build_objective(ObjectiveConfig(name), FEATURES, space)
         else:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rob.student_train.kernels import EmbeddingTarget
-from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig, build_objective
+from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.targets.space import TargetSpace
+from support.objectives import OF_VIEWS
 from support.ranks import on_ranks
 
 IMAGES, VIEWS, TARGETS, FEATURES, DIM, PROTOTYPES, STEPS = 8, 2, 2, 20, 8, 12, 4
@@ -66,7 +67,7 @@ def halves(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_VIEWS)
 def test_two_ranks_are_one_batch(halves, name):
     whole, (first, second) = steps(name, None), (half[name] for half in halves)
     assert len(whole) > 3
