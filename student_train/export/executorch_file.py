@@ -62,8 +62,9 @@ def _constants(program: torch.export.ExportedProgram) -> Iterator[Tensor]:
             if isinstance(held, Tensor):
                 yield held
     for part in program.graph_module.modules():
-        if hasattr(part, "original_module"):
-            yield from _constants(part.original_module)
+        lowered = getattr(part, "original_module", None)
+        if lowered is not None:
+            yield from _constants(lowered)
 
 
 def load_executorch(path: Path) -> Runner:

@@ -260,4 +260,5 @@ def test_files_for_phones_are_of_8_bits(tmp_path, data, name, package):
     assert eight_bits.agreement is not None
     assert eight_bits.agreement.mean_cosine > 0.9
     assert eight_bits.bytes < full.bytes
-    assert eight_bits.int8_share == 1
+    assert eight_bits.int8_share is not None
+    assert eight_bits.int8_share > 0.999  # mean and standard deviation of the pixels stay floats
