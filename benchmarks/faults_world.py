@@ -144,7 +144,7 @@ class Running:
                     os.kill(process, signal.SIGKILL)
             os.waitpid(self.process, 0)
         files = sorted(self.logs.rglob("*.log")) if self.logs.is_dir() else [self.logs]
-        return Ended(code, "".join(file.read_text(errors="replace") for file in files))
+        return Ended(code, "".join(file.read_text(errors="replace") for file in files if file.exists()))
 
     def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..common.errors import MisuseError
-from ..common.files import locked, refuse_existing, replacing
+from ..common.files import flush_to_disk, locked, refuse_existing, replacing
 from ..common.images.beton import Beton
 from ..common.views.config import LoaderConfig
 from .evaluate.network import FrozenNetwork
@@ -70,10 +70,10 @@ def embed(
         if out.suffix == ".parquet":
             _write_parquet(out, names, labels, rows)
         else:
-            with replacing(table) as file:
-                file.write(_csv(names, labels))
-            with replacing(out) as file:
+            with replacing(out) as file, replacing(table) as beside:  # both are written before either gets its name
                 np.save(file, rows)
+                flush_to_disk(file)
+                beside.write(_csv(names, labels))
         shutil.rmtree(parts, ignore_errors=True)
     return files
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from rob.common.errors import MisuseError
+from rob.common.errors import FailureError, MisuseError
 from rob.student_train.embed import EmbedConfig, embed
 from rob.student_train.evaluate import features
 from rob.student_train.evaluate.network import FrozenNetwork
@@ -88,6 +88,21 @@ def test_what_is_there_is_kept(tmp_path, data, network):
     assert contents(tmp_path) == {"out.csv": b"mine"}
     embed(network, EmbedConfig(data.path, tmp_path / "out.npy", LOADER, overwrite=True))
     assert (tmp_path / "out.csv").read_text() != "mine"
+
+
+def test_a_full_disk_leaves_no_half_of_the_pair(tmp_path, data, network, monkeypatch):
+    config = EmbedConfig(data.path, tmp_path / "out.npy", LOADER)
+
+    def full(file, rows):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rob.student_train.embed.np.save", full)
+        with pytest.raises(FailureError, match=r"cannot write .*out\.(npy|csv): No space left"):
+            embed(network, config)
+    assert not list(tmp_path.glob("out.csv*")) and not (tmp_path / "out.npy").exists()
+    embed(network, config)
+    assert (tmp_path / "out.npy").exists() and (tmp_path / "out.csv").exists()
 
 
 def test_without_labels_there_is_no_such_column(tmp_path, network):
