@@ -49,8 +49,8 @@ def open_subject(run: Path, size: int | None) -> Subject:
         network, tuned = load_tuned(path)
         if tuned.task == "detect":
             raise MisuseError(
-                f"{path} is a detector, and torchvision's choice of boxes does not become a file for devices: "
-                f'rob.load_tuned("{path}") loads it'
+                f"{path} is a detector, which rob export does not take: torch.export does not follow torchvision's choice of "
+                f'boxes. rob.load_tuned("{path}") loads it, and torch.onnx.export(..., dynamo=False) writes such models'
             )
         info, task, classes = tuned.info, tuned.task, tuned.classes
         told = {"tuned": json.dumps(asdict(tuned), sort_keys=True)}
