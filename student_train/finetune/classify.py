@@ -16,18 +16,17 @@ from ...common.errors import MisuseError
 from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig, check_loader, settled
 from ...common.views.recipes import Crop, Recipe
-from ..epochs import Training, train_epochs
+from ..epochs import train_epochs
 from ..evaluate.crops import RandomCrops
 from ..evaluate.features import Features, extract_features, label_features, same_classes
 from ..evaluate.logistic import fit_logistic
 from ..evaluate.network import FrozenNetwork
-from ..optimiser import warm_cosine
 from ..students import check_input_size
 from .config import ClassifyConfig
 from .folder import (
     TuneProgress,
-    decayed_groups,
     start_of,
+    training_of,
     tuning_folder,
     write_history,
     write_outcome,
@@ -118,19 +117,7 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
                 model(images), targets, label_smoothing=0.0 if targets.ndim > 1 else config.smoothing
             )
 
-        training = Training(
-            model=model.train(),
-            optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr),
-            batches=lambda epoch: islice(crops.epoch(ids, epoch), steps),
-            loss=loss,
-            rate=warm_cosine(config.epochs * steps),
-            epochs=config.epochs,
-            steps_per_epoch=steps,
-            device=start.device,
-            precision=start.precision,
-            clip=1.0,
-            seed=config.seed,
-        )
+        training = training_of(config, start, model, steps, lambda epoch: islice(crops.epoch(ids, epoch), steps), loss)
 
         def validate() -> dict[str, float]:
             found = predictions(model, network, tested, loader, progress)

@@ -1,6 +1,6 @@
 """The folder of a fine-tuning: settings, log, checkpoint, weights and result."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from ...common.records import read_record, sealed
 from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_everything, versions
 from ...common.weights import hash_weights
 from ..checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_student
-from ..epochs import Kept
+from ..epochs import Kept, Training
+from ..optimiser import warm_cosine
 from ..students import create_student
 from .config import ClassifyConfig, SegmentConfig
 from .tuned import TASKS
@@ -111,6 +112,30 @@ def read_outcome(out: Path) -> dict[str, Any]:
         raise MisuseError(f"{out} has no result.json: rob finetune has not ended there") from None
     except FailureError as problem:
         raise MisuseError(str(problem)) from None
+
+
+def training_of(
+    config: ClassifyConfig | SegmentConfig,
+    start: Start,
+    model: nn.Module,
+    steps: int,
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    loss: Callable[[tuple[Tensor, Tensor]], Tensor],
+) -> Training[tuple[Tensor, Tensor]]:
+    """AdamW under a warm cosine, ``steps`` an epoch."""
+    return Training(
+        model=model.train(),
+        optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr),
+        batches=batches,
+        loss=loss,
+        rate=warm_cosine(config.epochs * steps),
+        epochs=config.epochs,
+        steps_per_epoch=steps,
+        device=start.device,
+        precision=start.precision,
+        clip=1.0,
+        seed=config.seed,
+    )
 
 
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -16,13 +16,12 @@ from torchvision.transforms import InterpolationMode, v2
 from ...common.errors import MisuseError
 from ...common.exported import StudentInfo
 from ...common.shared_memory import shared_memory_holds
-from ..epochs import Training, train_epochs
+from ..epochs import train_epochs
 from ..evaluate.segmentation.data import IGNORED, SegmentationData
 from ..evaluate.segmentation.layouts import open_segmentation
 from ..evaluate.segmentation.score import Confusion, SegmentationScore
-from ..optimiser import warm_cosine
 from .config import SegmentConfig
-from .folder import TuneProgress, decayed_groups, start_of, tuning_folder, write_history, write_outcome
+from .folder import TuneProgress, start_of, training_of, tuning_folder, write_history, write_outcome
 from .segmenter import Segmenter
 from .tuned import TASKS, Tuned, save_tuned
 
@@ -75,18 +74,8 @@ def finetune_segmenter(config: SegmentConfig, progress: TuneProgress | None = No
             losses = F.cross_entropy(model(images), labels, ignore_index=IGNORED, reduction="sum")
             return losses / (labels != IGNORED).sum().clamp_min(1)
 
-        training = Training(
-            model=model.train(),
-            optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr),
-            batches=lambda epoch: training_batches(train, info, config, epoch, steps),
-            loss=loss,
-            rate=warm_cosine(config.epochs * steps),
-            epochs=config.epochs,
-            steps_per_epoch=steps,
-            device=start.device,
-            precision=start.precision,
-            clip=1.0,
-            seed=config.seed,
+        training = training_of(
+            config, start, model, steps, lambda epoch: training_batches(train, info, config, epoch, steps), loss
         )
 
         def validate() -> dict[str, float]:

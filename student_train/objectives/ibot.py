@@ -87,25 +87,14 @@ class IbotObjective(PrototypeObjective, name="ibot"):
     def hidden_patches(self, placement: Placement) -> Tensor:
         return placement.masks(self.side)
 
-    def with_patches(
-        self,
-        features: Tensor,
-        maps: Sequence[Tensor],
-        hidden: Tensor | None,
-        target: TargetWithPatches,
-        pair_weights: Tensor,
-    ) -> Tensor:
+    def patch_loss(self, maps: Sequence[Tensor], hidden: Tensor | None, target: TargetWithPatches) -> Tensor:
+        """Of the global crops' patches that are ``hidden``."""
         assert hidden is not None
-        pooled = self.forward(features, target.pooled, pair_weights)
-        return pooled + self.patch_weight * self.patch_loss(maps[0], hidden, target)
-
-    def patch_loss(self, maps: Tensor, hidden: Tensor, target: TargetWithPatches) -> Tensor:
-        """Of maps (B, n, C, h, w) of the global crops, of which ``hidden`` (B, n, h, w) was not seen."""
         rows = target.patches.rows
         centre = self.patch_centre(rows, self.teacher_temp)
         mine, theirs = (list(places) for places in zip(*target.placement.own, strict=True))
         positions = target.positions
-        said = self.head(maps[:, mine].flatten(3).mT.flatten(0, 2))[:, None]  # (B * pairs * P, 1, D)
+        said = self.head(maps[0][:, mine].flatten(3).mT.flatten(0, 2))[:, None]  # (B * pairs * P, 1, D)
         assert theirs == [*range(target.pooled.num_views)], "every target has its own view among the student's"
         weights = hidden[:, mine].flatten(2).to(said.device, said.dtype)
         weights = positions * weights / weights.sum(2, keepdim=True).clamp(min=1)

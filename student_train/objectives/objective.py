@@ -150,6 +150,11 @@ class Objective(nn.Module):
         """The loss of views and patches; ``maps`` (B, n, C, h, w), one a crop size, the global crops first. Only objectives with
         ``patch_kinds`` are asked.
         """
+        pooled = self.forward(features, target.pooled, pair_weights)
+        return pooled + self.patch_weight * self.patch_loss(maps, hidden, target)
+
+    def patch_loss(self, maps: Sequence[Tensor], hidden: Tensor | None, target: TargetWithPatches) -> Tensor:
+        """That of patches alone, a scalar; ``maps`` and ``hidden`` as ``with_patches`` has them."""
         raise NotImplementedError
 
     def use_queue(self, serves: bool) -> None:

@@ -48,18 +48,7 @@ class PatchObjective(EmbeddingObjective, name="patch"):
         self.grid = space.grid
         self.projector = nn.Linear(student.width, space.dim)
 
-    def with_patches(
-        self,
-        features: Tensor,
-        maps: Sequence[Tensor],
-        hidden: Tensor | None,
-        target: TargetWithPatches,
-        pair_weights: Tensor,
-    ) -> Tensor:
-        pooled = self.forward(features, target.pooled, pair_weights)
-        return pooled + self.patch_weight * self.patch_loss(maps, target)
-
-    def patch_loss(self, maps: Sequence[Tensor], target: TargetWithPatches) -> Tensor:
+    def patch_loss(self, maps: Sequence[Tensor], hidden: Tensor | None, target: TargetWithPatches) -> Tensor:
         """Mean over the pairs that have positions in common, of the mean over those."""
         assert isinstance(target.patches, EmbeddingTarget)
         wanted = target.patches.embedding

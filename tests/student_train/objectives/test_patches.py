@@ -93,7 +93,7 @@ def test_patch_of_regions_is_the_mean_over_pairs_of_what_they_share(monkeypatch)
     tokens = rows(B, G * GRID * GRID, C, seed=3)
     maps = [rows(B, G, WIDTH, 4, 4, seed=4), rows(B, 2, WIDTH, 2, 2, seed=6)]
     target = TargetWithPatches(EmbeddingTarget(rows(B, G, D, seed=5, unit=True)), EmbeddingTarget(tokens), PLACEMENT)
-    found = objective.patch_loss(maps, target)
+    found = objective.patch_loss(maps, None, target)
 
     said = [torch.einsum("bnchw,dc->bnhwd", one, objective.projector.weight) + objective.projector.bias for one in maps]
     grid = tokens.view(B, G, GRID, GRID, C)
@@ -169,7 +169,7 @@ def test_ibot_is_the_released_criterion(centre, head):
     class_token = objective(features, pooled, weights)  # a running centre moves on by this and the next
     kept = torch.zeros(K, dtype=torch.float64)
     for _ in range(2):
-        found = objective.patch_loss(maps, hidden, target)
+        found = objective.patch_loss([maps], hidden, target)
         said = objective.head(maps.flatten(3).mT.flatten(0, 2))
         logits = said @ objective.prototypes.matrix().T + (
             0 if objective.prototypes.bias is None else objective.prototypes.bias
@@ -201,7 +201,7 @@ def test_all_kept_logits_of_a_patch_are_its_embedding():
     topk = TopKTarget(ids, logits, logits[..., :2], (0.04, 0.07), K)
     hidden = objective.hidden_patches(PLACEMENT)
     found = [
-        objective.patch_loss(maps, hidden, TargetWithPatches(pooled, patches, PLACEMENT)).item()
+        objective.patch_loss([maps], hidden, TargetWithPatches(pooled, patches, PLACEMENT)).item()
         for patches in (topk, EmbeddingTarget(embedding, prototypes))
     ]
     assert abs(found[0] - found[1]) < 1e-10
