@@ -104,7 +104,7 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     assert (tuned.task, tuned.classes) == ("detect", ("disc", "square"))
     again = stage.find(detector, open_detection(data, "test"), False, torch.device("cpu"), stage.DetectProgress())
     assert [found["bbox"] for found in again] == [found["bbox"] for found in json.loads(found)]
-    with pytest.raises(MisuseError, match="does not become a file for devices"):
+    with pytest.raises(MisuseError, match="is a detector, which rob export does not take"):
         export(ExportConfig(run / "eval" / "detect-random.safetensors"))
     assert rob(monkeypatch, *arguments, "--val", "val", "--out", tmp_path / "best") == 0
 
