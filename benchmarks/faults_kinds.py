@@ -42,12 +42,13 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Scene:
-    """``folder`` with a copy of the world, in which ``command`` is disturbed; ``seconds`` and ``bytes`` are what it takes and
-    writes undisturbed."""
+    """``folder`` with a copy of the world, in which ``command`` is disturbed; undisturbed it leaves ``wanted``, takes
+    ``seconds`` and writes ``bytes``."""
 
     folder: Path
     command: Command
     logs: Path
+    wanted: dict[str, Any]
     seconds: float
     bytes: int
     random: np.random.Generator
@@ -58,6 +59,11 @@ class Scene:
     def moment(self, earliest: float = 0.0) -> None:
         """Waits for a random one of the command's life."""
         time.sleep(self.random.uniform(earliest, 1.0) * self.seconds)
+
+    def whole(self, name: str) -> bool:
+        """Whether that output is what an undisturbed command leaves."""
+        wanted = {path: content for path, content in self.wanted.items() if Path(path).is_relative_to(name)}
+        return left_behind(self.folder, (name,)) == wanted
 
 
 Fault = Callable[[Scene], list[Ended]]
@@ -109,7 +115,8 @@ def read_only(scene: Scene) -> list[Ended]:
 
 
 def vanished(scene: Scene) -> list[Ended]:
-    """A folder or file that the command reads is away from a random moment on; or what it writes is deleted."""
+    """A folder or file that the command reads is away from a random moment on; or what it writes is lost, unless it was whole by
+    then and only the process had not ended."""
     processes = scene.start()
     scene.moment()
     there = [name for name in (*scene.command.reads, *scene.command.leaves) if (scene.folder / name).exists()]
@@ -117,8 +124,10 @@ def vanished(scene: Scene) -> list[Ended]:
     with contextlib.suppress(FileNotFoundError):
         (scene.folder / name).rename(away)
     ended = [process.wait() for process in processes]
-    if name in scene.command.reads and away.exists():
+    if away.exists() and not (scene.folder / name).exists():
         away.rename(scene.folder / name)
+        if name in scene.command.leaves and not scene.whole(name):
+            (scene.folder / name).rename(away)
     return ended
 
 
@@ -213,8 +222,8 @@ class Bench:
         logs = self.out / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         random = np.random.default_rng([seed, *trial.name.encode()])
-        scene = Scene(self.folder(), trial.command, logs, seconds, written, random)
-        outcome = _outcome(scene, trial, wanted)
+        scene = Scene(self.folder(), trial.command, logs, wanted, seconds, written, random)
+        outcome = _outcome(scene, trial)
         if outcome in BAD:
             kept = self.out / "bad" / trial.name.replace("/", ", ")
             shutil.rmtree(kept, ignore_errors=True)
@@ -223,13 +232,13 @@ class Bench:
         return outcome
 
 
-def _outcome(scene: Scene, trial: "Trial", wanted: dict[str, Any]) -> str:
+def _outcome(scene: Scene, trial: "Trial") -> str:
     ended = trial.fault(scene)
     for one in ended:
         if one.outcome in BAD:
             return one.outcome
     well = (all if scene.command.ranks > 1 else any)(one.code == 0 for one in ended)
-    same = left_behind(scene.folder, scene.command.leaves) == wanted
+    same = left_behind(scene.folder, scene.command.leaves) == scene.wanted
     if trial.kind == "damage":
         if not well:
             return "told"
@@ -243,7 +252,7 @@ def _outcome(scene: Scene, trial: "Trial", wanted: dict[str, Any]) -> str:
         complete = one.code == 2 and "already" in one.said  # disturbed after its last step
         if one.outcome != "same" and not complete:
             return "differing" if one.outcome == "told" else one.outcome
-    return "same" if left_behind(scene.folder, scene.command.leaves) == wanted else "differing"
+    return "same" if left_behind(scene.folder, scene.command.leaves) == scene.wanted else "differing"
 
 
 @dataclass(frozen=True)

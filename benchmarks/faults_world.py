@@ -114,13 +114,15 @@ class Ended:
     code: int | None
     """None: it hung, and was killed."""
     said: str
+    """By torchrun's ranks, not by torchrun, whose tracebacks are its own."""
+    launched: bool = False
 
     @property
     def outcome(self) -> str:
         if self.code is None:
             return "hung"
         crashed = -(self.code or 0) in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-        wordless = 0 < self.code < 128 and "error:" not in self.said
+        wordless = 0 < self.code < 128 and "error:" not in self.said and not self.launched
         if "Traceback (most recent call last)" in self.said or crashed or wordless:
             return "traceback"
         return "same" if self.code == 0 else "told"
@@ -143,8 +145,9 @@ class Running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             os.waitpid(self.process, 0)
-        files = sorted(self.logs.rglob("*.log")) if self.logs.is_dir() else [self.logs]
-        return Ended(code, "".join(file.read_text(errors="replace") for file in files if file.exists()))
+        launched = self.logs.name == "ranks"
+        files = sorted(self.logs.rglob("*.log")) if launched else [self.logs]
+        return Ended(code, "".join(file.read_text(errors="replace") for file in files if file.exists()), launched)
 
     def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -196,6 +199,7 @@ def _rob(words: Sequence[str], environment: dict[str, str]) -> None:
 
     os.environ.update(environment)
     sys.argv = ["rob", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
 
 
@@ -207,7 +211,7 @@ def _forked(do: Callable[[], None], folder: Path, log: Path) -> int:
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command begins: this script's frames are not its own
     return _ended(do)
 
 
@@ -224,6 +228,7 @@ def _ended(do: Callable[[], None]) -> NoReturn:
 
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # the command has ended
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
