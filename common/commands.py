@@ -17,13 +17,18 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     """Pack images into one .beton file."""
     from .images.pack import pack
 
-    refuse_existing(config.out, overwrite)
+    if config.append and overwrite:
+        raise MisuseError("--append adds to what is there, and --overwrite replaces it: leave one of them out")
+    refuse_existing(config.out, overwrite or config.append)
     with bar("packing", "images") as update:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
         note(f"skipped {path}: broken")
     size = config.out.stat().st_size
     note(f"{config.out}: {manifest.num_images:,} images, {size / 1e6:,.1f} MB, {len(manifest.classes or ())} classes")
+    if config.append:
+        more = manifest.num_images - manifest.grown[-1][0]
+        note(f"{more:,} of them are new; a store of the others is given theirs by the same rob cache-teacher again")
 
 
 def inspect(

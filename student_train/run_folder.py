@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +22,18 @@ from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkp
 from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
-    *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader", "compile"),
-    "loggers",
+    *(
+        "out",
+        "device",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "knn_every",
+        "effort",
+        "budget",
+        "loader",
+    ),
+    *("compile", "loggers"),
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
@@ -68,6 +79,8 @@ class RunFolder:
             raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self.log_every: int = config["log_every"]
+        minutes = config.get("checkpoint_minutes")
+        self._save_every, self._saved_at = math.inf if minutes is None else 60 * minutes, time.monotonic()
         self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
         settings = {**config, **facts}
         fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
@@ -119,6 +132,12 @@ class RunFolder:
         """Let other processes train here."""
         self._unlock()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is ``checkpoint_minutes`` old. The clock of the rank that writes decides alone: a step is
+        the same on all of them, and the others have nothing to write."""
+        return self.ranks.is_main and time.monotonic() - self._saved_at >= self._save_every
+
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""
         health = self.check_losses(step)
@@ -135,6 +154,7 @@ class RunFolder:
         parts = {name: part.state_dict() for name, part in state.items()}
         found = {"step": step, "health": health, "lines": len(read_log(self.out))}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
+        self._saved_at = time.monotonic()  # from its end: one that takes long must not fill the time
 
     def _check_there(self) -> None:
         """FailureError: the folder was moved or deleted. Writing would not notice, and make another with half a run in it."""

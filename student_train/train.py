@@ -203,6 +203,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+                    if run.is_due and step % steps_per_epoch:
+                        run.save(state, step)
             if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
                 found = yardstick.measure(trainer.model.backbone)
                 record(config.out, epoch + 1, step, found)
@@ -212,7 +214,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                     f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
                     f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
                 )
-            if (epoch + 1) % config.checkpoint_every == 0:
+            if (epoch + 1) % config.checkpoint_every == 0 or run.is_due:
                 run.save(state, step)
 
         # ==== what is left of it ====

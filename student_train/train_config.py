@@ -141,6 +141,14 @@ class TrainConfig:
         int,
         Setting("Epochs per checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not.", low=1),
     ] = 1
+    checkpoint_minutes: Annotated[
+        float | None,
+        Setting(
+            "A checkpoint after so many minutes, too, in the middle of an epoch: what a crash, or a machine that is taken away, "
+            "costs at most. 10 to 30 where an epoch takes hours; on a GPU one costs about a second.",
+            low=0.1,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.average is not None and not 0 < self.average < 1:

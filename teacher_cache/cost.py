@@ -38,6 +38,8 @@ class CachePlan:
     views_per_second: float
     workers: int = 1
     """That share the rows still to do, each with this speed."""
+    views_done: int = 0
+    """Of each image, in a store that is given more."""
 
     @property
     def total_bytes(self) -> int:
@@ -46,7 +48,9 @@ class CachePlan:
     @property
     def seconds(self) -> float:
         """Of the rows still to do."""
-        return (self.num_images - self.rows_done) * self.views / self.views_per_second / self.workers
+        return (
+            (self.num_images - self.rows_done) * (self.views - self.views_done) / self.views_per_second / self.workers
+        )
 
 
 def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> None:

@@ -131,6 +131,11 @@ class BetonWriter:
         self._end += size
         self._num_rows += 1
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows so far."""
+        return self._digest.hexdigest()
+
     def finish(
         self,
         *,
@@ -141,11 +146,12 @@ class BetonWriter:
         labels: tuple[int, ...] | None,
         classes: tuple[str, ...] | None,
         skipped: tuple[str, ...] = (),
+        grown: tuple[tuple[int, str], ...] = (),
     ) -> PackManifest:
         """Completes both files, flushes them to the disk and gives them their names; the ``.beton`` comes last, and until it is
         there the manifest of an earlier one of the same name is kept beside it."""
         assert self._num_rows == len(paths) > 0
-        fingerprint = self._digest.hexdigest()
+        fingerprint = self.fingerprint
         manifest = PackManifest(
             format_version=FORMAT_VERSION,
             num_images=self._num_rows,
@@ -158,6 +164,7 @@ class BetonWriter:
             labels=labels,
             classes=classes,
             skipped=skipped,
+            grown=grown,
         )
         header = np.array((FFCV_VERSION, len(FIELD_TYPES), self._page_bytes, self._num_rows, self._end), HEADER)
         descriptors = np.zeros(len(FIELD_TYPES), FIELD)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import FailureError, MisuseError
 from ..files import read_regular
+from ..images.manifest import PackManifest
 from ..records import LARGEST, parsed
 from .begun import disk_full_is_a_failure, half_written, rows_done
 from .codec import decode, decode_patches
@@ -82,6 +83,15 @@ class TargetStore:
     def chunk_bytes(self) -> int:
         """Bytes of one chunk of all arrays in memory, decompressed."""
         return sum(int(np.prod(array.chunk_shape)) * array.dtype.itemsize for array in self.arrays.values())
+
+    def check_data(self, data: PackManifest) -> None:
+        """MisuseError: the store is of other images than those of ``data``, or of those that it had before some were appended."""
+        if (self.manifest.num_images, self.manifest.data_fingerprint) in data.grown:
+            raise MisuseError(
+                f"{self.path} has the first {self.manifest.num_images:,} of the {data.num_images:,} images, as others were "
+                f"appended since: {AGAIN}, which adds their targets"
+            )
+        self.check(data_fingerprint=data.fingerprint)
 
     def check(self, **expected: Any) -> None:
         """MisuseError naming what differs between the manifest and the ``expected`` values of its fields, e.g.

@@ -77,7 +77,7 @@ class CachedTargets(TargetBranch):
     def __init__(self, config: Cached, run: RunContext) -> None:
         self.config, self.device = config, run.device
         self.store, self.data = TargetStore.open(config.path), run.data
-        self.store.check(data_fingerprint=run.data.manifest.fingerprint)
+        self.store.check_data(run.data.manifest)
         self.reads_patches = self.store.patches is not None and run.reads_patches
         if not self.reads_patches:
             self.store = self.store.pooled()

@@ -18,7 +18,7 @@ from rob.common.store.begun import half_written
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
-from rob.teacher_cache import cache
+from rob.teacher_cache import asked, cache
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
 from rob.teacher_cache.share import Share
 from rob.teacher_cache.teachers import TeacherConfig
@@ -37,7 +37,7 @@ def work(config: cache.CacheConfig, threads: int, rank: int, ranks: int, killed_
     """A worker: it shares its store with others, and may be killed at the so-many-th look at what all have done."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(threads)
-    cache.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
+    asked.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
     looks = []
 
     def rows(done: int, total: int) -> None:
