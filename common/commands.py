@@ -8,6 +8,7 @@ from .errors import MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
+from .places import is_address
 from .screen import bar, facts, note
 from .settings import Setting
 from .views.recipes import RecipeOverrides, get_recipe
@@ -55,7 +56,7 @@ def inspect(
     facts(found.title, found.rows)
     if sheet is None:
         return
-    is_store = path.is_dir()
+    is_store = path.is_dir() or (is_address(path) and path.suffix != ".beton")
     if is_store and data is None:
         raise MisuseError("--sheet of a store needs its images: pass --data DATA.beton")
     config = SheetConfig(

@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 
 from .errors import FailureError, MisuseError
 
+LARGEST_FILE = 1 << 35
+"""Bytes of one file that is read as a whole, unless less is asked for."""
+
 
 def lock_file(path: Path, taken: str) -> int:
     """The descriptor whose closing, or the death of this process, lets others lock ``path``, which is made with its folder.
@@ -128,7 +131,9 @@ def read_regular(path: Path, largest: int) -> bytes:
     bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(largest + 1) if size <= largest else b""
+        data = file.read(size + 1) if size <= largest else b""  # Python takes memory for all that is asked for
+        if size < len(data) <= largest:  # it has grown, or the system does not know
+            data += file.read(largest + 1 - len(data))
     if max(size, len(data)) > largest:
         raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {largest:,} that are read", str(path))
     return data

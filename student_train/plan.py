@@ -68,7 +68,7 @@ def make_plan(config: TrainConfig) -> TrainPlan:
 
 def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:
     """The targets of ``config``, which then names its objective: the usual one of such targets, where none was asked for."""
-    run = RunContext(Beton(config.data), device, config.precision, config.seed, config.objective)
+    run = RunContext(Beton(config.data, config.local_dir), device, config.precision, config.seed, config.objective)
     branch = config.targets.open(run)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
     return replace(config, objective=objective), replace(run, objective=objective), branch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
+from ..common.places import is_address, shown
 from ..common.ranks import ALONE, Ranks, from_main
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
@@ -33,7 +34,7 @@ FREE_TO_CHANGE = (
         "budget",
         "loader",
     ),
-    *("compile", "loggers"),
+    *("compile", "loggers", "local_dir"),
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
@@ -73,6 +74,10 @@ class RunFolder:
         ranks: Ranks = ALONE,
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
     ) -> None:
+        if is_address(out):
+            raise MisuseError(
+                f"`out` {shown(out)}: a run's folder lies on a disk: give one, and copy it when the run has ended"
+            )
         if out.exists() and not out.is_dir():
             raise MisuseError(f"`out` {out} is a file: give the folder to train in")
         if (out / "zarr.json").exists():

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Data, Device, Precision, Seed
+from ..common.config import Data, Device, LocalDir, Precision, Seed
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.views.config import LoaderConfig
@@ -123,6 +123,7 @@ class TrainConfig:
             option="--sync-batchnorm/--no-sync-batchnorm",
         ),
     ] = None
+    local_dir: LocalDir = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
+from ..common.places import is_address, place_of, shown
 from ..common.run import versions
 from ..common.store.begun import begun_store, half_written
 from ..common.store.encodings import Encoding
@@ -24,9 +25,11 @@ TEMPORARY = Encoding("embedding", dtype="float16")
 def begun_geometry(config: CacheConfig) -> str | None:
     """Of the views in what is there already, whole or begun: it goes on as it began."""
     for path in (config.out, temporary_store(config)):
-        if path is not None and (path / "zarr.json").exists():
+        if path is None:
+            continue
+        if (place := place_of(path)).exists("zarr.json"):
             return TargetStore.open(path).manifest.geometry
-        if path is not None and (begun := half_written(path)):
+        if begun := half_written(place):
             return begun.geometry
     return None
 
@@ -46,6 +49,11 @@ def check_asked(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
         raise MisuseError(
             f"`encoding` {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
             "give a number of `prototypes` to fit, or use `encoding` embedding"
+        )
+    if is_address(config.out) and temporary_store(config) is not None:
+        raise MisuseError(
+            f"`prototypes` of {config.encoding.kind} targets are fitted to embeddings that lie beside them meanwhile, which a "
+            "bucket is not for: use `encoding` embedding, or cache to a disk and copy the store"
         )
     if config.prototypes:
         refuse_unsuitable(config.prototypes, data.num_images * config.views)
@@ -83,14 +91,15 @@ def manifest_of(
 
 def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
     """Whether ``path`` is a finished store of exactly this. MisuseError when it is a finished store of something else."""
-    if not (path / "zarr.json").exists():
+    if not place_of(path).exists("zarr.json"):
         return False
     stored = TargetStore.open(path).manifest.to_json()
     asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
     different = "; ".join(differing(stored, asked))
     if different:
         raise MisuseError(
-            f"{path} is already there and complete, with other settings ({different}): give another path, or delete it first"
+            f"{shown(path)} is already there and complete, with other settings ({different}): give another path, or delete it "
+            "first"
         )
     return True
 
@@ -98,7 +107,7 @@ def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
 def refuse_what_is_in_the_way(path: Path, manifest: StoreManifest, share: Share, *may_differ: str) -> None:
     """MisuseError where the store of ``manifest`` cannot be begun or gone on with at ``path``. Others may finish it any time."""
     try:
-        begun_store(path, manifest, *may_differ)
+        begun_store(place_of(path), manifest, *may_differ)
     except MisuseError:
         if share.split is None or not is_complete(path, manifest, *may_differ):
             raise

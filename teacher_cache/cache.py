@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..common.images.beton import Beton
+from ..common.places import local_path, shown
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, use_device
 from ..common.store.codec import encode
 from ..common.store.encodings import Encoding
@@ -69,13 +70,14 @@ def cache_teacher(
     """
     progress = progress or CacheProgress()
     share = Share.of(config.part)
+    config = replace(config, out=local_path(config.out))
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuse a wrong precision before anything is loaded
     allow_fast_arithmetic(device, config.precision)
     config = replace(config, precision=choose_precision(device, config.precision))
     check_loader(config.loader, device)
     config = replace(config, loader=settled(config.loader, device, begun_geometry(config)))
-    data = Beton(config.data)
+    data = Beton(config.data, config.local_dir)
     teacher = (teacher or load_teacher(config.teacher)).to(device)
     check_asked(config, data, teacher)
     patches = patch_encoding(config, data, teacher, progress.note)
@@ -152,7 +154,7 @@ def _write_store(
     """
     if is_complete(path, manifest, "num_prototypes", "head", "teacher_temp"):
         if growth is None:
-            progress.note(f"{path} is complete already: nothing to do")
+            progress.note(f"{shown(path)} is complete already: nothing to do")
         return True
     refuse_what_is_in_the_way(path, manifest, share)  # refuses what is in the way, before the teacher runs
     if growth is not None:
@@ -165,7 +167,7 @@ def _write_store(
     patches = manifest.patch_encoding
     seen = teacher, config.recipe, manifest.view_size, device, config.precision
     dense = None if patches is None else dense_embedder(*seen)
-    embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]
+    embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]  # to be tried
     # Tried before anything is begun: the teacher may not take views of this size.
     new_views = manifest.view_ids if growth is None else growth.new_views
     few = min(config.loader.batch_size, max(1, TRIAL_VIEWS // len(new_views)))
@@ -175,16 +177,16 @@ def _write_store(
     if writer is None:
         return True
     of_patches: Mapping[str, np.ndarray] = {}
-    says = lambda batch: (embed(batch), {})  # noqa: E731
+    batch_size = fitting_batch(config.loader.batch_size, manifest.chunk_rows)
+    whole = embedder(*seen, batch_size)
+    says = lambda batch: (whole(batch), {})  # noqa: E731
     if patches is not None and dense is not None:
         make = partial(fixed_arrays, patches, config, data, teacher, manifest.view_size, dense, progress.note)
         of_patches = writer.kept("patches", make) if growth is None else growth.store.statistics
-        says = with_patches(patches, teacher, dense, of_patches, device)
-    asked = config.loader.batch_size if growth is None else growth.batch_size(config.loader.batch_size)
-    batch_size = fitting_batch(asked, manifest.chunk_rows)
-    if batch_size != asked:
+        says = with_patches(patches, teacher, dense_embedder(*seen, batch_size), of_patches, device)
+    if batch_size != config.loader.batch_size:
         progress.note(
-            f"batches of {batch_size} images, not {asked}: "
+            f"batches of {batch_size} images, not {config.loader.batch_size}: "
             f"a batch size must divide the {manifest.chunk_rows} images of a chunk"
         )
     own, *beside = store_bytes.values()
@@ -212,6 +214,7 @@ def _write_store(
             return True
         chunk = chunk if growth is None else chunk.last(growth.new_rows(chunk.row))
         embedding, logits = chunk.embedding, chunk.logits
+        assert embedding is not None
         with after(made, embedding, logits):
             refuse_not_finite(embedding, chunk.row)
             dead += int((~embedding.any(-1)).sum())
@@ -256,7 +259,7 @@ def _write_store(
     if missing := writer.missing():
         at = f"{len(missing):,} of {manifest.num_shards:,} shards"
         progress.note(
-            f"{path}: this part is done; {at} are missing, and whoever makes the last of them finishes the store"
+            f"{shown(path)}: this part is done; {at} are missing, and whoever makes the last of them finishes the store"
         )
         return False
     if growth is not None:

@@ -1,6 +1,7 @@
 """A store of embeddings with prototypes fitted to it, and the store of logits that both give."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.files import locked
+from ..common.places import is_address
 from ..common.store.codec import decode, encode
 from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
@@ -36,7 +38,7 @@ def with_prototypes(
     """
     if TargetStore.open(path).manifest.num_prototypes != config.num:
         taken = f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"
-        with locked(path / ".lock", taken, wait):
+        with nullcontext() if is_address(path) else locked(path / ".lock", taken, wait):
             _fit(TargetStore.open(path), config, note, device, progress)
     return TargetStore.open(path)
 

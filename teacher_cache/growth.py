@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common.files import aside, exchange
 from ..common.images.manifest import PackManifest
+from ..common.places import Folder, is_address
 from ..common.store.begun import half_written
 from ..common.store.codec import decode, encode
 from ..common.store.encodings import Encoding
@@ -60,18 +61,13 @@ class Growth:
             return f"views {self.new_views[0]} to {self.new_views[-1]} are added to the {self.views_there} there"
         return f"rows {self.rows_there:,} to {self.manifest.num_images - 1:,} are added to those there"
 
-    def batch_size(self, asked: int) -> int:
-        """Images a batch, so that the teacher sees as many views at once as where the store is made in one go."""
-        return asked * len(self.manifest.view_ids) // len(self.new_views)
-
     def kept(self, rows: np.ndarray) -> list[int]:
         """Of ``rows``, the first ones of chunks that are copied as they are."""
         size = self.manifest.chunk_rows
         return [] if self.views_there else [int(row) for row in rows[rows % size == 0] if row + size <= self.rows_there]
 
     def made(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        """Of ``rows``, those that the teacher sees: also some that are there, which were in a batch with new ones in a store that
-        is made in one go."""
+        """Of ``rows``, those that the teacher sees: from the beginning of a batch on."""
         return rows if self.views_there else rows[rows >= self.rows_there // batch_size * batch_size]
 
     def new_rows(self, row: int) -> int:
@@ -121,6 +117,8 @@ def growth_of(path: Path, manifest: StoreManifest, data: PackManifest, prototype
     """What of ``manifest`` the complete store at ``path`` is to be given next: rows first, then views. None where there is no
     such store, or ``manifest`` is not of more of the same. ``prototypes`` somebody asked to be fitted, 0 for none.
     """
+    if is_address(path):
+        return None  # nothing in a bucket can change places
     if not path.exists() and aside(path).exists():  # killed while two stores changed places in three steps
         aside(path).rename(path)
     if not (path / "zarr.json").exists():
@@ -156,12 +154,13 @@ def in_its_place(growth: Growth) -> Iterator[None]:
         return (grown / "zarr.json").exists() and _alike(TargetStore.open(grown).manifest, growth.manifest)
 
     def change_places() -> None:
+        shutil.rmtree(grown / "pending", ignore_errors=True)  # of a worker killed in the very last step
         exchange(grown, growth.store.path)
         drop_earlier()
 
     def drop_earlier() -> None:
         """What an earlier growth was killed in dropping, too."""
-        if grown.exists() and not is_whole() and half_written(grown) is None:
+        if grown.exists() and not is_whole() and half_written(Folder(grown)) is None:
             (grown / "zarr.json").unlink(missing_ok=True)  # no store any more, whatever is left of it
             shutil.rmtree(grown)
 

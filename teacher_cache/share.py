@@ -15,6 +15,7 @@ from typing import Self
 
 from ..common.errors import MisuseError
 from ..common.files import lock, open_locked
+from ..common.places import place_of
 from ..common.store.manifest import StoreManifest
 from ..common.store.writer import StoreWriter
 
@@ -61,7 +62,7 @@ class Share:
         try:
             return StoreWriter.open_or_resume(path, manifest, self.split)
         except MisuseError:
-            if self.split is None or not (path / "zarr.json").exists():
+            if self.split is None or not place_of(path).exists("zarr.json"):
                 raise
             return None
 

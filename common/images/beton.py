@@ -28,6 +28,7 @@ from PIL import Image
 
 from ..errors import FailureError, MisuseError
 from ..files import flush_to_disk, lock, new_file, open_regular, whole_file
+from .copied import at_hand
 from .manifest import FORMAT_VERSION, PackManifest, earlier_path, manifest_of, manifest_path, read_manifest, seal
 
 FFCV_VERSION = 2
@@ -224,8 +225,8 @@ class Beton:
     unreadable or of another file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = path = Path(path)
+    def __init__(self, path: str | Path, local_dir: Path | None = None):
+        self.path = path = at_hand(Path(path), local_dir, lambda copy: Beton(copy).damaged())
         if (path / "zarr.json").exists():
             raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
         if path.is_dir():

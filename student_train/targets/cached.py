@@ -92,7 +92,7 @@ class CachedTargets(TargetBranch):
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, config.window_mib))
         self._prefetcher: TargetPrefetcher | None = None
         self.space = space_of(self.store, run.device)
-        self.source = str(config.path)
+        self.source = str(self.store.place)
         told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
         stored = vars(manifest)
         self.description = {

@@ -57,7 +57,7 @@ def killed_at(number: int) -> CacheProgress:
     [
         (False, {"encoding": INT8}),
         (True, {"encoding": Encoding("topk", k=6)}),
-        (False, {"patches": PatchChoice(patches="grid")}),
+        (False, {"patches": PatchChoice(patches="grid", patch_dim=16)}),
     ],
     ids=["embedding", "topk", "patches"],
 )
@@ -65,7 +65,7 @@ def test_views_and_rows_that_are_added(grown, headless, with_head, tmp_path, hea
     """Killed in the middle of it, too; until all is there the store is what it was."""
     few, more = grown
     teacher: TeacherConfig = with_head if headed else headless
-    loader = LoaderConfig(batch_size=4, workers=1)  # twice as many images a batch where half as many views are made
+    loader = LoaderConfig(batch_size=4, workers=1)
     config = partial(tiny.tiny_cache_config, teacher=teacher, loader=loader, **settings)
     whole = tmp_path / "whole.zarr"
     cache_teacher(config(whole, more, views=4))
@@ -136,7 +136,7 @@ def test_killed_while_the_stores_change_places(grown, headless, tmp_path, monkey
     config = partial(tiny.tiny_cache_config, tmp_path / "a.zarr", few, headless)
     whole = tiny.contents(tiny.tiny_store(tmp_path / "whole.zarr", few, headless, views=3).path)
 
-    def dies(*_: object) -> None:
+    def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     def then_dies(function: Callable) -> Callable:
