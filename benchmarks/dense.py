@@ -31,6 +31,7 @@ SIZE = 320, 240
 CACHING = "--views 4 --view-size 224 --global-scale 0.1 0.6 --patches grid"
 TRAINING = f"--student {STUDENT} --image-size 128 --no-small-images --epochs 100 --batch-size 16 --lr 0.032"
 OBJECTIVES = {"embedding": "--objective embedding", "patch": "--objective patch --patch-layer -2"}
+PROBE = "--layer -2"
 DETECTOR = "--side 240 --channels 64 --epochs 8 --batch-size 4 --lr 0.0005"
 
 
@@ -78,7 +79,18 @@ def measured(run: Path, bccd: Path, cells: Path, init: str, seed: int, detect: b
     end = "" if init == "student" else f"-{init}"
     segmented, detected = run / "eval" / f"segment{end}.json", run / "eval" / f"detect{end}.json"
     if not segmented.exists():
-        rob("eval", "segment", run, cells / "images/train", cells / "images/test", "--init", init, "--seed", seed)
+        rob(
+            "eval",
+            "segment",
+            run,
+            cells / "images/train",
+            cells / "images/test",
+            "--init",
+            init,
+            "--seed",
+            seed,
+            *PROBE.split(),
+        )
     if detect and not detected.exists():
         rob("eval", "detect", run, bccd, "--init", init, "--seed", seed, *DETECTOR.split())
     found = {"miou": json.loads(segmented.read_text())["miou"]}
@@ -129,7 +141,14 @@ def main() -> None:
                 row |= {measure: mean(values), f"{measure}_deviation": stdev(values) if len(values) > 1 else None}
                 row[f"{measure}_seeds"] = len(values)
         rows.append(row)
-    work = {"teacher": STAND_IN, "student": STUDENT, "caching": CACHING, "training": TRAINING, "detector": DETECTOR}
+    work = {
+        "teacher": STAND_IN,
+        "student": STUDENT,
+        "caching": CACHING,
+        "training": TRAINING,
+        "probe": PROBE,
+        "detector": DETECTOR,
+    }
     report = Report.of("dense", torch.device("cpu"), work, rows, {})
     report.show()
     print(f"written to {report.write()}")
