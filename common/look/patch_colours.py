@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patches import BASIS, MEAN, fit_pca
 from ..store.encodings import PATCHES
 from ..store.reader import TargetStore
 from .neighbours import unit_vectors
 
 OUTLIERS = 0.02
 """Share of the places beyond each end of a colour's range."""
+LEAST_RANGE = 0.25
+"""Of the first component's, that a component is stretched to the whole range of its colour from: less is noise, and looks it."""
 STRENGTH = 0.62
 """Of colours over the grey picture that is behind them."""
 
@@ -32,12 +35,13 @@ def cached_maps(store: TargetStore, image_ids: np.ndarray) -> Tensor:
 def patch_colours(maps: Tensor) -> np.ndarray:
     """Maps (N, C, h, w) to (N, h, w, 3) uint8; the colours are of all N together."""
     rows = maps.float().movedim(1, -1)
-    centred = rows.flatten(0, 2) - rows.flatten(0, 2).mean(0)
-    _, _, basis = torch.pca_lowrank(centred, min(3, *centred.shape), center=False)
-    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # a component's sign is arbitrary
-    found = F.pad(centred @ basis, (0, 3 - basis.shape[1]))
+    places = rows.flatten(0, 2)
+    pca = fit_pca([places], min(3, *places.shape))
+    mean, basis = torch.from_numpy(pca[MEAN]), torch.from_numpy(pca[BASIS])
+    found = F.pad((places - mean) @ basis.T, (0, 3 - len(basis)))
     low, high = found.quantile(OUTLIERS, dim=0), found.quantile(1 - OUTLIERS, dim=0)
-    shares = ((found - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    wide = (high - low).maximum(LEAST_RANGE * (high - low).max()).clamp_min(1e-12)
+    shares = (0.5 + (found - (low + high) / 2) / wide).clamp(0, 1)
     return (255 * shares).round().byte().unflatten(0, rows.shape[:3]).numpy()
 
 

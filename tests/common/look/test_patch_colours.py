@@ -29,4 +29,4 @@ def test_a_colour_lies_where_its_patch_is():
     shown = laid_over(np.full((64, 64, 3), 100, np.uint8), colours)
     redness = shown[..., 0].astype(int) - shown[..., 1]
     assert redness[:16, 48:].min() > 150
-    assert redness[32:, :32].max() == 0
+    assert redness[48:, :16].max() == 0
