@@ -15,8 +15,10 @@ from rob.student_train.config import OptimiserConfig, PairingConfig
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.start import begin, with_start
 from rob.student_train.students import StudentConfig, build_student, describe_student
+from rob.student_train.targets.cached import Cached
 from rob.student_train.train import TrainProgress, train_student
-from support.training import STEPS_PER_EPOCH, STUDENT, log_of
+from rob.student_train.train_config import TrainConfig
+from support.training import LOADER, NO_WARM_UP, STEPS_PER_EPOCH, STUDENT, log_of
 
 RESNET = StudentConfig("test_resnet", 32, small_images=False)
 
