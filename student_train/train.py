@@ -176,7 +176,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.note(f"{config.out} is complete already: nothing to do")
     elif progress.plan is not None and ranks.is_main:
         progress.plan(plan)
-    if moving and ranks.is_main and step < total_steps:
+    if "as they were" in moving and ranks.is_main and step < total_steps:
         progress.note(f"of {config.student.name} will be {moving}")
     progress.step(step, total_steps)
 

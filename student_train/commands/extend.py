@@ -50,7 +50,10 @@ def as_parent(
         matched = partial(
             matched.func, **{**matched.keywords, **_open(ObjectiveConfig, settings.get("objective"), typed)}
         )
-        choice = replace(choice, **_open(PairingChoice, settings.get("pairing"), typed))
+        views = _open(PairingChoice, settings.get("pairing"), typed)
+        if (views.get("pairing") or choice.pairing) != "cross":
+            views.pop("fresh", None)  # which means nothing there
+        choice = replace(choice, **views)
         optimiser = replace(config.keywords["optimiser"], **_open(OptimiserConfig, settings.get("optimiser"), typed))
         run = {name: settings[name] for name in OF_THE_RUN if name in settings and name not in typed}
         if "freeze_prototypes" not in typed:

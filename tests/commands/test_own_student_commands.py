@@ -1,5 +1,6 @@
 """A student of the user's own code on the command line: named once to train, and again by each command that takes the run."""
 
+import json
 import sys
 
 import numpy as np
@@ -89,3 +90,42 @@ def test_a_layer_of_a_whole_detector(rob, refused, made, tmp_path):
 def test_a_factory_that_is_not_there(refused, made, tmp_path, name, message):
     words = (made.data, "--targets", made.store, "--epochs", 1, "--batch-size", 8, *FAST)
     refused(2, message, "train-student", *words, "--student", name, "--out", tmp_path / "run")
+
+
+def test_a_run_is_extended_with_the_settings_that_it_had(rob, refused, made, tmp_path):
+    """All that is given again is where it began; the student is of the user's own code, and named."""
+    named, parent, child = ("--student", "nets_of_a_user:build"), tmp_path / "parent", tmp_path / "child"
+    train = ("train-student", made.data, "--targets", made.store, *FAST)
+    first = (
+        *train,
+        *named,
+        "--image-size",
+        32,
+        "--hidden-dim",
+        16,
+        "--pairing",
+        "same",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+    )
+    assert rob(*first, "--out", parent).code == 0
+    extend = (*train, "--init", parent, "--extend", 2, "--out", child)
+    refused(2, "the student of .*parent is nets_of_a_user:build, of somebody's own code: give it as", *extend)
+    refused(2, "--extend 2 goes on with another run", *train, "--extend", 2, "--out", child)
+    refused(2, "nowhere has no checkpoint.pt", *train, "--init", "nowhere", "--extend", 2, "--out", child)
+    assert rob(*extend, *named).code == 0
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (parent, child))
+    assert now["parent"]["run"] == str(parent)
+    assert now["epochs"] == 2
+    normalised = {name: was["student_info"][name] for name in ("mean", "std")}
+    assert now["student"] == {**was["student"], "init": str(parent), **normalised}
+        **was["student"],
+        "init": str(parent),
+        "mean": was["student_info"]["mean"],
+        "std": was["student_info"]["std"],
+    }
+    assert {name: now[name] for name in ("objective", "pairing")} == {
+        name: was[name] for name in ("objective", "pairing")
+    }
