@@ -121,11 +121,6 @@ def test_a_run_is_extended_with_the_settings_that_it_had(rob, refused, made, tmp
     assert now["epochs"] == 2
     normalised = {name: was["student_info"][name] for name in ("mean", "std")}
     assert now["student"] == {**was["student"], "init": str(parent), **normalised}
-        **was["student"],
-        "init": str(parent),
-        "mean": was["student_info"]["mean"],
-        "std": was["student_info"]["std"],
-    }
     assert {name: now[name] for name in ("objective", "pairing")} == {
         name: was[name] for name in ("objective", "pairing")
     }
