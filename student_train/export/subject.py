@@ -57,7 +57,7 @@ def open_subject(run: Path, size: int | None) -> Subject:
     weights = hash_weights(network.state_dict())
     info = replace(info, image_size=size or info.image_size)
     told = told or {"student": json.dumps(info.to_dict())}
-    if task == "classify" and classes is not None:
+    if task == "classify" and classes is not None and not info.is_own:
         info = replace(info, timm_kwargs={**info.timm_kwargs, "num_classes": len(classes)})
     check_input_size(network, info.image_size)
     named = path or run
