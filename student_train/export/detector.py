@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 
 from ...common.errors import FailureError, MisuseError
 from ...common.exported import StudentInfo
@@ -50,7 +50,7 @@ class DetectorWithInput(nn.Module):
     def __init__(self, detector: FasterRCNN, form: str, info: StudentInfo, side: int | None) -> None:
         super().__init__()
         self.detector, self.form = detector, form
-        self.outputs = [name for name in OUTPUTS if name != "masks" or detector.roi_heads.has_mask()]
+        self.outputs = [name for name in OUTPUTS if name != "masks" or isinstance(detector, MaskRCNN)]
         self.register_buffer("mean", torch.tensor(info.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(info.std).view(3, 1, 1))
         scaling: Any = detector.transform
