@@ -37,7 +37,7 @@ def export(config: ExportConfig) -> None:
 def _columns(first: "ExportedFile") -> "tuple[tuple[str, ...], Callable[[ExportedFile], tuple[Cell, ...]]]":
     """What is said of agreement, by what comes out."""
     if first.boxes is not None:
-        return ("same boxes %", "boxes of torch", "lowest IoU", "largest difference of scores"), _of_boxes
+        return ("same boxes %", "torch's boxes", "lowest IoU"), _of_boxes
     if first.output["name"] == "logits":
         return ("lowest cosine", "as torch %", "top-1 %", "top-1 of torch %"), _of_logits
     return ("lowest cosine", "k-NN top-1 %", "k-NN of torch %"), _of_features
@@ -46,9 +46,8 @@ def _columns(first: "ExportedFile") -> "tuple[tuple[str, ...], Callable[[Exporte
 def _of_boxes(entry: "ExportedFile") -> "tuple[Cell, ...]":
     found = entry.boxes
     if found is None:
-        return (None,) * 4
-    lowest = found.lowest_iou and f"{found.lowest_iou:.6f}"
-    return 100 * found.same, str(found.boxes), lowest, f"{found.largest_difference or 0:.6f}"
+        return (None,) * 3
+    return 100 * found.same, str(found.boxes), found.lowest_iou and f"{found.lowest_iou:.4f}"
 
 
 def _of_logits(entry: "ExportedFile") -> "tuple[Cell, ...]":
