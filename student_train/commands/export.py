@@ -54,12 +54,12 @@ def _of_logits(entry: "ExportedFile") -> "tuple[Cell, ...]":
     found = entry.agreement
     if found is None:
         return (None,) * 4
-    return f"{found.lowest_cosine:.6f}", found.same and 100 * found.same, found.top1, found.top1_torch
+    return f"{found.lowest_cosine:.4f}", found.same and 100 * found.same, found.top1, found.top1_torch
 
 
 def _of_features(entry: "ExportedFile") -> "tuple[Cell, ...]":
     found = entry.agreement
-    return (None,) * 3 if found is None else (f"{found.lowest_cosine:.6f}", found.knn, found.knn_torch)
+    return (None,) * 3 if found is None else (f"{found.lowest_cosine:.4f}", found.knn, found.knn_torch)
 
 
 def export_teacher(config: ExportTeacherConfig) -> None:
