@@ -30,6 +30,7 @@ from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.finetune import classify, segment
+from rob.student_train.commands.own_student import of_runs
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
@@ -211,18 +212,19 @@ app.command(cls=GroupedCommand)(command(at_once(inspect)))
 app.command(cls=GroupedCommand)(command(at_once(students)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer, probe_segmentation):
-    evaluate.command(cls=GroupedCommand)(command(at_once(function), load_teacher=load_teacher))
-evaluate.command(cls=GroupedCommand)(command(at_once(detect)))
+    evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(function)), load_teacher=load_teacher))
+evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(detect))))
 app.add_typer(evaluate, name="eval")
 finetune = typer.Typer(help="Train a student on labels: a classifier or a segmenter to ship.", no_args_is_help=True)
 for function in (classify, segment):
-    finetune.command(cls=GroupedCommand)(command(at_once(function)))
+    finetune.command(cls=GroupedCommand)(command(at_once(of_runs(function))))
 app.add_typer(finetune, name="finetune")
-for function in (compare, report, sweep):
-    app.command(cls=GroupedCommand)(command(at_once(function)))
-app.command(cls=GroupedCommand)(command(at_once(embed), load_teacher=load_teacher))
-app.command(cls=GroupedCommand)(command(at_once(export)))
-app.command(cls=GroupedCommand)(command(at_once(push), teacher_licence=teacher_licence))
+for function in (compare, report):
+    app.command(cls=GroupedCommand)(command(at_once(of_runs(function))))
+app.command(cls=GroupedCommand)(command(at_once(sweep)))
+app.command(cls=GroupedCommand)(command(at_once(of_runs(embed)), load_teacher=load_teacher))
+app.command(cls=GroupedCommand)(command(at_once(of_runs(export))))
+app.command(cls=GroupedCommand)(command(at_once(of_runs(push)), teacher_licence=teacher_licence))
 app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
 for function in (verify, check, demo, bench):
     app.command(cls=GroupedCommand)(command(at_once(function)))

@@ -12,6 +12,7 @@ from timm.models import EfficientNet, MobileNetV3, ResNet
 from torch import nn
 
 from .errors import MisuseError
+from .factories import is_factory
 from .files import open_regular
 from .records import parsed
 
@@ -19,13 +20,21 @@ TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_s
 """All that ``describe_student`` has timm called with; nothing else in a file's description is."""
 LARGEST_SIDE = 1 << 14
 """Pixels a side of an image that a description may name."""
+TORCHVISION = "torchvision/"
+"""Begins the name of a student that is torchvision's."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a student of that name is not timm's, but torchvision's or of the user's own code."""
+    return name.startswith(TORCHVISION) or is_factory(name)
 
 
 @dataclass(frozen=True)
 class StudentInfo:
     """All that a weights file needs beside its tensors: how to rebuild the network, and the pixels it expects.
 
-    ``mean`` and ``std`` (RGB, in units of 1) normalise its input. Written into the weights file as JSON.
+    ``mean`` and ``std`` (RGB, in units of 1) normalise its input. ``features`` is the layer that is pooled of a network that is
+    not timm's; None: what it returns. Written into the weights file as JSON.
     """
 
     name: str
@@ -34,21 +43,33 @@ class StudentInfo:
     small_images: bool
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    features: str | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is not timm's."""
+        return is_own(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """``features`` is left out where there are none, as in files from before there were."""
+        return {name: value for name, value in asdict(self).items() if name != "features" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
         """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
         which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
-        kwargs = values.get("timm_kwargs", {})
+        kwargs, features = values.get("timm_kwargs", {}), values.get("features")
+        values = {**values, "features": features}
         unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
         if unknown:
             raise ValueError(f"no student has {', '.join(sorted(unknown))}")
         sides = [values["image_size"], *(value for name, value in kwargs.items() if name != "num_classes")]
         sound = isinstance(values["name"], str) and isinstance(values["small_images"], bool)
-        sound &= kwargs.get("num_classes") == 0 and all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
+        sound &= (
+            (not kwargs and not values["small_images"]) if is_own(values["name"]) else kwargs.get("num_classes") == 0
+        )
+        sound &= features is None or (isinstance(features, str) and is_own(values["name"]))
+        sound &= all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
         sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
         if not sound:
             raise ValueError("a value is none that a student has")

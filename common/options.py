@@ -60,17 +60,18 @@ def group_of(owner: str) -> str:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose many options are listed by what they are of, and whose pairs of numbers may have a comma: ``0.5,1``."""
+    """A command whose many options are listed by what they are of, and whose pairs and threes of numbers may have commas:
+    ``0.5,1``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        pairs = {name for parameter in self.params if parameter.nargs == 2 for name in parameter.opts}
+        several = {name: p.nargs for p in self.params if p.nargs in (2, 3) for name in p.opts}
         words: list[str] = []
         for word in args:
             name, equals, value = word.partition("=")
-            if equals and name in pairs and "," in value:
-                words += [name, *value.split(",", 1)]
-            elif words and words[-1] in pairs and "," in word:
-                words += [part.strip() for part in word.split(",", 1)]
+            if equals and name in several and "," in value:
+                words += [name, *value.split(",", several[name] - 1)]
+            elif words and words[-1] in several and "," in word:
+                words += [part.strip() for part in word.split(",", several[words[-1]] - 1)]
             else:
                 words.append(word)
         return super().parse_args(ctx, words)

@@ -33,6 +33,11 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     payload = read_checkpoint(config.run / "checkpoint.pt")
     settings, state = payload["config"], payload["state"]
     info = StudentInfo.from_dict(settings["student_info"])
+    if info.is_own:
+        raise MisuseError(
+            f"{config.run}: its student is {info.name}, and a teacher's file is timm's: rob cache-teacher takes a network of "
+            "your own, `teacher` package.module:factory, which loads student.safetensors"
+        )
     if config.image_size is not None:
         info = replace(info, image_size=config.image_size)
     method, branch = settings["objective"]["name"], settings["branch"]

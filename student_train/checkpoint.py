@@ -10,17 +10,19 @@ import os
 import pickle
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.errors import FailureError, MisuseError
 from ..common.exported import StudentInfo, described_in
+from ..common.factories import name_factory
 from ..common.files import first_difference, open_regular, replacing
+from ..common.own_network import whole_of
 from ..common.records import DamagedError, NoChecksumError
 from ..common.run import versions
 from ..common.weights import read_tensor_file, tensor_file
@@ -46,18 +48,23 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, A
         torch.save(payload, file)
 
 
-def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    config: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    otherwise: str = "choose another output folder",
+) -> dict[str, Any]:
     """The ``state`` of a checkpoint that a run of the same ``config`` wrote.
 
-    MisuseError: as ``read_checkpoint``, or another configuration (the first field that differs is named). FailureError as there.
+    MisuseError: as ``read_checkpoint``, or another configuration: the first field that differs is named, and ``otherwise`` says
+    what else to do. FailureError as there.
     """
     payload = read_checkpoint(path, device)
     difference = first_difference(payload["config"], _as_json(config))
     if difference:
         name, was, now = difference
         raise MisuseError(
-            f"{path} was made with {name} = {was}, this run has {name} = {now}: "
-            "resume with the same, or choose another output folder"
+            f"{path} was made with {name} = {was}, this run has {name} = {now}: resume with the same, or {otherwise}"
         )
     return payload["state"]
 
@@ -136,27 +143,46 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
-    """Write the backbone as safetensors, with ``info`` in the metadata; ``students.py`` says how timm alone loads it.
+    """Write the backbone as safetensors, with ``info`` in the metadata; ``students.py`` says how timm alone loads it. Of a
+    network that is not timm's the whole, by its own names.
 
     FailureError as ``save_checkpoint``.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    tensors = _apart(whole_of(backbone).state_dict())
+    for_timm = {"timm_name": info.name, "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True)}
     metadata = {
         "format": "pt",
         "student": json.dumps(info.to_dict(), sort_keys=True),
-        "timm_name": info.name,
-        "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True),
+        **({} if info.is_own else for_timm),
         "rob_version": versions("rob")["rob"],
     }
     with replacing(path) as file:
         file.write(tensor_file(tensors, metadata))
 
 
-def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, StudentInfo]:
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with a memory of its own, as safetensors wants them: some networks have one tensor under two names."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        found[name] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return found
+
+
+def load_student(
+    run_or_weights: Path | str,
+    device: torch.device | str = "cpu",
+    student: str | Callable[[], nn.Module] | nn.Module | None = None,
+) -> tuple[nn.Module, StudentInfo]:
     """The trained student of a run folder or of a weights file, in eval mode, and its description.
 
-    MisuseError: nothing there, a file rob did not write, a damaged one, or tensors that are not the described student's.
+    ``student`` builds a network of the user's own code: nothing is imported because a file names it. MisuseError: nothing
+    there, a file rob did not write, a damaged one, or tensors that are not the described student's.
     """
+    if student is not None:
+        name_factory(student)
     run_or_weights = Path(run_or_weights)
     path = run_or_weights / WEIGHTS_NAME if run_or_weights.is_dir() else run_or_weights
     if not path.exists():
@@ -180,9 +206,12 @@ def load_student(run_or_weights: Path | str, device: torch.device | str = "cpu")
     info = described_in(metadata, path)
     if info is None:
         raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")
-    backbone = create_student(info)
     try:
-        backbone.load_state_dict(tensors)
+        backbone = create_student(info)
+    except MisuseError as problem:
+        raise MisuseError(f"{path}: {problem}") if info.is_own else problem from None
+    try:
+        whole_of(backbone).load_state_dict(tensors)
     except RuntimeError as error:
         raise MisuseError(f"the tensors of {path} are not those of the student {info.name!r} it names") from error
     return backbone.to(device).eval(), info

@@ -1,4 +1,4 @@
-"""What can be set of a student: the network, its objective, the views that meet, and the optimiser."""
+"""What can be set of a training: its objective, the views that meet, and the optimiser."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,38 +17,6 @@ PUBLISHED_LR = 5e-4
 
 READ: dict[str, frozenset[str]] = {}
 """By objective: the fields of ``ObjectiveConfig``, of those that not all read, that it does. ``Objective`` fills it."""
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Which student to build."""
-
-    name: Annotated[
-        str,
-        Setting(
-            "Any timm model: vit_tiny_patch16_224, resnet18, mobilenetv3_small_100 ...; rob students lists some, with their "
-            "presets.",
-            option="--student",
-        ),
-    ] = "vit_tiny_patch16_224"
-    image_size: Annotated[int, Setting("Side in pixels of the student's global crops.", low=8)] = 224
-    small_images: Annotated[
-        bool | None,
-        Setting("A stem that reduces less, for up to 64 px; default by --image-size, and by the time there is."),
-    ] = None
-    drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
-    patch_drop: Annotated[
-        float | None,
-        Setting(
-            "ViTs: share of the patches of a global crop that a training step leaves out; default 0.15 for msn (RoB has 0.1 "
-            "for a ViT-Ti), else 0. Local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
-            low=0,
-            high=0.9,
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from ..common.ranks import ALONE, Ranks, from_main
 from ..common.run import choose_precision, pick_device
 from .begun import as_begun, read_begun
 from .config import ObjectiveConfig, PairingConfig
+from .extension import as_parent, settings_of_parent
 from .objectives import OBJECTIVES
 from .plan_warnings import warnings_of
 from .planner import Choice, Planner
+from .start import with_start
 from .students import with_usual_patch_drop
 from .targets.branch import RunContext, TargetBranch
 from .train_config import LoaderByPlan, TrainConfig
@@ -68,6 +70,10 @@ def make_plan(config: TrainConfig) -> TrainPlan:
 
 def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:
     """The targets of ``config``, which then names its objective: the usual one of such targets, where none was asked for."""
+    begun = from_main(lambda: read_begun(config.out))
+    if begun is None and config.extend and config.objective is None:
+        raise MisuseError("`extend`: name the `objective` of the run that goes on")
+    config = replace(config, student=with_start(config.student, begun))
     run = RunContext(Beton(config.data), device, config.precision, config.seed, config.objective)
     branch = config.targets.open(run)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
@@ -88,7 +94,9 @@ def plan_run(
     """
     begun = from_main(lambda: read_begun(config.out))
     if begun is not None:
-        config = as_begun(config, begun)
+        config = as_begun(replace(config, epochs=config.extend or config.epochs), begun)
+    elif config.extend:
+        config = as_parent(config, settings_of_parent(config))
     assert isinstance(config.objective, ObjectiveConfig)
     share = OBJECTIVES[config.objective.name].patch_drop
     config = replace(config, student=with_usual_patch_drop(config.student, share))

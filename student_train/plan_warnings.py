@@ -9,7 +9,7 @@ from .config import PairingConfig
 from .crops import VIT_PATCH
 from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
-from .students import SMALL_SIDE, VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
+from .students import OWN, SMALL_SIDE, VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trial import Trial
@@ -106,6 +106,8 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
 
 def stride_of(family: str, small: bool) -> int:
     """How many pixels a side become one position, of the usual network of a family."""
+    if family == OWN:
+        return 1  # nobody knows
     if family in VIT_FAMILIES:
         return VIT_PATCH_SMALL if small else VIT_PATCH
     return STRIDE_SMALL if small else STRIDE

@@ -37,8 +37,9 @@ from ..common.errors import MisuseError, unknown_name
 from ..common.settings import described
 from ..common.views.config import LoaderConfig
 from ..common.views.recipes import Recipe, RecipeOverrides, get_recipe
-from .config import OptimiserConfig, PairingChoice, StudentConfig
+from .config import OptimiserConfig, PairingChoice
 from .objectives import ObjectiveConfig
+from .student_config import StudentConfig
 from .targets.config import TargetsConfig
 from .targets.momentum import Momentum
 from .targets.with_copy import WithCopy

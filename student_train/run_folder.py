@@ -113,7 +113,10 @@ class RunFolder:
         taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
         self._lock = lock_file(self.out / ".lock", taken)
         self._unlock = weakref.finalize(self, os.close, self._lock)
-        return load_checkpoint(self.checkpoint, self._fixed, device) if self.checkpoint.exists() else None
+        if not self.checkpoint.exists():
+            return None
+        anew = f"choose another `out`, where `init` {self.out} begins with what it has learned (and `extend` goes on with it)"
+        return load_checkpoint(self.checkpoint, self._fixed, device, anew)
 
     def close(self) -> None:
         """Let other processes train here."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels.target import Target
 from .objectives import Objective
+from .own_student import still_depth
 from .students import patch_dropouts, pooled_and_map
 from .targets.dense import TargetWithPatches
 from .targets.pair import PairTarget
@@ -100,6 +101,7 @@ class StudentWithHead(nn.Module):
         for module in copy.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
+        still_depth(copy)
         if self._compiled:
             copy.compile_backbone()
         return copy.train(self.training).requires_grad_(False)

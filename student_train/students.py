@@ -16,7 +16,8 @@ MobileNet, EfficientNet        stride 1 in the stem and in the first stage that 
 
 Weights of an ordinary student and of any ViT load with timm alone: ``timm.create_model(info.name,
 **info.timm_kwargs).load_state_dict(load_file(path))``. timm has no argument for the strides of a CNN, so a small CNN
-takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case.
+takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case. Students that
+are not timm's are in ``own_student.py``.
 """
 
 from dataclasses import replace
@@ -37,9 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.errors import MisuseError, unknown_name
-from ..common.exported import StudentInfo, adapt_stem
+from ..common.exported import StudentInfo, adapt_stem, is_own
+from ..common.own_network import OwnNetwork
 from ..common.patches import feature_map
-from .config import StudentConfig
+from .own_student import create_own
+from .student_config import StudentConfig
 
 VIT_PATCH_SMALL = 4
 """Pixels a side of a small-image ViT's patch: 8 x 8 tokens at 32 px, 4 x 4 in a 16 px crop."""
@@ -52,10 +55,13 @@ SMALL_SIDE = 64
 USUAL = ("vit_tiny_patch16_224", "resnet18", "mobilenetv3_small_100", "mobilenetv2_050", "efficientnet_lite0")
 """Students that are offered first where a name is unknown."""
 SMALL_IMAGE_FAMILIES = (*VIT_FAMILIES, *MOBILE_FAMILIES, "resnet")
+OWN = "of its own"
+"""The family of a student that is not timm's."""
 
 
 def describe_student(config: StudentConfig) -> StudentInfo:
     """The description of ``config``'s student. MisuseError: a name unknown to timm, or one with no small-image form."""
+    normalised = {name: value for name in ("mean", "std") if (value := getattr(config, name)) is not None}
     kwargs: dict[str, Any] = {"num_classes": 0}
     family = model_family(config.name)
     small = is_small(config)
@@ -64,12 +70,18 @@ def describe_student(config: StudentConfig) -> StudentInfo:
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
             "choose one of those, or do without `small_images`"
         )
+    if family == OWN:
+        return StudentInfo(config.name, {}, config.image_size, small, **normalised, features=config.features)
+    if config.features is not None:
+        raise MisuseError(
+            f"`student_features` {config.features} is for networks that are not timm's, and {config.name} is: leave it out"
+        )
     if family in VIT_FAMILIES:
         # One set of position embeddings, interpolated to the crop at hand.
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
         if small:
             kwargs["patch_size"] = VIT_PATCH_SMALL
-    return StudentInfo(config.name, kwargs, config.image_size, small)
+    return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
 
 
 def is_small(config: StudentConfig) -> bool:
@@ -98,6 +110,10 @@ def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float 
     no_patches = (
         f"`patch_drop` {patch_drop:g}: {info.name} has no patches to drop, as ViTs have: leave it out or pass 0"
     )
+    if info.is_own:
+        if drop_path or patch_drop:
+            raise MisuseError(no_depth if drop_path else no_patches)
+        return create_own(info)
     try:
         backbone = timm.create_model(info.name, pretrained=False, **kwargs)
     except TypeError as error:
@@ -155,8 +171,12 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
 
 def pooled_and_map(backbone: nn.Module, images: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
     """Features (N, F) as ``backbone(images)`` gives them, and a map (N, C, h, w): of the last layer, or of block or stage
-    ``layer``, from 0, or from the end if negative.
+    ``layer``, from 0, or from the end if negative. MisuseError: a network that is not timm's has no such thing.
     """
+    if isinstance(backbone, OwnNetwork):
+        if layer is not None:
+            raise MisuseError("a network that is not timm's has no stages by number, name its layer instead")
+        return backbone.with_map(images)
     model: Any = backbone
     if layer is None:
         features = model.forward_features(images)
@@ -182,7 +202,10 @@ def map_shape(backbone: nn.Module, size: int, layer: int | None, name: str) -> t
 
 
 def model_family(name: str) -> str:
-    """timm's module for the architecture ``name``, such as ``resnet``. MisuseError, with the nearest names: unknown."""
+    """timm's module for the architecture ``name``, such as ``resnet``, or ``OWN``. MisuseError, with the nearest names:
+    unknown."""
+    if is_own(name):
+        return OWN
     if not timm.is_model(name):
         raise unknown_name("student", name, timm.list_models(), USUAL)
     return model_entrypoint(name).__module__.rpartition(".")[-1]

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 
 from ..common.errors import FailureError, MisuseError
+from ..common.factories import is_factory
 from ..common.files import first_difference, new_file, replacing, wait_for_lock
 from ..common.images.beton import Beton
 from ..common.records import read_record, sealed
@@ -181,8 +182,15 @@ class SweepConfig:
         test = [] if self.test is None else ["--test", str(self.test)]
         return [
             [*rob, "train-student", *self.arguments, *self.varied(cell), "--out", folder, *device],
-            [*rob, "eval", "knn", folder, self.arguments[0], *test, *device],
+            [*rob, "eval", "knn", folder, self.arguments[0], *test, *self.own_student(cell), *device],
         ]
+
+    def own_student(self, cell: Sequence[str]) -> list[str]:
+        """What names a network of the user's own code once more: nothing is imported because a run names it."""
+        words = [*self.arguments, *self.varied(cell)]
+        given = [word.removeprefix("--student=") for word in words if word.startswith("--student=")]
+        given += [value for word, value in pairwise(words) if word == "--student"]
+        return ["--student", given[-1]] if given and is_factory(given[-1]) else []
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,25 @@ import torch
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
 from ..common.order import block_shuffled_order
+from ..common.own_network import OwnNetwork
 from ..common.pace import Pace
-from ..common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
+from ..common.ranks import ALONE, Ranks, from_main, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, settled
+from .begun import read_begun
 from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
 from .evaluate.yardstick import Yardstick, record
+from .extension import read_parent, take_over
 from .kernels.choice import Measured, use_measured
 from .loggers.logger import Loggers, check_installed
+from .own_student import what_moves
 from .plan import TrainPlan, opened, plan_run
 from .run_folder import RunFolder, read_log
 from .students import check_input_size, describe_student
@@ -115,12 +119,16 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     batch_size = config.loader.batch_size // ranks.world_size  # of this rank
     steps_per_epoch = data.num_images // config.loader.batch_size
     total_steps = steps_per_epoch * config.epochs
-    trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images)
+    begun = from_main(lambda: read_begun(config.out))
+    parent = read_parent(config, device) if config.extend and begun is None else None
+    fresh = begun is None and parent is None
+    trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images, fresh)
     first = plan_views(pairing, branch.views, epoch=0)
     branch.view_sets(first)  # refuses what it cannot serve, before anything is written
     for crops in crop_sets(config, branch.recipe, first):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
+    moving = what_moves(backbone) if isinstance(backbone := trainer.model.backbone, OwnNetwork) else ""
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
     stopwatch, pace = Stopwatch(device), Pace(device)
@@ -132,6 +140,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         "branch": branch.description,
         "versions": versions("rob", "torch", "timm"),
     }
+    if told := parent.told if parent else (begun or {}).get("parent"):
+        facts["parent"] = told
     learns = trainer.objective
     advice = remedies(branch.kind, learns.centre_targets, learns.sinkhorn, learns.mean_entropy)
     collapse = CollapseWatch(branch.space.num_prototypes, total_steps, advice)
@@ -153,12 +163,21 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
     state = trainer.state | branch.state
     step = run.resume(state, device)
+    if parent is not None:
+        take_over(state, parent)
+        run.notes.append(
+            f"goes on from step {parent.told['step']} of {parent.run}, for {config.epochs} epochs of a new schedule"
+        )
+    if trainer.began:
+        run.notes.append(trainer.began)
     for text in run.notes:
         progress.note(text)
     if step == total_steps:
         progress.note(f"{config.out} is complete already: nothing to do")
     elif progress.plan is not None and ranks.is_main:
         progress.plan(plan)
+    if "as they were" in moving and ranks.is_main and step < total_steps:
+        progress.note(f"of {config.student.name} will be {moving}")
     progress.step(step, total_steps)
 
     yardstick = None
@@ -219,6 +238,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         run.save(state, step)
         if ranks.is_main:
             export_weights(trainer.model.backbone, info, run.weights)
+            if moving:
+                progress.note(f"{run.weights}: of {config.student.name} {moving}")
         average = trainer.average.module if trainer.average else branch.average
         if ranks.is_main and average is not None:
             export_weights(average, info, run.average)

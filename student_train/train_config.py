@@ -9,7 +9,8 @@ from ..common.config import Data, Device, Precision, Seed
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.views.config import LoaderConfig
-from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig, StudentConfig
+from .config import ObjectiveConfig, OptimiserConfig, PairingChoice, PairingConfig
+from .student_config import PRETRAINED, StudentConfig
 from .targets.config import TargetsConfig
 
 LOGGERS = ("tensorboard", "wandb", "mlflow")
@@ -66,6 +67,15 @@ class TrainConfig:
         ),
     ] = None
     budget: Annotated[str | None, Setting("The same as a time: 20m, 90s, 2h. The plan fills it.")] = None
+    extend: Annotated[
+        int | None,
+        Setting(
+            "With --init RUN: go on with that run, finished or stopped, for so many epochs: student, head, optimiser and "
+            "whatever else its checkpoint has, under a new schedule. It is a run of its own, with another --out, that names its "
+            "parent; what is not given is as there, but for the warm-up. A tenth of the --lr disturbs less.",
+            low=1,
+        ),
+    ] = None
     knn_every: Annotated[
         int | None,
         Setting("Epochs after which the student is compared with its random start, besides at the end.", low=1),
@@ -150,6 +160,13 @@ class TrainConfig:
         if self.budget and (self.effort or self.epochs):
             other = "effort" if self.effort else "epochs"
             raise MisuseError(f"`budget` and `{other}` both say how long to train: leave one of them out")
+        if self.extend and (self.budget or self.effort or self.epochs not in (None, self.extend)):
+            other = "budget" if self.budget else "effort" if self.effort else "epochs"
+            raise MisuseError(f"`extend` and `{other}` both say how long to train: leave one of them out")
+        if self.extend and self.student.init in (None, PRETRAINED):
+            raise MisuseError(f"`extend` {self.extend} goes on with another run: give its folder as `init` RUN")
+        if self.extend and Path(self.student.init or "") == self.out:
+            raise MisuseError(f"`extend` makes a run of its own: give another `out` than {self.out}, which goes on")
         if self.effort and self.epochs:
             raise MisuseError("`effort` and `epochs` both say how long to train: leave one of them out")
         if self.clip_each and not self.clip_grad:

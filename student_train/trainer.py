@@ -17,6 +17,7 @@ from ..common.run import autocast, seed_everything
 from .config import PairingConfig
 from .objectives import OBJECTIVES, ObjectiveConfig, StudentMap, build_objective
 from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
+from .start import begin
 from .student_with_head import StudentWithHead
 from .students import build_student, map_shape
 from .targets.branch import AnyTarget
@@ -40,8 +41,9 @@ def check_replay(config: TrainConfig, device: torch.device, ranks: Ranks) -> Non
 class Trainer:
     """The student, its optimiser and schedule: everything that one step changes.
 
-    ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed. ``compiles``: whether the
-    first step does, which one rank of a machine then rehearses.
+    ``fresh``: the student begins with what ``config.student.init`` names, and ``began`` says so; a run that goes on has it in
+    its checkpoint. ``moved`` tells whether the last step moved the student: fp16 skips one whose gradient overflowed.
+    ``compiles``: whether the first step does, which one rank of a machine then rehearses.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Trainer:
         device: torch.device,
         ranks: Ranks = ALONE,
         num_images: int | None = None,
+        fresh: bool = True,
     ) -> None:
         seed_everything(config.seed)
         assert config.objective and isinstance(config.pairing, PairingConfig) and config.epochs, "the plan chooses them"
         backbone = build_student(config.student)
+        self.began = begin(backbone, config.student) if fresh and config.student.init else ""
         features: int = backbone.num_features  # type: ignore[assignment]
         student_map = student_map_of(config, backbone) if reads_patches(config.objective, space) else None
         self.objective = build_objective(

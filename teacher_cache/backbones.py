@@ -1,23 +1,17 @@
 """timm backbones without a classifier, filled from official or timm-named weights by timm's own converters."""
 
-import contextlib
-import io
-import socket
-import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import timm
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..common.errors import MisuseError
-from .checkpoints import Tensors
+from ..common.pretrained import converted, hub_if_reachable
+from ..common.tensors import Tensors
 
 
 class WideResNet50(ResNet):
@@ -76,25 +70,8 @@ def pretrained_backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """``build_backbone`` with timm's pretrained weights, from its cache or downloaded."""
     if not timm.is_model_pretrained(name):
         raise MisuseError(f"timm has no pretrained weights for {name}; pass a file as `checkpoint`")
-    hub = huggingface_hub.constants
-    was_offline = hub.HF_HUB_OFFLINE
-    # Without a network the hub's client would try again for most of a minute before it looked into its cache.
-    hub.HF_HUB_OFFLINE = was_offline or not _resolves(hub.ENDPOINT)
-    try:
+    with hub_if_reachable():
         return build_backbone(name, arguments, pretrained=True)
-    finally:
-        hub.HF_HUB_OFFLINE = was_offline
-
-
-def _resolves(url: str) -> bool:
-    """Whether a download from ``url`` stands a chance: a proxy is set, or the host's name has an address."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) -> None:
@@ -105,29 +82,13 @@ def load_backbone(backbone: nn.Module, tensors: Tensors, name: str, path: Path) 
     if patches in expected and patches in tensors and expected[patches].shape != tensors[patches].shape:
         found = {patches: tensors[patches]}
     else:
-        found = _converted(backbone, tensors)
+        found = converted(backbone, tensors)
     problems = _differences(expected, found)
     if problems:
         shown = "; ".join(problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise MisuseError(f"checkpoint {path} is not a {name}: {shown}{more}")
     backbone.load_state_dict(found, strict=False)  # by now only counters of batches can be missing
-
-
-def _converted(backbone: nn.Module, tensors: Tensors) -> Tensors:
-    """``tensors`` under timm's names, less the classifier and what only pre-training used."""
-    converter = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if converter:
-        # Another architecture's file confuses the converter: then the comparison that follows names what does not fit.
-        with (
-            contextlib.suppress(KeyError, AttributeError, RuntimeError, ValueError),
-            contextlib.redirect_stdout(io.StringIO()),  # some print what they leave out
-        ):
-            tensors = converter(dict(tensors), backbone)
-    classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
-    unused = (*prefixes, "mask_token", "masked_embed")
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
 
 
 def _differences(expected: Tensors, found: Tensors) -> list[str]:

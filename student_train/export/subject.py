@@ -45,10 +45,8 @@ class Subject:
         its middle."""
         info = self.info
         if seen is None:
-            crop = (
-                1.0 if info.image_size <= SMALL_SIDE else 0.875
-            )  # of the shorter side, as evaluations look at an image
-            seen = {"size": info.image_size, "crop": crop}
+            # Of the shorter side, as evaluations look at an image.
+            seen = {"size": info.image_size, "crop": 1.0 if info.image_size <= SMALL_SIDE else 0.875}
         facts = {"input": form, **seen, "mean": info.mean, "std": info.std, "student": info.name}
         tuned = {"task": self.task, "classes": self.classes} if self.task else {}
         return {FACTS: json.dumps({**facts, **tuned, "weights": self.weights, **versions("rob")}), **self.told}
@@ -67,7 +65,7 @@ def open_subject(run: Path, size: int | None) -> Subject:
     weights = hash_weights(network.state_dict())
     info = replace(info, image_size=size or info.image_size)
     told = told or {"student": json.dumps(info.to_dict())}
-    if task == "classify" and classes is not None:
+    if task == "classify" and classes is not None and not info.is_own:
         info = replace(info, timm_kwargs={**info.timm_kwargs, "num_classes": len(classes)})
     if task != "detect":  # which scales pictures itself
         check_input_size(network, info.image_size)

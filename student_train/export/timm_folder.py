@@ -8,6 +8,7 @@ import timm
 from timm.models._hub import save_config_for_hf
 
 from ...common.errors import MisuseError
+from ...common.factories import is_factory
 from ...common.files import replacing
 from ...common.records import sealed
 from ...common.weights import tensor_file
@@ -17,12 +18,13 @@ from .graph import Graph, Runner, quiet, run_module
 
 def is_for_timm(info: StudentInfo) -> bool:
     """Whether timm alone builds the network: it has no argument for the strides of a small-image CNN."""
-    return not info.small_images or model_family(info.name) in VIT_FAMILIES
+    return not info.is_own and (not info.small_images or model_family(info.name) in VIT_FAMILIES)
 
 
-def lines_without_timm(weights: str) -> str:
+def lines_without_timm(weights: str, info: StudentInfo) -> str:
     """What builds a network that timm cannot, in two lines."""
-    return f'import rob\nbackbone, info = rob.load_student("{weights}")'
+    student = f', student="{info.name}"' if is_factory(info.name) else ""
+    return f'import rob\nbackbone, info = rob.load_student("{weights}"{student})'
 
 
 def check_for_timm(info: StudentInfo, weights: Path, task: str | None = None) -> None:
@@ -30,7 +32,13 @@ def check_for_timm(info: StudentInfo, weights: Path, task: str | None = None) ->
     if task == "segment":
         raise MisuseError(f"`to` timm: timm has no segmenters, and {weights} holds one: take onnx, or rob.load_tuned")
     if not is_for_timm(info):
-        lines = lines_without_timm(str(weights)).replace("\n", "; ") if task is None else f'rob.load_tuned("{weights}")'
+        lines = f'rob.load_tuned("{weights}")'
+        if task is None:
+            lines = lines_without_timm(str(weights), info).replace("\n", "; ")
+        if info.is_own:
+            raise MisuseError(
+                f"`to` timm: {info.name} is not timm's, which cannot build it. These two lines load it: {lines}"
+            )
         raise MisuseError(
             f"`to` timm: {info.name} has the small-image form, whose strides timm cannot express: it would take the weights and "
             f"compute something else. These two lines load it: {lines}"

@@ -21,6 +21,7 @@ from ..evaluate.crops import RandomCrops
 from ..evaluate.features import Features, extract_features, label_features, same_classes
 from ..evaluate.logistic import fit_logistic
 from ..evaluate.network import FrozenNetwork
+from ..own_student import OwnClassifier
 from ..students import check_input_size
 from .config import ClassifyConfig
 from .folder import (
@@ -102,7 +103,8 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
             start.device,
         )
         model = build_classifier(info, len(classes), {}).to(start.device)
-        model.load_state_dict(start.backbone.state_dict(), strict=False)
+        body = model.backbone if isinstance(model, OwnClassifier) else model
+        body.load_state_dict(start.backbone.state_dict(), strict=False)
         if config.init == "student" and not kept.checkpoint.exists():
             begin_with_regression(model, network, data, train, loader)
         steps = max(

@@ -17,6 +17,7 @@ from ...common.run import versions
 from ...common.weights import read_tensor_file, tensor_file
 from ..checkpoint import WEIGHTS_NAME
 from ..evaluate.detection.model import build_detector
+from ..own_student import OwnClassifier, create_own
 from ..students import create_student
 from .segmenter import Segmenter
 
@@ -53,7 +54,9 @@ class Task:
 
 
 def build_classifier(info: StudentInfo, num_classes: int, settings: Mapping[str, Any]) -> nn.Module:
-    """timm's own model with its classifier: images (N, 3, S, S) to logits (N, C)."""
+    """timm's own model with its classifier: images (N, 3, S, S) to logits (N, C); another network with a linear one."""
+    if info.is_own:
+        return OwnClassifier(create_own(info), num_classes)
     return create_student(replace(info, timm_kwargs={**info.timm_kwargs, "num_classes": num_classes}))
 
 

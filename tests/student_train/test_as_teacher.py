@@ -13,8 +13,9 @@ from rob.common.errors import MisuseError
 from rob.common.heads import ProjectionHead, Prototypes
 from rob.student_train.as_teacher import export_teacher
 from rob.student_train.checkpoint import load_student, read_checkpoint
-from rob.student_train.config import OptimiserConfig, StudentConfig
+from rob.student_train.config import OptimiserConfig
 from rob.student_train.objectives import ObjectiveConfig
+from rob.student_train.student_config import StudentConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.momentum import Momentum
 from rob.student_train.train import train_student

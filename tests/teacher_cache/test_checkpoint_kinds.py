@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rob.common.errors import MisuseError
-from rob.teacher_cache.checkpoints import prototype_rows, read_tensors, under
+from rob.common.tensors import read_tensors, under
+from rob.teacher_cache.checkpoints import prototype_rows
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:

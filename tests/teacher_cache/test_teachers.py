@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rob.common.errors import MisuseError
-from rob.teacher_cache.checkpoints import read_tensors
+from rob.common.tensors import read_tensors
 from rob.teacher_cache.teachers import Teacher, TeacherConfig, load_teacher
 
 TINY_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}

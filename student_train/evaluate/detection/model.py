@@ -12,6 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from ....common.errors import MisuseError
+from ....common.own_network import OwnNetwork
 from ...students import StudentInfo
 
 FINEST, COARSEST = 4, 64
@@ -67,7 +68,11 @@ class Pyramid(nn.Module):
     def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
         if not hasattr(backbone, "forward_intermediates"):
-            raise MisuseError(f"the student {type(backbone).__name__} does not show its stages: no detection with it")
+            whose = backbone.whose if isinstance(backbone, OwnNetwork) else f"student {type(backbone).__name__}"
+            raise MisuseError(
+                f"{whose} does not show its stages, as timm's do, so there is no pyramid on it: load its student.safetensors "
+                "into the detector or segmenter that it is of (docs/own.md)"
+            )
         self.backbone, self.out_channels = backbone, channels
         maps = self._probe()
         strides = [PROBE / stage.shape[-2] for stage in maps]
