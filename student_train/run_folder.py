@@ -21,7 +21,18 @@ from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkp
 from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
-    *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader", "compile"),
+    *(
+        "out",
+        "device",
+        "log_every",
+        "checkpoint_every",
+        "knn_every",
+        "patience",
+        "effort",
+        "budget",
+        "loader",
+        "compile",
+    ),
     "loggers",
     *("data", "targets", "versions"),
 )
