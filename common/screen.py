@@ -57,7 +57,8 @@ def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]
     """
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 and named else "right")
+        name = number == 0 and named  # whole: student.int8.onnx and student.onnx are not the same
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
     for row in rows:
         table.add_row(
             *(

@@ -1,7 +1,8 @@
 """Contact sheets: images with their views, and what the teacher finds alike, on one PNG to judge by eye.
 
 A ``.beton``'s sheet shows what a recipe does to its images. A target store's shows the very views that the teacher saw, each
-with its nearest neighbours by the cached targets: when the neighbours make no sense, no student will learn any.
+with its nearest neighbours by the cached targets: when the neighbours make no sense, no student will learn any. Where the store
+has targets of patches, they are colours over the view.
 """
 
 from math import ceil
@@ -22,6 +23,7 @@ from ..views.recipes import Recipe, get_recipe
 from .config import SheetConfig
 from .neighbours import nearest
 from .pair_ratios import pair_ratios, weighted_median
+from .patch_colours import cached_maps, laid_over, patch_colours
 from .sheet import (
     FAINT,
     GAP,
@@ -175,7 +177,7 @@ def _draw_ratios(sheet: Sheet, left: float, config: SheetConfig, data: Beton, si
 
 
 def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, image_ids: np.ndarray) -> Sheet:
-    """A block an image: the image, and a row a view with its neighbours."""
+    """A block an image: the image, and a row a view with its patches, where they are cached, and its neighbours."""
     manifest = store.manifest
     recipe, columns = Recipe.from_dict(manifest.recipe), min(config.views, len(manifest.view_ids))
     wanted_chunks = min(-(-config.search // manifest.chunk_rows), manifest.num_chunks)
@@ -186,7 +188,9 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     shown = np.unique(np.concatenate([image_ids, found.image_ids.ravel()]))
     pixels = load_views(data, recipe, manifest.seed, backend, shown, [(manifest.view_size, manifest.view_ids)])
 
-    view_at, first_at = IMAGE + 2 * GAP, IMAGE + TILE + 6 * GAP
+    view_at, patches_at = IMAGE + 2 * GAP, IMAGE + TILE + 3 * GAP
+    patches = _cached_patches(store, image_ids, columns)
+    first_at = patches_at + 3 * GAP + (0 if patches is None else TILE + GAP)
     row_height = TILE + LINE + GAP
     grid = Grid(
         len(image_ids),
@@ -205,7 +209,7 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
     for column in range(grid.columns):
         at = grid.at(column)[0]
         sheet.text(at, 0, "image")
-        sheet.text(at + view_at, 0, "cached view")
+        sheet.text(at + view_at, 0, "cached view" if patches is None else "cached view, and its patches")
         sheet.text(at + first_at, 0, "nearest neighbours" + (" (green: same class)" if data.labels is not None else ""))
     for block, image_id in enumerate(image_ids):
         at, top = grid.at(block)
@@ -216,6 +220,8 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
             down = top + column * row_height
             view = pixels[image_id, view_id]
             sheet.tile(at + view_at, down, TILE, view, colour_of(view_id), number_of(view_id))
+            if patches is not None:
+                sheet.tile(at + patches_at, down, TILE, laid_over(view, patches[block, column]))
             neighbours = zip(*(values[block, column] for values in found), strict=True)
             for n, (other, other_column, cosine) in enumerate(neighbours):
                 if np.isfinite(cosine):
@@ -225,6 +231,14 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
                     name = shortened(class_of(data, other) or f"row {other}", 10)
                     sheet.text(left, down + TILE, f"{cosine:.2f} {name}", SAME_CLASS if same else FAINT)
     return sheet
+
+
+def _cached_patches(store: TargetStore, image_ids: np.ndarray, columns: int) -> np.ndarray | None:
+    """(B, columns, grid, grid, 3) uint8; None: there are no targets of patches."""
+    if store.patches is None:
+        return None
+    maps = cached_maps(store, image_ids)[:, :columns]
+    return patch_colours(maps.flatten(0, 1)).reshape(*maps.shape[:2], *maps.shape[3:], 3)
 
 
 def load_views(

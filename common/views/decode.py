@@ -12,13 +12,13 @@ file.
 import ctypes
 import threading
 
-import ffcv._libffcv
 import llvmlite.binding
 import numpy as np
 from numba import njit, types
 
 from ..images.beton import RAW
 from .drawing import CROP_HEIGHT, CROP_WIDTH
+from .ffcv_import import library
 from .planes import FACTOR_X, FACTOR_Y, HEIGHT, KIND, RGB, SCALE, SLACK, UNDECODED, WIDTH, YCC
 
 MARGIN = 3
@@ -27,7 +27,7 @@ stored at half the size. The worst view of photographs (qualities 75 and 90, eve
 31 dB from Pillow's with a margin of 1, 37 dB with 2, 38.8 dB with 3.
 """
 
-_lib = ctypes.CDLL(ffcv._libffcv.__file__)
+_lib = ctypes.CDLL(library.__file__)
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
     # By symbol name rather than by address, so that the compiled code can be cached on disk.
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_lib, _name), ctypes.c_void_p).value)

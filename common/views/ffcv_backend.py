@@ -12,16 +12,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.memory_managers.os_cache import OSCacheManager
-from ffcv.pipeline.compiler import Compiler
 from numba import types
 
 from ..images.beton import Beton
 from ..run import current_device, use_device
 from .batch import Batch, ViewSet
 from .fetcher import BATCHES_AHEAD, PlaneFetcher, ViewFetcher
+from .ffcv_import import Compiler, Loader, OrderOption, OSCacheManager, SimpleRGBImageDecoder
 from .recipes import Recipe
 
 GEOMETRY, GEOMETRY_ON_GPU = "planes", "planes-gpu"

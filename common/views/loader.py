@@ -18,17 +18,10 @@ from .batch import Batch, ViewSet
 from .config import LoaderConfig
 from .recipes import Recipe
 
-_threads, _is_available = torch.get_num_threads(), torch.cuda.is_available
-torch.cuda.is_available = lambda: (
-    False
-)  # ffcv asks, and a process that was asked leaves its forked children without CUDA
 try:
     from . import ffcv_backend
 except ImportError:  # ffcv is not installed: the plain one still works
     ffcv_backend = None
-finally:
-    torch.set_num_threads(_threads)  # importing ffcv sets it to 1 for everybody
-    torch.cuda.is_available = _is_available
 
 __all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet", "check_loader", "geometry", "settled"]
 

@@ -7,6 +7,7 @@ from typing import Any, NotRequired, TypedDict
 from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.records import read_record, sealed
+from ..export.exported_file import NAME as EXPORTED
 
 IDENTITY = {
     "weights": "other weights",
@@ -76,6 +77,8 @@ def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
     result."""
     results: dict[str, dict[str, Any]] = {}
     for path in sorted((run_folder / "eval").glob("*.json"), key=lambda path: path.stem):
+        if path.name == EXPORTED:  # of a detector, which is kept there
+            continue
         try:
             results[path.stem] = dict(read_record(path, Result, AGAIN))
         except FailureError as problem:

@@ -218,6 +218,11 @@ def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: flo
             "will hardly be: cache with a larger `view_size`, or another `teacher`"
         )
     if outcome.student >= outcome.random + CLEARLY or (outcome.worked and not outcome.by_labels):
+        if outcome.by_labels and outcome.student < outcome.pixels and not said:
+            said.append(
+                f"the student ({outcome.student:.1f} %) is BELOW RAW PIXELS ({outcome.pixels:.1f} %), and of no use yet: more "
+                "`epochs`, or a longer `budget`; a ViT needs more steps than a CNN"
+            )
         return said
     losses = [line["loss"] for line in read_log(run)]
     if steps < least_steps:

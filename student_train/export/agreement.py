@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.errors import FailureError
+from .boxes import BoxAgreement
+
 K, TEMPERATURE = 10, 0.07
 NEAR = 5
 MIN_FLOAT, MIN_INT8_LABELLED, MIN_INT8 = 0.9999, 0.97, 0.9
@@ -47,6 +50,19 @@ class Agreement:
         if not int8:
             return MIN_FLOAT
         return MIN_INT8 if self.knn is None and self.top1 is None else MIN_INT8_LABELLED
+
+    def told(self, int8: bool) -> str:
+        """The score in words."""
+        if not int8:
+            return f"the smallest cosine with torch's output is {self.lowest_cosine:.6f}"
+        score = self.score(int8)
+        if self.same is not None and self.top1 is not None:
+            return f"top-1 falls from {self.top1_torch:.2f} to {self.top1:.2f} %, an agreement of {score:.4f}"
+        if self.same is not None:
+            return f"the class is torch's for {score:.2%} of what is classified"
+        if self.knn is not None:
+            return f"k-NN top-1 falls from {self.knn_torch:.2f} to {self.knn:.2f} %, an agreement of {score:.4f}"
+        return f"the nearest neighbour is among torch's five for {score:.2%} of the images"
 
 
 def agreement(found: Tensor, torchs: Tensor, labels: Tensor | None) -> Agreement:
@@ -98,3 +114,12 @@ def _knn_top1(similarities: Tensor, labels: Tensor) -> float:
     weights = ((values - values[:, :1]) / TEMPERATURE).exp()
     scores = weights.new_zeros(len(labels), int(labels.max()) + 1).scatter_add_(1, labels[neighbours], weights)
     return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+def hold(found: Agreement | BoxAgreement, int8: bool, asked: float | None, name: str) -> None:
+    """FailureError: less agreement than asked for. Written so that NaN is less."""
+    least = found.lowest_score(int8) if asked is None else asked
+    if not found.score(int8) >= least:
+        raise FailureError(
+            f"{name} is not kept: on {found.images} images {found.told(int8)}, and {least:g} is expected (`min_agreement`)"
+        )

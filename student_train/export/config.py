@@ -23,20 +23,25 @@ class ExportConfig:
 
     run: Annotated[
         Path,
-        Setting("A run folder, OUT of rob finetune, or weights of one of them: features or logits.", argument="RUN"),
+        Setting(
+            "A run folder, OUT of rob finetune, weights of one of them, or a detector of rob eval detect "
+            "(RUN/eval/detect.safetensors): features, logits, or boxes.",
+            argument="RUN",
+        ),
     ]
     to: Annotated[
         tuple[str, ...],
         Setting(
             "onnx; torch, torch.export's .pt2; executorch, XNNPACK's .pte; coreml, an .mlpackage (it runs on a Mac only, so it "
             "is not checked here); litert, a .tflite (in an environment of its own); timm, a folder for timm and the Hub. "
-            "Several times: several files."
+            "Several times: several files. A detector becomes onnx alone: one picture of any size, scaled inside."
         ),
     ] = ("onnx",)
     data: Annotated[
         Path | None,
         Setting(
-            "Packed images, of the kind that the device will see: the file is checked on them, and int8 calibrated."
+            "Packed images, of the kind that the device will see: the file is checked on them, and int8 calibrated. A detector "
+            "needs them: with its objects in them, packed at the size that it will see."
         ),
     ] = None
     int8: Annotated[
@@ -56,9 +61,21 @@ class ExportConfig:
             option="--input",
         ),
     ] = "uint8"
-    size: Annotated[int | None, Setting("Side S of the image in pixels; default the student's.", low=8)] = None
+    size: Annotated[
+        int | None,
+        Setting(
+            "Side S of the image in pixels; default the student's. Of a detector the shorter side that it scales a picture to, "
+            "default that of its training: smaller is faster and misses small things.",
+            low=8,
+        ),
+    ] = None
     out: Annotated[Path | None, Setting("Folder for the files; default that of the weights.")] = None
-    images: Annotated[int, Setting("Images of --data on which the file is compared with torch.", low=2)] = 1000
+    images: Annotated[
+        int,
+        Setting(
+            "Images of --data on which the file is compared with torch; of segmenters and detectors 50 at most.", low=2
+        ),
+    ] = 1000
     calibration: Annotated[
         int, Setting("Images of --data that int8 is calibrated on, others where there are.", low=1)
     ] = 256
@@ -75,7 +92,8 @@ class ExportConfig:
         Setting(
             "Below it the file is not kept. float32: the smallest cosine with torch's output, default 0.9999. int8: 1 less the "
             "lost accuracy, of k-NN or of the classifier, default 0.97; without labels the share of images whose nearest "
-            "neighbour is among torch's five nearest, or whose class is torch's, default 0.9.",
+            "neighbour is among torch's five nearest, or whose class is torch's, default 0.9. A detector: the share of boxes, "
+            "torch's and the file's, that the other has, too (class, IoU from 0.9, score within 0.01), default 0.99.",
             low=0,
             high=1,
         ),

@@ -9,13 +9,15 @@ from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.records import DamagedError, read_record, sealed, typed
 from .agreement import Agreement
+from .boxes import BoxAgreement
 
 NAME = "export.json"
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One file. ``agreement`` and ``latency_ms`` are None where nothing here runs the format (Core ML, but on a Mac).
+    """One file. ``agreement`` and ``latency_ms`` are None where nothing here runs the format (Core ML, but on a Mac); a detector
+    has ``boxes`` instead of ``agreement``.
 
     ``latency_ms`` is the median of one image on one thread of the CPU in ``runtime``.
     """
@@ -38,11 +40,13 @@ class ExportedFile:
     int8_share: float | None
     calibration_images: int | None
     versions: dict[str, str]
+    boxes: BoxAgreement | None = None
 
     @property
     def score(self) -> float | None:
         """What ``min_agreement`` was held against, 1 at best."""
-        return self.agreement and self.agreement.score(self.precision == "int8")
+        found = self.agreement or self.boxes
+        return found and found.score(self.precision == "int8")
 
 
 def read_exports(folder: Path) -> dict[str, ExportedFile]:
@@ -66,3 +70,9 @@ def write_exports(folder: Path, files: Sequence[ExportedFile]) -> None:
     } | {entry.file: entry for entry in files}
     with replacing(folder / NAME) as file:
         file.write(sealed({"files": [asdict(entry) for entry in entries.values()]}, indent=2))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

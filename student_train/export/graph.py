@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...common.errors import FailureError, MisuseError
 from ...common.exported import StudentInfo
 from .input_form import WithInput
 
@@ -60,6 +61,20 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def in_a_sentence(network: str, file: str, runtime: str) -> Iterator[None]:
+    """FailureError: what a converter says in its own words, which are many, and of its own classes."""
+    try:
+        yield
+    except (MisuseError, FailureError, MemoryError):
+        raise
+    except OSError as error:
+        raise FailureError(f"cannot write {file}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FailureError(f"{network} does not become {file} by {runtime}: {reason}") from error
 
 
 def run_module(module: nn.Module) -> Runner:

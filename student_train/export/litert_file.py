@@ -35,8 +35,9 @@ def write_litert(graph: Graph, path: Path) -> None:
 def write_litert_int8(graph: Graph, full: Path, out: Path, batches: Sequence[np.ndarray], calibrate: str) -> float:
     """Write ``out``, calibrated on ``batches``; the share of weights that are 8-bit now. Of a transformer only the layers are."""
     with silent():
-        from ai_edge_quantizer import quantizer  # type: ignore
+        from ai_edge_quantizer import calibrator, quantizer  # type: ignore
         from ai_edge_quantizer.recipe_manager import RecipeManager  # type: ignore
+        from ai_edge_quantizer.utils.qsv_utils import min_max_update  # type: ignore
 
         recipes = RecipeManager()
         transformer = any(isinstance(module, nn.LayerNorm) for module in graph.network.modules())
@@ -52,7 +53,11 @@ def write_litert_int8(graph: Graph, full: Path, out: Path, batches: Sequence[np.
         recipes.add_quantization_config(regex=".*", operation_name="OUTPUT", algorithm_key="no_quantize")
         work = quantizer.Quantizer(str(full), recipes.get_quantization_recipe())
         images = [{INPUT: one[None]} for batch in batches for one in batch]
-        work.quantize(work.calibrate({SIGNATURE: images}, num_threads=1)).export_model(str(out))
+        # The quantiser's own is a moving average of each image's range, beyond which strong images saturate: to a fortieth of
+        # their features' length with EfficientNet-B0 (benchmarks/README.md).
+        ranges = calibrator.Calibrator(str(full), num_threads=1, qsv_update_func=min_max_update)
+        ranges.calibrate({SIGNATURE: images}, recipes)
+        work.quantize(ranges.get_model_qsvs()).export_model(str(out))
         return _share_of_int8(out)
 
 

@@ -88,11 +88,12 @@ def check_onnx(path: Path) -> bytes:
 
 def load_onnx(path: Path) -> Runner:
     """On one thread of the CPU."""
-    session = _session(str(path), threads=1)
+    session = open_session(str(path), threads=1)
     return lambda images: session.run(None, {"image": images})[0]
 
 
-def _session(source: str | bytes, threads: int) -> Any:
+def open_session(source: str | bytes, threads: int) -> Any:
+    """onnxruntime's, of a file or its content, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -125,7 +126,7 @@ class OnnxBackbone:
             raise MisuseError(f"{path}: no such file; rob export writes it")
         try:
             content = check_onnx(path)
-            session = _session(content, threads=torch.get_num_threads())
+            session = open_session(content, threads=torch.get_num_threads())
         except DamagedError as problem:
             raise MisuseError(f"{path} {problem}: export it again") from None
         except Exception as error:  # onnxruntime has a class of its own for each reason
@@ -135,7 +136,7 @@ class OnnxBackbone:
         try:
             facts = json.loads(told or "")
             if facts.get("task"):
-                raise MisuseError(f"{path} is made to {facts['task']}: it gives logits, not features; give a student's")
+                raise MisuseError(f"{path} is made to {facts['task']}: it gives no features; give a student's")
             mean, std = (tuple(map(float, facts[name])) for name in ("mean", "std"))
             form, size, student = facts["input"], int(facts["size"]), str(facts["student"])
             if form not in INPUTS or len(mean) != 3 or len(std) != 3:

@@ -1,4 +1,4 @@
-"""What is exported: a student, whose features come out, or a network fine-tuned for a task, whose logits do."""
+"""What is exported: a student, whose features come out, or a network for a task: logits, or a detector's boxes."""
 
 import json
 from collections.abc import Mapping
@@ -8,19 +8,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...common.errors import MisuseError
 from ...common.exported import StudentInfo
+from ...common.run import versions
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
+from ..evaluate.network import SMALL_SIDE
 from ..finetune.segmenter import Segmenter
 from ..finetune.tuned import load_tuned, tuned_path
 from ..students import check_input_size, create_student
+from .onnx_file import FACTS
 
 
 @dataclass(frozen=True)
 class Subject:
-    """``network`` is in eval mode, for images of ``info.image_size`` alone. ``info`` builds a student or a classifier;
-    of a segmenter it is the student inside."""
+    """``network`` is in eval mode, for images of ``info.image_size`` alone, but a detector. ``info`` builds a student or a
+    classifier; of a segmenter and a detector it is the student inside."""
 
     network: nn.Module
     info: StudentInfo
@@ -38,6 +40,17 @@ class Subject:
         """The name of what comes out."""
         return "features" if self.task is None else "logits"
 
+    def facts(self, form: str, seen: Mapping[str, object] | None = None) -> dict[str, str]:
+        """What a file says of itself; ``form`` is that of its input, ``seen`` says what it sees of a picture, where that is not
+        its middle."""
+        info = self.info
+        if seen is None:
+            # Of the shorter side, as evaluations look at an image.
+            seen = {"size": info.image_size, "crop": 1.0 if info.image_size <= SMALL_SIDE else 0.875}
+        facts = {"input": form, **seen, "mean": info.mean, "std": info.std, "student": info.name}
+        tuned = {"task": self.task, "classes": self.classes} if self.task else {}
+        return {FACTS: json.dumps({**facts, **tuned, "weights": self.weights, **versions("rob")}), **self.told}
+
 
 def open_subject(run: Path, size: int | None) -> Subject:
     """MisuseError: nothing there that can be exported, or a size that it cannot take."""
@@ -47,11 +60,6 @@ def open_subject(run: Path, size: int | None) -> Subject:
         task, classes, told = None, None, {}
     else:
         network, tuned = load_tuned(path)
-        if tuned.task == "detect":
-            raise MisuseError(
-                f"{path} is a detector, which rob export does not take: torch.export does not follow torchvision's choice of "
-                f'boxes. rob.load_tuned("{path}") loads it, and torch.onnx.export(..., dynamo=False) writes such models'
-            )
         info, task, classes = tuned.info, tuned.task, tuned.classes
         told = {"tuned": json.dumps(asdict(tuned), sort_keys=True)}
     weights = hash_weights(network.state_dict())
@@ -59,10 +67,12 @@ def open_subject(run: Path, size: int | None) -> Subject:
     told = told or {"student": json.dumps(info.to_dict())}
     if task == "classify" and classes is not None and not info.is_own:
         info = replace(info, timm_kwargs={**info.timm_kwargs, "num_classes": len(classes)})
-    check_input_size(network, info.image_size)
+    if task != "detect":  # which scales pictures itself
+        check_input_size(network, info.image_size)
+        network = for_one_size(network, info)
     named = path or run
     stem = "student" if named.is_dir() else named.stem
-    return Subject(for_one_size(network, info), info, stem, weights, task, classes, told)
+    return Subject(network, info, stem, weights, task, classes, told)
 
 
 def for_one_size(network: nn.Module, info: StudentInfo) -> nn.Module:

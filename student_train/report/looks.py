@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from timm.utils import AttentionExtract
 from torch import Tensor
 
+from ...common.look.patch_colours import laid_over
 from ..evaluate.network import FrozenNetwork
 from .config import ReportConfig
 from .page import caption, missing, tag, tile
@@ -94,6 +95,5 @@ def overlaid(pixels: np.ndarray, place: Tensor) -> np.ndarray:
     size = pixels.shape[:2]
     wide = F.interpolate(place[None, None].float().cpu(), size, mode="bilinear", align_corners=False)[0, 0]
     wide = (wide - wide.min()) / (wide.max() - wide.min()).clamp_min(1e-12)
-    colours = colormaps["viridis"](wide.numpy())[..., :3]  # lighter is more, so it is read without colour
-    grey = pixels.mean(2, keepdims=True) / 255
-    return (255 * (0.62 * colours + 0.38 * grey)).round().astype(np.uint8)
+    colours = colormaps["viridis"](wide.numpy(), bytes=True)[..., :3]  # lighter is more, so it is read without colour
+    return laid_over(pixels, colours)

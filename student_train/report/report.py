@@ -19,6 +19,7 @@ from .embedding_map import maps
 from .looks import looks
 from .neighbours import neighbours
 from .page import caption, code, document, join, missing, table, tag
+from .patches import patches
 from .run import Run, read_runs
 from .scores import evaluations, exports
 from .settings import settings
@@ -67,6 +68,10 @@ def report(config: ReportConfig, progress: Callable[[int, int, str], None] = lam
         (
             *("looks", "Where the students look"),
             _of_features(tested, lambda i: looks(runs, i, examples(i, config.examples), config, device), absent),
+        ),
+        (
+            *("patches", "What is alike within images"),
+            _of_features(trained, lambda i: patches(runs, i, examples(i, config.examples), config, device), absent),
         ),
         ("exports", "Exported files", exports(runs)),
         ("versions", "Versions", _versions(runs, device)),

@@ -6,6 +6,7 @@ import pytest
 
 from rob.common.images.beton import Beton
 from rob.common.store.reader import TargetStore
+from rob.teacher_cache.config import TeacherConfig
 from support import tiny
 
 
@@ -23,3 +24,8 @@ def data(folder: Path) -> Beton:
 def store(folder: Path, data: Beton) -> TargetStore:
     teacher = tiny.tiny_teacher_checkpoint(folder, prototypes=40)
     return tiny.tiny_store(folder / "targets.zarr", data, teacher)
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory) -> TeacherConfig:
+    return tiny.tiny_teacher_checkpoint(tmp_path_factory.mktemp("headless"))

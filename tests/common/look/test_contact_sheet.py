@@ -18,7 +18,9 @@ from rob.common.look import contact_sheet as sheets
 from rob.common.look.contact_sheet import SMALL, SheetConfig, contact_sheet, load_views
 from rob.common.look.neighbours import nearest
 from rob.common.look.pair_ratios import pair_ratios, weighted_median
+from rob.common.look.patch_colours import cached_maps, laid_over, patch_colours
 from rob.common.look.sheet import DPI, IMAGE, MARGIN, TILE, Sheet
+from rob.common.store.patches import PatchChoice
 from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
@@ -127,6 +129,16 @@ def test_sheet_of_a_store(store, data, tmp_path, drawn) -> None:
         other, column = found.image_ids[1, 1, place], found.columns[1, 1, place]
         assert np.array_equal(tiles[-3 + place], views[other, column])
         assert f"{found.cosines[1, 1, place]:.2f} class{data.labels[other]}" in texts
+
+
+def test_cached_patches_are_colours_beside_each_view(data, headless, tmp_path, drawn) -> None:
+    store = tiny.tiny_store(tmp_path / "p.zarr", data, headless, view_size=64, patches=PatchChoice("grid", patch_dim=8))
+    maps = cached_maps(store, np.arange(2))
+    assert maps.shape == (2, 2, 8, 2, 2)
+    sheet, _ = drawn(SheetConfig(data.path, tmp_path / "sheet.png", store.path, images=2, neighbours=3))
+    tiles = [tile[3] for tile in sheet.tiles if tile[2] == TILE]
+    assert len(tiles) == 2 * 2 * (1 + 1 + 3)
+    assert np.array_equal(tiles[1], laid_over(tiles[0], patch_colours(maps.flatten(0, 1))[0]))
 
 
 def test_small_and_unlabelled_stores_have_sheets_too(tmp_path, drawn) -> None:

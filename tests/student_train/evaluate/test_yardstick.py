@@ -174,6 +174,13 @@ def test_worse_than_random_is_loud_and_names_what_helps(tmp_path, monkeypatch, s
     assert verdict(Outcome(True, 300, 60.0, 35.0, 47.0, 72.0), tmp_path, steps, 1000, rate, 1e-4) == []
 
 
+def test_a_student_below_pixels_is_told(tmp_path):
+    """A ViT-Tiny after 2,678 steps on 1,653 photographs: far above its random start, and not worth having."""
+    (said,) = verdict(Outcome(True, 300, 59.3, 16.7, 71.3, 79.7), tmp_path, 2678, 1000, 1e-3, 1e-4)
+    assert said.startswith("the student (59.3 %) is BELOW RAW PIXELS (71.3 %)")
+    assert "longer `budget`" in said
+
+
 def test_a_teacher_no_better_than_pixels_is_told(tmp_path):
     (said,) = verdict(Outcome(True, 300, 78.0, 37.9, 78.7, 77.3), tmp_path, 5000, 1000, 1e-3, 1e-4)
     assert "no better than raw pixels" in said

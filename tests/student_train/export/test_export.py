@@ -262,3 +262,20 @@ def test_files_for_phones_are_of_8_bits(tmp_path, data, name, package):
     assert eight_bits.bytes < full.bytes
     assert eight_bits.int8_share is not None
     assert eight_bits.int8_share > 0.999  # mean and standard deviation of the pixels stay floats
+
+
+@pytest.mark.slow
+def test_core_mls_weights_are_of_8_bits(tmp_path, data):
+    """Whether it computes what torch does, only a Mac can tell."""
+    coremltools = pytest.importorskip("coremltools")
+    run, notes = a_run(tmp_path / "run", RESNET), []
+    half, eight_bits = export(ExportConfig(run, ("coreml",), data=data.path, int8=True, loader=LOADER), notes.append)
+    assert (half.precision, eight_bits.precision) == ("float16", "int8")
+    assert (half.agreement, eight_bits.agreement, eight_bits.latency_ms) == (None, None, None)
+    assert eight_bits.int8_share is not None
+    assert eight_bits.int8_share > 0.9
+    assert eight_bits.bytes < 0.7 * half.bytes
+    assert any("converted, not checked" in note and "the weights alone have 8 bits" in note for note in notes)
+    spec = coremltools.models.MLModel(str(run / eight_bits.file), skip_model_load=True).get_spec()
+    assert [entry.name for entry in spec.description.input] == ["image"]
+    assert [entry.name for entry in spec.description.output] == ["features"]

@@ -18,6 +18,7 @@ from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.records import sealed
+from rob.common.store.patches import PatchChoice
 from rob.common.views.recipes import get_recipe
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.report.config import ReportConfig
@@ -26,6 +27,7 @@ from rob.student_train.report.looks import last_map
 from rob.student_train.report.neighbours import nearest
 from rob.student_train.report.report import report
 from rob.student_train.students import StudentConfig, build_student, describe_student
+from support.tiny import TEACHER as TINY_TEACHER
 from support.tiny import tiny_images, tiny_store
 from support.training import LOADER, log_line
 
@@ -44,6 +46,7 @@ SECTIONS = [
         "neighbours",
         "map",
         "looks",
+        "patches",
         "exports",
         "versions",
     ),
@@ -60,7 +63,8 @@ def folder(teacher, tmp_path_factory) -> Path:
     (images / "class1").rename(images / HOSTILE)
     pack(PackConfig(source=str(images), out=folder / "data.beton", workers=1))
     data = Beton(folder / "data.beton")
-    store = tiny_store(folder / "targets.zarr", data, teacher, loader=LOADER)
+    patches = PatchChoice("grid", patch_dim=8)
+    store = tiny_store(folder / "targets.zarr", data, teacher, loader=LOADER, view_size=64, patches=patches)
     for name, student in (("cnn", "test_resnet"), (HOSTILE, "test_vit")):
         torch.manual_seed(0)
         config, out = StudentConfig(student, 32), folder / name
@@ -158,6 +162,8 @@ def test_what_a_run_has_is_shown(page):
     assert "teacher" in page.texts["neighbours"]
     assert "attention" in page.texts["looks"]
     assert "activation" in page.texts["looks"]
+    assert TINY_TEACHER in page.texts["patches"]
+    assert "cnn" in page.texts["patches"]
     assert page.texts["settings"].index("student.name") < page.texts["settings"].index("All ")
     assert "seed" not in page.texts["settings"].partition("All ")[0]  # the same in both
 

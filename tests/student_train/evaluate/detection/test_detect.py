@@ -22,8 +22,6 @@ from rob.student_train.evaluate.detection.data import DetectionTensors, open_det
 from rob.student_train.evaluate.detection.detect import DetectConfig, detect
 from rob.student_train.evaluate.detection.model import Pyramid, build_detector
 from rob.student_train.evaluate.detection.score import average_precision
-from rob.student_train.export.config import ExportConfig
-from rob.student_train.export.export import export
 from rob.student_train.finetune.tuned import load_tuned
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import coco_shapes, voc_shapes
@@ -104,8 +102,6 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     assert (tuned.task, tuned.classes) == ("detect", ("disc", "square"))
     again = stage.find(detector, open_detection(data, "test"), False, torch.device("cpu"), stage.DetectProgress())
     assert [found["bbox"] for found in again] == [found["bbox"] for found in json.loads(found)]
-    with pytest.raises(MisuseError, match="is a detector, which rob export does not take"):
-        export(ExportConfig(run / "eval" / "detect-random.safetensors"))
     assert rob(monkeypatch, *arguments, "--val", "val", "--out", tmp_path / "best") == 0
 
 
