@@ -27,7 +27,9 @@ Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high
 TeacherName = Annotated[
     str,
     Setting(
-        "A name that rob teachers lists, any timm model, or efficientnet_lite0 (offline stand-in, supervised).",
+        "A name that rob teachers lists, any timm model, efficientnet_lite0 (offline stand-in, supervised), or "
+        "package.module:factory, a function of yours, without arguments, that returns a torch.nn.Module with its weights loaded: "
+        "images (B, 3, S, S) to features (B, F), or a map, whose mean is taken.",
         option="--teacher",
     ),
 ]

@@ -34,7 +34,7 @@ FREE_TO_CHANGE = (
         "budget",
         "loader",
     ),
-    *("compile", "loggers", "local_dir"),
+    *("compile", "local_dir", "loggers", "patience"),
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie

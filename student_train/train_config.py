@@ -78,7 +78,20 @@ class TrainConfig:
     ] = None
     knn_every: Annotated[
         int | None,
-        Setting("Epochs after which the student is compared with its random start, besides at the end.", low=1),
+        Setting(
+            "Epochs after which the student is compared with its random start, besides at the end: by k-NN, without labels by "
+            "the neighbours that it shares with the teacher, without both by RankMe, the effective rank of its embeddings (what "
+            "there is of them goes to knn.jsonl). The best so far is kept as student_best.safetensors.",
+            low=1,
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Setting(
+            "With --knn-every: end the run when so many measurements in a row were no better than the best (3 to 10; with fewer "
+            "chance ends it). The rate's schedule is then cut off, so student_best.safetensors is the one to take.",
+            low=1,
+        ),
     ] = None
     local_size: Annotated[
         int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
@@ -178,6 +191,8 @@ class TrainConfig:
             raise MisuseError(f"`extend` makes a run of its own: give another `out` than {self.out}, which goes on")
         if self.effort and self.epochs:
             raise MisuseError("`effort` and `epochs` both say how long to train: leave one of them out")
+        if self.patience and not self.knn_every:
+            raise MisuseError(f"`patience` {self.patience} goes by what `knn_every` measures: give that too, such as 1")
         if self.clip_each and not self.clip_grad:
             raise MisuseError(
                 "`clip_each` needs a limit, and `clip_grad` is 0: use `clip_grad` 3, or leave `clip_each` out"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.factories import is_factory
 from ...common.images.beton import Beton
 from ...common.patches import ROWS
 from ...common.settings import check
@@ -82,7 +83,8 @@ class CachedTargets(TargetBranch):
         if not self.reads_patches:
             self.store = self.store.pooled()
         manifest = self.store.manifest
-        if manifest.pooling is None and manifest.head in ("none", "fitted") and is_dinov3(manifest.teacher):
+        dinov3 = is_dinov3(manifest.teacher) and not is_factory(manifest.teacher)
+        if manifest.pooling is None and manifest.head in ("none", "fitted") and dinov3:
             raise MisuseError(
                 f"{config.path} holds the mean of {manifest.teacher}'s patch tokens, as rob cached DINOv3 before it took the "
                 "class token: cache the targets again"
