@@ -56,15 +56,16 @@ def train_all(rank: int, folder: str) -> None:
 
 
 def train_until_killed(rank: int, folder: str) -> None:
-    """The third rank dies in the second epoch's first step; what the others then say goes into a file each."""
+    """The third rank dies in the middle of the second epoch; what the others then say goes into a file each."""
     step = train.Trainer.step
 
     def dying(self, number, *arguments):
-        if rank == 2 and number == 4:
+        if rank == 2 and number == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, number, *arguments)
 
     train.Trainer.step = dying
+    train.RunFolder.is_due = property(lambda self: self.ranks.is_main)  # checkpoints by the minute
     config = config_of("embedding", Path(folder))
     try:
         train.train_student(replace(config, out=Path(folder) / "killed"))
@@ -98,7 +99,7 @@ def test_four_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1, 3)]
     assert all(f"rank {rank} has lost another rank" in text for rank, text in zip((0, 1, 3), said, strict=True))
     killed = replace(config_of("embedding", tmp_path), out=tmp_path / "killed")
-    assert torch.load(killed.out / "checkpoint.pt", weights_only=True)["state"]["step"] == 4
+    assert torch.load(killed.out / "checkpoint.pt", weights_only=True)["state"]["step"] in (5, 6)
 
     monkeypatch.setattr(train, "epoch_order", joint_order)
     train.train_student(killed)  # alone it goes on
