@@ -45,6 +45,13 @@ ViewSize = Annotated[
         "Side in pixels at which the teacher sees a view; default its own. Half the size is four times as fast.", low=8
     ),
 ]
+LocalDir = Annotated[
+    Path | None,
+    Setting(
+        "Where a DATA.beton of s3://, gs:// or az:// is copied to, once; default $ROB_LOCAL_DIR, else ~/.cache/rob/copied. A "
+        "fast disk with room for all of it."
+    ),
+]
 RecipeName = Annotated[
     str,
     Setting(

@@ -228,6 +228,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
+                    if run.is_due and step % steps_per_epoch:
+                        run.save(state, step)
             if config.knn_every and (epoch + 1) % config.knn_every == 0:
                 if watch is not None:
                     found = watch.look(trainer.model.backbone, epoch + 1, step)
@@ -237,7 +239,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                     ended = from_main(lambda: watch is not None and watch.is_enough)
                     if ended:
                         progress.note(f"ends after epoch {epoch + 1}: {config.patience} measurements were no better")
-            if (epoch + 1) % config.checkpoint_every == 0:
+            if (epoch + 1) % config.checkpoint_every == 0 or run.is_due:
                 run.save(state, step)
 
         # ==== what is left of it ====

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Data, Device, Precision, Seed
+from ..common.config import Data, Device, LocalDir, Precision, Seed
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.views.config import LoaderConfig
@@ -146,6 +146,7 @@ class TrainConfig:
             option="--sync-batchnorm/--no-sync-batchnorm",
         ),
     ] = None
+    local_dir: LocalDir = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)
@@ -164,6 +165,14 @@ class TrainConfig:
         int,
         Setting("Epochs per checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not.", low=1),
     ] = 1
+    checkpoint_minutes: Annotated[
+        float | None,
+        Setting(
+            "A checkpoint after so many minutes, too, in the middle of an epoch: what a crash, or a machine that is taken away, "
+            "costs at most. 10 to 30 where an epoch takes hours; on a GPU one costs about a second.",
+            low=0.1,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.average is not None and not 0 < self.average < 1:

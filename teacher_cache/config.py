@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Checkpoint, Data, Device, Precision, Seed, TeacherName, ViewSize, Workers
+from ..common.config import Checkpoint, Data, Device, LocalDir, Precision, Seed, TeacherName, ViewSize, Workers
 from ..common.errors import MisuseError
 from ..common.factories import is_factory, name_factory
 from ..common.settings import Setting, check
@@ -92,7 +92,14 @@ class CacheConfig:
     """What to cache. ``views`` a image get ids 0 .. views-1."""
 
     data: Data
-    out: Annotated[Path, Setting("The target store to write, or to go on with.", argument="OUT.zarr")]
+    out: Annotated[
+        Path,
+        Setting(
+            "The target store to write, to go on with, or, where it is whole, to give more views or the rows of appended images. "
+            "A path, or an address: s3://, gs:// or az://BUCKET/NAME.zarr.",
+            argument="OUT.zarr",
+        ),
+    ]
     teacher: TeacherConfig
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
     views: Annotated[
@@ -115,12 +122,17 @@ class CacheConfig:
             "finishes the store. A job that was killed is started again with the same K/N. torchrun's ranks need no part.",
         ),
     ] = None
+    local_dir: LocalDir = None
     precision: Precision = "auto"
     device: Device = "auto"
     loader: Annotated[
         LoaderConfig,
-        {"batch_size": Setting("Images a batch, each with all its views. Lower it when memory runs out.", low=1)},
-    ] = field(default_factory=lambda: LoaderConfig(batch_size=32))
+        {
+            "batch_size": Setting(
+                "Images a batch; the teacher sees a view of each at once. Lower it when memory runs out.", low=1
+            )
+        },
+    ] = field(default_factory=lambda: LoaderConfig(batch_size=128))
 
     def __post_init__(self) -> None:
         check(self)

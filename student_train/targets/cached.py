@@ -78,7 +78,7 @@ class CachedTargets(TargetBranch):
     def __init__(self, config: Cached, run: RunContext) -> None:
         self.config, self.device = config, run.device
         self.store, self.data = TargetStore.open(config.path), run.data
-        self.store.check(data_fingerprint=run.data.manifest.fingerprint)
+        self.store.check_data(run.data.manifest)
         self.reads_patches = self.store.patches is not None and run.reads_patches
         if not self.reads_patches:
             self.store = self.store.pooled()
@@ -94,7 +94,7 @@ class CachedTargets(TargetBranch):
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, config.window_mib))
         self._prefetcher: TargetPrefetcher | None = None
         self.space = space_of(self.store, run.device)
-        self.source = str(config.path)
+        self.source = str(self.store.place)
         told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
         stored = vars(manifest)
         self.description = {
