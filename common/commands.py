@@ -8,6 +8,7 @@ from .errors import MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
+from .places import is_address
 from .screen import bar, facts, note
 from .settings import Setting
 from .views.recipes import RecipeOverrides, get_recipe
@@ -17,13 +18,18 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     """Pack images into one .beton file."""
     from .images.pack import pack
 
-    refuse_existing(config.out, overwrite)
+    if config.append and overwrite:
+        raise MisuseError("--append adds to what is there, and --overwrite replaces it: leave one of them out")
+    refuse_existing(config.out, overwrite or config.append)
     with bar("packing", "images") as update:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
         note(f"skipped {path}: broken")
     size = config.out.stat().st_size
     note(f"{config.out}: {manifest.num_images:,} images, {size / 1e6:,.1f} MB, {len(manifest.classes or ())} classes")
+    if config.append:
+        more = manifest.num_images - manifest.grown[-1][0]
+        note(f"{more:,} of them are new; a store of the others is given theirs by the same rob cache-teacher again")
 
 
 def inspect(
@@ -50,7 +56,7 @@ def inspect(
     facts(found.title, found.rows)
     if sheet is None:
         return
-    is_store = path.is_dir()
+    is_store = path.is_dir() or (is_address(path) and path.suffix != ".beton")
     if is_store and data is None:
         raise MisuseError("--sheet of a store needs its images: pass --data DATA.beton")
     config = SheetConfig(

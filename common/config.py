@@ -27,7 +27,9 @@ Seed = Annotated[int, Setting("Same seed, same views and same run.", low=0, high
 TeacherName = Annotated[
     str,
     Setting(
-        "A name that rob teachers lists, any timm model, or efficientnet_lite0 (offline stand-in, supervised).",
+        "A name that rob teachers lists, any timm model, efficientnet_lite0 (offline stand-in, supervised), or "
+        "package.module:factory, a function of yours, without arguments, that returns a torch.nn.Module with its weights loaded: "
+        "images (B, 3, S, S) to features (B, F), or a map, whose mean is taken.",
         option="--teacher",
     ),
 ]
@@ -41,6 +43,13 @@ ViewSize = Annotated[
     int | None,
     Setting(
         "Side in pixels at which the teacher sees a view; default its own. Half the size is four times as fast.", low=8
+    ),
+]
+LocalDir = Annotated[
+    Path | None,
+    Setting(
+        "Where a DATA.beton of s3://, gs:// or az:// is copied to, once; default $ROB_LOCAL_DIR, else ~/.cache/rob/copied. A "
+        "fast disk with room for all of it."
     ),
 ]
 RecipeName = Annotated[

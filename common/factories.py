@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 PATTERN = re.compile(r"[^\W\d]\w*(\.\w+)*:[^\W\d][\w.<>]*(#[0-9a-f]{8})?")
 """Of a name. That of a module object has the first digits of its structure's hash behind it."""
 
-_named: dict[str, Any] = {}
-"""What the user named in this process: functions that build a network, or networks."""
+_named: dict[tuple[str, str], Any] = {}
+"""What the user named in this process, by what it is for and its name: functions that build a network, or networks."""
 
 
 def is_factory(name: str) -> bool:
@@ -43,12 +43,12 @@ def name_factory(what: "str | Factory | nn.Module", setting: str = "student") ->
     from torch import nn  # here and below: the command line's --help knows of factories, and is instant
 
     if isinstance(what, str):
-        if what not in _named:
-            _named[what] = _imported(what, setting)
+        if (setting, what) not in _named:
+            _named[setting, what] = _imported(what, setting)
         return what
     if isinstance(what, nn.Module):
         name = f"{type(what).__module__}:{type(what).__qualname__}#{_structure(what)}"
-        before = _named.get(name)
+        before = _named.get((setting, name))
         if before is not None and not _same_weights(before, what):
             raise MisuseError(
                 f"`{setting}`: another {type(what).__qualname__} of this structure and other weights was given before: give a "
@@ -58,7 +58,8 @@ def name_factory(what: "str | Factory | nn.Module", setting: str = "student") ->
         name = f"{what.__module__}:{getattr(what, '__qualname__', '')}"
         if not is_factory(name) or "<lambda>" in name:
             raise MisuseError(f"`{setting}` {what!r} has no name by which files know it: define a function with def")
-        if name in _named and not _same_function(_named[name], what):
+        before = _named.get((setting, name))
+        if before is not None and not _same_function(before, what):
             raise MisuseError(
                 f"`{setting}`: another {name} was given before, which builds from other values: define one function for each"
             )
@@ -66,7 +67,7 @@ def name_factory(what: "str | Factory | nn.Module", setting: str = "student") ->
         raise MisuseError(
             f"`{setting}` is of the type {type(what).__name__}, expected a name, a torch.nn.Module or a function that builds one"
         )
-    _named[name] = what
+    _named[setting, name] = what
     return name
 
 
@@ -78,9 +79,10 @@ def build_named(name: str, setting: str = "student") -> "nn.Module":
     """
     from torch import nn
 
-    made_by = _named.get(name)
-    if made_by is None and len(_named) == 1:
-        made_by = next(iter(_named.values()))
+    made_by = _named.get((setting, name))
+    others = [found for (what_for, _), found in _named.items() if what_for == setting]
+    if made_by is None and len(others) == 1:
+        made_by = others[0]
     if made_by is None:
         raise MisuseError(
             f"its network is {name}, of somebody's own code, which is not imported because a file names it: pass `{setting}` "

@@ -1,5 +1,6 @@
 """Files that other processes may touch, or a kill may cut: locks, replacement as a whole, and naming what differs."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import FailureError, MisuseError
+
+LARGEST_FILE = 1 << 35
+"""Bytes of one file that is read as a whole, unless less is asked for."""
 
 
 def lock_file(path: Path, taken: str) -> int:
@@ -127,7 +131,9 @@ def read_regular(path: Path, largest: int) -> bytes:
     bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(largest + 1) if size <= largest else b""
+        data = file.read(size + 1) if size <= largest else b""  # Python takes memory for all that is asked for
+        if size < len(data) <= largest:  # it has grown, or the system does not know
+            data += file.read(largest + 1 - len(data))
     if max(size, len(data)) > largest:
         raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {largest:,} that are read", str(path))
     return data
@@ -187,6 +193,21 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 def first_difference(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return next(differences(old, new), None)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two files or folders of one file system change places: in one step where system and file system can (Linux, not NFS), else
+    in three, between which ``other`` is at `aside` of itself."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 is None or renameat2(here, os.fsencode(one), here, os.fsencode(other), swap):
+        other.rename(aside(other))
+        one.rename(other)
+        aside(other).rename(one)
+
+
+def aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside")
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

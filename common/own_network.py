@@ -31,15 +31,18 @@ class _Enough(BaseException):
 class OwnNetwork(nn.Module):
     """``model``, of which ``layer`` (None: what it returns) is pooled, as features (B, ``num_features``).
 
-    ``moved`` names the tensors of its state dict that training changes. MisuseError: no such layer, or one that gives no features
-    of images of ``size`` pixels a side, or has no gradient. ``whose`` begins the sentence, ``setting`` is that of the layer.
+    ``moved`` names the tensors of its state dict that training changes, none of a teacher's (``learns`` False). MisuseError: no
+    such layer, or one that gives no features of images of ``size`` pixels a side, or has no gradient. ``whose`` begins the
+    sentence, ``setting`` is that of the layer.
     """
 
     num_features: int
 
-    def __init__(self, model: nn.Module, layer: str | None, size: int, whose: str, setting: str) -> None:
+    def __init__(
+        self, model: nn.Module, layer: str | None, size: int, whose: str, setting: str, learns: bool = True
+    ) -> None:
         super().__init__()
-        self.model, self.layer, self.whose = model, layer, whose
+        self.model, self.layer, self.whose, self.learns = model, layer, whose, learns
         self.kept: tuple[int, ...] | None = None
         self.entry = ""
         if layer is not None:
@@ -105,10 +108,14 @@ class OwnNetwork(nn.Module):
     def _find(self, size: int, setting: str) -> None:
         """Sets ``entry``, ``kept``, ``num_features`` and ``moved``."""
         weight = next(self.model.parameters(), None)
-        if weight is None:
+        if weight is None and self.learns:
             raise MisuseError(f"{self.whose} has no weights: there is nothing to train")
-        images = torch.randn(PROBE, 3, size, size, device=weight.device)
+        images = torch.randn(PROBE, 3, size, size, device=None if weight is None else weight.device)
         self.entry = self._entry(images, setting)
+        if not self.learns:
+            with torch.no_grad():
+                self.num_features, self.moved = pooled(self._tried(images, False)).shape[1], frozenset()
+            return
         parameters = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         learned: set[str] = set()
@@ -139,7 +146,7 @@ class OwnNetwork(nn.Module):
         for number, name in enumerate(names):
             try:
                 with torch.no_grad():
-                    self.model.train()
+                    self.model.train(self.learns)
                     list(_tensors(self._raw(images, name)))
                     self.model.eval()
                     wanted = list(_tensors(self._raw(images, name)))

@@ -55,25 +55,37 @@ class FrozenTeacher(Protocol):
 
 
 def embedder(
-    teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device, precision: str
+    teacher: FrozenTeacher,
+    recipe: Recipe,
+    view_size: int,
+    device: torch.device,
+    precision: str,
+    at_once: int | None = None,
 ) -> Callable[[Batch], Tensor]:
     """The function from a batch, whose last view set has V views of ``view_size`` pixels a side, to their embeddings (B, V, D)
     float32 on ``device``, where ``teacher`` is already.
+
+    With ``at_once``, B or more, the teacher sees one view of so many images at a time, empty ones behind a short batch: a last
+    bit goes by how many there are, and must not by how many views an image has, or where the data end.
     """
     teacher = cast_once(teacher, device, precision)
     views_of = _views(teacher, recipe, view_size, device, precision)
 
     @torch.inference_mode()
     def embed(batch: Batch) -> Tensor:
-        images = views_of(batch)
         with autocast(device, precision):
-            return teacher(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
+            return _in_parts(lambda images: (teacher(images).float(),), views_of(batch), at_once)[0]
 
     return embed
 
 
 def dense_embedder(
-    teacher: FrozenTeacher, recipe: Recipe, view_size: int, device: torch.device, precision: str
+    teacher: FrozenTeacher,
+    recipe: Recipe,
+    view_size: int,
+    device: torch.device,
+    precision: str,
+    at_once: int | None = None,
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:
     """As ``embedder``, with the backbone's maps (B, V, C, h, w) beside the embeddings."""
     teacher = cast_once(teacher, device, precision)
@@ -81,12 +93,28 @@ def dense_embedder(
 
     @torch.inference_mode()
     def embed(batch: Batch) -> tuple[Tensor, Tensor]:
-        images = views_of(batch)
         with autocast(device, precision):
-            embedding, features = teacher.with_map(images.flatten(0, 1))
-        return embedding.float().unflatten(0, images.shape[:2]), features.unflatten(0, images.shape[:2])
+            embedding, features = _in_parts(teacher.with_map, views_of(batch), at_once)
+        return embedding.float(), features
 
     return embed
+
+
+def _in_parts(
+    network: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor, at_once: int | None
+) -> tuple[Tensor, ...]:
+    """What ``network`` says of images (B, V, 3, S, S), each (B, V, ...): of all in one, or view by view."""
+    if at_once is None:
+        return tuple(said.unflatten(0, images.shape[:2]) for said in network(images.flatten(0, 1)))
+    assert len(images) <= at_once
+    last = images[0].is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    said = []
+    for view in images.unbind(1):
+        empty = view.new_zeros(at_once - len(images), *view.shape[1:])
+        of_view = network((torch.cat([view, empty]) if len(empty) else view).contiguous(memory_format=layout))
+        said.append([values[: len(images)] for values in of_view])
+    return tuple(torch.stack(parts, 1) for parts in zip(*said, strict=True))
 
 
 def _views(

@@ -14,10 +14,11 @@ from .files import open_regular
 from .records import DamagedError, NoChecksumError, crc32c
 
 
-def hash_weights(tensors: Mapping[str, Tensor], pooling: str | None = None) -> str:
+def hash_weights(tensors: Mapping[str, Tensor], pooling: str | None = None, code: str | None = None) -> str:
     """sha256 (hex) over names, types, shapes and bytes in sorted order: equal for equal weights, whatever file they came in.
 
-    ``pooling`` says what becomes of the network's tokens, where that is not the network's own way.
+    ``pooling`` says what becomes of the network's tokens, where that is not the network's own way, ``code`` where its code is,
+    where that is the user's own.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -26,6 +27,8 @@ def hash_weights(tensors: Mapping[str, Tensor], pooling: str | None = None) -> s
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     if pooling is not None:
         digest.update(f"pooling {pooling}\n".encode())
+    if code is not None:
+        digest.update(f"code {code}\n".encode())
     return digest.hexdigest()
 
 

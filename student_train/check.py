@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
+from ..common.places import place_of
 from ..common.records import DamagedError, read_record
 from ..common.store.reader import TargetStore
 from ..common.weights import read_tensor_file
@@ -35,7 +36,7 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
         data = Beton(path)
         damaged = data.damaged(progress)
         return Checked(f"{data.num_images:,} images", tuple(f"{path}: image {i} is damaged" for i in damaged))
-    if (path / "zarr.json").exists():
+    if place_of(path).exists("zarr.json"):
         return _store(path, progress)
     files = dict(_files_of_runs(path))
     if not files:

@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 """Raised whenever an older checkpoint can no longer be resumed."""
 
 WEIGHTS_NAME, AVERAGE_NAME = "student.safetensors", "student_average.safetensors"
+BEST_NAME = "student_best.safetensors"
 """The student's weights in a run folder."""
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
+from ..common.places import is_address, shown
 from ..common.ranks import ALONE, Ranks, from_main
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
@@ -21,8 +23,18 @@ from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkp
 from .collapse import FIELDS
 
 FREE_TO_CHANGE = (
-    *("out", "device", "log_every", "checkpoint_every", "knn_every", "effort", "budget", "loader", "compile"),
-    "loggers",
+    *(
+        "out",
+        "device",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "knn_every",
+        "effort",
+        "budget",
+        "loader",
+    ),
+    *("compile", "local_dir", "loggers", "patience"),
     *("data", "targets", "versions"),
 )
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
@@ -62,12 +74,18 @@ class RunFolder:
         ranks: Ranks = ALONE,
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
     ) -> None:
+        if is_address(out):
+            raise MisuseError(
+                f"`out` {shown(out)}: a run's folder lies on a disk: give one, and copy it when the run has ended"
+            )
         if out.exists() and not out.is_dir():
             raise MisuseError(f"`out` {out} is a file: give the folder to train in")
         if (out / "zarr.json").exists():
             raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self.log_every: int = config["log_every"]
+        minutes = config.get("checkpoint_minutes")
+        self._save_every, self._saved_at = math.inf if minutes is None else 60 * minutes, time.monotonic()
         self.weights, self.average, self.checkpoint = out / WEIGHTS_NAME, out / AVERAGE_NAME, out / "checkpoint.pt"
         settings = {**config, **facts}
         fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
@@ -122,6 +140,12 @@ class RunFolder:
         """Let other processes train here."""
         self._unlock()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is ``checkpoint_minutes`` old. The clock of the rank that writes decides alone: a step is
+        the same on all of them, and the others have nothing to write."""
+        return self.ranks.is_main and time.monotonic() - self._saved_at >= self._save_every
+
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Checkpoint after ``step`` steps. Raises FailureError, and keeps the earlier checkpoint, when the loss went bad."""
         health = self.check_losses(step)
@@ -138,6 +162,7 @@ class RunFolder:
         parts = {name: part.state_dict() for name, part in state.items()}
         found = {"step": step, "health": health, "lines": len(read_log(self.out))}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
+        self._saved_at = time.monotonic()  # from its end: one that takes long must not fill the time
 
     def _check_there(self) -> None:
         """FailureError: the folder was moved or deleted. Writing would not notice, and make another with half a run in it."""

@@ -14,6 +14,8 @@ import torch
 
 from ..common.device_settings import stored_settings
 from ..common.errors import MisuseError
+from ..common.exported import StudentInfo
+from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
 from ..common.own_network import OwnNetwork
 from ..common.pace import Pace
@@ -29,7 +31,7 @@ from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
-from .evaluate.yardstick import Yardstick, record
+from .evaluate.yardstick import Yardstick
 from .extension import read_parent, take_over
 from .kernels.choice import Measured, use_measured
 from .loggers.logger import Loggers, check_installed
@@ -40,6 +42,7 @@ from .students import check_input_size, describe_student
 from .targets.pairing import plan_views
 from .train_config import TrainConfig
 from .trainer import Trainer
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -172,24 +175,27 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         run.notes.append(trainer.began)
     for text in run.notes:
         progress.note(text)
+    watch = None
+    if config.knn_every and ranks.is_main and step < total_steps:
+        watch = watching(config, data, device, info, step, progress.note)
+    ended = bool(config.patience and from_main(lambda: watch is not None and watch.is_enough))
     if step == total_steps:
         progress.note(f"{config.out} is complete already: nothing to do")
+    elif ended:
+        progress.note(f"{config.out} has ended already, by `patience`: nothing to do; without it the run goes on")
     elif progress.plan is not None and ranks.is_main:
         progress.plan(plan)
     if "as they were" in moving and ranks.is_main and step < total_steps:
         progress.note(f"of {config.student.name} will be {moving}")
     progress.step(step, total_steps)
 
-    yardstick = None
-    if config.knn_every and ranks.is_main and step < total_steps:
-        yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader)
     unrehearsed = trainer.compiles
 
     # ==== the loop ====
     try:
-        if ranks.is_main and step < total_steps:
+        if ranks.is_main and step < total_steps and not ended:
             loggers = Loggers(config.loggers, config.out, config.to_dict() | facts, read_log(config.out), progress.note)
-        while step < total_steps:
+        while step < total_steps and not ended:
             epoch, done = divmod(step, steps_per_epoch)
             views = plan_views(pairing, branch.views, epoch)
             pair_weights = views.pair_weights.to(device)
@@ -222,16 +228,18 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
                             trainer.objective.targets_found,
                         )
-            if yardstick is not None and config.knn_every and (epoch + 1) % config.knn_every == 0:
-                found = yardstick.measure(trainer.model.backbone)
-                record(config.out, epoch + 1, step, found)
-                if loggers is not None:
-                    loggers.log({"step": step, **found.to_json()}, "knn")
-                progress.note(
-                    f"epoch {epoch + 1}: {'k-NN' if found.by_labels else 'shared neighbours'} {found.student:.1f} %, "
-                    f"random start {found.random:.1f}, pixels {found.pixels:.1f}"
-                )
-            if (epoch + 1) % config.checkpoint_every == 0:
+                    if run.is_due and step % steps_per_epoch:
+                        run.save(state, step)
+            if config.knn_every and (epoch + 1) % config.knn_every == 0:
+                if watch is not None:
+                    found = watch.look(trainer.model.backbone, epoch + 1, step)
+                    if loggers is not None:
+                        loggers.log({"step": step, **found.to_json()}, "knn")
+                if config.patience and step < total_steps:
+                    ended = from_main(lambda: watch is not None and watch.is_enough)
+                    if ended:
+                        progress.note(f"ends after epoch {epoch + 1}: {config.patience} measurements were no better")
+            if (epoch + 1) % config.checkpoint_every == 0 or run.is_due:
                 run.save(state, step)
 
         # ==== what is left of it ====
@@ -240,6 +248,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
             export_weights(trainer.model.backbone, info, run.weights)
             if moving:
                 progress.note(f"{run.weights}: of {config.student.name} {moving}")
+        if watch is not None and watch.sentence:
+            progress.note(watch.sentence)
         average = trainer.average.module if trainer.average else branch.average
         if ranks.is_main and average is not None:
             export_weights(average, info, run.average)
@@ -249,11 +259,23 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         raise
     finally:
         if loggers is not None:
-            loggers.close(finished=step == total_steps)
+            loggers.close(finished=ended or step == total_steps)
         run.close()
     loss, images_per_second, shares = run.medians()
     advice = advise(shares, branch.kind) if shares else ""
-    return TrainResult(run.weights, total_steps, loss, images_per_second, shares, advice)
+    return TrainResult(run.weights, step, loss, images_per_second, shares, advice)
+
+
+def watching(
+    config: TrainConfig, data: Beton, device: torch.device, info: StudentInfo, step: int, note: Callable[[str], None]
+) -> Watch | None:
+    """What ``knn_every`` asks for; None: the images are too few. MisuseError: and ``patience`` would go by it."""
+    yardstick = Yardstick.of(data, config.student, config.targets, config.seed, device, config.loader, or_rank=True)
+    if yardstick is None and config.patience:
+        raise MisuseError(
+            f"`patience` goes by what `knn_every` measures, and the {data.num_images} images are too few for that"
+        )
+    return yardstick and Watch(yardstick, config.out, info, step, config.patience, note)
 
 
 def use_what_is_known(device: torch.device) -> None:

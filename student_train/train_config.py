@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Data, Device, Precision, Seed
+from ..common.config import Data, Device, LocalDir, Precision, Seed
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.views.config import LoaderConfig
@@ -78,7 +78,20 @@ class TrainConfig:
     ] = None
     knn_every: Annotated[
         int | None,
-        Setting("Epochs after which the student is compared with its random start, besides at the end.", low=1),
+        Setting(
+            "Epochs after which the student is compared with its random start, besides at the end: by k-NN, without labels by "
+            "the neighbours that it shares with the teacher, without both by RankMe, the effective rank of its embeddings (what "
+            "there is of them goes to knn.jsonl). The best so far is kept as student_best.safetensors.",
+            low=1,
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Setting(
+            "With --knn-every: end the run when so many measurements in a row were no better than the best (3 to 10; with fewer "
+            "chance ends it). The rate's schedule is then cut off, so student_best.safetensors is the one to take.",
+            low=1,
+        ),
     ] = None
     local_size: Annotated[
         int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
@@ -133,6 +146,7 @@ class TrainConfig:
             option="--sync-batchnorm/--no-sync-batchnorm",
         ),
     ] = None
+    local_dir: LocalDir = None
     device: Device = "auto"
     loader: Annotated[LoaderConfig, {"batch_size": None}] = field(
         default_factory=lambda: LoaderByPlan(batch_size=USUAL_BATCH)
@@ -151,6 +165,14 @@ class TrainConfig:
         int,
         Setting("Epochs per checkpoint. Ctrl-C and SIGTERM write one too; a kill or a crash does not.", low=1),
     ] = 1
+    checkpoint_minutes: Annotated[
+        float | None,
+        Setting(
+            "A checkpoint after so many minutes, too, in the middle of an epoch: what a crash, or a machine that is taken away, "
+            "costs at most. 10 to 30 where an epoch takes hours; on a GPU one costs about a second.",
+            low=0.1,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.average is not None and not 0 < self.average < 1:
@@ -169,6 +191,8 @@ class TrainConfig:
             raise MisuseError(f"`extend` makes a run of its own: give another `out` than {self.out}, which goes on")
         if self.effort and self.epochs:
             raise MisuseError("`effort` and `epochs` both say how long to train: leave one of them out")
+        if self.patience and not self.knn_every:
+            raise MisuseError(f"`patience` {self.patience} goes by what `knn_every` measures: give that too, such as 1")
         if self.clip_each and not self.clip_grad:
             raise MisuseError(
                 "`clip_each` needs a limit, and `clip_grad` is 0: use `clip_grad` 3, or leave `clip_each` out"

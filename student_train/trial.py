@@ -59,8 +59,11 @@ class Trial:
         crops = config.pairing.num_global + config.pairing.num_local
         networks = 2 + (epochs / config.knn_every if config.knn_every else 0)
         compared = networks * min(MOST_ON_CPU, num_images) * self.seconds / (batch * crops) / PASSES
-        steps = epochs * max(1, num_images // batch)
-        return steps * self.seconds + epochs / config.checkpoint_every * self.checkpoint_seconds + compared
+        steps = epochs * max(1, num_images // batch) * self.seconds
+        checkpoints = epochs / config.checkpoint_every
+        if config.checkpoint_minutes:
+            checkpoints += steps / 60 / config.checkpoint_minutes
+        return steps + checkpoints * self.checkpoint_seconds + compared
 
 
 def try_steps(config: TrainConfig, run: RunContext, seconds: float) -> Trial:

@@ -1,7 +1,9 @@
 """Images to whole chunks of what the teacher says of them."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor
 from ..common.errors import FailureError
 from ..common.store.manifest import StoreManifest
 from ..common.views.loader import Batch, ViewLoader, ViewSet
-from .teachers import Teacher
 
 
 @contextmanager
@@ -40,21 +41,42 @@ def refuse_not_finite(embedding: Tensor, first_row: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """What the teacher says of the last rows of a chunk, usually all, which begins at ``row``: embeddings (rows, V, D), logits
+    (rows, V, K) if it has prototypes, both on its device, and the arrays of patch targets, if any. None: it says nothing.
+    """
+
+    row: int
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
+    patches: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def last(self, rows: int) -> Self:
+        """Of the last so many."""
+        if self.embedding is None:
+            return self
+        first = len(self.embedding) - rows
+        logits = None if self.logits is None else self.logits[first:]
+        patches = {name: values[first:] for name, values in self.patches.items()}
+        return replace(self, embedding=self.embedding[first:], logits=logits, patches=patches)
+
+
 def chunks(
     loader: ViewLoader,
     rows: np.ndarray,
-    teacher: Teacher,
     says: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
     manifest: StoreManifest,
-) -> Generator[tuple[int, Tensor, Tensor | None, dict[str, np.ndarray]]]:
-    """Of ``rows``, whole chunks in any order: each chunk's first row and the teacher's embeddings (rows, V, D), and logits (rows,
-    V, K) if it has prototypes, on its device; and the arrays of its patch targets, if any.
+    views: tuple[int, ...],
+    logits_of: Callable[[Tensor], Tensor] | None,
+) -> Generator[Chunk]:
+    """Of ``rows``, the ends of chunks in any order, what the teacher says of their ``views``.
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
     parts: list[Tensor] = []
     of_patches: list[dict[str, np.ndarray]] = []
-    for batch in loader.epoch(rows, [ViewSet(manifest.view_ids, manifest.view_size)]):
+    for batch in loader.epoch(rows, [ViewSet(views, manifest.view_size)]):
         embedded, arrays = says(batch)
         parts.append(embedded)
         of_patches.append(arrays)
@@ -63,8 +85,8 @@ def chunks(
             embedding = torch.cat(parts)
             joined = {name: np.concatenate([arrays[name] for arrays in of_patches]) for name in arrays}
             parts, of_patches = [], []
-            logits = None if teacher.prototypes is None else teacher.logits(embedding)
-            yield last + 1 - len(embedding), embedding, logits, joined
+            logits = None if logits_of is None else logits_of(embedding)
+            yield Chunk(last // manifest.chunk_rows * manifest.chunk_rows, embedding, logits, joined)
 
 
 def fitting_batch(asked: int, chunk_rows: int) -> int:

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..common.config import RecipeName
 from ..common.errors import unknown_name
 from ..common.options import given, refuse
+from ..common.places import is_address, place_of, shown
 from ..common.screen import bar, console, facts, note, note_slow_loader
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
@@ -67,8 +68,8 @@ def cache_teacher(
             ("images x views", f"{plan.num_images:,} x {plan.views}"),
             ("bytes a view", f"{plan.bytes_per_view:,}{patches}{meanwhile}"),
             ("total", f"{plan.total_bytes / 1e6:,.1f} MB before compression"),
-            ("free disk", f"{plan.free_bytes / 1e9:,.1f} GB"),
         ]
+        rows += [] if is_address(full.out) else [("free disk", f"{plan.free_bytes / 1e9:,.1f} GB")]
         rows += [("done before", f"{plan.rows_done:,} images")] if plan.rows_done else []
         rows += [("estimated time", f"{plan.seconds:,.0f} s at {plan.views_per_second:,.0f} views/s")]
         facts("plan", rows)
@@ -79,8 +80,8 @@ def cache_teacher(
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise
-    if (full.out / "zarr.json").exists():
-        note(f"{full.out}: complete")
+    if place_of(full.out).exists("zarr.json"):
+        note(f"{shown(full.out)}: complete")
 
 
 def teachers(

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Checkpoint, Data, Device, Precision, Seed, TeacherName, ViewSize, Workers
+from ..common.config import Checkpoint, Data, Device, LocalDir, Precision, Seed, TeacherName, ViewSize, Workers
 from ..common.errors import MisuseError
+from ..common.factories import is_factory, name_factory
 from ..common.settings import Setting, check
 from ..common.store.encodings import Encoding
 from ..common.store.patches import PatchChoice
@@ -15,11 +16,13 @@ from ..common.views.config import LoaderConfig
 from ..common.views.recipes import Recipe, get_recipe
 
 TEACHER_FEATURES = ("cls", "mean", "cls+mean")
+OF_ITS_OWN = ("mean", "std", "size")
+"""Settings of a teacher of the user's own."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Which teacher, from which file."""
+    """Which teacher, from which file. In Python ``name`` may also be a function that builds a network, or a network."""
 
     name: TeacherName
     checkpoint: Checkpoint = None
@@ -42,7 +45,32 @@ class TeacherConfig:
         ),
     ] = None
 
+    mean: Annotated[
+        tuple[float, float, float] | None,
+        Setting(
+            "Of a teacher of your own (package.module:factory): red, green and blue, in units of 1, that its images are "
+            "normalised with, such as 0.485,0.456,0.406. Default what the network has as .mean, or timm's default_cfg.",
+            option="--teacher-mean",
+        ),
+    ] = None
+    std: Annotated[
+        tuple[float, float, float] | None,
+        Setting(
+            "The same of the deviation, such as 0.229,0.224,0.225; default .std.", low=1e-3, option="--teacher-std"
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        Setting("The same of the side in pixels of its images; default .image_size.", low=8, option="--teacher-size"),
+    ] = None
+
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or is_factory(self.name):
+            object.__setattr__(self, "name", name_factory(self.name, "teacher"))
+        elif (given := next((name for name in OF_ITS_OWN if getattr(self, name) is not None), None)) is not None:
+            raise MisuseError(
+                f"`teacher_{given}` is for a teacher of your own, package.module:factory; {self.name} has its own: leave it out"
+            )
         check(self)
         if not isinstance(self.backbone_args, Mapping):
             object.__setattr__(self, "backbone_args", dict(map(_named, self.backbone_args)))
@@ -64,7 +92,14 @@ class CacheConfig:
     """What to cache. ``views`` a image get ids 0 .. views-1."""
 
     data: Data
-    out: Annotated[Path, Setting("The target store to write, or to go on with.", argument="OUT.zarr")]
+    out: Annotated[
+        Path,
+        Setting(
+            "The target store to write, to go on with, or, where it is whole, to give more views or the rows of appended images. "
+            "A path, or an address: s3://, gs:// or az://BUCKET/NAME.zarr.",
+            argument="OUT.zarr",
+        ),
+    ]
     teacher: TeacherConfig
     recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
     views: Annotated[
@@ -87,12 +122,17 @@ class CacheConfig:
             "finishes the store. A job that was killed is started again with the same K/N. torchrun's ranks need no part.",
         ),
     ] = None
+    local_dir: LocalDir = None
     precision: Precision = "auto"
     device: Device = "auto"
     loader: Annotated[
         LoaderConfig,
-        {"batch_size": Setting("Images a batch, each with all its views. Lower it when memory runs out.", low=1)},
-    ] = field(default_factory=lambda: LoaderConfig(batch_size=32))
+        {
+            "batch_size": Setting(
+                "Images a batch; the teacher sees a view of each at once. Lower it when memory runs out.", low=1
+            )
+        },
+    ] = field(default_factory=lambda: LoaderConfig(batch_size=128))
 
     def __post_init__(self) -> None:
         check(self)

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from ..common.errors import MisuseError
+from ..common.places import is_address
 from ..common.views.loader import Batch, ViewLoader, ViewSet
 
 TRIAL_VIEWS = 32
@@ -38,6 +39,8 @@ class CachePlan:
     views_per_second: float
     workers: int = 1
     """That share the rows still to do, each with this speed."""
+    views_done: int = 0
+    """Of each image, in a store that is given more."""
 
     @property
     def total_bytes(self) -> int:
@@ -46,11 +49,15 @@ class CachePlan:
     @property
     def seconds(self) -> float:
         """Of the rows still to do."""
-        return (self.num_images - self.rows_done) * self.views / self.views_per_second / self.workers
+        return (
+            (self.num_images - self.rows_done) * (self.views - self.views_done) / self.views_per_second / self.workers
+        )
 
 
 def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> None:
     """MisuseError unless the disk has room for what is missing of these stores: ``out``, and one beside it while it is made."""
+    if is_address(out):
+        return  # buckets have no end
     needed = 0
     for path, size in bytes_when_done.items():
         needed += max(0, size - _bytes_under(path))
@@ -76,7 +83,9 @@ def _bytes_under(path: Path) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that ``path`` is to lie on."""
+    """Of the disk that ``path`` is to lie on; 0 of a bucket, which has none."""
+    if is_address(path):
+        return 0
     return shutil.disk_usage(path).free if path.exists() else free_bytes(path.absolute().parent)
 
 

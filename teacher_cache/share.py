@@ -7,14 +7,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from ..common.errors import MisuseError
 from ..common.files import lock, open_locked
+from ..common.places import place_of
 from ..common.store.manifest import StoreManifest
 from ..common.store.writer import StoreWriter
 
@@ -61,7 +62,7 @@ class Share:
         try:
             return StoreWriter.open_or_resume(path, manifest, self.split)
         except MisuseError:
-            if self.split is None or not (path / "zarr.json").exists():
+            if self.split is None or not place_of(path).exists("zarr.json"):
                 raise
             return None
 
@@ -87,19 +88,33 @@ class Share:
 ALONE = Share()
 
 
-@contextmanager
-def beside(out: Path, embeddings: Path) -> Iterator[None]:
+def beside(out: Path, embeddings: Path) -> AbstractContextManager[None]:
     """``embeddings`` lie beside the store ``out`` while it is made, and go once it is whole, with the last worker to leave:
     another may have found it unfinished just now."""
+    return together(
+        out,
+        lambda: (out / "zarr.json").exists() or not embeddings.exists(),
+        lambda: shutil.rmtree(embeddings, ignore_errors=True),
+    )
+
+
+@contextmanager
+def together(
+    out: Path, done: Callable[[], bool], last: Callable[[], None], first: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Inside, any number of workers are at the store ``out``. Who enters while there is nobody else calls ``first``, and the last
+    to leave, if all is ``done``, ``last``."""
     place = out.with_name(f".{out.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     while (held := open_locked(place, shared=True)) is None:
         time.sleep(WAIT)
     try:
+        if lock(held):
+            first()
+            lock(held, shared=True)
         yield
     finally:
-        whole = (out / "zarr.json").exists()
-        if (whole or not embeddings.exists()) and lock(held):
-            shutil.rmtree(embeddings, ignore_errors=True)
+        if done() and lock(held):
+            last()
             place.unlink(missing_ok=True)
         os.close(held)

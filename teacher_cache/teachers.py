@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..common.errors import MisuseError, is_out_of_memory, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, described_in, read_metadata
+from ..common.factories import is_factory
 from ..common.heads import ACTIVATIONS, ProjectionHead
+from ..common.own_network import OwnNetwork
 from ..common.patches import feature_map
 from ..common.pretrained import STAND_IN_BACKBONE, STAND_IN_MEAN, STAND_IN_STD, stand_in_tensors
 from ..common.tensors import read_tensors
@@ -24,6 +26,7 @@ from ..common.weights import hash_weights
 from .backbones import build_backbone, load_backbone, pretrained_backbone
 from .checkpoints import Layout, Parts, take_apart
 from .config import TeacherConfig
+from .own_teacher import own_backbone
 from .registry import DINO_LAYOUT, STAND_IN, TEACHERS, Entry
 
 OUR_LAYOUT = Layout(backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="centre")
@@ -60,6 +63,7 @@ class Teacher(nn.Module):
         head_name: str = "none",
         pooling: str | None = None,
         patch_prototypes: Tensor | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -78,7 +82,7 @@ class Teacher(nn.Module):
         stores and weights of such teachers are what they were before others could be asked for."""
         features: int = (1 + (pooling == "cls+mean")) * backbone.num_features  # type: ignore[operator]
         self.dim: int = head.out_dim if head else features
-        self.weights_hash = hash_weights(self.state_dict(), pooling)
+        self.weights_hash = hash_weights(self.state_dict(), pooling, code)
         self.requires_grad_(False).eval()
 
     @property
@@ -110,6 +114,10 @@ class Teacher(nn.Module):
         stage. One pass gives both. Raises ``MisuseError`` where it has no such map, too.
         """
         backbone: Any = self.backbone
+        if isinstance(self.backbone, OwnNetwork):
+            with self._sizes_named(images):
+                pooled, features = self.backbone.with_map(images)
+            return self._projected(pooled), features
         with self._sizes_named(images):
             features = backbone.forward_features(images)
             pooled = of_tokens(backbone, features, self.pooling) if self.pooling else backbone.forward_head(features)
@@ -148,6 +156,9 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     fit: of another architecture, truncated, with code in it, or without the head that the teacher is known for; and for
     ``teacher_features`` of a network that has no such tokens, or of one whose head was trained on others.
     """
+    if is_factory(config.name):
+        backbone, told = own_backbone(config)
+        return Teacher(config.name, backbone, code=config.name, **told)
     if config.name == STAND_IN and config.checkpoint is None:
         teacher = _stand_in()
         if config.teacher_features:

@@ -93,7 +93,7 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     """
     progress = progress or VerifyProgress()
     store, data = TargetStore.open(config.store), Beton(config.data)
-    store.check(data_fingerprint=data.manifest.fingerprint)
+    store.check_data(data.manifest)
     manifest, recipe = store.manifest, Recipe.from_dict(store.manifest.recipe)
     precision = config.precision or manifest.precision
     device = pick_device(config.device)

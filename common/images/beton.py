@@ -28,6 +28,7 @@ from PIL import Image
 
 from ..errors import FailureError, MisuseError
 from ..files import flush_to_disk, lock, new_file, open_regular, whole_file
+from .copied import at_hand
 from .manifest import FORMAT_VERSION, PackManifest, earlier_path, manifest_of, manifest_path, read_manifest, seal
 
 FFCV_VERSION = 2
@@ -131,6 +132,11 @@ class BetonWriter:
         self._end += size
         self._num_rows += 1
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows so far."""
+        return self._digest.hexdigest()
+
     def finish(
         self,
         *,
@@ -141,11 +147,12 @@ class BetonWriter:
         labels: tuple[int, ...] | None,
         classes: tuple[str, ...] | None,
         skipped: tuple[str, ...] = (),
+        grown: tuple[tuple[int, str], ...] = (),
     ) -> PackManifest:
         """Completes both files, flushes them to the disk and gives them their names; the ``.beton`` comes last, and until it is
         there the manifest of an earlier one of the same name is kept beside it."""
         assert self._num_rows == len(paths) > 0
-        fingerprint = self._digest.hexdigest()
+        fingerprint = self.fingerprint
         manifest = PackManifest(
             format_version=FORMAT_VERSION,
             num_images=self._num_rows,
@@ -158,6 +165,7 @@ class BetonWriter:
             labels=labels,
             classes=classes,
             skipped=skipped,
+            grown=grown,
         )
         header = np.array((FFCV_VERSION, len(FIELD_TYPES), self._page_bytes, self._num_rows, self._end), HEADER)
         descriptors = np.zeros(len(FIELD_TYPES), FIELD)
@@ -217,8 +225,8 @@ class Beton:
     unreadable or of another file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = path = Path(path)
+    def __init__(self, path: str | Path, local_dir: Path | None = None):
+        self.path = path = at_hand(Path(path), local_dir, lambda copy: Beton(copy).damaged())
         if (path / "zarr.json").exists():
             raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
         if path.is_dir():

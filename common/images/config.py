@@ -48,6 +48,14 @@ class PackConfig:
             option="--shuffle/--keep-order",
         ),
     ] = True
+    append: Annotated[
+        bool,
+        Setting(
+            "Add to the OUT.beton that is there, behind its rows, what of SOURCE it does not have; with the settings that it was "
+            "packed with. Then rob cache-teacher adds the targets of the new rows to its store.",
+            option="--append",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -36,9 +36,12 @@ class PackManifest:
     classes: tuple[str, ...] | None
     skipped: tuple[str, ...]
     """Broken images that were left out."""
+    grown: tuple[tuple[int, str], ...] = ()
+    """``num_images`` and ``fingerprint`` of what the first rows were before others were appended, once for each time."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without ``grown`` where nothing was appended, as ever."""
+        return {name: value for name, value in asdict(self).items() if value or name != "grown"}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PackManifest":

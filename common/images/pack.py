@@ -8,6 +8,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from ..cores import usable_cores
 from ..errors import FailureError, MisuseError
+from .append import Earlier
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
 from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
@@ -35,6 +37,9 @@ def pack(
 
     ``source`` takes the place of what ``config.source`` names.
 
+    With ``append`` the rows that ``config.out`` has come first, as they are, then those of the source that it lacks: byte for
+    byte the file that one pack of both in this order writes, but for what its manifest says it has ``grown`` from.
+
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
     called with (images done, all images) after each image, ``note`` with a sentence on files that were left out.
 
@@ -45,26 +50,40 @@ def pack(
     source = source or open_source(config.source, config.split)
     for sentence in source.left_out:
         note(sentence)
+    earlier = Earlier.of(config, source) if config.append else None
+    again: tuple[str, ...] = ()  # held against what is there
+    if earlier is not None:
+        again = tuple(path for path in source.paths if path in earlier.rows)
+        source = earlier.lacks(source)
     source = source.take(config.limit)
     source = source.shuffled() if config.shuffle else source
+    new, source = len(source.paths), replace(source, paths=source.paths + again)
     total = len(source.paths)
     workers = config.workers or usable_cores()
 
     def encode(path: str) -> tuple[StoredImage | BadImage, int]:
         try:
             image, label = source.read(path)
-            return encode_image(image, config), label
+            return encode_image(image, config), label if earlier is None else earlier.label(label)
         except BadImage as problem:
             return problem, -1
         except OSError as error:
             return BadImage(error.strerror or str(error)), -1
 
-    paths, labels, skipped = [], [], []
+    there = None if earlier is None else earlier.data.manifest
+    paths = [] if there is None else list(there.paths)
+    labels = [] if there is None else list(there.labels or [-1] * there.num_images)
+    skipped = [] if there is None else [path for path in there.skipped if path not in source.paths]
+    capacity = len(paths) + new
     try:
-        with quiet_pillow(), BetonWriter(config.out, capacity=total) as writer, ThreadPoolExecutor(workers) as pool:
+        with quiet_pillow(), BetonWriter(config.out, capacity) as writer, ThreadPoolExecutor(workers) as pool:
+            if earlier is not None:
+                earlier.copy_to(writer)
             results = _map_in_order(pool, encode, source.paths, window=4 * workers)
-            for path, (image, label) in zip(source.paths, results, strict=True):
-                if isinstance(image, StoredImage):
+            for done, (path, (image, label)) in enumerate(zip(source.paths, results, strict=True), 1):
+                if isinstance(image, StoredImage) and earlier is not None and path in earlier.rows:
+                    earlier.refuse_other(path, image)
+                elif isinstance(image, StoredImage):
                     writer.append(image, label)
                     paths.append(path)
                     labels.append(label)
@@ -74,17 +93,18 @@ def pack(
                     place = f"{config.source.rstrip('/')}/{path}"
                     raise FailureError(f"broken image {place}: {image}; repair or remove it, or set `skip_bad`")
                 if progress:
-                    progress(len(paths) + len(skipped), total)
-            if not paths:
-                raise FailureError(f"{config.source}: each of the {total} images is broken, nothing to pack")
+                    progress(done, total)
+            if len(paths) + new == capacity:
+                raise FailureError(f"{config.source}: each of the {new} images is broken, nothing to pack")
             return writer.finish(
                 encoding="raw" if config.raw else "jpeg",
                 jpeg_quality=None if config.raw else config.jpeg_quality,
                 max_resolution=config.max_resolution,
                 paths=tuple(paths),
                 labels=tuple(labels) if max(labels) >= 0 else None,
-                classes=source.classes,
+                classes=source.classes if earlier is None else earlier.classes,
                 skipped=tuple(skipped),
+                grown=() if earlier is None else earlier.grown,
             )
     except OSError as error:
         raise FailureError(f"could not write {config.out}: {error.strerror or error}; nothing was kept") from error

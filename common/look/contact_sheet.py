@@ -57,7 +57,7 @@ def contact_sheet(config: SheetConfig) -> Path:
         sheet = _views_sheet(config, data, image_ids)
     else:
         store = TargetStore.open(config.store)
-        store.check(data_fingerprint=data.manifest.fingerprint)
+        store.check_data(data.manifest)
         sheet = _neighbours_sheet(config, data, store, image_ids)
     with replacing(config.out) as file:
         sheet.figure.savefig(file, format="png", metadata={"Software": None})

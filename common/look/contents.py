@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from ..errors import MisuseError
 from ..images.beton import JPEG, Beton
+from ..places import Place, is_address, local_path, place_of, shown
 from ..store.begun import half_written, rows_done, shards_done
 from ..store.encodings import Encoding
 from ..store.manifest import AGAIN, StoreManifest
@@ -29,7 +30,7 @@ class Inspection:
 
     @property
     def title(self) -> str:
-        return f"{self.path}: {self.kind}"
+        return f"{shown(self.path)}: {self.kind}"
 
 
 def inspect(path: Path) -> Inspection:
@@ -37,12 +38,14 @@ def inspect(path: Path) -> Inspection:
 
     Raises MisuseError for anything else than a ``.beton`` or a target store.
     """
-    if not path.exists():
+    path = local_path(path)
+    if not is_address(path) and not path.exists():
         raise MisuseError(f"there is nothing at {path}: give a .beton (rob pack) or a target store (rob cache-teacher)")
-    if not path.is_dir():
+    if path.suffix == ".beton" if is_address(path) else not path.is_dir():
         return Inspection(path, "packed images", tuple(_data_rows(Beton(path))))
-    if not (path / "zarr.json").exists() and (begun := half_written(path)):
-        return Inspection(path, "half-written target store", tuple(_half_written_rows(path, begun)))
+    place = place_of(path)
+    if not place.exists("zarr.json") and (begun := half_written(place)):
+        return Inspection(path, "half-written target store", tuple(_half_written_rows(place, begun)))
     return Inspection(path, "target store", tuple(_store_rows(TargetStore.open(path))))
 
 
@@ -67,17 +70,19 @@ def _data_rows(data: Beton) -> Rows:
         yield "classes", f"{len(counts)}: {_abbreviated(manifest.classes or np.unique(data.labels).tolist())}"
         yield "images a class", _range(counts)
     yield "paths", _abbreviated(manifest.paths, ends=1)
+    for images, _ in manifest.grown:
+        yield "appended", f"rows from {images:,} on"
     if manifest.skipped:
         yield "skipped", f"{len(manifest.skipped):,} broken: {_abbreviated(manifest.skipped)}"
     yield "fingerprint", _short(manifest.fingerprint)
     yield "format version", str(manifest.format_version)
 
 
-def _half_written_rows(path: Path, manifest: StoreManifest) -> Rows:
-    done = rows_done(path, manifest)
+def _half_written_rows(place: Place, manifest: StoreManifest) -> Rows:
+    done = rows_done(place, manifest)
     yield "done", f"{done:,} of {manifest.num_images:,} images ({done / manifest.num_images:.0%}): {AGAIN} to go on"
     if manifest.num_shards > 1:
-        yield "whole shards", f"{_runs(shards_done(path, manifest))} of 0 to {manifest.num_shards - 1}"
+        yield "whole shards", f"{_runs(shards_done(place, manifest))} of 0 to {manifest.num_shards - 1}"
     yield from _manifest_rows(manifest)
 
 
@@ -86,9 +91,9 @@ def _store_rows(store: TargetStore) -> Rows:
     yield from _manifest_rows(manifest)
     views = manifest.num_images * len(manifest.view_ids)
     in_memory = views * manifest.bytes_per_view
-    targets = sum(_bytes_under(store.path / name) for name in store.arrays)
+    targets = sum(store.place.size(name) for name in store.arrays)
     yield "targets on disk", f"{decimal(targets)}, {targets / views:,.0f} bytes a view ({targets / in_memory:.0%})"
-    yield "store on disk", decimal(_bytes_under(store.path))
+    yield "store on disk", decimal(store.place.size())
     if "usage" in store.statistics:
         usage = store.statistics["usage"]
         yield (
@@ -156,10 +161,6 @@ def _runs(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return _abbreviated([" to ".join(map(str, run)) for run in runs]) or "none"
-
-
-def _bytes_under(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _range(values: np.ndarray) -> str:

@@ -11,19 +11,17 @@ import errno
 import io
 import os
 import shutil
-import socket
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import FailureError, MisuseError
-from ..files import open_locked, open_regular, whole_file
-from ..records import read_record, sealed
+from ..places import Folder, Place
+from ..records import DamagedError, sealed, unsealed
 from .manifest import AGAIN, StoreManifest, differing, read_json
 
 PATIENCE = 5.0
@@ -42,114 +40,115 @@ Write = Callable[[str, bytes], None]
 
 
 @contextmanager
-def disk_full_is_a_failure(path: Path, needed: int) -> Iterator[None]:
-    """A full disk while writing to ``path`` becomes a FailureError telling the ``needed`` bytes and those free."""
+def disk_full_is_a_failure(place: Place, needed: int) -> Iterator[None]:
+    """A full disk while writing to ``place`` becomes a FailureError telling the ``needed`` bytes and those free."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(place, Folder):
             raise
-        free = shutil.disk_usage(path).free
+        free = shutil.disk_usage(place.path if place.path.exists() else place.path.parent).free
         raise FailureError(
-            f"the disk of {path} is full: about {needed / 1e6:,.1f} MB more are needed, {free / 1e6:,.1f} MB are free; "
+            f"the disk of {place} is full: about {needed / 1e6:,.1f} MB more are needed, {free / 1e6:,.1f} MB are free; "
             f"what is written is safe: make room and {AGAIN} to go on from there"
         ) from None
 
 
-def half_written(path: Path) -> StoreManifest | None:
-    """The manifest of the store that was begun at ``path``, or None. FailureError when it is damaged."""
+def half_written(place: Place) -> StoreManifest | None:
+    """The manifest of the store that was begun at ``place``, or None. FailureError when it is damaged."""
     name = "pending/manifest.json"
-    return StoreManifest.from_json(path, read_json(path, name)) if (path / name).exists() else None
+    return StoreManifest.from_json(place, read_json(place, name)) if place.exists(name) else None
 
 
-def begun_store(path: Path, manifest: StoreManifest, *may_differ: str) -> StoreManifest | None:
-    """The manifest of the store of ``manifest`` that was begun at ``path``, None where nothing is.
+def begun_store(place: Place, manifest: StoreManifest, *may_differ: str) -> StoreManifest | None:
+    """The manifest of the store of ``manifest`` that was begun at ``place``, None where nothing is.
 
     Library versions and the fields ``may_differ`` may be others. MisuseError as `StoreWriter.open_or_resume`.
     """
-    if (path / "zarr.json").exists():
-        shutil.rmtree(path / "pending", ignore_errors=True)  # left by a writer killed in the very last step
-        raise MisuseError(f"{path} is already there and complete: give another path, or delete it first")
-    begun = half_written(path)
+    if place.exists("zarr.json"):
+        place.remove_all("pending")  # left by a writer killed in the very last step
+        raise MisuseError(f"{place} is already there and complete: give another path, or delete it first")
+    begun = half_written(place)
     if begun is None:
-        if path.exists() and (not path.is_dir() or {e.name for e in path.iterdir()} - {"pending", ".part"}):
-            raise MisuseError(f"{path} is already there and is not a target store: give another path")
+        if place.holds_other({"pending", ".part"}):
+            raise MisuseError(f"{place} is already there and is not a target store: give another path")
         return None
     asked = {name: value for name, value in manifest.to_json().items() if name not in ("versions", *may_differ)}
     different = "; ".join(differing(begun.to_json(), asked))
     if different:
-        raise MisuseError(f"{path} was begun with other settings ({different}): give another path, or delete it first")
+        raise MisuseError(f"{place} was begun with other settings ({different}): give another path, or delete it first")
     return begun
 
 
-def enter(path: Path, split: str | None) -> int:
-    """The lock of the store at ``path``: alone, or, where workers of the same ``split`` have it, with them."""
-    taken = f"{path}: another rob cache-teacher is writing this store; wait for it to finish"
-    place, last = path / "pending" / "lock", time.monotonic() + PATIENCE
-    place.parent.mkdir(parents=True, exist_ok=True)
-    while (held := open_locked(place)) is None:
-        if split is not None and (held := open_locked(place, shared=True)) is not None:
-            if (theirs := _split(path)) == split:
+def enter(place: Place, split: str | None) -> int:
+    """The lock of the store at ``place``: alone, or, where workers of the same ``split`` have it, with them."""
+    taken = f"{place}: another rob cache-teacher is writing this store; wait for it to finish"
+    last = time.monotonic() + PATIENCE
+    if isinstance(place, Folder):
+        (place.path / "pending").mkdir(parents=True, exist_ok=True)
+    while (held := place.lock("pending/lock")) is None:
+        if split is not None and (held := place.lock("pending/lock", shared=True)) is not None:
+            if (theirs := _split(place)) == split:
                 return held
             os.close(held)
             raise MisuseError(
-                f"{path}: it is being written by {theirs}, and this is {split}: wait until they have ended, or start this "
+                f"{place}: it is being written by {theirs}, and this is {split}: wait until they have ended, or start this "
                 "as one of them"
             )
         if split is None or time.monotonic() > last:  # somebody writes it alone, and is not just beginning
             raise MisuseError(taken)
         time.sleep(0.02)
     if split is None:
-        (place.parent / SPLIT).unlink(missing_ok=True)
+        place.remove(f"pending/{SPLIT}")
     else:
-        with disk_full_is_a_failure(path.parent, 0):
-            beside(path)(f"pending/{SPLIT}", sealed({"split": split}))
+        with disk_full_is_a_failure(place, 0):
+            place.write(f"pending/{SPLIT}", sealed({"split": split}))
     return held
 
 
-def _split(path: Path) -> str | None:
-    """The one that workers of the store at ``path`` have said."""
-    with suppress(FailureError, FileNotFoundError):
-        return read_record(path / "pending" / SPLIT, Split, AGAIN).split
+def _split(place: Place) -> str | None:
+    """The one that workers of the store at ``place`` have said."""
+    with suppress(DamagedError, FileNotFoundError):
+        return unsealed(place.read(f"pending/{SPLIT}"), Split).split
     return None
 
 
-def rows_done(path: Path, manifest: StoreManifest) -> int:
-    """Rows of the store begun at ``path`` that are safe."""
-    done = set(shards_done(path, manifest))
+def rows_done(place: Place, manifest: StoreManifest) -> int:
+    """Rows of the store begun at ``place`` that are safe."""
+    done = set(shards_done(place, manifest))
     chunks = sum(
-        len(manifest.chunks(shard)) if shard in done else journalled(path, manifest, shard)
+        len(manifest.chunks(shard)) if shard in done else journalled(place, manifest, shard)
         for shard in range(manifest.num_shards)
     )
     return min(chunks * manifest.chunk_rows, manifest.num_images)
 
 
-def shards_done(path: Path, manifest: StoreManifest) -> list[int]:
-    """Those of the store begun at ``path`` that are whole."""
-    pending = path / "pending"
-    return [shard for shard in range(manifest.num_shards) if read_npz(pending / statistics_name(shard)) is not None]
+def shards_done(place: Place, manifest: StoreManifest) -> list[int]:
+    """Those of the store begun at ``place`` that are whole."""
+    found = names(place)
+    done = (shard for shard in range(manifest.num_shards) if statistics_name(shard) in found)
+    return [shard for shard in done if read_npz(place, statistics_name(shard)) is not None]
 
 
-def drop_damaged(path: Path) -> None:
+def drop_damaged(place: Place) -> None:
     """What is damaged under pending/ is made again. What another worker writes meanwhile is whole."""
-    for name in names(path):
-        if name.endswith(".npz") and read_npz(path / "pending" / name) is None:
-            (path / "pending" / name).unlink(missing_ok=True)
+    for name in names(place):
+        if name.endswith(".npz") and read_npz(place, name) is None:
+            place.remove(f"pending/{name}")
 
 
-def journalled(path: Path, manifest: StoreManifest, shard: int) -> int:
+def journalled(place: Place, manifest: StoreManifest, shard: int) -> int:
     """How many chunks of a shard are journalled, up to the first that is missing or damaged."""
+    if not place.has_locks:
+        return 0  # where nobody can hold a shard, a worker keeps the chunks of its own to itself
     chunks = manifest.chunks(shard)
-    whole = (read_npz(path / "pending" / journal_name(chunk)) is not None for chunk in chunks)
+    whole = (read_npz(place, journal_name(chunk)) is not None for chunk in chunks)
     return next((number for number, is_whole in enumerate(whole) if not is_whole), len(chunks))
 
 
-def names(path: Path) -> set[str]:
+def names(place: Place) -> Set[str]:
     """Of the files under pending/; none once the store is finished."""
-    try:
-        return set(os.listdir(path / "pending"))
-    except FileNotFoundError:
-        return set()
+    return place.names("pending")
 
 
 def journal_name(chunk: int) -> str:
@@ -158,17 +157,6 @@ def journal_name(chunk: int) -> str:
 
 def statistics_name(shard: int) -> str:
     return f"shard-{shard:08d}.npz"
-
-
-def beside(path: Path) -> Write:
-    """Into a store that is being written. The temporary file is this process's own, and goes with pending/."""
-    temporary = path / "pending" / f".part-{socket.gethostname()}-{os.getpid()}"
-    return lambda name, data: replace_file(path / name, data, temporary)
-
-
-def replace_file(path: Path, data: bytes, temporary: Path) -> None:
-    with whole_file(path, temporary) as file:
-        file.write(data)
 
 
 # ==== arrays in files ====
@@ -181,11 +169,20 @@ def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray] | None:
-    """What `npz` made a file of; None where there is none, or it is damaged."""
+def read_npz(place: Place, name: str) -> dict[str, np.ndarray] | None:
+    """What `npz` made the file ``name`` under pending/ of; None where there is none, or it is damaged."""
     try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+        return from_npz(place.read(f"pending/{name}"))
+    except OSError:
+        return None
+
+
+def from_npz(data: bytes) -> dict[str, np.ndarray] | None:
+    """What `npz` made ``data`` of; None: it is damaged."""
+    try:
+        file = io.BytesIO(data)
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > len(data):
                 return None  # nothing there is compressed
             file.seek(0)
             return dict(np.load(file, allow_pickle=False))

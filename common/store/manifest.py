@@ -6,13 +6,13 @@ Its checksum lies among the versions that wrote it, which are the part that no r
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from ..errors import FailureError, MisuseError
-from ..files import differences, read_regular
+from ..files import differences
+from ..places import Place
 from ..records import LARGEST, DamagedError, crc32c, parsed, typed
 from .encodings import Encoding
 from .patches import PatchEncoding
@@ -120,7 +120,7 @@ class StoreManifest:
         return plain | {"versions": {CHECKSUM: _checksum(plain), **plain["versions"]}}
 
     @classmethod
-    def from_json(cls, path: Path, attributes: Any) -> Self:
+    def from_json(cls, path: object, attributes: Any) -> Self:
         """The inverse of `to_json`. MisuseError when ``path`` is no store or of another format version, FailureError when
         it is damaged.
         """
@@ -178,9 +178,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:40]} ... {text[-30:]}"
 
 
-def read_json(store: Path, name: str) -> dict[str, Any]:
+def read_json(store: Place, name: str) -> dict[str, Any]:
     """The object in the file ``name`` of a store. FailureError when it is cut or otherwise damaged."""
     try:
-        return parsed(read_regular(store / name, LARGEST))
+        return parsed(store.read(name, LARGEST))
     except DamagedError:
         raise FailureError(f"{store} is damaged, its {name} is cut or no JSON: delete the store and {AGAIN}") from None

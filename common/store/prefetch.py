@@ -48,6 +48,7 @@ class TargetPrefetcher:
 
     - ``columns``: which cached views a batch needs, as positions (G,) along the store's views. None: all of them. May be set
       anew from one epoch to the next.
+    - ``threads`` read chunks side by side; None: as many as are worth while where the store lies, many from a bucket.
     - ``window_mib``: the most memory that decompressed chunks take. Ignored with ``cache_in_memory``, which keeps every
       chunk from one epoch to the next; MisuseError when the machine's memory cannot hold the store.
 
@@ -61,11 +62,11 @@ class TargetPrefetcher:
         *,
         columns: np.ndarray | None = None,
         window_mib: float = 256,
-        threads: int = 2,
+        threads: int | None = None,
         device: torch.device | str = "cpu",
         cache_in_memory: bool = False,
     ) -> None:
-        self.store, self.batch_size, self.threads = store, batch_size, threads
+        self.store, self.batch_size, self.threads = store, batch_size, threads or store.place.at_once
         self.columns = columns
         self.device, self.cache_in_memory = torch.device(device), cache_in_memory
         slots = min(_slots(store, window_mib), store.manifest.num_chunks)
@@ -74,7 +75,7 @@ class TargetPrefetcher:
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             if slots * store.chunk_bytes > 0.8 * memory:
                 raise MisuseError(
-                    f"{store.path} takes {slots * store.chunk_bytes / 2**30:.1f} GiB in memory, and this machine has "
+                    f"{store.place} takes {slots * store.chunk_bytes / 2**30:.1f} GiB in memory, and this machine has "
                     f"{memory / 2**30:.1f}: leave out `cache_in_memory`"
                 )
         self.buffer = store.empty(slots)  # the system commits its pages as chunks arrive
@@ -206,7 +207,7 @@ class _Epoch:
             slots = min(2 * in_use + 3, owner.store.manifest.num_chunks)
             mib = owner.store.chunk_bytes / 2**20
             raise MisuseError(
-                f"`window_mib` holds {len(owner.free)} chunks of {owner.store.path} ({mib:,.1f} MiB each), and the order of "
+                f"`window_mib` holds {len(owner.free)} chunks of {owner.store.place} ({mib:,.1f} MiB each), and the order of "
                 f"training needs {in_use} at once: give `window_mib` {int(np.ceil(slots * mib))}, smaller batches, or "
                 "`cache_in_memory`"
             )

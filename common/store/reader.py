@@ -12,26 +12,31 @@ A chunk is `chunk_rows` consecutive rows with all their views, compressed, with 
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 import zarr
 from torch import Tensor
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
 
 from ..errors import FailureError, MisuseError
-from ..files import read_regular
+from ..images.manifest import PackManifest
+from ..places import Folder, local_path, place_of
 from ..records import LARGEST, parsed
 from .begun import disk_full_is_a_failure, half_written, rows_done
 from .codec import decode, decode_patches
 from .encodings import PATCHES, Encoding
 from .manifest import AGAIN, CHECKSUM, StoreManifest, differing, read_json
 from .shards import ChunkError, checksum_of
-from .writer import StoreWriter, into, write_extras, write_group
+from .writer import StoreWriter, write_extras, write_group
 
 LARGEST_SMALL = 1 << 35
 """Bytes of an array that is not one row an image: a million prototypes of 8192 dimensions."""
@@ -44,33 +49,41 @@ class TargetStore:
 
     def __init__(self, path: Path, manifest: StoreManifest, sealed: bool = True) -> None:
         """``sealed``: it has checksums of its manifest and small arrays, too; False: it is of a rob from before them."""
-        self.path, self.manifest, self.sealed = path, manifest, sealed
+        self.place, self.manifest, self.sealed = place_of(path), manifest, sealed
+        self.path = local_path(path)
         self.encoding, self.patches = Encoding.from_dict(manifest.encoding), manifest.patch_encoding
         self.arrays = manifest.arrays()
-        self._indices: dict[tuple[str, int], np.ndarray] = {}  # (array, shard) -> where its chunks lie, read once
+        # (array, shard) -> where its chunks lie, read once
+        self._indices: dict[tuple[str, int], np.ndarray] = {}
+        self._reading: defaultdict[tuple[str, int], Lock] = defaultdict(Lock)
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
         """Reads the manifest only. MisuseError: nothing there, not a store, half-written, another format version.
         FailureError: a damaged manifest, or a file of targets is missing.
         """
-        path = Path(path)
-        if not path.exists():
-            raise MisuseError(f"there is no target store at {path}: make one with rob cache-teacher")
-        if (path / "zarr.json").exists():
-            attributes = read_json(path, "zarr.json").get("attributes", {})
-            manifest = StoreManifest.from_json(path, attributes)
+        path, place = Path(path), place_of(path)
+        if isinstance(place, Folder) and not place.path.exists():
+            raise MisuseError(f"there is no target store at {place}: make one with rob cache-teacher")
+        if place.exists("zarr.json"):
+            attributes = read_json(place, "zarr.json").get("attributes", {})
+            manifest = StoreManifest.from_json(place, attributes)
             store = cls(path, manifest, CHECKSUM in attributes["versions"])
-            for name, array in store.arrays.items():
-                for shard in range(store.manifest.num_shards):
-                    if not (file := path / name / array.shard_file(shard)).exists():
-                        raise FailureError(f"{path} is damaged, {file} is missing: delete the store and {AGAIN}")
+            files = (
+                f"{name}/{array.shard_file(shard)}"
+                for name, array in store.arrays.items()
+                for shard in range(store.manifest.num_shards)
+            )
+            if missing := place.missing(files):
+                raise FailureError(f"{place} is damaged, {place}/{missing} is missing: delete the store and {AGAIN}")
             return store
-        begun = half_written(path)
+        begun = half_written(place)
+        if begun is None and isinstance(place, Folder):
+            raise MisuseError(f"{place} is not a target store: it is no Zarr v3 group")
         if begun is None:
-            raise MisuseError(f"{path} is not a target store: it is no Zarr v3 group")
-        done = f"{rows_done(path, begun):,} of {begun.num_images:,} rows are done"
-        raise MisuseError(f"{path} is half-written, {done}: {AGAIN} to go on from there")
+            raise MisuseError(f"there is no target store at {place}: make one with rob cache-teacher")
+        done = f"{rows_done(place, begun):,} of {begun.num_images:,} rows are done"
+        raise MisuseError(f"{place} is half-written, {done}: {AGAIN} to go on from there")
 
     def pooled(self) -> Self:
         """The same without its patch targets: those are neither read nor given room."""
@@ -83,6 +96,15 @@ class TargetStore:
         """Bytes of one chunk of all arrays in memory, decompressed."""
         return sum(int(np.prod(array.chunk_shape)) * array.dtype.itemsize for array in self.arrays.values())
 
+    def check_data(self, data: PackManifest) -> None:
+        """MisuseError: the store is of other images than those of ``data``, or of those that it had before some were appended."""
+        if (self.manifest.num_images, self.manifest.data_fingerprint) in data.grown:
+            raise MisuseError(
+                f"{self.place} has the first {self.manifest.num_images:,} of the {data.num_images:,} images, as others were "
+                f"appended since: {AGAIN}, which adds their targets"
+            )
+        self.check(data_fingerprint=data.fingerprint)
+
     def check(self, **expected: Any) -> None:
         """MisuseError naming what differs between the manifest and the ``expected`` values of its fields, e.g.
         ``data_fingerprint``, ``recipe`` (a dict), ``seed``, ``teacher``.
@@ -92,7 +114,7 @@ class TargetStore:
         if different:
             what = {"data_fingerprint": "another data set", "recipe": "another recipe", "teacher": "another teacher"}
             kind = next((text for name, text in what.items() if different[0].startswith(name)), "other settings")
-            raise MisuseError(f"{self.path} was cached from {kind}: {'; '.join(different)}")
+            raise MisuseError(f"{self.place} was cached from {kind}: {'; '.join(different)}")
 
     def read_chunk(self, chunk: int, out: Mapping[str, np.ndarray]) -> None:
         """Chunk number ``chunk`` into ``out``'s arrays (chunk_rows, V, ...); rows past the last image are zeros.
@@ -101,11 +123,12 @@ class TargetStore:
         """
         for name, array in self.arrays.items():
             try:
-                array.read_chunk(self.path / name, chunk, self._index(name, chunk // array.shard_chunks), out[name])
+                index = self._index(name, chunk // array.shard_chunks)
+                array.read_chunk(self.place, name, chunk, index, out[name])
             except ChunkError as error:
                 first = chunk * array.chunk_rows
                 raise FailureError(
-                    f"{self.path}: chunk {chunk} of array {name!r} (images {first} to {first + array.chunk_rows - 1}) "
+                    f"{self.place}: chunk {chunk} of array {name!r} (images {first} to {first + array.chunk_rows - 1}) "
                     f"is damaged, {error}: delete the store and {AGAIN}"
                 ) from None
 
@@ -171,17 +194,18 @@ class TargetStore:
         """The sums gathered while caching, by name; ``embedding_sum`` (D,) float64 is always among them. FailureError when
         it is not, or one is damaged.
         """
-        names = sorted(entry.parent.name for entry in (self.path / "statistics").glob("*/zarr.json"))
+        files = sorted(name.partition("/") for name in self.place.names("statistics"))
+        names = [name for name, _, file in files if file == "zarr.json"]
         if "embedding_sum" not in names:
             raise FailureError(
-                f"{self.path}: array 'statistics/embedding_sum' is missing: delete the store and {AGAIN}"
+                f"{self.place}: array 'statistics/embedding_sum' is missing: delete the store and {AGAIN}"
             )
         return {name: self._small_array(f"statistics/{name}") for name in names}
 
     def _small_array(self, name: str) -> np.ndarray:
         try:
-            parsed(read_regular(self.path / name / "zarr.json", LARGEST))
-            array = zarr.open_array(self.path / name, mode="r")
+            parsed(self.place.read(f"{name}/zarr.json", LARGEST))
+            array = zarr.open_array(self._files_of(name), mode="r")
             if array.nbytes > LARGEST_SMALL:
                 raise ValueError(f"it is said to have {array.nbytes:,} bytes")
             if array.nchunks_initialized < array.nchunks:  # Zarr would read zeros
@@ -193,13 +217,23 @@ class TargetStore:
             return values
         except Exception as error:  # zarr and its codecs raise about every kind on a damaged file
             reason = f"{error}".partition("\n")[0] or type(error).__name__
-            message = f"{self.path}: array {name!r} is damaged ({reason}): delete the store and {AGAIN}"
+            message = f"{self.place}: array {name!r} is damaged ({reason}): delete the store and {AGAIN}"
             raise FailureError(message) from None
 
     def _index(self, name: str, shard: int) -> np.ndarray:
-        if (name, shard) not in self._indices:
-            self._indices[name, shard] = self.arrays[name].read_index(self.path / name, shard)
-        return self._indices[name, shard]
+        key = name, shard
+        if key not in self._indices:
+            with self._reading[key]:  # neighbouring chunks are read at the same time, and would each ask for it
+                if key not in self._indices:
+                    self._indices[key] = self.arrays[name].read_index(self.place, name, shard)
+        return self._indices[key]
+
+    def _files_of(self, name: str) -> Path | MemoryStore:
+        """What Zarr reads a small array from."""
+        if isinstance(self.place, Folder):
+            return self.place.path / name
+        files = {file: self.place.read(f"{name}/{file}") for file in self.place.names(name)}
+        return MemoryStore({file: cpu.Buffer.from_bytes(data) for file, data in files.items()})
 
 
 def add_prototypes(
@@ -217,7 +251,7 @@ def add_prototypes(
         raise MisuseError(f"{path} has prototypes already: cache the embeddings again to fit others")
     assert prototypes.shape[1] == store.manifest.dim
     manifest = replace(store.manifest, num_prototypes=len(prototypes), head=head, teacher_temp=teacher_temp)
-    with disk_full_is_a_failure(store.path, prototypes.nbytes):
-        write_extras(into(store.path), prototypes, statistics or {})
-        write_group(into(store.path), "", manifest.to_json())
+    with disk_full_is_a_failure(store.place, prototypes.nbytes):
+        write_extras(store.place.write, prototypes, statistics or {})
+        write_group(store.place.write, "", manifest.to_json())
     return TargetStore.open(path)

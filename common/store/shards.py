@@ -5,10 +5,8 @@ of event loop a chunk, many times what checking and decompressing it takes (benc
 chunk that is missing. It makes the metadata here, and the tests read the arrays back with it.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import google_crc32c
@@ -19,6 +17,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from ..places import Place
 from ..records import crc32c
 
 blosc.use_threads = False  # bytes must not depend on which thread finishes first; callers run many chunks side by side
@@ -93,34 +92,27 @@ class ShardedArray:
         table = index.tobytes()
         return b"".join([*chunks, table, google_crc32c.value(table).to_bytes(4, "little")])
 
-    def read_index(self, folder: Path, shard: int) -> np.ndarray:
-        """Where the shard's chunks lie: (shard_chunks, 2) byte offset and length. Raises ChunkError."""
-        size = 16 * self.shard_chunks + 4
+    def read_index(self, place: Place, name: str, shard: int) -> np.ndarray:
+        """Where the shard's chunks lie in the array ``name``: (shard_chunks, 2) byte offset and length. Raises ChunkError."""
         try:
-            with open(folder / self.shard_file(shard), "rb") as file:
-                file.seek(-size, 2)
-                table = file.read(size)
+            table = place.read_end(f"{name}/{self.shard_file(shard)}", 16 * self.shard_chunks + 4)
         except OSError as error:
             raise ChunkError(f"its shard file cannot be read ({error.strerror})") from None
         if google_crc32c.value(table[:-4]) != int.from_bytes(table[-4:], "little"):
             raise ChunkError("the checksum of its shard's index does not match")
         return np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
 
-    def read_chunk(self, folder: Path, chunk: int, index: np.ndarray, out: np.ndarray) -> None:
-        """Chunk number ``chunk`` of the array in ``folder`` into ``out``, given its shard's `read_index`.
+    def read_chunk(self, place: Place, name: str, chunk: int, index: np.ndarray, out: np.ndarray) -> None:
+        """Chunk number ``chunk`` of the array ``name`` into ``out``, given its shard's `read_index`.
 
         Raises ChunkError. Safe in threads: reading and decompressing release the interpreter's lock.
         """
-        shard, place = divmod(chunk, self.shard_chunks)
-        offset, length = (int(entry) for entry in index[place])
+        shard, number = divmod(chunk, self.shard_chunks)
+        offset, length = (int(entry) for entry in index[number])
         if offset == _NOWHERE:
             raise ChunkError("it was never written")
         try:
-            with open(folder / self.shard_file(shard), "rb", buffering=0) as file:
-                if offset + length > os.fstat(file.fileno()).st_size:
-                    raise ChunkError("its shard file is too short")
-                file.seek(offset)
-                data = file.read(length)
+            data = place.read_part(f"{name}/{self.shard_file(shard)}", offset, length)
         except OSError as error:
             raise ChunkError(f"its shard file cannot be read ({error.strerror})") from None
         if len(data) != length:

@@ -8,11 +8,11 @@ byte for byte what one uninterrupted process writes, since sums are taken in the
 
 import json
 import os
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
@@ -21,32 +21,27 @@ import numpy as np
 import zarr
 
 from ..errors import FailureError
-from ..files import lock, locked, open_locked
+from ..files import lock, locked
+from ..places import local_path, place_of
 from .begun import (
     Write,
     add,
     begun_store,
-    beside,
     disk_full_is_a_failure,
     drop_damaged,
     enter,
+    from_npz,
     journal_name,
     journalled,
     names,
     npz,
     read_npz,
-    replace_file,
     stacked,
     statistics_name,
     with_prefix,
 )
 from .manifest import AGAIN, StoreManifest
 from .shards import small_array_files, zarr_files
-
-
-def into(root: Path) -> Write:
-    """Into a complete store. One temporary name for all files: a killed run leaves one at most."""
-    return lambda name, data: replace_file(root / name, data, root / ".part")
 
 
 def _write_array(write: Write, name: str, files: Mapping[str, bytes]) -> None:
@@ -74,13 +69,14 @@ class StoreWriter:
 
     def __init__(self, path: Path, manifest: StoreManifest, held: int, shared: bool) -> None:
         """``held`` is the lock of the store, alone or ``shared`` with other workers: closed with the writer."""
-        self.path, self.manifest, self.shared = path, manifest, shared
+        self.path, self.place, self.manifest, self.shared = path, place_of(path), manifest, shared
         self._arrays = manifest.arrays()
-        self._write = beside(path)
+        self._journal: dict[str, bytes] = {}  # of the shard that is claimed, where nobody can hold one: see `_keep`
         self._claimed: int | None = None
         self._lock: int | None = None  # of the shard that is claimed, where there are other workers
         self._pending = 0  # chunks of it that are journalled
-        drop_damaged(path)
+        if self.place.has_locks:  # what is in a bucket is whole
+            drop_damaged(self.place)
         self._unlock = weakref.finalize(self, os.close, held)
 
     @classmethod
@@ -93,15 +89,14 @@ class StoreWriter:
         MisuseError when something else is there: other files, a complete store, one begun with other settings (library
         versions may differ), or one that other processes are writing, alone or by another split.
         """
-        path = Path(path)
-        begun_store(path, manifest)
-        held = enter(path, split)
+        path, place = local_path(path), place_of(path)
+        begun_store(place, manifest)
+        held = enter(place, split)
         try:
-            begun = begun_store(path, manifest)  # by whoever held the lock until now
+            begun = begun_store(place, manifest)  # by whoever held the lock until now
             if begun is None:
-                with disk_full_is_a_failure(path.parent, 0):
-                    content = json.dumps(manifest.to_json(), indent=2).encode()
-                    beside(path)("pending/manifest.json", content)
+                with disk_full_is_a_failure(place, 0):
+                    place.write("pending/manifest.json", json.dumps(manifest.to_json(), indent=2).encode())
             if split is not None:
                 lock(held, shared=True)  # now that all is there that others go by
             return cls(path, begun or manifest, held, split is not None)
@@ -114,7 +109,7 @@ class StoreWriter:
     @property
     def rows_done(self) -> int:
         """Rows that are safe, whichever worker made them."""
-        found, manifest = names(self.path), self.manifest
+        found, manifest = names(self.place) | self._journal.keys(), self.manifest
         if not found:  # another worker has finished the store
             return manifest.num_images
         chunks, missing = 0, set(self.missing())
@@ -128,8 +123,8 @@ class StoreWriter:
 
     def missing(self) -> list[int]:
         """The shards that are not done; none, too, when another worker has finished the store."""
-        found = names(self.path)
-        if (self.path / "zarr.json").exists():
+        found = names(self.place)
+        if self.place.exists("zarr.json"):
             return []
         return [shard for shard in range(self.manifest.num_shards) if statistics_name(shard) not in found]
 
@@ -146,9 +141,8 @@ class StoreWriter:
         """The sums of the statistics of all shards, which are done."""
         sums: dict[str, np.ndarray] = {}
         for shard in range(self.manifest.num_shards):
-            file = self.path / "pending" / statistics_name(shard)
-            if (stored := read_npz(file)) is None:
-                raise FailureError(f"{self.path}: {file} is damaged: {AGAIN}")
+            if (stored := read_npz(self.place, statistics_name(shard))) is None:
+                raise FailureError(f"{self.place}: pending/{statistics_name(shard)} is damaged: {AGAIN}")
             add(sums, stored)
         return sums
 
@@ -161,14 +155,14 @@ class StoreWriter:
         self._release()
         if self.shared:
             self._lock = self._locked(f"shard-{shard:08d}.lock")
-        found = names(self.path)
+        found = names(self.place)
         if (self.shared and self._lock is None) or shard not in self.missing():
             self._release()
             return None
-        self._claimed, self._pending = shard, journalled(self.path, self.manifest, shard)
+        self._claimed, self._pending = shard, journalled(self.place, self.manifest, shard)
         for chunk in self.manifest.chunks(shard)[self._pending :]:  # behind one that was damaged
             if journal_name(chunk) in found:
-                (self.path / "pending" / journal_name(chunk)).unlink(missing_ok=True)
+                self.place.remove(f"pending/{journal_name(chunk)}")
         self._flush()  # all its chunks were journalled when another worker was killed
         return None if self._claimed is None else self._next
 
@@ -185,14 +179,13 @@ class StoreWriter:
             for name, array in self._arrays.items()
         }
         sums = {f"statistics/{name}": np.asarray(values) for name, values in (statistics or {}).items()}
-        with disk_full_is_a_failure(self.path, self._bytes_left()):
-            self._write(f"pending/{journal_name(start // self.manifest.chunk_rows)}", npz(chunk | sums))
+        self._keep(journal_name(start // self.manifest.chunk_rows), npz(chunk | sums))
         self._pending += 1
         self._flush()
 
     def start(self, shard: int) -> int:
         """The row that a shard that is not claimed would go on at."""
-        return self.manifest.rows(shard).start + journalled(self.path, self.manifest, shard) * self.manifest.chunk_rows
+        return self.manifest.rows(shard).start + journalled(self.place, self.manifest, shard) * self.manifest.chunk_rows
 
     @property
     def _next(self) -> int:
@@ -205,29 +198,41 @@ class StoreWriter:
         shard, chunks = self._claimed, self.manifest.chunks(self._claimed)
         if self._pending < len(chunks):
             return
-        files = [self.path / "pending" / journal_name(chunk) for chunk in chunks]
+        files = [journal_name(chunk) for chunk in chunks]
         journals = []
         for file in files:
-            if (journal := read_npz(file)) is None:  # damaged since it was counted
-                raise FailureError(f"{self.path}: {file} is damaged: {AGAIN}")
+            own = self._journal.get(file)
+            if (journal := read_npz(self.place, file) if own is None else from_npz(own)) is None:
+                raise FailureError(f"{self.place}: pending/{file} is damaged: {AGAIN}")  # since it was counted
             journals.append(journal)
-        with disk_full_is_a_failure(self.path, self._bytes_left()):
+        with disk_full_is_a_failure(self.place, self._bytes_left()):
             for name, array in self._arrays.items():
                 encoded = [journal[f"chunk/{name}"].tobytes() for journal in journals]
-                self._write(f"{name}/{array.shard_file(shard)}", array.assemble_shard(encoded))
+                self.place.write(f"{name}/{array.shard_file(shard)}", array.assemble_shard(encoded))
             sums = stacked([with_prefix(journal, "statistics/") for journal in journals])
-            self._write(f"pending/{statistics_name(shard)}", npz(sums))
-        for file in files:
-            file.unlink(missing_ok=True)  # by now another worker may have finished the store
+            self.place.write(f"pending/{statistics_name(shard)}", npz(sums))
+        if self.place.has_locks:
+            for file in files:
+                self.place.remove(f"pending/{file}")  # by now another worker may have finished the store
         self._release()
+
+    def _keep(self, name: str, journal: bytes) -> None:
+        """A chunk that is whole, under pending/. Where nobody can hold a shard, another worker may be at the same one: then in
+        memory, and a kill costs the shard."""
+        if not self.place.has_locks:
+            self._journal[name] = journal
+            return
+        with disk_full_is_a_failure(self.place, self._bytes_left()):
+            self.place.write(f"pending/{name}", journal)
 
     def _locked(self, name: str) -> int | None:
         """The lock of a file under pending/; None: another worker has it, or has finished the store, and the folder went."""
         with suppress(FileNotFoundError):
-            return open_locked(self.path / "pending" / name)
+            return self.place.lock(f"pending/{name}")
         return None
 
     def _release(self) -> None:
+        self._journal.clear()
         self._claimed, held, self._lock = None, self._lock, None
         if held is not None:
             os.close(held)
@@ -241,28 +246,28 @@ class StoreWriter:
         assert not self.missing(), "finish comes after the last row"
         assert (prototypes is not None) == (self.manifest.num_prototypes > 0)
         finishing = None
-        complete = self.path / "zarr.json"
-        while self.shared and not complete.exists() and (finishing := self._locked("finish.lock")) is None:
+        complete = partial(self.place.exists, "zarr.json")
+        while self.shared and not complete() and (finishing := self._locked("finish.lock")) is None:
             time.sleep(0.05)
         self._lock = finishing
-        if not complete.exists():
-            with disk_full_is_a_failure(self.path, 0 if prototypes is None else prototypes.nbytes):
+        if not complete():
+            with disk_full_is_a_failure(self.place, 0 if prototypes is None else prototypes.nbytes):
                 for name, array in self._arrays.items():
-                    _write_array(self._write, name, array.metadata())
-                write_extras(self._write, prototypes, self.statistics | dict(more or {}))
-                write_group(self._write, "", self.manifest.to_json())
-            shutil.rmtree(self.path / "pending", ignore_errors=True)  # whoever comes next removes what is left of it
+                    _write_array(self.place.write, name, array.metadata())
+                write_extras(self.place.write, prototypes, self.statistics | dict(more or {}))
+                write_group(self.place.write, "", self.manifest.to_json())
+            self.place.remove_all("pending")  # whoever comes next removes what is left of it
         self._release()
         self._unlock()
 
     def kept(self, name: str, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
         """What ``make`` gives, made once for the store: a run that goes on, and other workers, find the same arrays."""
-        path = self.path / "pending" / f"{name}.npz"
-        with locked(path.with_suffix(".lock"), f"{path} is being made", wait=True):
-            if (found := read_npz(path)) is None:
+        own = locked(self.path / "pending" / f"{name}.lock", f"{self.place}: {name} is being made", wait=True)
+        with own if self.place.has_locks else nullcontext():
+            if (found := read_npz(self.place, f"{name}.npz")) is None:
                 found = dict(make())
-                with disk_full_is_a_failure(self.path, self._bytes_left()):
-                    self._write(f"pending/{path.name}", npz(found))
+                with disk_full_is_a_failure(self.place, self._bytes_left()):
+                    self.place.write(f"pending/{name}.npz", npz(found))
         return found
 
     def _bytes_left(self) -> int:

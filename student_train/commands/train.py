@@ -158,7 +158,7 @@ def train_student(
     run = config(
         student=student, targets=source, loader=kind(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
-    run_context = RunContext(Beton(run.data), pick_device(run.device), run.precision, run.seed)
+    run_context = RunContext(Beton(run.data, run.local_dir), pick_device(run.device), run.precision, run.seed)
     if objective is None and targets == "momentum":
         objective = USUAL_OVER_PROTOTYPES
     asked = None if objective is None else matched(name=objective)
@@ -227,7 +227,7 @@ def measure(run: TrainConfig, steps: int) -> None:
     device = pick_device(run.device)
     student = replace(with_start(run.student, made), small_images=made["student"]["small_images"])
     loader = LoaderConfig(run.loader.backend, 64, run.loader.workers)
-    yardstick = Yardstick.of(Beton(run.data), student, run.targets, run.seed, device, loader)
+    yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, loader)
     if yardstick is None:
         return
     with waiting("measuring the student beside its random start"):

@@ -27,6 +27,7 @@ from .features import Features
 from .knn import knn
 from .labelled import HELD_OUT
 from .network import FrozenNetwork
+from .rank import rank_me
 from .subsets import hold_out
 
 MOST_IMAGES, MOST_ON_CPU = 5_000, 1_500
@@ -43,7 +44,12 @@ CLEARLY = 10.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """In percent, each None where there is none. ``by_labels``: k-NN top-1; else neighbours shared with the teacher."""
+    """In percent, each None where there is none. ``by_labels``: k-NN top-1; ``by_rank``: effective ranks; else neighbours shared
+    with the teacher.
+
+    ``rank`` is the student's effective rank (RankMe), ``agreement`` its neighbours shared with the teacher, whatever the rest
+    goes by.
+    """
 
     by_labels: bool
     num_images: int
@@ -51,10 +57,24 @@ class Outcome:
     random: float
     pixels: float
     teacher: float | None
+    by_rank: bool = False
+    rank: float | None = None
+    agreement: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """In the course of a run."""
+        what, unit = (
+            ("k-NN", " %") if self.by_labels else ("RankMe", "") if self.by_rank else ("shared neighbours", " %")
+        )
+        found = f"{what} {self.student:.1f}{unit}, random start {self.random:.1f}, pixels {self.pixels:.1f}"
+        if self.by_labels and self.agreement is not None:
+            found += f"; neighbours shared with the teacher {self.agreement:.1f} %"
+        return found if self.by_rank or self.rank is None else f"{found}; RankMe {self.rank:.1f}"
 
     @property
     def title(self) -> str:
-        what = f"k-NN top-1, {HELD_OUT:.0%} of each class held out" if self.by_labels else (
+        what = "effective rank" if self.by_rank else f"k-NN top-1, {HELD_OUT:.0%} of each class held out" if self.by_labels else (
             f"of an image's {NEIGHBOURS} nearest, those that are the teacher's too"
         )  # fmt: skip
         return f"did it work? {what}, {self.num_images:,} of the training images"
@@ -88,15 +108,27 @@ class Yardstick:
 
     @classmethod
     def of(
-        cls, data: Beton, student: StudentConfig, targets: Any, seed: int, device: torch.device, loader: LoaderConfig
+        cls,
+        data: Beton,
+        student: StudentConfig,
+        targets: Any,
+        seed: int,
+        device: torch.device,
+        loader: LoaderConfig,
+        or_rank: bool = False,
     ) -> "Yardstick | None":
-        """None: the images are too few, or have neither labels nor a store of targets to go by."""
+        """None: the images are too few, or have neither labels nor a store of targets to go by, and no rank is asked for."""
         path = getattr(targets, "path", None) or getattr(getattr(targets, "frozen", None), "path", None)
         store = None if path is None else TargetStore.open(path)
         if data.num_images < FEWEST_IMAGES:
             return None
         made = cls(data, student, store, seed, device, loader)
-        return None if made.labels is None and made.teacher_rows is None else made
+        return None if made.by_rank and not or_rank else made
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether there is nothing else to go by."""
+        return self.labels is None and self.teacher_rows is None
 
     def measure(self, backbone: nn.Module) -> Outcome:
         """Of the student's network as it is now, which is left in the mode it had."""
@@ -112,9 +144,13 @@ class Yardstick:
             if self.labels is not None and self.teacher_rows is not None:
                 self._others["teacher"] = self._score(self.teacher_rows.to(self.device))
         others = self._others
-        score = self._score(self._features(mine))
+        rows = self._features(mine)
+        score, rank, agreement = self._score(rows), round(rank_me(rows), 2), None
+        if self.teacher_rows is not None:
+            agreement = round(100 * shared_neighbours(rows, self.teacher_rows.to(rows.device)), 2)
+        measured = (score, others["random"], others["pixels"], others.get("teacher"))
         by_labels = self.labels is not None
-        return Outcome(by_labels, len(self.image_ids), score, others["random"], others["pixels"], others.get("teacher"))
+        return Outcome(by_labels, len(self.image_ids), *measured, self.by_rank, rank, agreement)
 
     @torch.no_grad()
     def _features(self, network: FrozenNetwork) -> Tensor:
@@ -135,7 +171,8 @@ class Yardstick:
             kept, tested = hold_out(features, HELD_OUT, 0, "")
             train = features.rows(kept)
             return round(knn(train, features.rows(tested), k=min(K, len(train))).top1, 2)
-        assert self.teacher_rows is not None
+        if self.teacher_rows is None:
+            return round(rank_me(rows), 2)
         return round(100 * shared_neighbours(rows, self.teacher_rows.to(rows.device)), 2)
 
 

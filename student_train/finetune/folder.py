@@ -15,7 +15,7 @@ from ...common.files import locked, replacing
 from ...common.records import read_record, sealed
 from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_everything, versions
 from ...common.weights import hash_weights
-from ..checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_student
+from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_student
 from ..epochs import Kept, Training
 from ..optimiser import warm_cosine
 from ..students import create_student
@@ -72,7 +72,7 @@ def tuning_folder(
     out = config.out
     if out.exists() and not out.is_dir():
         raise MisuseError(f"`out` {out} is a file: give the folder to fine-tune in")
-    owned = (WEIGHTS_NAME, AVERAGE_NAME, "zarr.json", *(t.file for name, t in TASKS.items() if name != task))
+    owned = (WEIGHTS_NAME, AVERAGE_NAME, BEST_NAME, "zarr.json", *(t.file for name, t in TASKS.items() if name != task))
     foreign = next((name for name in owned if (out / name).exists()), None)
     if foreign:
         raise MisuseError(

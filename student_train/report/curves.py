@@ -115,8 +115,14 @@ def over_time(runs: Sequence[Run]) -> Markup:
 
     shown = [run for run in runs if run.measured]
     parts = []
-    for by_labels in (True, False):
-        some = [run for run in shown if run.measured[-1].outcome.by_labels is by_labels]
+    kinds = {
+        "k-NN top-1": (True, False),
+        "neighbours shared with the teacher": (False, False),
+        "effective rank (RankMe)": (False, True),
+    }
+    for what, kind in kinds.items():
+        unit = "" if kind[1] else "%"
+        some = [run for run in shown if (run.measured[-1].outcome.by_labels, run.measured[-1].outcome.by_rank) == kind]
         if not some:
             continue
         traces: list[Any] = []
@@ -131,12 +137,13 @@ def over_time(runs: Sequence[Run]) -> Markup:
             if value is not None:
                 line = {"color": "#808080", "dash": dash, "width": 2}
                 traces.append(go.Scatter(x=[0, last], y=[value, value], name=name, mode="lines", line=line))
-        what = "k-NN top-1" if by_labels else "neighbours shared with the teacher"
         told = (
             "Each run begins at its random start (epoch 0). It should leave it and climb towards the teacher; below the "
             "pixels' line it has learned nothing yet that pixels do not say."
         )
-        parts.append(plot(f"{what} in the course of training", traces, "epoch", "%", told, height=360, showlegend=True))
+        parts.append(
+            plot(f"{what} in the course of training", traces, "epoch", unit, told, height=360, showlegend=True)
+        )
     without = [run.name for run in runs if not run.measured]
     if without:
         parts.append(

@@ -91,7 +91,7 @@ def store_of(run: Run, data: Beton) -> TargetStore | None:
         return None
     try:
         store = TargetStore.open(Path(source))
-        store.check(data_fingerprint=data.manifest.fingerprint)
+        store.check_data(data.manifest)
     except (MisuseError, FailureError, OSError):
         return None
     return store

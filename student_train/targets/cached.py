@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import MisuseError
+from ...common.factories import is_factory
 from ...common.images.beton import Beton
 from ...common.patches import ROWS
 from ...common.settings import check
@@ -77,12 +78,13 @@ class CachedTargets(TargetBranch):
     def __init__(self, config: Cached, run: RunContext) -> None:
         self.config, self.device = config, run.device
         self.store, self.data = TargetStore.open(config.path), run.data
-        self.store.check(data_fingerprint=run.data.manifest.fingerprint)
+        self.store.check_data(run.data.manifest)
         self.reads_patches = self.store.patches is not None and run.reads_patches
         if not self.reads_patches:
             self.store = self.store.pooled()
         manifest = self.store.manifest
-        if manifest.pooling is None and manifest.head in ("none", "fitted") and is_dinov3(manifest.teacher):
+        dinov3 = is_dinov3(manifest.teacher) and not is_factory(manifest.teacher)
+        if manifest.pooling is None and manifest.head in ("none", "fitted") and dinov3:
             raise MisuseError(
                 f"{config.path} holds the mean of {manifest.teacher}'s patch tokens, as rob cached DINOv3 before it took the "
                 "class token: cache the targets again"
@@ -92,7 +94,7 @@ class CachedTargets(TargetBranch):
         self.window_blocks = min(WINDOW_BLOCKS, window_blocks(self.store, config.window_mib))
         self._prefetcher: TargetPrefetcher | None = None
         self.space = space_of(self.store, run.device)
-        self.source = str(config.path)
+        self.source = str(self.store.place)
         told = ("teacher", "weights_hash", "head", "num_prototypes", "view_size", "precision", "geometry", "encoding")
         stored = vars(manifest)
         self.description = {

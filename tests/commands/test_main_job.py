@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 
+from rob.common.places import place_of
 from rob.common.store.reader import TargetStore
-from rob.common.store.writer import into, write_group
+from rob.common.store.writer import write_group
 from rob.common.views import loader
 from rob.student_train.checkpoint import load_student
 from support.cli import FAST
@@ -150,7 +151,7 @@ def test_the_small_image_form_is_said_unless_asked_for(rob, made, tmp_path):
 
 def test_a_store_of_another_precision_is_verified_by_option(rob, made, tmp_path):
     store = shutil.copytree(made.store, tmp_path / "half.zarr")
-    write_group(into(store), "", replace(TargetStore.open(store).manifest, precision="fp16").to_json())
+    write_group(place_of(store).write, "", replace(TargetStore.open(store).manifest, precision="fp16").to_json())
     verify = ("verify", store, made.data, "--teacher", TEACHER, "--checkpoint", made.checkpoint, "--device", "cpu")
     outcome = rob(*verify)
     assert (outcome.code, "fp16 needs a GPU: on a CPU use fp32" in outcome.err) == (2, True)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rob.common.errors import FailureError, MisuseError
+from rob.student_train import run_folder
 from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.objectives.embedding import EmbeddingObjective
 from rob.student_train.optimiser import OptimiserConfig
@@ -141,6 +143,30 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(stochastic, tmp_path, mon
         train_student(killed)
     assert [line["step"] for line in log_of(killed.out)] == [4]
     train_student(killed)
+    same_outcome(stochastic.out, killed.out)
+
+
+def test_a_killed_run_goes_on_from_a_checkpoint_in_mid_epoch(stochastic, tmp_path, monkeypatch):
+    """Between two lines of the log, too; three steps are an epoch, which writes none here."""
+    stochastic = replace(stochastic, checkpoint_every=99)
+    train_student(stochastic)
+    killed = replace(stochastic, out=tmp_path / "killed", checkpoint_minutes=10)
+    clock, step = [0.0], killed_in_step(9)
+
+    def five_minutes(self: Trainer, *arguments: Any) -> tuple[Tensor, float]:
+        clock[0] += 300
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        patch.setattr(Trainer, "step", five_minutes)
+        saved: list[int] = []
+        save = RunFolder.save
+        patch.setattr(RunFolder, "save", lambda self, state, at: (saved.append(at), save(self, state, at)))
+        train_student(killed)
+    assert saved == [2, 4, 6, 8]  # the sixth ends an epoch
+    assert torch.load(killed.out / "checkpoint.pt", weights_only=True)["state"]["step"] == 8
+    train_student(replace(killed, checkpoint_minutes=None))
     same_outcome(stochastic.out, killed.out)
 
 

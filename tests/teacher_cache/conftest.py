@@ -7,7 +7,7 @@ import pytest
 
 from rob.common.images.beton import Beton
 from rob.common.store.manifest import StoreManifest
-from rob.teacher_cache import cache
+from rob.teacher_cache import asked
 from rob.teacher_cache.teachers import TeacherConfig
 from support import tiny
 
@@ -40,4 +40,4 @@ def with_head(folder: Path) -> TeacherConfig:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Five chunks of 8 images, in shards of 2."""
-    monkeypatch.setattr(cache, "StoreManifest", partial(StoreManifest, chunk_rows=8, shard_chunks=2))
+    monkeypatch.setattr(asked, "StoreManifest", partial(StoreManifest, chunk_rows=8, shard_chunks=2))

@@ -30,10 +30,10 @@ from support import tiny
 from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
-from rob.teacher_cache import cache
+from rob.teacher_cache import asked, cache
 from rob.teacher_cache.teachers import TeacherConfig
 from test_cache_killed import KILLED
-cache.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
+asked.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
 
 def rows(done, total):
     print(done, flush=True)

@@ -89,7 +89,7 @@ def test_plan_and_disk_hold_the_logits_and_the_embeddings_beside_them(data, head
     ("changes", "named"),
     [
         ({"seed": 1}, "seed is 0 in the store, not 1"),
-        ({"views": 3}, "view_ids"),
+        ({"views": 1}, "view_ids"),
         ({"encoding": Encoding("embedding", "int8")}, "encoding.dtype"),
         ({"view_size": 24}, "view_size"),
         ({"precision": "bf16"}, "precision"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from rob.common.errors import MisuseError
 from rob.common.store.encodings import Encoding, check_temperature
 from rob.teacher_cache import prototypes as module
-from rob.teacher_cache.cache import _within_ladder
+from rob.teacher_cache.asked import within_ladder
 from rob.teacher_cache.prototypes import PrototypeConfig, balanced_assignment, fit_prototypes
 
 
@@ -153,8 +153,8 @@ def test_a_topk_store_gets_a_temperature_within_its_own_ladder(fitted, kept):
     """The tail's mass is known there alone, and the default training refuses others."""
     said: list[str] = []
     encoding = Encoding("topk", k=4)
-    temp = _within_ladder(encoding, fitted, said.append)
+    temp = within_ladder(encoding, fitted, said.append)
     assert temp == kept
     check_temperature(encoding.temps, temp)
     assert len(said) == (fitted != kept)
-    assert _within_ladder(Encoding("dense"), fitted, said.append) == fitted
+    assert within_ladder(Encoding("dense"), fitted, said.append) == fitted

@@ -14,11 +14,12 @@ import support.ranks  # noqa: F401 (what the workers are forked with)
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.look.contents import inspect
+from rob.common.places import Folder
 from rob.common.store.begun import half_written
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
-from rob.teacher_cache import cache
+from rob.teacher_cache import asked, cache
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
 from rob.teacher_cache.share import Share
 from rob.teacher_cache.teachers import TeacherConfig
@@ -37,7 +38,7 @@ def work(config: cache.CacheConfig, threads: int, rank: int, ranks: int, killed_
     """A worker: it shares its store with others, and may be killed at the so-many-th look at what all have done."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(threads)
-    cache.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
+    asked.StoreManifest = partial(StoreManifest, chunk_rows=8, shard_chunks=2)
     looks = []
 
     def rows(done: int, total: int) -> None:
@@ -115,7 +116,7 @@ def test_workers_of_other_settings_or_another_split_are_refused(data: Beton, hea
     cache_teacher(config(part="1/3"))
     with pytest.raises(MisuseError, match=r"was begun with other settings .*seed is 0 in the store, not 1"):
         cache_teacher(config(part="2/3", seed=1))
-    held = Share.of("1/3").join(tmp_path / "a.zarr", half_written(tmp_path / "a.zarr"))
+    held = Share.of("1/3").join(tmp_path / "a.zarr", half_written(Folder(tmp_path / "a.zarr")))
     for other, message in (
         (config(part="2/4"), "it is being written by a part of 3, and this is a part of 4: wait until they have ended"),
         (config(), "another rob cache-teacher is writing this store; wait for it to finish"),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from rob.common import places
 from rob.common.errors import FailureError, MisuseError
-from rob.common.store import writer as store_writer
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
@@ -86,7 +86,7 @@ def test_a_crash_at_any_file_operation_is_recovered(tmp_path, monkeypatch, crash
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dying(os.replace))
         patch.setattr(Path, "unlink", dying(Path.unlink))
-        patch.setattr(store_writer.shutil, "rmtree", dying(store_writer.shutil.rmtree))
+        patch.setattr(places.shutil, "rmtree", dying(places.shutil.rmtree))
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "t.zarr", manifest)
     with contextlib.suppress(MisuseError):  # already complete: it died after its very last step

@@ -3,13 +3,18 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from rob.common.errors import MisuseError
 from rob.common.records import read_record
+from rob.student_train import train
+from rob.student_train.checkpoint import load_student
 from rob.student_train.evaluate import yardstick as module
+from rob.student_train.evaluate.rank import rank_me
 from rob.student_train.evaluate.yardstick import (
     Outcome,
     Yardstick,
@@ -20,8 +25,8 @@ from rob.student_train.evaluate.yardstick import (
 )
 from rob.student_train.students import build_student
 from rob.student_train.targets.cached import Cached
-from rob.student_train.train import train_student
-from support.training import CPU, LOADER, STUDENT, log_of
+from rob.student_train.train import TrainProgress, train_student
+from support.training import CPU, LOADER, STEPS_PER_EPOCH, STUDENT, log_of
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +58,18 @@ def test_without_labels_the_teachers_neighbours_are_the_measure(data, store, mon
     assert 0 < outcome.student <= 100
     assert shared_neighbours(yardstick.teacher_rows, yardstick.teacher_rows) == 1
     assert of(data, None) is None
+    by_rank = Yardstick.of(data, STUDENT, None, 0, CPU, LOADER, or_rank=True).measure(build_student(STUDENT))
+    assert (by_rank.by_rank, by_rank.agreement) == (True, None)
+    assert by_rank.student == by_rank.rank > 1
+    assert by_rank.sentence.startswith(f"RankMe {by_rank.rank:.1f}, random start ")
+
+
+def test_rank_me_counts_the_directions_that_are_filled():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(64, 8)).Q
+    assert rank_me(directions) == pytest.approx(8, abs=1e-3)
+    assert rank_me(directions[:, :1] @ torch.randn(1, 8)) == pytest.approx(1, abs=1e-3)
+    assert 1 < rank_me(directions * torch.tensor([1.0] + [0.1] * 7)) < 8
 
 
 def test_few_images_or_one_class_say_nothing(data, monkeypatch):
@@ -72,6 +89,72 @@ def test_in_the_run_a_line_is_kept_and_the_run_is_what_it_would_have_been(config
     lines = [json.loads(line) for line in (watched.out / "knn.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [2, 4]
     assert [line["loss"] for line in log_of(config.out)] == [line["loss"] for line in log_of(watched.out)]
+    assert all(line["rank"] >= 1 and 0 <= line["agreement"] <= 100 for line in lines)
+
+
+class Scripted(Yardstick):
+    """Finds what it is told to find."""
+
+    scores: ClassVar[list[float]] = []
+
+    def measure(self, backbone):
+        return Outcome(True, 24, self.scores.pop(0), 1.0, 2.0, None)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    def script(*scores: float) -> list[str]:
+        Scripted.scores = list(scores)
+        monkeypatch.setattr(train, "Yardstick", Scripted)
+        return []
+
+    return script
+
+
+def test_the_best_is_kept_and_patience_ends_the_run(config, scripted):
+    notes = scripted(10.0, 30.0, 30.0, 20.0)
+    patient = replace(config, epochs=6, knn_every=1, patience=2)
+    result = train_student(patient, TrainProgress(note=notes.append))
+    assert result.steps == 4 * STEPS_PER_EPOCH
+    assert "ends after epoch 4: 2 measurements were no better" in notes
+    best = config.out / "student_best.safetensors"
+    assert notes[-1] == f"{best}: the student of epoch 2, 30.0, where the last has 20.0"
+    kept, last = load_student(best)[0].state_dict(), load_student(config.out)[0].state_dict()
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+
+    again = scripted()
+    train_student(patient, TrainProgress(note=again.append))  # nothing is measured, nothing is trained
+    assert again[0] == f"{config.out} has ended already, by `patience`: nothing to do; without it the run goes on"
+    further = scripted(15.0, 40.0)
+    train_student(replace(patient, patience=None), TrainProgress(note=further.append))
+    lines = [json.loads(line) for line in (config.out / "knn.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["student"]) for line in lines] == list(enumerate((10, 30, 30, 20, 15, 40), 1))
+    now = load_student(best)[0].state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in load_student(config.out)[0].state_dict().items())
+
+
+def test_what_was_measured_after_the_checkpoint_is_measured_again(config, scripted):
+    config = replace(config, knn_every=1, checkpoint_every=2)
+    scripted(10.0, 30.0, 50.0)
+
+    def die(line, total):
+        if line["step"] == 3 * STEPS_PER_EPOCH + 1:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        train_student(config, TrainProgress(log=die))
+    notes = scripted(25.0, 20.0)
+    train_student(config, TrainProgress(note=notes.append))
+    lines = [json.loads(line) for line in (config.out / "knn.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["student"]) for line in lines] == list(enumerate((10, 30, 25, 20), 1))
+
+
+def test_patience_without_measurements_is_refused(config, monkeypatch):
+    with pytest.raises(MisuseError, match="`patience` 2 goes by what `knn_every` measures"):
+        replace(config, patience=2)
+    monkeypatch.setattr(module, "FEWEST_IMAGES", 25)
+    with pytest.raises(MisuseError, match="and the 24 images are too few for that"):
+        train_student(replace(config, knn_every=1, patience=2))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""Files in a bucket, by obstore: S3 and what speaks like it, Google's and Azure's, and for tests the memory of this process.
+
+Where the key, the region and the server come from is obstore's to say, which reads the environment as their own tools do. What it
+says of an error may hold a signed address or a part of a key, so that of every error only its kind is told.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from tempfile import TemporaryFile
+from typing import Any
+
+from .errors import FailureError, MisuseError
+from .files import LARGEST_FILE
+
+AT_ONCE = 32
+"""Parts read side by side: 50 ms of latency are then 640 parts a second."""
+PATIENCE = timedelta(minutes=2)
+"""For which a request is sent again, after 0.1 s first and 15 s last."""
+KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL for a server that is not Amazon's",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_KEY",
+}
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+
+
+def bucket_at(scheme: str, rest: str) -> "Bucket":
+    """The place at ``scheme://rest``. MisuseError: obstore is missing, or the address is no bucket's, or holds a password."""
+    try:
+        import obstore  # noqa: F401
+    except ImportError:
+        raise MisuseError(
+            f"{scheme}:// needs the package obstore, which is not installed: pip install 'rob[buckets]'"
+        ) from None
+    if not rest:
+        raise MisuseError(f"{scheme}:// names no bucket: write {scheme}://BUCKET/targets.zarr")
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise MisuseError(
+            f"an address of {scheme}:// must hold no key or password: it is written into manifests and logs; give them in the "
+            f"environment ({KEYS.get(scheme, 'it needs none')})"
+        )
+    return Bucket(scheme, rest)
+
+
+@cache
+def _memory() -> Any:
+    from obstore.store import MemoryStore
+
+    return MemoryStore()
+
+
+@cache
+def _opened(address: str) -> Any:
+    """One for all who read there: it keeps its connections."""
+    from obstore import store
+
+    from_url: Any = store.from_url  # whose options are of the kind of address
+    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+    options: dict[str, Any] = {"client_options": {"allow_http": plain, "connect_timeout": "5s", "timeout": "60s"}}
+    backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
+    return from_url(
+        address, **options, retry_config={"max_retries": 100, "retry_timeout": PATIENCE, "backoff": backoff}
+    )
+
+
+class Bucket:
+    """Objects whose names begin alike. Objects are written whole; nobody can hold one."""
+
+    at_once, has_locks = AT_ONCE, False
+
+    def __init__(self, scheme: str, rest: str) -> None:
+        self.scheme, self.address = scheme, f"{scheme}://{rest}"
+        self._prefix = f"{rest}/" if scheme == "memory" else ""  # the others' address is all that names begin with
+        with self._errors():
+            self._store = _memory() if scheme == "memory" else _opened(self.address)
+
+    def __str__(self) -> str:
+        return self.address
+
+    def exists(self, name: str) -> bool:
+        from obstore import head
+
+        try:
+            with self._errors():
+                head(self._store, self._prefix + name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, under: str = "") -> Set[str]:
+        return {name for name, _ in self._listed(under)}
+
+    def size(self, under: str = "") -> int:
+        return sum(size for _, size in self._listed(under))
+
+    def size_of(self, name: str) -> int:
+        from obstore import head
+
+        with self._errors():
+            return head(self._store, self._prefix + name)["size"]
+
+    def missing(self, names: Iterable[str]) -> str | None:
+        there = self.names()
+        return next((name for name in names if name not in there), None)
+
+    def _listed(self, under: str) -> Iterator[tuple[str, int]]:
+        import obstore
+
+        prefix = f"{self._prefix}{under}/".lstrip("/") if under else self._prefix
+        try:
+            with self._errors():
+                found = [entry for part in obstore.list(self._store, prefix or None) for entry in part]
+        except FileNotFoundError:
+            return
+        for entry in found:
+            yield entry["path"].removeprefix(prefix), entry["size"]
+
+    def read(self, name: str, largest: int = LARGEST_FILE) -> bytes:
+        from obstore import get
+
+        with self._errors():
+            found = get(self._store, self._prefix + name)
+            if found.meta["size"] > largest:
+                raise OSError(f"{found.meta['size']:,} bytes, more than the {largest:,} that are read")
+            return bytes(found.bytes())
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        from obstore import get_range
+
+        with self._errors():
+            return bytes(get_range(self._store, self._prefix + name, start=start, length=length))
+
+    def read_end(self, name: str, length: int) -> bytes:
+        from obstore import get, head
+
+        with self._errors():
+            if self.scheme == "az":  # which knows no last so many
+                size = head(self._store, self._prefix + name)["size"]
+                return self.read_part(name, max(0, size - length), length)
+            return bytes(get(self._store, self._prefix + name, options={"range": {"suffix": length}}).bytes())
+
+    def write(self, name: str, data: bytes) -> None:
+        from obstore import put
+
+        with self._errors("written to"):
+            put(self._store, self._prefix + name, data)
+
+    def remove(self, name: str) -> None:
+        from obstore import delete
+
+        try:
+            with self._errors("written to"):
+                delete(self._store, self._prefix + name)
+        except FileNotFoundError:
+            return
+
+    def remove_all(self, under: str) -> None:
+        for name in self.names(under):
+            self.remove(f"{under}/{name}")
+
+    def holds_other(self, known: Set[str]) -> bool:
+        return bool({name.partition("/")[0] for name in self.names()} - known)
+
+    def lock(self, name: str, shared: bool = False) -> int | None:
+        with TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+    @contextmanager
+    def _errors(self, what: str = "read") -> Iterator[None]:
+        """FileNotFoundError as it is; MisuseError: no rights, or an address that cannot be; FailureError: anything else."""
+        from obstore import exceptions
+
+        keys = f"the keys come from the environment ({KEYS.get(self.scheme, '')})"
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "there is no such object", self.address) from None
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
+            raise MisuseError(f"{self.address} cannot be {what}: no rights; {keys}") from None
+        except (exceptions.UnknownConfigurationKeyError, exceptions.InvalidPathError, ValueError):
+            raise MisuseError(f"{self.address} is no address of a bucket: write {self.scheme}://BUCKET/NAME") from None
+        except exceptions.BaseError as error:
+            raise FailureError(
+                f"{self.address} cannot be {what}: {kind_of(error)}, tried for up to {PATIENCE.seconds} s; what is written is "
+                "safe: run the same command again to go on"
+            ) from None
+
+
+def kind_of(error: BaseException) -> str:
+    """In words that are ours: those of the library hold addresses."""
+    text = str(error)
+    status = re.search(r"\b(?:status code|status|returned|code):? ?\"?(4\d\d|5\d\d)\b", text, re.IGNORECASE)
+    if status:
+        return f"the server answers {status[1]}"
+    kinds = {
+        "dns|resolve|lookup": "the server's name is not known",
+        "refused|connecterror|connect error|connection": "there is no connection to the server",
+        "timed out|timedout": "the server does not answer in time",
+    }
+    return next(
+        (kind for pattern, kind in kinds.items() if re.search(pattern, text, re.IGNORECASE)), "the server fails"
+    )
