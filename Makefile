@@ -41,7 +41,7 @@ demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv: 6.6 GB with torch's CUDA libraries, a few minutes"
 	.venv/bin/pip install -q -c constraints.txt --upgrade pip
-	.venv/bin/pip install -q -c constraints.txt -e '.[dev,export,parquet,report,standin,tensorboard]'
+	.venv/bin/pip install -q -c constraints.txt -e '.[dev,export,ffcv,parquet,report,standin,tensorboard]'
 	mkdir -p .venv/lint
 	ln -sfn ../.. .venv/lint/rob
 	touch $@

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from rob import __version__
 from rob.benchmarks.gpu_check.config import GpuCheckConfig
-from rob.common.commands import inspect, pack, views
+from rob.common.commands import doctor, inspect, pack, views
 from rob.common.config import Device, Overwrite
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.files import refuse_existing
@@ -199,6 +200,24 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Callback of the eager ``--version``."""
+    if asked:
+        print(f"rob {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def application(
+    asked: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="The version.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
 evaluate = typer.Typer(
     help="Measure a student, a teacher or raw pixels. Features are extracted once and kept in the run's eval folder.",
     no_args_is_help=True,
@@ -229,3 +248,4 @@ app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher
 for function in (verify, check, demo, bench):
     app.command(cls=GroupedCommand)(command(at_once(function)))
 app.command("gpu-check", cls=GroupedCommand)(command(at_once(gpu_check)))
+app.command(cls=GroupedCommand)(command(at_once(doctor)))

@@ -228,7 +228,9 @@ def _ended(do: Callable[[], None]) -> NoReturn:
 
         traceback.print_exc()
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # the command has ended
+        while signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # the command has ended: what comes now is not for it
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()

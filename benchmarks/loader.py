@@ -123,6 +123,7 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
     threads = LoaderConfig().threads
     sides: dict[str, Callable[[], int]] = {
         "rob": rob_side(data, config),
+        "rob, the plain loader": rob_side(data, config, backend="torch"),
         "rob, bicubic": rob_side(data, config, BICUBIC),
         "rob, with DINO's colours": rob_side(data, config, colours=True),
         "ffcv, one pipeline a view": ffcv_side(data, config.batch_size, threads),
@@ -170,9 +171,9 @@ def cpu_seconds() -> float:
 
 
 def rob_side(
-    data: Beton, config: LoaderBenchConfig, recipe: Recipe = RECIPE, colours: bool = False
+    data: Beton, config: LoaderBenchConfig, recipe: Recipe = RECIPE, colours: bool = False, backend: str = "ffcv"
 ) -> Callable[[], int]:
-    loader = ViewLoader(data, recipe, SEED, LoaderConfig("ffcv", config.batch_size))
+    loader = ViewLoader(data, recipe, SEED, LoaderConfig(backend, config.batch_size))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
     def epoch() -> int:

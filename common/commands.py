@@ -1,10 +1,10 @@
-"""The commands of what both stages share: pack, inspect, views."""
+"""The commands of what both stages share: pack, inspect, views, doctor."""
 
 from pathlib import Path
 from typing import Annotated
 
 from .config import Overwrite, RecipeName, Seed
-from .errors import MisuseError
+from .errors import FailureError, MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
@@ -93,3 +93,29 @@ def views(
         data, out, images=images, spread=True, recipe=drawn, seed=seed, image_size=image_size, ratios=True
     )
     note(f"written to {contact_sheet(config)}")
+
+
+def doctor() -> None:
+    """What is installed, what is fast here, what is missing.
+
+    Exit code 1 where something that rob cannot do without is missing.
+    """
+    from .doctor import BRINGS, extras, installed, machine, paths
+
+    facts(f"rob {installed('rob') or 'from a checkout that is not installed'}", [*machine(), *paths()])
+    found = {extra.name: extra for extra in extras()}
+    own = found.pop("", None)
+    if there := [(extra.name, extra.purpose) for extra in found.values() if not extra.missing]:
+        facts("installed", there)
+    absent = [extra for extra in found.values() if extra.missing]
+    if absent:
+        facts("not installed, or too old", [(x.name, x.purpose, ", ".join(x.missing)) for x in absent])
+        note(f"{BRINGS.format('NAME')} in the clone brings one of them, by its name in the first column")
+    if "ffcv" in (extra.name for extra in absent):
+        note("make venv brings ffcv with the system libraries that it is compiled with, on Debian and Ubuntu")
+    if own is None:
+        note("rob is not installed, so what it wants is not known: pip install -c constraints.txt -e . in the clone")
+    elif own.missing:
+        raise FailureError(
+            f"rob lacks {', '.join(own.missing)}: pip install -c constraints.txt -e . in the clone brings it"
+        )

@@ -143,7 +143,11 @@ def _option(what: Described) -> inspect.Parameter:
         names = [setting.option] if setting.option else []
         panel = group_of(what.owner)
         info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high, rich_help_panel=panel)
-        SPELLING[what.field] = SPELLING[what.name] = "--" + what.name.replace("_", "-")
+        SPELLING[what.name] = "--" + what.name.replace("_", "-")
+        if SPELLING.get(what.field) != "--" + what.field.replace(
+            "_", "-"
+        ):  # else the name of an option, of whatever command
+            SPELLING[what.field] = SPELLING[what.name]
     empty = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty)
 

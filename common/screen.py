@@ -39,7 +39,7 @@ def note_slow_loader(config: LoaderConfig) -> None:
     from .views.loader import geometry
 
     if config.backend == "auto" and geometry(config) == "pillow":
-        note("ffcv is not installed here: the slower torch loader is used")
+        note("ffcv is not installed here: the slower torch loader is used (rob doctor says what brings it)")
 
 
 def facts(title: str, rows: Sequence[Sequence[str]]) -> None:

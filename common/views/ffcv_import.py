@@ -1,14 +1,17 @@
 """ffcv, imported without what that does to a process. ImportError: it is not installed.
 
 Its import sets torch's threads to one for everybody; asks for CUDA, and a process that was asked leaves its forked children
-without; and puts two numbers into a typed dictionary of numba's, which numba compiles for three seconds. A plain one serves.
+without; puts two numbers into a typed dictionary of numba's, which numba compiles for three seconds, where a plain one serves;
+and starts numba's threads, of which none is ever used here: with TBB a process on a single core then waits for them at its end,
+for ever.
 """
 
 import numba.typed
 import torch
 
-_threads, _is_available, _typed_dict = torch.get_num_threads(), torch.cuda.is_available, numba.typed.Dict
-torch.cuda.is_available, numba.typed.Dict = lambda: False, dict
+_threads, _is_available = torch.get_num_threads(), torch.cuda.is_available
+_typed_dict, _start_threads = numba.typed.Dict, numba.set_num_threads
+torch.cuda.is_available, numba.typed.Dict, numba.set_num_threads = lambda: False, dict, lambda n: None
 try:
     import ffcv._libffcv as library
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -17,6 +20,6 @@ try:
     from ffcv.pipeline.compiler import Compiler
 finally:
     torch.set_num_threads(_threads)
-    torch.cuda.is_available, numba.typed.Dict = _is_available, _typed_dict
+    torch.cuda.is_available, numba.typed.Dict, numba.set_num_threads = _is_available, _typed_dict, _start_threads
 
 __all__ = ["Compiler", "Loader", "OSCacheManager", "OrderOption", "SimpleRGBImageDecoder", "library"]

@@ -76,9 +76,10 @@ class DetectorWithInput(nn.Module):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Those that a detector's file is compared on, each (H, W, 3) uint8, and where they are from."""
+    """Those that a detector's file is compared on, each (H, W, 3) uint8, what torch finds in each, and where they are from."""
 
     pixels: tuple[Tensor, ...]
+    torchs: tuple[Boxes, ...]
     source: str
 
 
@@ -101,25 +102,37 @@ def check_for_detector(config: ExportConfig) -> None:
         )
 
 
-def open_pictures(config: ExportConfig, side: int) -> Pictures:
+@torch.no_grad()
+def open_pictures(config: ExportConfig, network: DetectorWithInput) -> Pictures:
     """Some of ``data``, the same for every detector, every second one without its lower third, so that there are several sizes;
-    and one in which there is nothing. MisuseError: ``data`` cannot be read."""
+    and one in which there is nothing to be found, if torch finds nothing there: else its boxes tie, and which are kept is chance.
+
+    MisuseError: ``data`` cannot be read. FailureError: torch finds nothing, and there is nothing to compare.
+    """
     assert config.data is not None
     data = Beton(config.data)
     order = torch.randperm(data.num_images, generator=torch.Generator().manual_seed(0))
     chosen = order[: min(config.images, MOST_PICTURES)].tolist()
     whole = [torch.from_numpy(data.image(number)) for number in chosen]
     pictures = [picture[: 2 * len(picture) // 3 or 1] if row % 2 else picture for row, picture in enumerate(whole)]
-    plain = torch.full((side, side, 3), 128, dtype=torch.uint8)
-    return Pictures((*pictures, plain), data.manifest.fingerprint)
+    plain = torch.full((network.side, network.side, 3), 128, dtype=torch.uint8)
+    *found, last = (network.named(network(network.prepare(picture))) for picture in (*pictures, plain))
+    if not any(len(boxes.scores) for boxes in found):
+        raise FailureError(
+            f"torch finds nothing in {len(found)} pictures of `data`, so that the file cannot be checked: give pictures of what "
+            "the detector was trained on"
+        )
+    if not len(last.scores):
+        pictures, found = [*pictures, plain], [*found, last]
+    return Pictures(tuple(pictures), tuple(found), data.manifest.fingerprint)
 
 
 def of_detector(subject: Subject, config: ExportConfig) -> Callable[[str, str, Path], ExportedFile]:
     """What writes and checks the file. FailureError: torch finds nothing in ``data``, and there is nothing to compare."""
     assert isinstance(subject.network, FasterRCNN)
     network = DetectorWithInput(subject.network, config.input_form, subject.info, config.size).eval()
-    pictures = open_pictures(config, network.side)
-    torchs = _torch_boxes(network, pictures)
+    pictures = open_pictures(config, network)
+    torchs = pictures.torchs
 
     def write(name: str, precision: str, path: Path) -> ExportedFile:
         facts = subject.facts(config.input_form, {"side": network.side, "first_label": 1})
@@ -229,15 +242,3 @@ def load_detector(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
     """On one thread of the CPU."""
     session = open_session(str(path), threads=1)
     return lambda image: session.run(None, {"image": image})
-
-
-@torch.no_grad()
-def _torch_boxes(network: DetectorWithInput, pictures: Pictures) -> list[Boxes]:
-    """FailureError: torch finds nothing, and there is nothing to compare."""
-    found = [network.named(network(network.prepare(picture))) for picture in pictures.pixels]
-    if not any(len(boxes.scores) for boxes in found):
-        raise FailureError(
-            f"torch finds nothing in {len(found)} pictures of `data`, so that the file cannot be checked: give pictures of what "
-            "the detector was trained on"
-        )
-    return found

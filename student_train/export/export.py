@@ -48,6 +48,8 @@ def export(
     if subject.task == "detect":
         check_for_detector(config)
     folder = config.out or (config.run if config.run.is_dir() else config.run.parent)
+    if folder.is_file():
+        raise MisuseError(f"`out` {folder} is a file: name a folder, which is made where there is none")
     wanted = _wanted(config, folder, subject.stem)
     for name in config.to:
         FORMATS[name].check_installed(name)

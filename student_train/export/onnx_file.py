@@ -41,10 +41,11 @@ def write_onnx(graph: Graph, path: Path) -> None:
                 verbose=False,
             )
         except Exception as error:  # the exporter has errors of its own, about this and that
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise FailureError(
-                f"{graph.info.name} does not become ONNX of `opset` {graph.opset}: {reason[0]}"
-            ) from error
+            first: BaseException = error  # which names the operator; what is around it is advice to torch's own people
+            while first.__cause__ is not None:
+                first = first.__cause__
+            reason = next(iter(str(first).strip().splitlines()), type(first).__name__)
+            raise FailureError(f"{graph.info.name} does not become ONNX of `opset` {graph.opset}: {reason}") from error
         assert program is not None
         model: Any = onnxslim.slim(program.model_proto)
     found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}

@@ -67,6 +67,7 @@ def test_a_teachers_features_are_embedded(rob, made, tmp_path):
         (("--to", "torch", "--int8", "--data", "DATA"), "--int8 is for onnx, executorch, coreml, litert: add one"),
         (("--input", "float"), "unknown input 'float'"),
         (("--size", 33), "cannot take images of 33 x 33 px"),
+        (("--out", "DATA"), "is a file: name a folder"),
         (("--data", "nowhere.beton"), "nowhere.beton"),
         (("--opset", 12), "opset"),
     ],

@@ -225,18 +225,26 @@ IMPORTED = """
 import numba.typed, torch
 torch.set_num_threads(2)
 usual = numba.typed.Dict
-import rob.common.views.loader
+import numpy as np
+from rob.common.images.beton import Beton
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.recipes import get_recipe
+loader = ViewLoader(Beton({path!r}), get_recipe("weak"), 0, LoaderConfig("ffcv", 4, 1))
+assert len(list(loader.epoch(np.arange(8), [ViewSet((0,), 32)]))) == 2
 from ffcv.fields.rgb_image import IMAGE_MODES
-print(torch.get_num_threads(), numba.typed.Dict is usual, type(IMAGE_MODES).__name__)
+from numba.np.ufunc import parallel
+print(torch.get_num_threads(), numba.typed.Dict is usual, type(IMAGE_MODES).__name__, parallel._is_initialized)
 """
 
 
-def test_importing_ffcv_changes_nothing_and_compiles_nothing():
-    """It sets torch to one thread: everything would then train on one core. And it has numba compile a typed dictionary, which
-    takes three seconds of each command's start."""
+def test_using_ffcv_changes_nothing_and_leaves_nothing_behind(small_beton):
+    """It sets torch to one thread: everything would then train on one core. It has numba compile a typed dictionary, which
+    takes three seconds of each command's start. And it starts numba's threads, whose end a process on one core never saw."""
     pytest.importorskip("ffcv")
-    found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["2", "True", "dict"]
+    code = IMPORTED.replace("{path!r}", repr(str(small_beton.path)))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["2", "True", "dict", "False"]
 
 
 def test_numbas_types_are_left_as_they_are(small_beton):

@@ -66,7 +66,7 @@ def test_the_file_finds_what_torch_finds_in_pictures_of_any_size(
     (entry,) = export(ExportConfig(weights, data=pictures, input_form=form))
     assert (entry.file, entry.agreement, entry.int8_share) == ("detect.onnx", None, None)
     assert entry.boxes is not None
-    assert entry.boxes.images == 4
+    assert entry.boxes.images == 3
     assert entry.boxes.boxes > 50
     assert entry.score == entry.boxes.same > 0.99
     session = onnxruntime.InferenceSession(weights.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
@@ -122,7 +122,7 @@ def test_what_a_detector_does_not_become(tmp_path, pictures, changes, message):
 @pytest.mark.slow
 def test_a_detectors_file_that_cannot_be_checked_or_disagrees_is_not_kept(tmp_path, monkeypatch, pictures):
     blind = a_detector(tmp_path / "blind" / "detect.safetensors", sure=0.0)
-    with pytest.raises(FailureError, match="torch finds nothing in 4 pictures of `data`"):
+    with pytest.raises(FailureError, match="torch finds nothing in 3 pictures of `data`"):
         export(ExportConfig(blind, data=pictures))
     weights = a_detector(tmp_path / "detector" / "detect.safetensors")
     load = module.load_detector
@@ -133,7 +133,7 @@ def test_a_detectors_file_that_cannot_be_checked_or_disagrees_is_not_kept(tmp_pa
 
     monkeypatch.setattr(module, "load_detector", half)
     with pytest.raises(
-        FailureError, match=r"detect.onnx is not kept: on 4 images 6\d.\d\d% of torch's .* 0.99 is expected"
+        FailureError, match=r"detect.onnx is not kept: on 3 images 6\d.\d\d% of torch's .* 0.99 is expected"
     ):
         export(ExportConfig(weights, data=pictures))
     assert [list(contents(path.parent)) for path in (blind, weights)] == [["detect.safetensors"]] * 2

@@ -21,6 +21,7 @@ from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.export.exported_file import read_exports
 from rob.student_train.export.graph import Graph
+from rob.student_train.export.input_form import WithInput
 from rob.student_train.export.int8 import share_of_int8
 from rob.student_train.export.onnx_file import write_onnx
 from rob.student_train.students import StudentConfig, build_student, describe_student
@@ -178,6 +179,17 @@ def test_weights_left_in_float_are_no_int8(tmp_path, monkeypatch, data):
         export(ExportConfig(run, data=data.path, int8=True, images=8, calibration=8, loader=LOADER))
     assert set(read_exports(run)) == {"student.onnx"}
     assert sorted(contents(run)) == ["export.json", "student.onnx", "student.safetensors"]
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.svdvals(images).flatten(1)
+
+    graph = Graph(WithInput(Odd(), "unit", 8, (0.5,) * 3, (0.5,) * 3).eval(), describe_student(RESNET), 20, {})
+    with pytest.raises(FailureError, match=r"test_resnet does not become ONNX of `opset` 20: .*svd"):
+        write_onnx(graph, tmp_path / "odd.onnx")
+    assert contents(tmp_path) == {}
 
 
 def test_what_a_killed_export_left_is_cleared_away(tmp_path):

@@ -1,0 +1,133 @@
+"""What is installed, which paths are fast here, and what brings what is missing."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+FOR = {
+    "ffcv": "the fast loader: one decode an image, compiled, on threads",
+    "export": "rob export --to onnx, --int8",
+    "executorch": "rob export --to executorch",
+    "coreml": "rob export --to coreml",
+    "litert": "rob export --to litert (an environment of its own)",
+    "parquet": "rob embed to .parquet",
+    "report": "rob report",
+    "tensorboard": "--logger tensorboard",
+    "wandb": "--logger wandb",
+    "mlflow": "--logger mlflow",
+    "docs": "make docs",
+    "standin": "--teacher efficientnet_lite0, without a network",
+    "dev": "make test",
+}
+"""Extra -> what it is for."""
+BRINGS = "pip install -c constraints.txt -e '.[{}]'"
+"""What installs an extra, in the clone. ffcv wants more than pip: g++, pkg-config, OpenCV's and libjpeg-turbo's headers, which
+``make venv`` brings on Debian and Ubuntu."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """``missing``: packages that are not there, or too old, as they should be."""
+
+    name: str
+    purpose: str
+    missing: tuple[str, ...]
+
+
+def installed(name: str) -> str | None:
+    """A package's version; None: it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def extras() -> list[Extra]:
+    """rob's own requirements, under the name "", and its extras, as the installed package states them; nothing where rob is not
+    installed."""
+    found: dict[str, list[str]] = {"": []}
+    for requirement in map(Requirement, _stated()):
+        for extra in (*FOR, ""):
+            marker = requirement.marker
+            of_all = marker is None or marker.evaluate({"extra": ""})
+            if of_all if extra == "" else not of_all and marker.evaluate({"extra": extra}):  # type: ignore[union-attr]
+                found.setdefault(extra, [])
+                if not _is_met(requirement):
+                    found[extra].append(f"{requirement.name}{requirement.specifier}")
+    return [Extra(name, FOR.get(name, "all of rob"), tuple(missing)) for name, missing in found.items()]
+
+
+def _stated() -> list[str]:
+    try:
+        return requires("rob") or []
+    except PackageNotFoundError:
+        return []
+
+
+def _is_met(requirement: Requirement) -> bool:
+    there = installed(canonicalize_name(requirement.name))
+    return there is not None and requirement.specifier.contains(there, prereleases=True)
+
+
+def machine() -> list[tuple[str, str]]:
+    """What it runs on."""
+    import torch
+
+    rows = [("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")]
+    rows += [("cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        rows += [("GPU", f"{', '.join(names)}; CUDA {torch.version.cuda}")]
+    elif torch.backends.mps.is_available():
+        rows += [("GPU", "Apple's (--device mps)")]
+    else:
+        rows += [("GPU", "none that torch sees (on a machine with one: nvidia-smi)")]
+    if os.path.isdir("/dev/shm"):
+        rows += [("shared memory", f"{shutil.disk_usage('/dev/shm').free / 1e9:.1f} GB free in /dev/shm")]
+    return rows
+
+
+def paths() -> list[tuple[str, str]]:
+    """Which of several ways is taken here, and what would bring a faster one."""
+    import torch
+
+    from .device_settings import settings_path, stored_settings
+
+    rows, on_gpu = [("images to views", _loader())], torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+        kept = stored_settings(device) != type(stored_settings(device))()
+        fused = (
+            "fused Triton kernels"
+            if find_spec("triton")
+            else "in tiles of torch: Triton is missing (pip install triton)"
+        )
+        rows += [("loss over prototypes", fused)]
+        half = torch.cuda.get_device_capability(device) >= (8, 0)
+        rows += [("precision", "bf16" if half else "fp32: bfloat16 is fast from compute capability 8 on")]
+        known = f"known, {settings_path()}" if kept else "not measured: rob gpu-check times them once, in minutes"
+        rows += [("fastest kernels of this GPU", known)]
+        if find_spec("triton") and not any(map(shutil.which, ("gcc", "cc", "clang"))):
+            rows += [("a C compiler", "none, and Triton wants one: apt-get install gcc")]
+    else:
+        rows += [("loss over prototypes", "in tiles of torch, as on every CPU"), ("precision", "fp32, as on every CPU")]
+    return rows
+
+
+def _loader() -> str:
+    try:
+        import_module(".views.ffcv_import", __package__)
+    except ImportError as error:
+        if installed("ffcv") is None:
+            return "Pillow in worker processes, slower: ffcv is not installed"
+        return (
+            f"Pillow in worker processes, slower: ffcv is installed and cannot be loaded ({str(error).splitlines()[0]})"
+        )
+    return "ffcv, compiled: the fast one"
