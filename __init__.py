@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .common.errors import FailureError, MisuseError
+    from .common.factories import name_factory
     from .common.images.pack import PackConfig, pack
     from .common.store.encodings import Encoding
     from .common.store.reader import TargetStore
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 _HOME = {
     "common.store.encodings": ("Encoding",),
     "common.errors": ("FailureError", "MisuseError"),
+    "common.factories": ("name_factory",),
     "common.images.pack": ("PackConfig", "pack"),
     "common.views.loader": ("LoaderConfig",),
     "common.store.reader": ("TargetStore",),
@@ -140,6 +142,7 @@ __all__ = [
     "load_tuned",
     "lowshot",
     "make_plan",
+    "name_factory",
     "pack",
     "preset",
     "report",

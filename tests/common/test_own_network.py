@@ -77,6 +77,8 @@ def test_a_layer_is_pooled_by_the_smallest_part_that_takes_images(layer, entry, 
 def test_what_has_no_part_in_the_layer_is_not_trained():
     student = own(Detector(), "backbone.stem").train()
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    assert {name for name, p in student.model.named_parameters() if not p.requires_grad}.isdisjoint(student.moved)
+    assert not any(p.requires_grad for p in student.model.head.parameters())
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=1.0)
     student(torch.randn(4, 3, 16, 16)).square().sum().backward()
     optimiser.step()

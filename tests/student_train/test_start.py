@@ -150,7 +150,9 @@ def test_a_run_begins_with_another_ones_student_and_knows_its_normalisation(conf
 
 def test_a_run_goes_on_with_another_one_under_a_new_schedule(config, parent):
     """With everything that it had learned, the head and the optimiser's moments too: the first loss is no beginner's."""
+    optimiser = replace(NO_WARM_UP, weight_decay=0.3)
     child = replace(parent, out=config.out, student=replace(STUDENT, init=str(parent.out)), epochs=None, extend=3)
+    child = replace(child, optimiser=optimiser)
     notes: list[str] = []
     train_student(child, TrainProgress(note=notes.append))
     first, last = log_of(parent.out), log_of(child.out)
@@ -162,6 +164,8 @@ def test_a_run_goes_on_with_another_one_under_a_new_schedule(config, parent):
     before, after = (load_file(folder / "student.safetensors") for folder in (parent.out, child.out))
     assert any(not torch.equal(after[name], before[name]) for name in after)
     assert (child.out / "student_average.safetensors").exists()
+    groups = torch.load(child.out / "checkpoint.pt", weights_only=True)["state"]["optimiser"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}  # the new run's, not its parent's
     again: list[str] = []
     (parent.out / "checkpoint.pt").unlink()
     train_student(child, TrainProgress(note=again.append))  # is complete, and asks nothing of its parent

@@ -34,6 +34,15 @@ def test_the_store_of_a_run(tmp_path, words, store):
     assert [varied.store(cell) for cell in varied.cells()] == [Path("a.zarr"), None]
 
 
+def test_a_network_of_the_users_own_is_named_to_the_command_that_measures_it(tmp_path):
+    config = SweepConfig(tmp_path, ("data.beton",), (Variation.parse("student=mynets:small,resnet18"),))
+    measured = [config.commands(cell)[1] for cell in config.cells()]
+    assert [words[words.index("--student") + 1] if "--student" in words else None for words in measured] == [
+        "mynets:small",
+        None,
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "variations", "sentence"),
     [
