@@ -31,7 +31,9 @@ def serve(folder: Path, seconds: float) -> None:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        log_message = lambda *_: None  # noqa: E731
+
+        def log_message(self, format: str, *_: Any) -> None:
+            """Nothing."""
 
         def do_GET(self) -> None:
             time.sleep(seconds)
