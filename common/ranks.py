@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from .signals import ended_when_deaf, uninterrupted
 
 Result = TypeVar("Result")
 
+COMING = timedelta(minutes=5)
+"""That ranks wait for each other at the start."""
 PATIENCE = 20.0
 """Seconds that a rank waits for the others once it was asked to end."""
 ASKED_EVERY = 10
@@ -50,11 +53,29 @@ _by_itself = False
 
 
 def join_ranks() -> Ranks:
-    """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo."""
+    """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo.
+
+    FailureError: a rank has not come within ``COMING``. torchrun ends the others when one fails at its start, other launchers may
+    not, and torch by itself waits for half an hour.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        with ended_when_deaf(ABSENT, 2.0):  # torch waits half an hour for ranks that have died
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with ended_when_deaf(ABSENT, 2.0):
+            try:
+                store, rank, world_size = next(dist.rendezvous("env://", timeout=COMING))
+            except dist.DistError as error:
+                minutes = COMING.total_seconds() / 60
+                raise FailureError(
+                    f"not all {os.environ['WORLD_SIZE']} ranks have come within {minutes:g} minutes ({_first_line(error)}): look "
+                    "at what the others said, and start all of them again"
+                ) from None
+            store.set_timeout(dist.default_pg_timeout)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return current_ranks()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def current_ranks() -> Ranks:

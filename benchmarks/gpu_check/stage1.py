@@ -69,7 +69,7 @@ def cache(
     told: list[float] = []
     config = CacheConfig(
         data.path, out, TeacherConfig(teacher.name), get_recipe(RECIPE), views, encoding=Encoding("embedding", "float16"),
-        precision=precision, device=str(section.device), loader=LoaderConfig(batch_size=section.size(8, 64, 64)),
+        precision=precision, device=str(section.device), loader=LoaderConfig(batch_size=section.size(8, 128, 128)),
     )  # fmt: skip
     cache_teacher(config, CacheProgress(rows=lambda done, total: told.append(time.perf_counter())), teacher)
     return told[-1] - told[0], time.perf_counter() - told[-1]
@@ -81,7 +81,7 @@ def _compare(
     device = section.device
     teacher = random_teacher(name, device, k)
     embed = embedder(teacher, get_recipe(RECIPE), teacher.view_size, device, precision)
-    batch_size = section.size(8, 64, 64)
+    batch_size = section.size(8, 128, 128)
     loading = settled(LoaderConfig(batch_size=batch_size), device)
     loader = ViewLoader(data, get_recipe(RECIPE), 0, loading)
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)

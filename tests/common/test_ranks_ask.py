@@ -1,13 +1,15 @@
 """What ranks agree on. They are threads here; two processes train in tests/student_train/test_ranks.py."""
 
+import socket
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rob.common import ranks
-from rob.common.errors import MisuseError
+from rob.common.errors import FailureError, MisuseError
 from rob.common.ranks import ALONE, Ranks, by_itself, current_ranks, from_main, once_a_machine
 from support.rank_threads import World, ended_by
 
@@ -23,6 +25,22 @@ def test_rank_0_alone_looks_and_all_know(monkeypatch):
     found = world.run(lambda rank: ended_by(lambda: from_main(refuse), MisuseError))
     assert [str(error) for error in found] == ["taken"] * 3
     assert from_main(lambda: "alone") == "alone"
+
+
+def test_a_rank_whose_others_never_come_ends_in_a_sentence(monkeypatch):
+    """As where another one has not found its data, and no torchrun ends the rest."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "COMING", timedelta(seconds=1))
+    with pytest.raises(
+        FailureError, match=r"not all 2 ranks have come within .* minutes .*: look at what the others said"
+    ):
+        ranks.join_ranks()
+    assert current_ranks() is ALONE
 
 
 def test_one_rank_a_machine_compiles_before_the_others(monkeypatch):

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import support.ranks  # noqa: F401 (what the workers are forked with)
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.look.contents import inspect
-from rob.common.places import Folder
+from rob.common.places import Folder, place_of
 from rob.common.store.begun import half_written
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
@@ -109,6 +110,32 @@ def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: T
     assert tiny.contents(tmp_path / "a.zarr") == tiny.contents(whole.path)
     cache_teacher(config())  # a rank that comes late
     assert tiny.contents(tmp_path / "a.zarr") == tiny.contents(whole.path)
+
+
+def test_parts_in_a_bucket(data: Beton, headless: TeacherConfig, tmp_path):
+    """In another order, one of them killed in the middle and started again; the prototypes are fitted there, too."""
+    pytest.importorskip("obstore")
+    fitted = {"prototypes": 5}
+    whole = tiny.contents(tiny.tiny_store(tmp_path / "whole.zarr", data, headless, **fitted).path)
+    out = Path(f"{os.environ.get('ROB_TEST_BUCKET', 'memory://parts')}/a.zarr")
+    config = partial(tiny.tiny_cache_config, out, data, headless, **fitted)
+
+    def killed(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    cache_teacher(config(part="3/3"))
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(config(part="1/3"), CacheProgress(rows=killed))
+    for part in ("2/3", "1/3"):
+        cache_teacher(config(part=part))
+    place = place_of(out)
+    assert {name: place.read(name) for name in place.names()} == whole
+    assert not Path(str(out).partition("/")[0]).exists()  # no folder of the address's name
+    with pytest.raises(MisuseError, match=r"complete, with other settings .*view_ids"):
+        cache_teacher(config(views=3))  # nothing grows there
+    with pytest.raises(MisuseError, match="which a bucket is not for: use `encoding` embedding"):
+        cache_teacher(config(encoding=Encoding("dense")))
 
 
 def test_workers_of_other_settings_or_another_split_are_refused(data: Beton, headless: TeacherConfig, tmp_path):
