@@ -215,6 +215,40 @@ def test_a_server_that_fails_is_a_sentence_without_a_key(answers, monkeypatch):
         TargetStore.open("s3://b/t.zarr")
 
 
+def test_a_bucket_that_is_lost_in_the_middle_costs_nothing(tmp_path, monkeypatch):
+    """At each request of writing a store, and while targets are read: one sentence, and the same again goes on."""
+    manifest = manifest_of(ENCODINGS[1])
+    write(tmp_path / "t.zarr", manifest)
+    left = [0]
+
+    def lost(function):
+        def asked(self, *given):
+            left[0] -= 1
+            if left[0] == 0:
+                raise FailureError("the bucket is lost")
+            return function(self, *given)
+
+        return asked
+
+    for number in range(1, 80, 3):
+        out = Path(f"memory://lost/{number}.zarr")
+        with monkeypatch.context() as patch, pytest.raises(FailureError, match="is lost"):
+            for name in ("read", "write", "names", "exists", "remove"):
+                patch.setattr(bucket.Bucket, name, lost(getattr(bucket.Bucket, name)))
+            left[0] = number
+            write(out, manifest)
+        if not place_of(out).exists("zarr.json"):  # it was dropping what is under pending/
+            write(out, manifest)
+        found = {name: data for name, data in at(str(out)).items() if not name.startswith("pending/")}
+        assert found == files(tmp_path / "t.zarr")
+
+    with monkeypatch.context() as patch, pytest.raises(FailureError, match="is lost"):
+        patch.setattr(bucket.Bucket, "read_part", lost(bucket.Bucket.read_part))
+        left[0] = 3
+        with TargetPrefetcher(TargetStore.open(out), 8) as ahead:
+            list(ahead.epoch(np.arange(70)))
+
+
 # ==== packed images ====
 
 
