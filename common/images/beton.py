@@ -327,15 +327,20 @@ class Beton:
 
     def image(self, image_id: int) -> np.ndarray:
         """An image as (H, W, 3) uint8 RGB, a copy. Raises FailureError when its bytes are damaged."""
+        return np.array(self.picture(image_id))
+
+    def picture(self, image_id: int) -> Image.Image:
+        """The same as Pillow has it, which saves two copies where Pillow goes on with it."""
         self.check(np.array([image_id]))
         stored = self.encoded(image_id)
         if self.modes[image_id] == RAW:
-            return np.array(stored).reshape(self.heights[image_id], self.widths[image_id], 3)
+            return Image.fromarray(np.array(stored).reshape(self.heights[image_id], self.widths[image_id], 3))
         try:
             with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG", "MPO")) as image:
                 if image.size != (self.widths[image_id], self.heights[image_id]):
                     raise OSError("it is of another size than its row says")
-                return np.array(image)
+                image.load()
+                return image
         except (OSError, Image.DecompressionBombError) as error:
             raise FailureError(f"{self.path}: image {image_id} is damaged ({error}); pack the data again") from error
 

@@ -97,18 +97,18 @@ class _Batches(Dataset):
         drawn = [
             view_parameters(self.recipe, self.seed, ids[:, None], np.array(s.ids), heights, widths) for s in self.sets
         ]
-        views = [np.empty((len(ids), len(s.ids), s.size, s.size, 3), np.uint8) for s in self.sets]
+        views = [np.empty((len(ids), len(s.ids), 3, s.size, s.size), np.uint8) for s in self.sets]
         for b, image_id in enumerate(ids.tolist()):
             try:
-                image = Image.fromarray(self.data.image(image_id))
+                image = self.data.picture(image_id)
             except FailureError as error:
                 return error
             for crops, parameters in zip(views, drawn, strict=True):
                 for v, geometry in enumerate(parameters.geometry[b].tolist()):
-                    crops[b, v] = resize_view(image, geometry, crops.shape[2], self.recipe.cubic)
+                    crops[b, v] = resize_view(image, geometry, crops.shape[-1], self.recipe.cubic).transpose(2, 0, 1)
         return Batch(
             ids,
-            tuple(torch.from_numpy(v).permute(0, 1, 4, 2, 3).contiguous() for v in views),
+            tuple(map(torch.from_numpy, views)),
             tuple(torch.from_numpy(p.colour) for p in drawn),
         )
 
