@@ -6,12 +6,16 @@ and starts numba's threads, of which none is ever used here: with TBB a process 
 for ever.
 """
 
+from typing import Any
+
+import numba
 import numba.typed
 import torch
 
+_typed: Any = numba.typed  # which has its contents at run time alone
 _threads, _is_available = torch.get_num_threads(), torch.cuda.is_available
-_typed_dict, _start_threads = numba.typed.Dict, numba.set_num_threads
-torch.cuda.is_available, numba.typed.Dict, numba.set_num_threads = lambda: False, dict, lambda n: None
+_typed_dict, _start_threads = _typed.Dict, numba.set_num_threads
+torch.cuda.is_available, _typed.Dict, numba.set_num_threads = lambda: False, dict, lambda n: None
 try:
     import ffcv._libffcv as library
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -20,6 +24,6 @@ try:
     from ffcv.pipeline.compiler import Compiler
 finally:
     torch.set_num_threads(_threads)
-    torch.cuda.is_available, numba.typed.Dict, numba.set_num_threads = _is_available, _typed_dict, _start_threads
+    torch.cuda.is_available, _typed.Dict, numba.set_num_threads = _is_available, _typed_dict, _start_threads
 
 __all__ = ["Compiler", "Loader", "OSCacheManager", "OrderOption", "SimpleRGBImageDecoder", "library"]
