@@ -1,5 +1,6 @@
 """One step of training."""
 
+import warnings
 import weakref
 from copy import deepcopy
 from typing import Any
@@ -23,6 +24,13 @@ from .students import build_student, map_shape
 from .targets.branch import AnyTarget
 from .targets.space import TargetSpace
 from .train_config import TrainConfig
+
+
+def _parallel(model: nn.Module) -> DistributedDataParallel:
+    """Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch from 2.12 on, whose new option older ones do not know
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def check_replay(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
@@ -77,13 +85,7 @@ class Trainer:
         if compiled != "off":
             self.model.compile_backbone(replayed=self.replays)
         self.compiles = compiled != "off" or device.type == "cuda"
-        # Without broadcasts of rank 0's buffers: queues and centres are the same on all ranks, and only rank 0 saves.
-        alone = ranks.world_size == 1
-        self.parallel = (
-            self.model
-            if alone
-            else DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        )
+        self.parallel = self.model if ranks.world_size == 1 else _parallel(self.model)
         # Not for fp16: a fused one takes the scaler's verdict on the device, and whether a step was skipped stays unknown here.
         fused = device.type == "cuda" and config.precision != "fp16"
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size, fused)

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,8 @@ def server() -> Iterator[str]:
     if given := os.environ.get("ROB_S3_SERVER"):
         yield given
         return
-    if find_spec("moto") is None:
-        pytest.skip("needs moto, an S3 server (pip install 'moto[s3,server]'), or ROB_S3_SERVER")
+    needs = "needs moto, an S3 server (pip install 'moto[s3,server]'), or ROB_S3_SERVER"
+    pytest.importorskip("moto.server", reason=needs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
