@@ -11,18 +11,17 @@ A command that is done is not done again: killed, or called with more seeds, the
 
 import argparse
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from PIL import Image, ImageDraw
 
+from rob.benchmarks.processes import rob
 from rob.benchmarks.report import Report
+from rob.student_train.evaluate.detection.data import DetectionData, open_detection
 
 STAND_IN, STUDENT = "efficientnet_lite0", "mobilenetv2_050"
 CLASSES = ("background", "RBC", "WBC", "Platelets")
@@ -35,12 +34,6 @@ PROBE = "--layer -2"
 DETECTOR = "--side 240 --channels 64 --epochs 8 --batch-size 4 --lr 0.0005"
 
 
-def rob(*words: object) -> None:
-    """A command, in a process of its own, as a user has it."""
-    print("$ rob", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "rob", *map(str, words)], check=True)
-
-
 def prepare(data: Path, out: Path) -> tuple[Path, Path]:
     """BCCD's folder, and that of images and masks in folders ``train`` and ``test``."""
     bccd, cells = out / "BCCD", out / "cells"
@@ -48,28 +41,28 @@ def prepare(data: Path, out: Path) -> tuple[Path, Path]:
         with tarfile.open(data / "bccd.tar.xz") as file:
             file.extractall(out, filter="data")
         for part in ("train", "test"):
-            for stem in (bccd / "ImageSets" / "Main" / f"{part}.txt").read_text().split():
-                draw(bccd, stem, part, cells)
+            boxed = open_detection(bccd, part)
+            for image in boxed.images:
+                draw(boxed, image, cells, part)
         (cells / "classes.txt").write_text("\n".join(CLASSES) + "\n")
         (cells / "done").touch()
     return bccd, cells
 
 
-def draw(bccd: Path, stem: str, part: str, out: Path) -> None:
+def draw(data: DetectionData, image: dict[str, Any], out: Path, part: str) -> None:
     """One image and its mask."""
-    image = Image.open(bccd / "JPEGImages" / f"{stem}.jpg").convert("RGB")
-    mask, boxes = Image.new("L", image.size), []
-    for thing in ElementTree.parse(bccd / "Annotations" / f"{stem}.xml").iter("object"):
-        left, top, right, bottom = (
-            float(thing.findtext(f"bndbox/{side}", "0")) for side in ("xmin", "ymin", "xmax", "ymax")
-        )
-        if right > left and bottom > top:
-            area = (right - left) * (bottom - top)
-            boxes.append((area, (left, top, right, bottom), CLASSES.index(thing.findtext("name", ""))))
-    for _, box, label in sorted(boxes, reverse=True):
-        ImageDraw.Draw(mask).ellipse(box, fill=label)
-    for kind, picture, how in (("images", image, Image.Resampling.BICUBIC), ("masks", mask, Image.Resampling.NEAREST)):
-        path = out / kind / part / f"{stem}.png"
+    file = data.folder / image["file_name"]
+    photograph = Image.open(file).convert("RGB")
+    mask = Image.new("L", photograph.size)
+    for thing in sorted(data.annotations[image["id"]], key=lambda thing: thing["area"], reverse=True):
+        left, top, width, height = thing["bbox"]
+        label = CLASSES.index(data.categories[thing["category_id"]])
+        ImageDraw.Draw(mask).ellipse((left, top, left + width, top + height), fill=label)
+    for kind, picture, how in (
+        ("images", photograph, Image.Resampling.BICUBIC),
+        ("masks", mask, Image.Resampling.NEAREST),
+    ):
+        path = out / kind / part / f"{file.stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.resize(SIZE, how).save(path)
 

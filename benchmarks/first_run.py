@@ -14,8 +14,6 @@ A command that is done is not done again: killed, or called with more, the scrip
 
 import argparse
 import json
-import subprocess
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from xml.etree import ElementTree
 import torch
 from PIL import Image
 
+from rob.benchmarks.processes import rob
 from rob.benchmarks.report import Report
 
 STAND_IN = "efficientnet_lite0"
@@ -57,12 +56,6 @@ class Packed:
 
     train: Path
     test: Path
-
-
-def rob(*words: object) -> None:
-    """A command, in a process of its own, as a user has it."""
-    print("$ rob", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "rob", *map(str, words)], check=True)
 
 
 def prepare(name: str, data: Path, out: Path) -> Packed:

@@ -1,6 +1,7 @@
 """Runs, each a process of its own: some at a time, none begun after a time limit."""
 
 import multiprocessing
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,12 @@ import torch
 
 PRELOADED = ["rob.benchmarks.claims_run"]
 """What takes long to import, once for all runs."""
+
+
+def rob(*words: object) -> None:
+    """A command, in a process of its own, as a user has it."""
+    print("$ rob", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "rob", *map(str, words)], check=True)
 
 
 def do_all(work: Callable[[Any], None], jobs: Sequence[Any], at_once: int, deadline: float | None) -> int:

@@ -1,6 +1,5 @@
 """What is installed, which paths are fast here, and what brings what is missing."""
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -11,6 +10,10 @@ from importlib.util import find_spec
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from .cores import usable_cores
+from .errors import first_line
+from .shared_memory import PLACE
+
 FOR = {
     "ffcv": "the fast loader: one decode an image, compiled, on threads",
     "export": "rob export --to onnx, --int8",
@@ -19,6 +22,7 @@ FOR = {
     "litert": "rob export --to litert (an environment of its own)",
     "parquet": "rob embed to .parquet",
     "report": "rob report",
+    "buckets": "target stores and packed images at s3://, gs:// and az://",
     "tensorboard": "--logger tensorboard",
     "wandb": "--logger wandb",
     "mlflow": "--logger mlflow",
@@ -81,7 +85,7 @@ def machine() -> list[tuple[str, str]]:
     import torch
 
     rows = [("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")]
-    rows += [("cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}")]
+    rows += [("cores", f"{usable_cores()}")]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
         rows += [("GPU", f"{', '.join(names)}; CUDA {torch.version.cuda}")]
@@ -89,8 +93,8 @@ def machine() -> list[tuple[str, str]]:
         rows += [("GPU", "Apple's (--device mps)")]
     else:
         rows += [("GPU", "none that torch sees (on a machine with one: nvidia-smi)")]
-    if os.path.isdir("/dev/shm"):
-        rows += [("shared memory", f"{shutil.disk_usage('/dev/shm').free / 1e9:.1f} GB free in /dev/shm")]
+    if PLACE.is_dir():
+        rows += [("shared memory", f"{shutil.disk_usage(PLACE).free / 1e9:.1f} GB free in {PLACE}")]
     return rows
 
 
@@ -99,18 +103,20 @@ def paths() -> list[tuple[str, str]]:
     import torch
 
     from .device_settings import settings_path, stored_settings
+    from .run import choose_precision
 
     rows, on_gpu = [("images to views", _loader())], torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", torch.cuda.current_device())
-        kept = stored_settings(device) != type(stored_settings(device))()
+        settings = stored_settings(device)
+        kept = settings != type(settings)()
         fused = (
             "fused Triton kernels"
             if find_spec("triton")
             else "in tiles of torch: Triton is missing (pip install triton)"
         )
         rows += [("loss over prototypes", fused)]
-        half = torch.cuda.get_device_capability(device) >= (8, 0)
+        half = choose_precision(device, "auto") == "bf16"
         rows += [("precision", "bf16" if half else "fp32: bfloat16 is fast from compute capability 8 on")]
         known = f"known, {settings_path()}" if kept else "not measured: rob gpu-check times them once, in minutes"
         rows += [("fastest kernels of this GPU", known)]
@@ -127,7 +133,5 @@ def _loader() -> str:
     except ImportError as error:
         if installed("ffcv") is None:
             return "Pillow in worker processes, slower: ffcv is not installed"
-        return (
-            f"Pillow in worker processes, slower: ffcv is installed and cannot be loaded ({str(error).splitlines()[0]})"
-        )
+        return f"Pillow in worker processes, slower: ffcv is installed and cannot be loaded ({first_line(error)})"
     return "ffcv, compiled: the fast one"

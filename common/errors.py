@@ -27,6 +27,11 @@ def shortened(text: str, most: int, tail: bool = False) -> str:
     return f"...{text[-most + 3 :]}" if tail else f"{text[: most - 2]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line: its first that is not empty, else its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
     of_its_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

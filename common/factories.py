@@ -110,7 +110,7 @@ def _imported(name: str, setting: str) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(
             os.getcwd()
-        )  # last, so that a file there hides no installed package; the console script has it not
+        )  # the console script has it not; last, so that a file there hides no installed package
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # importing runs code

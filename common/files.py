@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import FailureError, MisuseError
+from .errors import FailureError, MisuseError, first_line
 
 LARGEST_FILE = 1 << 35
 """Bytes of one file that is read as a whole, unless less is asked for."""
@@ -166,15 +166,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in a RuntimeError
         kept = f"; the earlier {path.name} is kept" if path.exists() else ""
-        raise FailureError(f"cannot write {path}: {_first_line(error)}{kept}") from error
+        raise FailureError(f"cannot write {path}: {_reason(error)}{kept}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """The operating system's words where there are any: they say "No space left on device", torch's do not."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return cause.strerror or str(cause) if isinstance(cause, OSError) else str(error).splitlines()[0]
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else first_line(error)
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -143,10 +143,8 @@ def _option(what: Described) -> inspect.Parameter:
         names = [setting.option] if setting.option else []
         panel = group_of(what.owner)
         info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high, rich_help_panel=panel)
-        SPELLING[what.name] = "--" + what.name.replace("_", "-")
-        if SPELLING.get(what.field) != "--" + what.field.replace(
-            "_", "-"
-        ):  # else the name of an option, of whatever command
+        SPELLING[what.name] = _dashed(what.name)
+        if SPELLING.get(what.field) != _dashed(what.field):  # else it is the name of an option, of whatever command
             SPELLING[what.field] = SPELLING[what.name]
     empty = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty)
@@ -169,3 +167,7 @@ def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
         return tuple(value) if isinstance(value, list) else value
     known = partial(config, **given_fields(config, values, instead=words_of(annotation)))
     return known if get_origin(setting_of(annotation)[0]) is partial else known()
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -86,9 +86,8 @@ class OwnNetwork(nn.Module):
 
         def see(*seen: Any) -> None:
             found.append(seen[1][0] if before else seen[2])
-            if (
-                not torch.compiler.is_exporting()
-            ):  # what follows is not wanted, and its BatchNorms are to stay as they are
+            # What follows is not wanted, and its BatchNorms are to stay as they are.
+            if not torch.compiler.is_exporting():
                 raise _Enough
 
         # for one pass only: a hook that stayed would be that of the original in every copy

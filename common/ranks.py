@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .errors import FailureError, MisuseError
+from .errors import FailureError, MisuseError, first_line
 from .signals import ended_when_deaf, uninterrupted
 
 Result = TypeVar("Result")
@@ -65,17 +65,13 @@ def join_ranks() -> Ranks:
             except dist.DistError as error:
                 minutes = COMING.total_seconds() / 60
                 raise FailureError(
-                    f"not all {os.environ['WORLD_SIZE']} ranks have come within {minutes:g} minutes ({_first_line(error)}): look "
+                    f"not all {os.environ['WORLD_SIZE']} ranks have come within {minutes:g} minutes ({first_line(error)}): look "
                     "at what the others said, and start all of them again"
                 ) from None
             store.set_timeout(dist.default_pg_timeout)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return current_ranks()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def current_ranks() -> Ranks:

@@ -60,19 +60,18 @@ def embedder(
     view_size: int,
     device: torch.device,
     precision: str,
-    at_once: int | None = None,
-) -> Callable[[Batch], Tensor]:
-    """The function from a batch, whose last view set has V views of ``view_size`` pixels a side, to their embeddings (B, V, D)
+) -> Callable[..., Tensor]:
+    """The function of a batch, whose last view set has V views of ``view_size`` pixels a side, to their embeddings (B, V, D)
     float32 on ``device``, where ``teacher`` is already.
 
-    With ``at_once``, B or more, the teacher sees one view of so many images at a time, empty ones behind a short batch: a last
-    bit goes by how many there are, and must not by how many views an image has, or where the data end.
+    It may be given ``at_once``, B or more: the teacher then sees one view of so many images at a time, empty ones behind a short
+    batch. A last bit goes by how many there are, and must not by how many views an image has, or where the data end.
     """
     teacher = cast_once(teacher, device, precision)
     views_of = _views(teacher, recipe, view_size, device, precision)
 
     @torch.inference_mode()
-    def embed(batch: Batch) -> Tensor:
+    def embed(batch: Batch, at_once: int | None = None) -> Tensor:
         with autocast(device, precision):
             return _in_parts(lambda images: (teacher(images).float(),), views_of(batch), at_once)[0]
 
@@ -85,14 +84,13 @@ def dense_embedder(
     view_size: int,
     device: torch.device,
     precision: str,
-    at_once: int | None = None,
-) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """As ``embedder``, with the backbone's maps (B, V, C, h, w) beside the embeddings."""
     teacher = cast_once(teacher, device, precision)
     views_of = _views(teacher, recipe, view_size, device, precision)
 
     @torch.inference_mode()
-    def embed(batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(batch: Batch, at_once: int | None = None) -> tuple[Tensor, Tensor]:
         with autocast(device, precision):
             embedding, features = _in_parts(teacher.with_map, views_of(batch), at_once)
         return embedding.float(), features

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..common.errors import MisuseError
+from ..common.errors import MisuseError, first_line
 from ..common.files import first_difference
 from ..common.weights import hash_weights
 from .begun import as_begun, read_begun
@@ -27,14 +27,13 @@ class Parent:
     told: Mapping[str, Any]
 
 
-def settings_of_parent(config: TrainConfig) -> dict[str, Any]:
-    """Those of the run that ``config`` extends. MisuseError: there is none that could go on."""
-    run = Path(config.student.init or "")
-    settings = read_begun(run)
+def settings_of_parent(run: str | None, epochs: int | None) -> dict[str, Any]:
+    """Those of the run that is extended by ``epochs``. MisuseError: none is named, or it could not go on."""
+    if run is None:
+        raise MisuseError(f"`extend` {epochs} goes on with another run: give its folder as `init` RUN")
+    settings = read_begun(Path(run))
     if settings is None:
-        raise MisuseError(
-            f"`extend` {config.extend}: {run} has no checkpoint.pt and config.json of a run that could go on"
-        )
+        raise MisuseError(f"`extend` {epochs}: {run} has no checkpoint.pt and config.json of a run that could go on")
     return settings
 
 
@@ -100,8 +99,7 @@ def take_over(state: Mapping[str, Any], parent: Parent) -> None:
                 saved = {**saved, "param_groups": groups}
             part.load_state_dict(saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise MisuseError(
-                f"`extend`: what {parent.run} has of its {name} does not fit this run ({reason}): give the settings that it had, "
-                "or leave `extend` out to begin a new run with its weights"
+                f"`extend`: what {parent.run} has of its {name} does not fit this run ({first_line(error)}): give the settings "
+                "that it had, or leave `extend` out to begin a new run with its weights"
             ) from error

@@ -96,7 +96,7 @@ def plan_run(
     if begun is not None:
         config = as_begun(replace(config, epochs=config.extend or config.epochs), begun)
     elif config.extend:
-        config = as_parent(config, settings_of_parent(config))
+        config = as_parent(config, settings_of_parent(config.student.init, config.extend))
     assert isinstance(config.objective, ObjectiveConfig)
     share = OBJECTIVES[config.objective.name].patch_drop
     config = replace(config, student=with_usual_patch_drop(config.student, share))

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from ..common.errors import FailureError, MisuseError
+from ..common.errors import FailureError, MisuseError, first_line
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
 from ..common.places import is_address, shown
 from ..common.ranks import ALONE, Ranks, from_main
@@ -115,9 +115,8 @@ class RunFolder:
                 self._health = list(saved["health"].to(device))
                 self._lines = saved.get("lines")
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise FailureError(
-                    f"{self.checkpoint} is not of this run, or of another rob ({reason}): delete it to start afresh"
+                    f"{self.checkpoint} is not of this run, or of another rob ({first_line(error)}): delete it to start afresh"
                 ) from error
         if not self.ranks.is_main:
             return step

@@ -52,9 +52,8 @@ def begin(backbone: nn.Module, student: StudentConfig) -> str:
     expected = {name: t for name, t in whole.state_dict().items() if not name.endswith(COUNTER)}
     tensors, source = _tensors(backbone, student)
     fits = _fitting(expected, tensors)
-    if len(fits) < len(expected) and not is_own(
-        student.name
-    ):  # other names, or positions of another size: timm knows them
+    # Other names, or positions of another size: timm knows them.
+    if len(fits) < len(expected) and not is_own(student.name):
         other = converted(backbone, tensors)
         if len(better := _fitting(expected, other)) > len(fits):
             tensors, fits = other, better

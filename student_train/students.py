@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common.errors import MisuseError, unknown_name
+from ..common.errors import MisuseError, first_line, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, is_own
 from ..common.own_network import OwnNetwork
 from ..common.patches import feature_map
@@ -165,7 +165,7 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
     try:
         _forward_one(backbone, size)
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise MisuseError(f"the network cannot take images of {size} x {size} px: {reason}") from error
 
 

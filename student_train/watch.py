@@ -2,17 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from ..common.errors import FailureError
 from ..common.exported import StudentInfo
-from ..common.files import read_regular, replacing
-from ..common.records import DamagedError, sealed, unsealed
+from ..common.files import replacing
 from .checkpoint import BEST_NAME, export_weights
-from .evaluate.yardstick import KNN_NAME, Outcome, Yardstick, record
-from .run_folder import LARGEST_LOG
+from .evaluate.yardstick import KNN_NAME, Measured, Outcome, Yardstick, record, recorded
 
 
 class Watch:
@@ -33,18 +29,18 @@ class Watch:
     ) -> None:
         self.yardstick, self.run, self.info, self.patience, self.note = yardstick, run, info, patience, note
         self.best, self.best_epoch, self.last, self.looks_since = float("-inf"), 0, float("nan"), 0
-        kept = [line for line in _lines(run / KNN_NAME) if line["step"] <= step]  # the rest is measured again
+        kept = [one for one in recorded(run) if one.step <= step]  # the rest is measured again
         if (run / KNN_NAME).exists():
             with replacing(run / KNN_NAME) as file:
-                file.write(b"".join(map(sealed, kept)))
+                file.write(b"".join(one.line() for one in kept))
         if (run / BEST_NAME).exists():
-            for line in kept:
-                self._count(line["student"], line["epoch"])
+            for one in kept:
+                self._count(one.outcome.student, one.epoch)
 
     def look(self, backbone: nn.Module, epoch: int, step: int) -> Outcome:
         """Measure after ``epoch`` epochs, which are ``step`` steps, and keep the student if it is the best so far."""
         found = self.yardstick.measure(backbone)
-        record(self.run, epoch, step, found)
+        record(self.run, Measured(step, epoch, found))
         if self._count(found.student, epoch):
             export_weights(backbone, self.info, self.run / BEST_NAME)
         self.note(f"epoch {epoch}: {found.sentence}")
@@ -69,23 +65,3 @@ class Watch:
             return ""
         of = f"the student of epoch {self.best_epoch}, {self.best:.1f}, where the last has {self.last:.1f}"
         return f"{self.run / BEST_NAME}: {of}"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """FailureError: a line is damaged."""
-    found = []
-    lines = read_regular(path, LARGEST_LOG).splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            values = unsealed(line, dict[str, Any])
-            found.append(
-                values
-                | {"step": int(values["step"]), "epoch": int(values["epoch"]), "student": float(values["student"])}
-            )
-        except DamagedError as problem:
-            raise FailureError(f"{path}: line {number} {problem}: delete that line") from None
-        except (KeyError, TypeError, ValueError):
-            raise FailureError(f"{path}: line {number} is not what a run writes: delete that line") from None
-    return found

@@ -156,18 +156,18 @@ def _write_store(
         if growth is None:
             progress.note(f"{shown(path)} is complete already: nothing to do")
         return True
-    refuse_what_is_in_the_way(path, manifest, share)  # refuses what is in the way, before the teacher runs
-    if growth is not None:
+    refuse_what_is_in_the_way(path, manifest, share)  # before the teacher runs
+    if growth is None:
+        store_bytes = bytes_per_view_of(config, teacher, manifest.patch_encoding)
+    else:
         progress.note(f"{config.out}: {growth.says}")
-    store_bytes = bytes_per_view_of(config, teacher, manifest.patch_encoding)
-    if growth is not None:
         store_bytes = {path: manifest.bytes_per_view}
     views = data.num_images * config.views
     refuse_what_will_not_fit(config.out, {path: views * bytes_ for path, bytes_ in store_bytes.items()})
     patches = manifest.patch_encoding
     seen = teacher, config.recipe, manifest.view_size, device, config.precision
     dense = None if patches is None else dense_embedder(*seen)
-    embed = embedder(*seen) if dense is None else lambda batch: dense(batch)[0]  # to be tried
+    embed = embedder(*seen) if dense is None else lambda batch, at_once=None: dense(batch, at_once)[0]
     # Tried before anything is begun: the teacher may not take views of this size.
     new_views = manifest.view_ids if growth is None else growth.new_views
     few = min(config.loader.batch_size, max(1, TRIAL_VIEWS // len(new_views)))
@@ -178,12 +178,12 @@ def _write_store(
         return True
     of_patches: Mapping[str, np.ndarray] = {}
     batch_size = fitting_batch(config.loader.batch_size, manifest.chunk_rows)
-    whole = embedder(*seen, batch_size)
-    says = lambda batch: (whole(batch), {})  # noqa: E731
-    if patches is not None and dense is not None:
+    if patches is None or dense is None:
+        says = lambda batch: (embed(batch, batch_size), {})  # noqa: E731
+    else:
         make = partial(fixed_arrays, patches, config, data, teacher, manifest.view_size, dense, progress.note)
         of_patches = writer.kept("patches", make) if growth is None else growth.store.statistics
-        says = with_patches(patches, teacher, dense_embedder(*seen, batch_size), of_patches, device)
+        says = with_patches(patches, teacher, partial(dense, at_once=batch_size), of_patches, device)
     if batch_size != config.loader.batch_size:
         progress.note(
             f"batches of {batch_size} images, not {config.loader.batch_size}: "

@@ -27,6 +27,8 @@ from .share import together
 Arrays = dict[str, np.ndarray]
 OF_FITTED = ("num_prototypes", "head", "teacher_temp")
 """What a store has of the prototypes that were fitted to it, and nobody asks for."""
+SUMS = ("embedding_sum", "usage")
+"""Statistics that are added up over all views."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,6 @@ class Growth:
             return None
         rows = torch.from_numpy(prototypes).to(device)
         return lambda embedding: _read_back(stored_as, embedding) @ rows.T
-
-
-SUMS = ("embedding_sum", "usage")
-"""Statistics that are added up over all views."""
 
 
 def _read_back(encoding: Encoding, embedding: Tensor) -> Tensor:

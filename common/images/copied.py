@@ -6,6 +6,7 @@ off goes on where it was. Of the processes of one machine the first copies, and 
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,10 +74,10 @@ def _copy(
     """The pieces that ``part`` lacks, behind those it has."""
     done = part.stat().st_size if part.exists() else 0
     done = 0 if done > size else done
-    free = os.statvfs(part.parent)
-    if size - done > free.f_bavail * free.f_frsize:
+    free = shutil.disk_usage(part.parent).free
+    if size - done > free:
         raise MisuseError(
-            f"{address} takes {size / 1e9:,.1f} GB, and {free.f_bavail * free.f_frsize / 1e9:,.1f} are free in {part.parent}: "
+            f"{address} takes {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free in {part.parent}: "
             f"give `local_dir` another disk, or set {FOLDER}"
         )
     with open(part, "r+b" if part.exists() else "w+b") as file, ThreadPoolExecutor(AT_ONCE) as pool:

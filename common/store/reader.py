@@ -27,7 +27,7 @@ from torch import Tensor
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
-from ..errors import FailureError, MisuseError
+from ..errors import FailureError, MisuseError, first_line
 from ..images.manifest import PackManifest
 from ..places import Folder, local_path, place_of
 from ..records import LARGEST, parsed
@@ -216,8 +216,7 @@ class TargetStore:
                 raise ValueError("its checksum does not match")
             return values
         except Exception as error:  # zarr and its codecs raise about every kind on a damaged file
-            reason = f"{error}".partition("\n")[0] or type(error).__name__
-            message = f"{self.place}: array {name!r} is damaged ({reason}): delete the store and {AGAIN}"
+            message = f"{self.place}: array {name!r} is damaged ({first_line(error)}): delete the store and {AGAIN}"
             raise FailureError(message) from None
 
     def _index(self, name: str, shard: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ...common.errors import MisuseError
@@ -30,15 +29,9 @@ def as_parent(
 
     MisuseError: there is no such run, or one whose student is of somebody's own code and is not named.
     """
-    from ..begun import read_begun
+    from ..extension import settings_of_parent
 
-    if student.init is None:
-        raise MisuseError(
-            f"`extend` {config.keywords['extend']} goes on with another run: give its folder as `init` RUN"
-        )
-    settings = read_begun(Path(student.init))
-    if settings is None:
-        raise MisuseError(f"`extend`: {student.init} has no checkpoint.pt and config.json of a run that could go on")
+    settings = settings_of_parent(student.init, config.keywords["extend"])
     told = settings.get("student")
     if isinstance(told, dict) and "student" not in typed and is_factory(str(told.get("name"))):
         raise MisuseError(

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from ...common.errors import MisuseError, unknown_name
+from ...common.errors import MisuseError, first_line, unknown_name
 from ...common.files import is_inside, read_regular
 from ...common.images.beton import Beton
 from ...common.images.pack import PackConfig, pack
@@ -82,9 +82,8 @@ def open_task(name: str, root: Path, download: bool = False) -> Sources:
     try:
         return task.open(root, download)
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # absent, or not as it should be
-        reason = str(error).splitlines()[0]
         remedy = "; or pass `download`" if task.can_download and not download else ""
-        raise MisuseError(f"{name} is not in {root} ({reason}). {task.needs}{remedy}") from None
+        raise MisuseError(f"{name} is not in {root} ({first_line(error)}). {task.needs}{remedy}") from None
 
 
 def packed_task(

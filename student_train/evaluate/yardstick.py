@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.files import append_to, replacing
+from ...common.errors import FailureError
+from ...common.files import append_to, read_regular, replacing
 from ...common.images.beton import Beton
 from ...common.look.neighbours import unit_vectors
-from ...common.records import sealed
+from ...common.records import DamagedError, sealed, typed, unsealed
 from ...common.run import exact_products
 from ...common.store.codec import decode
 from ...common.store.reader import TargetStore
 from ...common.views.config import LoaderConfig
-from ..run_folder import read_log
+from ..run_folder import LARGEST_LOG, read_log
 from ..students import StudentConfig, describe_student
 from .features import Features
 from .knn import knn
@@ -85,6 +86,19 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A line of ``knn.jsonl``: what was found after ``epoch`` epochs, which are ``step`` steps."""
+
+    step: int
+    epoch: int
+    outcome: Outcome
+
+    def line(self) -> bytes:
+        """As it is in the file."""
+        return sealed({"epoch": self.epoch, "step": self.step, **self.outcome.to_json()})
 
 
 class Yardstick:
@@ -245,7 +259,23 @@ def write_outcome(run: Path, outcome: Outcome) -> None:
         file.write(sealed(outcome.to_json(), indent=2))
 
 
-def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
+def record(run: Path, found: Measured) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
     with append_to(run / KNN_NAME) as file:
-        file.write(sealed({"epoch": epoch, "step": step, **outcome.to_json()}))
+        file.write(found.line())
+
+
+def recorded(run: Path) -> list[Measured]:
+    """The lines of ``knn.jsonl``, without one that was cut off. FailureError: one is damaged."""
+    path, found = run / KNN_NAME, []
+    lines = read_regular(path, LARGEST_LOG).splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            values = unsealed(line, dict[str, Any])
+            step, epoch = typed(int, values.pop("step", None), "step"), typed(int, values.pop("epoch", None), "epoch")
+            found.append(Measured(step, epoch, typed(Outcome, values)))
+        except DamagedError as problem:
+            raise FailureError(f"{path}: line {number} {problem}: delete that line") from None
+    return found

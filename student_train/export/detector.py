@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import FailureError, MisuseError, first_line
 from ...common.exported import StudentInfo
 from ...common.images.beton import Beton
 from ...common.run import versions
@@ -205,8 +205,7 @@ def write_detector(
                 opset_version=opset,
             )
         except Exception as error:  # the exporter has errors of its own, about this and that
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise FailureError(f"{name} does not become ONNX of `opset` {opset}: {reason[0]}") from error
+            raise FailureError(f"{name} does not become ONNX of `opset` {opset}: {first_line(error)}") from error
     save_onnx(onnx.load(path), facts, path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import FailureError, MisuseError, first_line
 from ...common.exported import StudentInfo
 from .input_form import WithInput
 
@@ -73,8 +73,7 @@ def in_a_sentence(network: str, file: str, runtime: str) -> Iterator[None]:
     except OSError as error:
         raise FailureError(f"cannot write {file}: {error.strerror or error}") from error
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise FailureError(f"{network} does not become {file} by {runtime}: {reason}") from error
+        raise FailureError(f"{network} does not become {file} by {runtime}: {first_line(error)}") from error
 
 
 def run_module(module: nn.Module) -> Runner:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import FailureError, MisuseError, first_line
 from ...common.files import read_regular
 from ...common.records import DamagedError, NoChecksumError, crc32c
 from .config import INPUTS
@@ -131,8 +131,7 @@ class OnnxBackbone:
         except DamagedError as problem:
             raise MisuseError(f"{path} {problem}: export it again") from None
         except Exception as error:  # onnxruntime has a class of its own for each reason
-            reason = str(error).strip().splitlines()[0]
-            raise MisuseError(f"{path} is damaged or no ONNX file ({reason}): export it again") from None
+            raise MisuseError(f"{path} is damaged or no ONNX file ({first_line(error)}): export it again") from None
         told = session.get_modelmeta().custom_metadata_map.get(FACTS)
         try:
             facts = json.loads(told or "")

@@ -7,23 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import FailureError, MisuseError
-from ...common.files import read_regular
-from ...common.records import DamagedError, read_record, typed, unsealed
+from ...common.records import read_record
 from ..checkpoint import WEIGHTS_NAME
 from ..evaluate.results import read_results
-from ..evaluate.yardstick import KNN_NAME, OUTCOME_NAME, Outcome
+from ..evaluate.yardstick import OUTCOME_NAME, Measured, Outcome, recorded
 from ..export.card import read_settings
 from ..export.exported_file import ExportedFile, read_exports
-from ..run_folder import LARGEST_LOG, LogLine, read_log
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A line of ``knn.jsonl``."""
-
-    step: int
-    epoch: int
-    outcome: Outcome
+from ..run_folder import LogLine, read_log
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ def _read(name: str, folder: Path) -> Run:
             folder,
             read_settings(folder),
             read_log(folder),
-            _measured(folder / KNN_NAME),
+            _measured(folder),
             read_record(outcome, Outcome, "delete it") if outcome.exists() else None,
             read_results(folder),
             read_exports(folder),
@@ -90,17 +80,7 @@ def _read(name: str, folder: Path) -> Run:
         raise MisuseError(str(problem)) from None
 
 
-def _measured(path: Path) -> list[Measured]:
+def _measured(folder: Path) -> list[Measured]:
     """A step that was measured again, after a kill, counts as it was last."""
-    found: dict[int, Measured] = {}
-    lines = read_regular(path, LARGEST_LOG).splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            values = unsealed(line, dict[str, Any])
-            step, epoch = typed(int, values.pop("step", None), "step"), typed(int, values.pop("epoch", None), "epoch")
-            found[step] = Measured(step, epoch, typed(Outcome, values))
-        except DamagedError as problem:
-            raise FailureError(f"{path}: line {number} {problem}: delete that line") from None
+    found = {one.step: one for one in recorded(folder)}
     return [found[step] for step in sorted(found)]

@@ -5,13 +5,10 @@ import pytest
 from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
-from rob.student_train.objectives import ObjectiveConfig
-from rob.student_train.targets.cached import Cached
-from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.train_config import TrainConfig
 from rob.teacher_cache.teachers import TeacherConfig
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
-from support.training import LOADER, NO_WARM_UP, STUDENT
+from support.training import LOADER, small_run
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +33,4 @@ def store(data, teacher, tmp_path_factory) -> TargetStore:
 @pytest.fixture
 def config(data, store, tmp_path) -> TrainConfig:
     """Four epochs of three steps, one target view a step, a line a step."""
-    return TrainConfig(
-        data=data.path,
-        out=tmp_path / "run",
-        student=STUDENT,
-        targets=Cached(store.path),
-        objective=ObjectiveConfig(hidden_dim=32, bottleneck=16),
-        pairing=PairingConfig("same", step_targets=1),
-        optimiser=NO_WARM_UP,
-        epochs=4,
-        device="cpu",
-        loader=LOADER,
-        log_every=1,
-    )
+    return small_run(data.path, store, tmp_path / "run")

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rob.common.errors import MisuseError
-from rob.student_train.config import OptimiserConfig, PairingConfig
+from rob.student_train.config import OptimiserConfig
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.start import begin, with_start
 from rob.student_train.students import StudentConfig, build_student, describe_student
-from rob.student_train.targets.cached import Cached
 from rob.student_train.train import TrainProgress, train_student
 from rob.student_train.train_config import TrainConfig
-from support.training import LOADER, NO_WARM_UP, STEPS_PER_EPOCH, STUDENT, log_of
+from support.training import NO_WARM_UP, STEPS_PER_EPOCH, STUDENT, log_of, small_run
 
 RESNET = StudentConfig("test_resnet", 32, small_images=False)
 
@@ -101,20 +100,7 @@ def test_pretrained_weights_bring_their_normalisation():
 @pytest.fixture(scope="module")
 def finished(data, store, tmp_path_factory) -> TrainConfig:
     """Two epochs of a run, with an average. Not to be changed."""
-    finished = TrainConfig(
-        data=data.path,
-        out=tmp_path_factory.mktemp("finished") / "parent",
-        student=STUDENT,
-        targets=Cached(store.path),
-        objective=ObjectiveConfig(hidden_dim=32, bottleneck=16),
-        pairing=PairingConfig("same", step_targets=1),
-        optimiser=NO_WARM_UP,
-        epochs=2,
-        average=0.9,
-        device="cpu",
-        loader=LOADER,
-        log_every=1,
-    )
+    finished = small_run(data.path, store, tmp_path_factory.mktemp("finished") / "parent", epochs=2, average=0.9)
     train_student(finished)
     return finished
 

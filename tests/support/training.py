@@ -13,9 +13,12 @@ from rob.common.records import sealed
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import Recipe
+from rob.student_train.config import PairingConfig
+from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
 from rob.student_train.targets.branch import RunContext
+from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.online import Online, OnlineTargets
 from rob.student_train.train import train_student
 from rob.student_train.train_config import TrainConfig
@@ -26,6 +29,24 @@ LOADER = LoaderConfig("torch", batch_size=8, workers=1)
 STEPS_PER_EPOCH = 3
 STUDENT = StudentConfig("test_resnet", 32)
 NO_WARM_UP = OptimiserConfig(warmup_epochs=0)
+
+
+def small_run(data: Path, store: TargetStore, out: Path, **changes: Any) -> TrainConfig:
+    """Four epochs of three steps, one target view a step, a line a step."""
+    usual = TrainConfig(
+        data=data,
+        out=out,
+        student=STUDENT,
+        targets=Cached(store.path),
+        objective=ObjectiveConfig(hidden_dim=32, bottleneck=16),
+        pairing=PairingConfig("same", step_targets=1),
+        optimiser=NO_WARM_UP,
+        epochs=4,
+        device="cpu",
+        loader=LOADER,
+        log_every=1,
+    )
+    return replace(usual, **changes)
 
 
 def log_line(**values: Any) -> bytes:

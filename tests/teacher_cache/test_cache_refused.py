@@ -148,8 +148,8 @@ def answering(monkeypatch, value: float, *image_ids: int) -> None:
     def embedder(*args):
         embed = real(*args)
 
-        def changed(batch):
-            embedding = embed(batch)
+        def changed(batch, at_once=None):
+            embedding = embed(batch, at_once)
             embedding[np.isin(batch.image_ids, image_ids)] = value
             return embedding
 

@@ -11,7 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from ....common.errors import MisuseError
+from ....common.errors import MisuseError, first_line
 from ....common.own_network import OwnNetwork
 from ...students import StudentInfo
 
@@ -116,7 +116,7 @@ class Pyramid(nn.Module):
             image = torch.zeros(1, 3, PROBE, 2 * PROBE)
             return self.backbone.eval().forward_intermediates(image, intermediates_only=True)  # pyright: ignore
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise MisuseError(
                 f"the student cannot take images of other sizes than it was made for: {reason}"
             ) from error
