@@ -8,7 +8,7 @@ from torch import nn
 from ..common.exported import StudentInfo
 from ..common.files import replacing
 from .checkpoint import BEST_NAME, export_weights
-from .evaluate.yardstick import KNN_NAME, Measured, Outcome, Yardstick, record, recorded
+from .evaluate.yardstick import KNN_NAME, Outcome, Yardstick, record, recorded
 
 
 class Watch:
@@ -40,7 +40,7 @@ class Watch:
     def look(self, backbone: nn.Module, epoch: int, step: int) -> Outcome:
         """Measure after ``epoch`` epochs, which are ``step`` steps, and keep the student if it is the best so far."""
         found = self.yardstick.measure(backbone)
-        record(self.run, Measured(step, epoch, found))
+        record(self.run, epoch, step, found)
         if self._count(found.student, epoch):
             export_weights(backbone, self.info, self.run / BEST_NAME)
         self.note(f"epoch {epoch}: {found.sentence}")

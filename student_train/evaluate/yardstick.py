@@ -259,10 +259,10 @@ def write_outcome(run: Path, outcome: Outcome) -> None:
         file.write(sealed(outcome.to_json(), indent=2))
 
 
-def record(run: Path, found: Measured) -> None:
+def record(run: Path, epoch: int, step: int, outcome: Outcome) -> None:
     """Adds a line to ``knn.jsonl``: the student in the course of the run."""
     with append_to(run / KNN_NAME) as file:
-        file.write(found.line())
+        file.write(Measured(step, epoch, outcome).line())
 
 
 def recorded(run: Path) -> list[Measured]:
