@@ -47,13 +47,14 @@ from .teachers import Teacher, load_teacher
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show, each of which may be left out: the plan, the rows done, notes, and the batches that prototypes
-    were fitted to."""
+    """What a caller may show, each of which may be left out: the plan, the rows done, notes, the batches that prototypes were
+    fitted to, and what is being waited for meanwhile."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
     note: Callable[[str], None] = lambda text: None
     fitting: Callable[[int, int], None] = lambda done, total: None
+    say: Callable[[str], None] = lambda text: None
 
 
 def cache_teacher(
@@ -78,6 +79,7 @@ def cache_teacher(
     check_loader(config.loader, device)
     config = replace(config, loader=settled(config.loader, device, begun_geometry(config)))
     data = Beton(config.data, config.local_dir)
+    progress.say("loading the teacher")
     teacher = (teacher or load_teacher(config.teacher)).to(device)
     check_asked(config, data, teacher)
     patches = patch_encoding(config, data, teacher, progress.note)
@@ -171,6 +173,7 @@ def _write_store(
     # Tried before anything is begun: the teacher may not take views of this size.
     new_views = manifest.view_ids if growth is None else growth.new_views
     few = min(config.loader.batch_size, max(1, TRIAL_VIEWS // len(new_views)))
+    progress.say("trying the teacher on a few views, for the plan")
     trial = ViewLoader(data, config.recipe, config.seed, replace(config.loader, batch_size=few))
     speed = views_per_second(embed, trial, few, ViewSet(new_views, manifest.view_size), data.num_images)
     writer = share.join(path, manifest)
