@@ -83,7 +83,9 @@ class GroupedCommand(TyperCommand):
         arguments = [p for p in self.get_params(ctx) if not isinstance(p, TyperOption)]
         groups: dict[str, list[Any]] = {"Arguments": arguments}
         for option in options:
-            groups.setdefault(option.rich_help_panel or "Targets", []).append(option)
+            groups.setdefault(option.rich_help_panel or GROUPS[""], []).append(option)
+        if "targets" not in {option.name for option in options}:
+            groups = {"Options" if title == GROUPS[""] else title: members for title, members in groups.items()}
         for title, members in groups.items():
             records = [record for member in members if (record := member.get_help_record(ctx)) is not None]
             if records:

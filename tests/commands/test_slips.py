@@ -70,4 +70,9 @@ def test_a_sweep_tries_the_words_of_every_cell_before_the_first_run(refused, mad
     out = tmp_path / "sweep"
     words = ("--vary", "epochs=1,0", "--device", "cpu", "--", made.data, "--targets", made.store)
     refused(2, r"rob train-student .*--epochs 0 .*: Invalid value for '--epochs'", "sweep", out, *words)
+    for vary, said in (
+        ("student=resnet18,resnt18", "unknown student 'resnt18'"),
+        ("objective=dinoo", "did you mean dino"),
+    ):
+        refused(2, said, "sweep", out, "--vary", vary, *words[2:])
     assert not out.exists()
