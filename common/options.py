@@ -74,6 +74,11 @@ class GroupedCommand(TyperCommand):
                 words += [part.strip() for part in word.split(",", several[words[-1]] - 1)]
             else:
                 words.append(word)
+        for place, name in enumerate(words):
+            values = words[place + 1 : place + 1 + several.get(name, 0)]
+            if name in several and (len(values) < several[name] or any(value.startswith("--") for value in values)):
+                example = "0.5,1" if several[name] == 2 else "0.5,0.5,0.5"
+                raise MisuseError(f"{name} takes {several[name]} numbers: {name} {example}")
         return super().parse_args(ctx, words)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -91,6 +91,8 @@ def test_a_range_may_have_a_comma(rob, made, tmp_path):
         outcome = rob("views", tmp_path / f"{number}.png", "--data", made.data, "--images", 1, *scale)
         assert outcome.code == 0, outcome.err
     assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 1
+    half = rob("views", tmp_path / "half.png", "--global-scale", "0.5", "--data", made.data)
+    assert (half.code, half.err) == (2, "error: --global-scale takes 2 numbers: --global-scale 0.5,1\n")
 
 
 def test_students_are_a_table_of_presets_that_exist(rob):
