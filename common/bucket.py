@@ -59,7 +59,7 @@ def _opened(address: str) -> Any:
     from obstore import store
 
     from_url: Any = store.from_url  # whose options are of the kind of address
-    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+    plain = any(url.startswith("http://") for url in (address, *(os.environ.get(name, "") for name in ENDPOINTS)))
     options: dict[str, Any] = {"client_options": {"allow_http": plain, "connect_timeout": "5s", "timeout": "60s"}}
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
     return from_url(
