@@ -49,6 +49,7 @@ def pack(
     """
     _check(config)
     source = source or open_source(config)
+    source = replace(source, where=source.where or config.source)
     for sentence in source.left_out:
         note(sentence)
     earlier = Earlier.of(config, source) if config.append else None
@@ -91,8 +92,9 @@ def pack(
                 elif config.skip_bad:
                     skipped.append(path)
                 else:
-                    place = f"{config.source.rstrip('/')}/{path}"
-                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or set `skip_bad`")
+                    raise FailureError(
+                        f"broken image {source.at(path)}: {image}; repair or remove it, or set `skip_bad`"
+                    )
                 if progress:
                     progress(done, total)
             if len(paths) + new == capacity:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import MisuseError, unknown_name
-from ...places import is_address, local_path
+from ...places import is_address, local_path, shown
 from ..config import ALL_PARTS, PackConfig
 from ..reading import PAGED, endings
 from . import files, lists, tables, webdataset
@@ -35,14 +35,21 @@ def open_source(config: PackConfig) -> Source:
     Raises MisuseError for what is none of these, for what holds no image and for an unknown split; FailureError when a named data
     set cannot be downloaded, or a bucket not be read.
     """
-    source = _opened(config)
-    return by_page(source) if config.pages else source
+    try:
+        source = _opened(config)
+        return by_page(source) if config.pages else source
+    except FileNotFoundError:
+        raise MisuseError(f"{config.source}: there is no such file") from None
+    except OSError as error:
+        raise MisuseError(f"{config.source}: cannot be read: {error.strerror or error}") from None
 
 
 def _opened(config: PackConfig) -> Source:
     if not (name := config.source):
         raise MisuseError("SOURCE is empty: give a folder of images, or . for the one you are in")
     path = local_path(name).expanduser()
+    if is_address(name) and "://" not in name:  # as a Path has it
+        name = shown(name)
     if is_address(name) and not path.exists():
         one = files.is_pattern(name) or path.suffix.lower() in (*OPENERS, *endings(), *COMPRESSED, *ARCHIVES)
         return _of_files(files.files_named(name), config) if one else _of_folder(files.folder_at(name), config)

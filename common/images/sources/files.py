@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol, cast
 
 from ...errors import MisuseError
 from ...files import open_regular
-from ...places import ADDRESS, SCHEMES, Folder, is_address, place_of, shown
+from ...places import ADDRESS, SCHEMES, Folder, place_of, shown
 from .source import LARGEST, some
 
 WEB = ("http", "https")
@@ -105,16 +105,16 @@ class _Distant(io.RawIOBase):
 def place_at(address: str) -> Readable:
     """One for all who read there. MisuseError as ``place_of``, or of fsspec's."""
     found = ADDRESS.fullmatch(address)
-    scheme, rest = found.groups() if found else ("file", address)
-    if found is None or scheme in (*SCHEMES, "file", "memory"):
+    if found is None or found[1] == "file":
         return place_of(address)
-    if scheme in WEB:
+    scheme, rest = found.groups()
+    if scheme in (*SCHEMES, *WEB, "memory"):
         from ...bucket import bucket_at
 
-        return bucket_at(scheme, rest.strip("/"))
+        return bucket_at(scheme, rest.strip("/"), "nothing is written: run the same command again")
     from .filesystem import Filesystem
 
-    return Filesystem(shown(address))
+    return Filesystem(address if "://" in address else shown(address))
 
 
 def folder_at(address: str) -> Files:
@@ -157,32 +157,31 @@ def is_pattern(name: str) -> bool:
 def files_named(source: str) -> Files:
     """The files that a path, an address or a pattern of either names: ``shards/{000..099}.tar``, ``s3://bucket/train-*.parquet``.
 
-    MisuseError: nothing fits, or one that braces spell out is not there.
+    MisuseError: nothing fits, or some that braces spell out are not there.
     """
-    names = sorted(set(_expanded(source)))
-    base = posixpath.commonpath([posixpath.dirname(_plain_part(name)) for name in names]) if names else ""
-    if is_address(source):
-        base = base.replace(":/", "://", 1) if "://" not in base else base
-        start = len(base) + 1
-        place = place_at(base)
-        asks = any(sign in name for name in names for sign in "*?[")
-        there = sorted(place.names()) if asks else []
-        found = {name[start:] for name in names}
-        chosen = [name for name in there if any(_fits(name, pattern) for pattern in found)] if asks else sorted(found)
-        missing: list[str] = []
+    scheme, slashes, below = source.rpartition("://")
+    names = sorted(set(_expanded(below)))
+    base = posixpath.commonpath([posixpath.dirname(_plain_part(name)) for name in names])
+    names = [name[len(base) :].lstrip("/") if base else name for name in names]
+    found, missing = [], []
+    if slashes:
+        files = Files(place_at(f"{scheme}://{base}"))
+        wild = [name for name in names if is_pattern(name)]
+        there = folder_at(f"{scheme}://{base}").names if wild else ()
+        found = [name for name in there if any(_fits(name, pattern) for pattern in wild)]
+        found += [name for name in names if name not in wild]
     else:
-        folder, chosen, missing = Path(base or "."), [], []
+        files = Files(Folder(folder := Path(base or ".")))
         for name in names:
-            below = os.path.relpath(name, folder)
-            here = glob.glob(below, root_dir=folder, recursive=True) if is_pattern(name) else [below]
-            chosen += [file for file in here if (folder / file).is_file()]
-            missing += [] if is_pattern(name) or (folder / below).exists() else [name]
-        place = Folder(folder)
-    if missing and len(names) > 1:
+            here = glob.glob(name, root_dir=folder, recursive=True) if is_pattern(name) else [name]
+            there = [file for file in here if (folder / file).exists()]
+            found += [file for file in there if not (folder / file).is_dir()]
+            missing += [] if there or is_pattern(name) else [name]
+    if missing:
         raise MisuseError(f"{source}: {len(missing):,} of {len(names):,} files are missing: {some(missing)}")
-    if not chosen:
-        raise MisuseError(f"{source}: no file fits this pattern" if is_pattern(source) else f"{source}: no such file")
-    return Files(place, tuple(sorted(set(chosen))))
+    if not found:
+        raise MisuseError(f"{source}: no file fits this pattern")
+    return files.of(sorted(set(found)))
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -30,7 +30,8 @@ def open_images(files: Files, whole: bool = True, recursive: bool = False) -> So
     paths = tuple(path for path in files.names if path.lower().endswith(known))
     folder = str(files.place)
     if not paths:
-        listed = "no image in it or below" if files.names else "the folder is empty"
+        empty = "the folder is empty" if files.folder else "there is nothing at this address"
+        listed = "no image in it or below" if files.names else empty
         raise MisuseError(f"{folder}: {listed}; looked for {' '.join(known)}")
     left_out = _other_files(folder, [path for path in files.names if not path.lower().endswith(known)])
     paths, classes, beside = (paths, None, ()) if recursive else by_folder(paths, folder, whole)
@@ -39,7 +40,7 @@ def open_images(files: Files, whole: bool = True, recursive: bool = False) -> So
     def read(path: str) -> tuple[bytes, int]:
         return files.read(path), labels.get(path.rpartition("/")[0], -1)
 
-    return Source(paths, read, classes, left_out + beside, files.folder, files.at_once)
+    return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), files.at_once)
 
 
 def by_folder(

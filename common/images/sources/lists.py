@@ -54,11 +54,13 @@ def open_list(files: Files, config: PackConfig) -> Source:
     def read(path: str) -> tuple[bytes, int]:
         if files.folder and not is_address(path):
             return read_regular(files.folder / path, LARGEST), known[path]
+        if not is_address(path) and ".." not in path:
+            return files.read(posixpath.normpath(path)), known[path]
         place, below = _place_of(files, path)
         return place_at(place).read(below, LARGEST), known[path]
 
     distant = any(map(is_address, paths)) or files.folder is None
-    return Source(paths, read, classes, left_out, files.folder, 16 if distant else 1)
+    return Source(paths, read, classes, left_out, files.folder, str(files.place), 16 if distant else 1)
 
 
 def _place_of(files: Files, path: str) -> tuple[str, str]:

@@ -76,7 +76,7 @@ def open_torchvision(name: str, split: str, folder: Path, download: bool) -> Sou
         image, label = dataset[int(path.rpartition("/")[2])]
         return image, int(label)
 
-    return Source(tuple(item_names(split, len(dataset))), read, tuple(classes) or None)
+    return Source(tuple(item_names(split, len(dataset))), read, tuple(classes) or None, where=name)
 
 
 def _open_debian_fashion_mnist(split: str) -> Source:
@@ -89,7 +89,7 @@ def _open_debian_fashion_mnist(split: str) -> Source:
         item = int(path.rpartition("/")[2])
         return Image.fromarray(images[item]), int(labels[item])
 
-    return Source(tuple(item_names(split, len(images))), read, classes)
+    return Source(tuple(item_names(split, len(images))), read, classes, where="fashion-mnist")
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What ``rob pack`` takes images from, whatever it is: their names in an order, and a function that reads the image of a name."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...order import shuffled
+from ...places import is_address
 
 LARGEST = 1 << 32
 """Bytes of an image's file."""
@@ -28,8 +30,14 @@ class Source:
     """Sentences on files that were left out."""
     folder: Path | None = None
     """That the paths start from, where there is one."""
+    where: str = ""
+    """The same, or an address, as a user writes it."""
     at_once: int = 1
     """Images that are worth reading side by side, however few the cores: those of a bucket take long to come."""
+
+    def at(self, path: str) -> str:
+        """Where an image is, for an error."""
+        return path if is_address(path) else os.path.join(self.where, path)
 
     def take(self, limit: int | None) -> "Source":
         """``limit`` images spread evenly over the sorted order, hence over the classes of a folder with sub-folders."""
