@@ -66,15 +66,24 @@ class PackConfig:
     pages: Annotated[
         bool,
         Setting(
-            "Every page of a TIFF is an image, named FILE/PAGE; else only the first is. Of a single .tif as SOURCE all are.",
+            "Every page of a TIFF and frame of a DICOM is an image, named FILE/PAGE; else only the first is. Of a single such "
+            "file as SOURCE all are.",
             option="--pages",
         ),
     ] = False
+    every: Annotated[
+        float | None,
+        Setting(
+            "Of videos: seconds from one image to the next. Closer than a scene changes, the images are nearly alike and teach "
+            "little more; each costs the decoding from the key frame before it.",
+            low=0.001,
+        ),
+    ] = None
     window: Annotated[
         tuple[float, float] | None,
         Setting(
             "LOW,HIGH of 16-bit and floating-point images: the values that become black and white. Without it 16 bits are "
-            "divided by 257, which leaves a scan of 12 bits nearly black, and floats are refused."
+            "divided by 257, which leaves a scan of 12 bits nearly black, floats are refused, and a DICOM has its own."
         ),
     ] = None
     percentiles: Annotated[

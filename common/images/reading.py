@@ -9,9 +9,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .dicom import count_frames, is_dicom, open_frame
+from .window import windowed
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".pbm", ".pgm", ".ppm", ".pnm"),
@@ -22,7 +26,9 @@ HEIF = (".heic", ".heif")
 """Where the package pillow-heif is installed."""
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "TGA", "QOI")
 """Pillow's names of what is tried, whatever a file is called."""
-PAGED = (".tif", ".tiff")
+DICOM = (".dcm", ".dicom")
+"""Where the package pydicom is installed."""
+PAGED = (".tif", ".tiff", *DICOM)
 """Those that may hold several pictures, each worth an image."""
 MOST_PIXELS = 1 << 28
 """Of an image, decoded: 268 million, 0.8 GB."""
@@ -48,8 +54,8 @@ class BadImage(Exception):
 
 @cache
 def endings() -> tuple[str, ...]:
-    """``EXTENSIONS``, and those of the plug-ins of Pillow that are installed."""
-    return (*EXTENSIONS, *(ending for ending in HEIF if _has_heif()))
+    """``EXTENSIONS``, and those of what is installed beside Pillow."""
+    return (*EXTENSIONS, *(HEIF if _has_heif() else ()), *(DICOM if _has_dicom() else ()))
 
 
 @cache
@@ -63,6 +69,11 @@ def _has_heif() -> bool:
 
 
 @cache
+def _has_dicom() -> bool:
+    return find_spec("pydicom") is not None
+
+
+@cache
 def _formats() -> tuple[str, ...]:
     Image.init()
     known = (*FORMATS, "HEIF") if _has_heif() else FORMATS
@@ -73,7 +84,7 @@ def _formats() -> tuple[str, ...]:
 def quiet_pillow() -> Iterator[None]:
     """No warnings of Pillow's, which are about metadata, reach the terminal."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\.")
         yield
 
 
@@ -84,6 +95,8 @@ def open_image(data: bytes, longest: int | None = None, page: int = 0) -> Image.
     BadImage: the file is empty, broken, of another kind, or has more pixels than ``MOST_PIXELS``.
     """
     with _pillows_errors(data):
+        if is_dicom(data) and _has_dicom():
+            return open_frame(data, MOST_PIXELS, page)
         image = Image.open(io.BytesIO(data), formats=_formats())
         if page:
             image.seek(page)
@@ -103,6 +116,8 @@ def open_image(data: bytes, longest: int | None = None, page: int = 0) -> Image.
 def count_pages(data: bytes) -> int:
     """Pictures that a file of ``PAGED`` holds. BadImage: it is broken."""
     with _pillows_errors(data):
+        if is_dicom(data) and _has_dicom():
+            return count_frames(data)
         return getattr(Image.open(io.BytesIO(data), formats=_formats()), "n_frames", 1)
 
 
@@ -140,7 +155,8 @@ def read_pixels(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB. Raises ValueError for floating-point pixels, whose range is unknown."""
+    """Any Pillow image as 8-bit RGB. Raises ValueError for floating-point pixels whose range is unknown."""
+    image = windowed(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; state one with `window` or `percentiles`")
     if image.mode.startswith("I"):  # 16-bit grey; "I" is the 32-bit form that some readers put it in

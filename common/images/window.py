@@ -3,29 +3,38 @@
 import numpy as np
 from PIL import Image
 
-from .config import PackConfig
-from .reading import BadImage
+Window = tuple[float, float]
+OWN, INVERTED = "window", "inverted"
+"""What a picture's ``info`` says of its values: the window to see them by, and whether the highest is black."""
 
 
-def windowed(image: Image.Image, config: PackConfig) -> Image.Image:
-    """Grey of 16 or 32 bits or floating point as 8-bit grey, where ``config`` has a window or percentiles; any other as it is.
+def is_deep(image: Image.Image) -> bool:
+    """Grey of 16 or 32 bits, or of floating point."""
+    return image.mode == "F" or image.mode.startswith("I")
 
-    BadImage: it has several values, and the window makes one of them.
+
+def windowed(image: Image.Image, window: Window | None = None, percentiles: Window | None = None) -> Image.Image:
+    """A deep image as 8-bit grey: ``window`` becomes black to white, or else these percentiles of its own values, or else the
+    window that it brings; any other image, and where there is no window, as it is.
+
+    ValueError: it has several values, and the window makes one of them.
     """
-    if (config.window is None and config.percentiles is None) or not (image.mode == "F" or image.mode.startswith("I")):
+    own = image.info.get(OWN)
+    if not is_deep(image) or (window or percentiles or own) is None:
         return image
     values = np.asarray(image).astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise BadImage("none of its values is a finite number")
-    low, high = config.window or np.percentile(finite, config.percentiles or (0, 100)).tolist()
+        raise ValueError("none of its values is a finite number")
+    low, high = window or (np.percentile(finite, percentiles).tolist() if percentiles else own)
     high = high if high > low else np.nextafter(low, np.inf)  # most of the image has one value
     levels = np.clip((values - low) / (high - low), 0, 1) * 255
+    levels = 255 - levels if image.info.get(INVERTED) else levels
     grey = np.rint(np.nan_to_num(levels, nan=0.0)).astype(np.uint8)
     least, most = finite.min(), finite.max()
     if least < most and grey.min() == grey.max():
-        name = "window" if config.window else "percentiles"
-        raise BadImage(
+        name = "window" if window or not percentiles else "percentiles"
+        raise ValueError(
             f"its values are from {least:g} to {most:g}, of which the window {low:g} to {high:g} leaves one grey: give another "
             f"`{name}`"
         )

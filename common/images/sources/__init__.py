@@ -7,7 +7,7 @@ from ...errors import MisuseError, unknown_name
 from ...places import is_address, local_path, shown
 from ..config import ALL_PARTS, PackConfig
 from ..reading import PAGED, endings
-from . import files, lists, tables, webdataset
+from . import files, lists, tables, videos, webdataset
 from .files import Files
 from .folder import open_folder, open_images
 from .named import NAMED, open_named, open_torchvision
@@ -22,9 +22,10 @@ OPENERS: dict[str, Callable[[Files, PackConfig], Source]] = {
     ".tar": webdataset.open_tars,
     **dict.fromkeys(tables.ENDINGS, tables.open_tables),
     **dict.fromkeys(lists.ENDINGS, lists.open_list),
+    **dict.fromkeys(videos.ENDINGS, videos.open_videos),
 }
 """Ending of files that hold or name images -> what reads them."""
-IN_FOLDERS = (".tar", *tables.ENDINGS)
+IN_FOLDERS = (".tar", *tables.ENDINGS, *videos.ENDINGS)
 """Those that a folder without image files is looked through for."""
 
 
@@ -70,7 +71,9 @@ def _opened(config: PackConfig) -> Source:
 
 
 def _of_folder(found: Files, config: PackConfig) -> Source:
-    """A folder is one of image files where it has any."""
+    """A folder is one of image files where it has any, and of videos where it is said how to take their images."""
+    if config.every is not None:
+        return videos.open_videos(found, config)
     known = endings()
     if not any(name.lower().endswith(known) for name in found.names):
         for ending in IN_FOLDERS:
