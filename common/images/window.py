@@ -19,14 +19,13 @@ def windowed(image: Image.Image, window: Window | None = None, percentiles: Wind
 
     ValueError: it has several values, and the window makes one of them.
     """
-    own = image.info.get(OWN)
-    if not is_deep(image) or (window or percentiles or own) is None:
+    if not is_deep(image) or not (window or percentiles or OWN in image.info):
         return image
     values = np.asarray(image).astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise ValueError("none of its values is a finite number")
-    low, high = window or (np.percentile(finite, percentiles).tolist() if percentiles else own)
+    low, high = window or (np.percentile(finite, percentiles).tolist() if percentiles else image.info[OWN])
     high = high if high > low else np.nextafter(low, np.inf)  # most of the image has one value
     levels = np.clip((values - low) / (high - low), 0, 1) * 255
     levels = 255 - levels if image.info.get(INVERTED) else levels
