@@ -57,6 +57,14 @@ class Files:
         """Some of them."""
         return Files(self.place, tuple(names), self.is_folder)
 
+    @property
+    def stamp(self) -> str:
+        """Sizes and times of files of this machine."""
+        if not self.folder:
+            return ""
+        found = [(self.folder / name).stat() for name in self.names]
+        return str([(status.st_size, status.st_mtime_ns) for status in found])
+
     def read(self, name: str) -> bytes:
         return self.place.read(name, LARGEST)
 

@@ -79,7 +79,7 @@ def open_tars(files: Files, config: PackConfig) -> Source:
             raise BadImage("the tar has become shorter")
         return data, label_of.get(path, -1)
 
-    return Source(paths, read, classes, left_out, files.folder, str(files.place), files.at_once)
+    return Source(paths, read, classes, left_out, files.folder, str(files.place), files.stamp, files.at_once)
 
 
 def _member(shards: list[_Shard], place: tuple[int, int]) -> str:
