@@ -86,7 +86,7 @@ class IbotObjective(PrototypeObjective, name="ibot"):
             self.patch_centre = FixedCentre(space.centre if self.centre_targets == "checkpoint" else None)
         elif space.kind == "prototypes":
             raise MisuseError(
-                "`centre_targets` running needs all logits of a patch, and the store has `patches` prototypes, the largest: "
+                "`centre_targets` running needs all logits of a patch, and the store has the largest alone: "
                 f"cache with `patches` embedding, or use `centre_targets` none, {alone}"
             )
         else:
