@@ -217,7 +217,7 @@ def _write(
         recipe={},
         seed=0,
         view_ids=tuple(range(views)),
-        view_size=0,
+        view_size=1,
         teacher="",
         weights_hash="",
         head="",
