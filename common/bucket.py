@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import FailureError, MisuseError
 from .files import LARGEST_FILE
-
-if TYPE_CHECKING:
-    from .places import Place
 
 AT_ONCE = 32
 """Parts read side by side: 50 ms of latency are then 640 parts a second."""
@@ -167,8 +164,8 @@ class Bucket:
         for name in sorted(self.names(under), key="zarr.json".__eq__):
             self.remove(above + name)
 
-    def copy_from(self, other: "Place", name: str) -> None:
-        """Within a bucket the server does it."""
+    def copy_from(self, other: Any, name: str) -> None:
+        """The file of that name of another place. Within a bucket the server does it."""
         from obstore import copy
 
         if not isinstance(other, Bucket) or other._whole != self._whole:

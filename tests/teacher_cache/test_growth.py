@@ -27,6 +27,8 @@ from support import tiny
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 INT8, DENSE = Encoding("embedding", "int8"), Encoding("dense")
+KILLS = [(30, 20), (45, 33)]
+"""Requests at which a first and a second growth are killed."""
 NUM, MORE = 36, 61
 """Images: four chunks and a half in shards of two, then seven and some."""
 
@@ -182,7 +184,7 @@ def test_grown_in_a_bucket(grown, headless, tmp_path, monkeypatch):
 
     for name in ("write", "remove", "copy_from"):
         monkeypatch.setattr(Bucket, name, lost(getattr(Bucket, name)))
-    for number, kills in enumerate([(12, 3), (30, 20), (45, 33), (52, 40)]):
+    for number, kills in enumerate(KILLS):
         out = Path(f"memory://grown/{number}.zarr")
         cache_teacher(config(out, few))
         for data, views, kill in ((few, 3, kills[0]), (more, 3, kills[1])):
