@@ -5,16 +5,14 @@ is at the address is what a killed run leaves on a disk. The address is the run.
 does the folder here count, which may be ahead of it.
 """
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from ..common.errors import FailureError, MisuseError
 from ..common.files import is_inside, locked, replacing
-from ..common.images.copied import FOLDER
+from ..common.images.copied import copies_of
 from ..common.places import is_address, place_of, shown
 from ..common.records import crc32c
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME
@@ -40,9 +38,7 @@ class Mirror:
         if not is_address(run):
             return None
         place_of(run)  # refuses what is no address of a bucket, or holds a key
-        root = local_dir or Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "rob" / "copied")
-        digest = hashlib.sha256(shown(run).encode()).hexdigest()[:12]
-        return cls(Path(run), root / kind / digest / Path(run).name)
+        return cls(Path(run), copies_of(shown(run), local_dir) / kind / Path(run).name)
 
     def __str__(self) -> str:
         return shown(self.address)

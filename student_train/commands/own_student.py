@@ -38,7 +38,10 @@ def at_hand(options: dict[str, Any]) -> "tuple[dict[str, Any], Mirror | None]":
             mirror = Mirror.of(run, kind="read")
             assert mirror is not None
             mirror.pull_some(CHECKPOINT)
-            return {**options, name: str(mirror.folder) if name == "what" else replace(value, run=mirror.folder)}, mirror
+            return {
+                **options,
+                name: str(mirror.folder) if name == "what" else replace(value, run=mirror.folder),
+            }, mirror
     return options, None
 
 

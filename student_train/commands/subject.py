@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from ..evaluate.network import FrozenNetwork
     from ..students import StudentInfo
 
-What = Annotated[str, Setting("A run folder, or its address; a student's weights, its ONNX file, teacher, or pixels.", argument="WHAT")]
+What = Annotated[
+    str,
+    Setting(
+        "A run folder or its address, a student's weights or ONNX file, teacher, or pixels.",
+        argument="WHAT",
+    ),
+]
 Train = Annotated[Path, Setting("Labelled images to learn from.", argument="TRAIN.beton")]
 Test = Annotated[
     Path | None,
