@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ..common.errors import FailureError, MisuseError
+from ..common.errors import MisuseError
 from ..common.files import is_inside, locked, replacing
 from ..common.images.copied import copies_of
 from ..common.places import is_address, place_of, shown
@@ -47,14 +47,12 @@ class Mirror:
         """What is at the address comes here, unless it is what was here last. MisuseError: a process here trains this run."""
         place, taken = place_of(self.address), f"{self}: another rob is at this run, in {self.folder}; wait for it"
         with locked(self.folder / ".lock", taken):
-            known, names = self._record(), sorted(place.names())
+            known, names = self._record(), sorted(filter(is_inside, place.names()))
             if known.keys() == set(names) and all(crc32c(place.read(name)) == known[name] for name in names):
                 return
             for name in self._files():
                 (self.folder / name).unlink()
             for name in names:
-                if not is_inside(name):
-                    raise FailureError(f"{self}: a file there is called {name!r}, which no run has: delete it")
                 data = place.read(name)
                 with replacing(self.folder / name) as file:
                     file.write(data)
@@ -67,6 +65,7 @@ class Mirror:
         names = {name for name in place.names() if is_inside(name) and Path(name).name not in but}
         if not names:
             raise MisuseError(f"there is no run at {self}: give the `out` of a rob train-student")
+        self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"{self}: it is being read", wait=True):
             known = {}
             for name in sorted(names):
