@@ -39,8 +39,9 @@ def pack_over_and_over(folder: Path, count: int) -> Path:
         for row in range(count):
             writer.append(StoredImage(files[row % DISTINCT], HEIGHT, WIDTH, JPEG), 0)
         paths = tuple(f"0/{row:06}.jpg" for row in range(count))
-        told = {"encoding": "jpeg", "jpeg_quality": 90, "max_resolution": None}
-        writer.finish(**told, paths=paths, labels=(0,) * count, classes=("0",))
+        writer.finish(
+            encoding="jpeg", jpeg_quality=90, max_resolution=None, paths=paths, labels=(0,) * count, classes=("0",)
+        )
     return folder / "data.beton"
 
 

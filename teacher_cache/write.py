@@ -22,10 +22,12 @@ from .chunks import Chunk, after, chunks, fitting_batch, refuse_not_finite
 from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of
 from .making import Making, Work
-from .patches import DenseEmbed, fixed_arrays, with_patches
+from .patches import fixed_arrays, with_patches
 
 Embed = Callable[..., Tensor]
 """From a batch, and how many of its images at once, to embeddings (B, V, D)."""
+Dense = Callable[..., tuple[Tensor, Tensor]]
+"""The same, to embeddings and maps (B, V, C, h, w)."""
 Says = Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]]
 """From a batch to what the teacher says of it: embeddings (B, V, D), and the arrays of patch targets, if any."""
 
@@ -76,7 +78,7 @@ def write_store(work: Work, making: Making) -> bool:
     return True
 
 
-def _embedders(work: Work, making: Making) -> tuple[Embed, DenseEmbed | None]:
+def _embedders(work: Work, making: Making) -> tuple[Embed, Dense | None]:
     """The teacher's embeddings, and what gives its maps beside them where the store is to have patches."""
     seen = work.teacher, work.config.recipe, making.manifest.view_size, work.device, work.config.precision
     if making.manifest.patch_encoding is None:
@@ -99,7 +101,7 @@ def _loader(work: Work, batch_size: int) -> ViewLoader:
 
 
 def _says(
-    work: Work, making: Making, writer: StoreWriter, embed: Embed, dense: DenseEmbed | None, batch_size: int
+    work: Work, making: Making, writer: StoreWriter, embed: Embed, dense: Dense | None, batch_size: int
 ) -> tuple[Says, Mapping[str, np.ndarray]]:
     """What is asked of the teacher, and what the store keeps of patches besides their rows."""
     patches = making.manifest.patch_encoding
