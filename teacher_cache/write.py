@@ -158,7 +158,8 @@ def _write_chunks(work: Work, making: Making, writer: StoreWriter, says: Says, b
             refuse_not_finite(embedding, chunk.row)
             dead += int((~embedding.any(-1)).sum())
             arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
-        writer.append(making.merged(chunk.row, arrays | chunk.patches), statistics)
+        arrays |= chunk.patches
+        writer.append(making.merged(chunk.row, arrays), statistics)
         return True
 
     with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:

@@ -206,8 +206,8 @@ def train_student(
             update(done, total, latest)
 
         with stopped_by_signals(), answered(note):
-            saved = TrainProgress.saved if mirror is None else mirror.push
-            result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan, saved))
+            progress = TrainProgress(log, note, step, say_waiting, show_plan)
+            result = train_student(run, progress if mirror is None else replace(progress, saved=mirror.push))
         alone = current_ranks().is_main
         leave_ranks()
     if alone:

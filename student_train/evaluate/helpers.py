@@ -32,7 +32,8 @@ def help_out(extract: Extract, batch_size: int, ranks: Ranks) -> None:
     """On any other rank: make shares until it is let go."""
     nothing: Callable[[], tuple[Path, int, int] | None] = lambda: None  # noqa: E731
     while (asked := from_main(nothing)) is not None:
-        _shares(extract, *asked, batch_size, ranks)
+        data, start, stop = asked
+        _shares(extract, data, start, stop, batch_size, ranks)
 
 
 def _shares(extract: Extract, data: Path, start: int, stop: int, batch_size: int, ranks: Ranks) -> list[Tensor]:
