@@ -1,8 +1,8 @@
 """Which images are there twice: byte for byte, or alike.
 
-Two images are alike where their hashes differ in few bits and their small grey pictures agree. All pairs of hashes are not looked
-at: two that differ in at most 7 of 64 bits have one of their 8 bytes in common, so it is enough to compare the rows that share a
-byte (multi-index hashing, Norouzi et al., arXiv 1307.2982), some 32 times fewer. Of pairs that differ in more bits most are found.
+Two images are alike where their hashes differ in few bits and their small grey pictures agree. Not all pairs of hashes are looked
+at: two that differ in at most 7 of 64 bits have one of their 8 bytes in common, so the rows that share a byte are compared, some
+32 times fewer (multi-index hashing, Norouzi et al., arXiv 1307.2982). Of pairs that differ in more bits most are found.
 """
 
 from collections.abc import Iterator

@@ -35,20 +35,31 @@ class ImageCheck:
     def damaged(self) -> tuple[str, ...]:
         """A sentence for each damaged image."""
         paths = self.data.manifest.paths
-        return tuple(f"{self.data.path}: image {i} is damaged ({paths[i]}); pack the data again" for i in self.seen.damaged)
+        return tuple(
+            f"{self.data.path}: image {i} is damaged ({paths[i]}); pack the data again" for i in self.seen.damaged
+        )
 
     def facts(self, image_size: int) -> Iterator[tuple[str, str]]:
         """Rows of a table."""
         data, classes = self.data, class_sizes(self.data)
-        yield "images", f"{data.num_images:,}, {len(self.seen.damaged) or 'none'} damaged, {len(self.seen.blank) or 'none'} blank"
+        yield (
+            "images",
+            f"{data.num_images:,}, {len(self.seen.damaged) or 'none'} damaged, {len(self.seen.blank) or 'none'} blank",
+        )
         exact = int(self.repeated.exact.sum())
         yield "there more than once", f"{exact:,} byte for byte, {len(self.repeated.rows) - exact:,} alike"
-        for name, sides in (("shorter side", shorter_sides(data)), ("longer side", np.maximum(data.widths, data.heights))):
+        for name, sides in (
+            ("shorter side", shorter_sides(data)),
+            ("longer side", np.maximum(data.widths, data.heights)),
+        ):
             yield name, f"{sides.min()} to {sides.max()} px, median {np.median(sides):.0f}"
         yield f"below {image_size} px", f"{(shorter_sides(data) < image_size).sum():,} images"
         if classes:
             counts = list(classes.values())
-            yield "classes", f"{len(classes):,}, of {min(counts):,} to {max(counts):,} images, median {np.median(counts):,.0f}"
+            yield (
+                "classes",
+                f"{len(classes):,}, of {min(counts):,} to {max(counts):,} images, median {np.median(counts):,.0f}",
+            )
         else:
             yield "classes", "no labels"
 
@@ -134,7 +145,9 @@ def class_sizes(data: Beton) -> Counter[str]:
     if data.labels is None:
         return Counter()
     labels, counts = np.unique(data.labels, return_counts=True)
-    return Counter({class_name(data, label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)})
+    return Counter(
+        {class_name(data, label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
+    )
 
 
 def class_name(data: Beton, label: int) -> str:

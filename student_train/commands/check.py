@@ -31,10 +31,10 @@ def check(
 ) -> None:
     """Look at every checksum of images, targets and runs, and at the images themselves.
 
-    Of a DATA.beton it says which images are broken, blank, small, or there more than once, and which classes have few; of a second
-    one, TEST.beton, also which of its images are in the first, and which classes are missing in either: what a student has trained
-    on says nothing of it. Images are alike by a perceptual hash and small grey pictures, whatever their size, quality and
-    brightness; crops, mirrored and turned ones are not found. --sheet shows whether to believe it.
+    Of a DATA.beton it says which images are broken, blank, small, or there more than once, and which classes have few; of a
+    TEST.beton behind it also which of its images are in the first, and which classes are missing in either. A student that has
+    trained on its test images looks better than it is. Images are alike by a perceptual hash and small grey pictures, whatever
+    their size, quality and brightness; what is cut out, mirrored or turned is not found. --sheet shows whether to believe it.
 
     Exit code 1 where something is damaged; the rest are warnings, exit code 0.
     """
