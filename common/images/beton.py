@@ -148,6 +148,8 @@ class BetonWriter:
         classes: tuple[str, ...] | None,
         skipped: tuple[str, ...] = (),
         grown: tuple[tuple[int, str], ...] = (),
+        window: tuple[float, float] | None = None,
+        percentiles: tuple[float, float] | None = None,
     ) -> PackManifest:
         """Completes both files, flushes them to the disk and gives them their names; the ``.beton`` comes last, and until it is
         there the manifest of an earlier one of the same name is kept beside it."""
@@ -166,6 +168,8 @@ class BetonWriter:
             classes=classes,
             skipped=skipped,
             grown=grown,
+            window=window,
+            percentiles=percentiles,
         )
         header = np.array((FFCV_VERSION, len(FIELD_TYPES), self._page_bytes, self._num_rows, self._end), HEADER)
         descriptors = np.zeros(len(FIELD_TYPES), FIELD)
