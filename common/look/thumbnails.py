@@ -62,9 +62,14 @@ def thumbnails(data: Beton, workers: int = 0, progress: Callable[[int, int], Non
             running += [pool.submit(_chunk, data, start) for start in islice(starts, 1)]
             if progress:
                 progress(min(len(parts) * CHUNK, data.num_images), data.num_images)
-    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("digests", "hashes", "grey"))
-    lists = (tuple(i for part in parts for i in getattr(part, name)) for name in ("damaged", "blank"))
-    return Thumbnails(data, *arrays, *lists)
+    return Thumbnails(
+        data,
+        digests=np.concatenate([part.digests for part in parts]),
+        hashes=np.concatenate([part.hashes for part in parts]),
+        grey=np.concatenate([part.grey for part in parts]),
+        damaged=tuple(i for part in parts for i in part.damaged),
+        blank=tuple(i for part in parts for i in part.blank),
+    )
 
 
 def _chunk(data: Beton, start: int) -> Thumbnails:
@@ -76,7 +81,7 @@ def _chunk(data: Beton, start: int) -> Thumbnails:
         try:
             digests[row] = _digest(data, image_id)
             grey = _grey(data, image_id)
-            pictures[row] = grey.resize((SIDE, SIDE), Image.Resampling.BOX)
+            pictures[row] = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
             if np.ptp(pictures[row]) <= BLANK and _is_blank(data, image_id):
                 blank.append(image_id)
         except (FailureError, OSError, ValueError, SyntaxError):  # Pillow's decoders raise the last three
@@ -92,7 +97,7 @@ def _digest(data: Beton, image_id: int) -> np.uint64:
         raise FailureError("its checksum is wrong")
     shape = f"{data.modes[image_id]} {data.widths[image_id]} {data.heights[image_id]} ".encode()
     digest = hashlib.blake2b(shape, digest_size=8)
-    digest.update(data.encoded(image_id))
+    digest.update(data.encoded(image_id).data)
     return np.frombuffer(digest.digest(), np.uint64)[0]
 
 
