@@ -233,6 +233,7 @@ class Beton:
 
     Attributes, row = image id:
         path, manifest, num_images
+        named               what it was opened by: the path, or the address that it was copied from
         heights, widths     (N,) int32, pixels
         modes               (N,) uint8, JPEG or RAW
         pointers, sizes     (N,) uint64, byte offset and length of the stored image in the file
@@ -244,7 +245,8 @@ class Beton:
     """
 
     def __init__(self, path: str | Path, local_dir: Path | None = None):
-        self.path = path = at_hand(Path(path), local_dir, lambda copy: Beton(copy).damaged())
+        self.named = Path(path)
+        self.path = path = at_hand(self.named, local_dir, lambda copy: Beton(copy).damaged())
         if (path / "zarr.json").exists():
             raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
         if path.is_dir():
