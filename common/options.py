@@ -88,7 +88,8 @@ class GroupedCommand(TyperCommand):
         arguments = [p for p in self.get_params(ctx) if not isinstance(p, TyperOption)]
         groups: dict[str, list[Any]] = {"Arguments": arguments}
         for option in options:
-            groups.setdefault(option.rich_help_panel or GROUPS[""], []).append(option)
+            title = "Other" if option.name in ("overwrite", "help") else option.rich_help_panel or GROUPS[""]
+            groups.setdefault(title, []).append(option)
         if "targets" not in {option.name for option in options}:
             groups = {"Options" if title == GROUPS[""] else title: members for title, members in groups.items()}
         for title, members in groups.items():

@@ -1,4 +1,4 @@
-"""``pack``: a folder or a named data set becomes one ``.beton`` of 8-bit RGB images with stable row ids.
+"""``pack``: the images of a source become one ``.beton`` of 8-bit RGB images with stable row ids.
 
 Every image ends as what a viewer would show: turned upright by its EXIF orientation, transparency laid on white,
 16-bit grey scaled to 8 bits, everything else converted to RGB by Pillow.
@@ -20,8 +20,10 @@ from ..errors import FailureError, MisuseError
 from .append import Earlier
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
+from .half import Half, Journal, key_of
 from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
 from .sources import Source, open_source
+from .window import windowed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,11 +45,14 @@ def pack(
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
     called with (images done, all images) after each image, ``note`` with a sentence on files that were left out.
 
+    Broken off or killed behind some ten thousand images, the same pack goes on from there (``half.py``), but for ``append``.
+
     Raises MisuseError for a wrong option or source, FailureError for a broken image (unless ``skip_bad``), when a
     data set cannot be downloaded and when the file cannot be written.
     """
     _check(config)
-    source = source or open_source(config.source, config.split)
+    source = source or open_source(config)
+    source = replace(source, where=source.where or config.source)
     for sentence in source.left_out:
         note(sentence)
     earlier = Earlier.of(config, source) if config.append else None
@@ -59,7 +64,7 @@ def pack(
     source = source.shuffled() if config.shuffle else source
     new, source = len(source.paths), replace(source, paths=source.paths + again)
     total = len(source.paths)
-    workers = config.workers or usable_cores()
+    workers = config.workers or max(usable_cores(), source.at_once)
 
     def encode(path: str) -> tuple[StoredImage | BadImage, int]:
         try:
@@ -70,28 +75,51 @@ def pack(
         except OSError as error:
             return BadImage(error.strerror or str(error)), -1
 
+    key = key_of(config, source)
+    half = Half.of(config.out, key) if earlier is None else None
     there = None if earlier is None else earlier.data.manifest
     paths = [] if there is None else list(there.paths)
     labels = [] if there is None else list(there.labels or [-1] * there.num_images)
     skipped = [] if there is None else [path for path in there.skipped if path not in source.paths]
     capacity = len(paths) + new
     try:
-        with quiet_pillow(), BetonWriter(config.out, capacity) as writer, ThreadPoolExecutor(workers) as pool:
+        with (
+            quiet_pillow(),
+            BetonWriter(config.out, capacity) as writer,
+            Journal(writer, key, half, note) as journal,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            start = 0
             if earlier is not None:
                 earlier.copy_to(writer)
-            results = _map_in_order(pool, encode, source.paths, window=4 * workers)
-            for done, (path, (image, label)) in enumerate(zip(source.paths, results, strict=True), 1):
+            for place, image, label in half.images() if half is not None else ():
+                if place != start and not config.skip_bad:
+                    break  # one was left out, which is wanted now
+                skipped += source.paths[start:place]
+                writer.append(image, label)
+                journal.add(place)
+                paths.append(source.paths[place])
+                labels.append(label)
+                start = place + 1
+            if start:
+                note(f"{start:,} of {total:,} images were packed before: goes on from there")
+            rest = source.paths[start:]
+            results = _map_in_order(pool, encode, rest, window=4 * workers)
+            for done, (path, (image, label)) in enumerate(zip(rest, results, strict=True), start + 1):
                 if isinstance(image, StoredImage) and earlier is not None and path in earlier.rows:
                     earlier.refuse_other(path, image)
                 elif isinstance(image, StoredImage):
                     writer.append(image, label)
+                    if earlier is None:
+                        journal.add(done - 1)
                     paths.append(path)
                     labels.append(label)
                 elif config.skip_bad:
                     skipped.append(path)
                 else:
-                    place = f"{config.source.rstrip('/')}/{path}"
-                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or set `skip_bad`")
+                    raise FailureError(
+                        f"broken image {source.at(path)}: {image}; repair or remove it, or set `skip_bad`"
+                    )
                 if progress:
                     progress(done, total)
             if len(paths) + new == capacity:
@@ -105,6 +133,8 @@ def pack(
                 classes=source.classes if earlier is None else earlier.classes,
                 skipped=tuple(skipped),
                 grown=() if earlier is None else earlier.grown,
+                window=config.window,
+                percentiles=config.percentiles,
             )
     except OSError as error:
         raise FailureError(f"could not write {config.out}: {error.strerror or error}; nothing was kept") from error
@@ -139,7 +169,7 @@ def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage
         else:
             image = source
             image.load()
-        turned = upright(image)
+        turned = upright(windowed(image, config.window, config.percentiles))
         longest = config.max_resolution or max(image.size)
         unchanged = turned is image and max(image.size) <= longest and not config.raw
         if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):

@@ -80,7 +80,7 @@ def test_many_options_are_grouped_and_as_wide_as_the_terminal(rob, monkeypatch):
     assert headings[:3] == ["Arguments:", "Targets:", "Student:"]
     assert {"Objective:", "Optimiser:", "Run:", "Which views meet:", "Views:", "Loading:"} <= set(headings)
     assert 100 < max(map(len, lines)) <= 150
-    for name in ("pack", "views"):  # of a few, and of many without targets
+    for name in ("inspect", "views"):  # of a few, and of many without targets
         assert "Options:" in rob(name, "--help").out.splitlines()
 
 
