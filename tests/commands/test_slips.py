@@ -51,12 +51,12 @@ def test_parts_of_a_data_set_are_asked_about(rob, refused, tmp_path, parts):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("https://example.org/photos.zip", "an address; download it"),
-        ("photos/*.jpg", "a pattern; give the folder"),
+        ("https://example.org/photos.zip", "an archive; unpack it"),
+        ("photos/*.jpg", "no file fits this pattern"),
         ("photos.zip", "an archive; unpack it .unzip photos.zip."),
-        ("photos.tar.xz", "an archive; unpack it .tar xf photos.tar.xz."),
+        ("photos.tar.xz", "xz -dk photos.tar.xz, and give photos.tar"),
         ("one.jpg", "a single image; give the folder"),
-        ("list.txt", "a list of images; make a folder of links"),
+        ("list.txt", "1 of its 1 images are missing: x"),
     ],
 )
 def test_what_is_no_folder_says_what_to_do_instead(refused, tmp_path, monkeypatch, name, said):
