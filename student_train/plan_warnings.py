@@ -6,10 +6,10 @@ import timm
 import torch
 
 from .config import PairingConfig
-from .crops import VIT_PATCH
 from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
-from .students import OWN, SMALL_SIDE, VIT_FAMILIES, VIT_PATCH_SMALL, is_small, model_family
+from .student_config import StudentConfig
+from .students import OWN, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, vit_patch
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trial import Trial
@@ -102,7 +102,7 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
         return [
             "ibot learns from the class token alone: its other half reads what `patches` prototypes caches of a ViT's"
         ]
-    side = config.student.image_size // stride_of(model_family(config.student.name), is_small(config.student))
+    side = config.student.image_size // stride_of(config.student)
     if space is not None and side < space.grid and config.objective.patch_layer is None:
         return [
             f"the student's map of {side} x {side} positions is smaller than the targets' {space.grid} x {space.grid} and is "
@@ -111,12 +111,13 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
     return []
 
 
-def stride_of(family: str, small: bool) -> int:
-    """How many pixels a side become one position, of the usual network of a family."""
+def stride_of(config: StudentConfig) -> int:
+    """How many pixels a side become one position, of the usual network of the student's family."""
+    family, small = model_family(config.name), is_small(config)
     if family == OWN:
         return 1  # nobody knows
     if family in VIT_FAMILIES:
-        return VIT_PATCH_SMALL if small else VIT_PATCH
+        return vit_patch(small, config.image_size)
     return STRIDE_SMALL if small else STRIDE
 
 
