@@ -1,4 +1,5 @@
-"""Files in a bucket, by obstore: S3 and what speaks like it, Google's and Azure's, and for tests the memory of this process.
+"""Files in a bucket, by obstore: S3 and what speaks like it, Google's and Azure's, a web server's for reading, and for tests the
+memory of this process.
 
 Where the key, the region and the server come from is obstore's to say, which reads the environment as their own tools do. What it
 says of an error may hold a signed address or a part of a key, so that of every error only its kind is told.
@@ -6,12 +7,14 @@ says of an error may hold a signed address or a part of a key, so that of every 
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from tempfile import TemporaryFile
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import FailureError, MisuseError
 from .files import LARGEST_FILE
@@ -28,8 +31,19 @@ KEYS = {
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 
 
-def bucket_at(scheme: str, rest: str) -> "Bucket":
-    """The place at ``scheme://rest``. MisuseError: obstore is missing, or the address is no bucket's, or holds a password."""
+S3_KEYS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE"),
+    *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"),
+)
+"""Where obstore has keys from, or is told that none are needed."""
+NO_KEYS = ("/latest/api/token", "/latest/meta-data", "computeMetadata", "/metadata/identity")
+"""Where a machine of the cloud would be asked what it may do: in an error, there were no keys before that."""
+GO_ON = "what is written is safe: run the same command again to go on"
+
+
+def bucket_at(scheme: str, rest: str, advice: str = GO_ON) -> "Bucket":
+    """The place at ``scheme://rest``, and what to do when it fails. MisuseError: obstore is missing, the address is no bucket's
+    or holds a password, or there are no keys."""
     try:
         import obstore  # noqa: F401
     except ImportError:
@@ -43,7 +57,19 @@ def bucket_at(scheme: str, rest: str) -> "Bucket":
             f"an address of {scheme}:// must hold no key or password: it is written into manifests and logs; give them in the "
             f"environment ({KEYS.get(scheme, 'it needs none')})"
         )
-    return Bucket(scheme, rest)
+    if scheme == "s3" and not any(map(os.environ.get, S3_KEYS)) and not _has_role():
+        raise MisuseError(f"s3://{rest} cannot be opened: there are no keys in the environment ({KEYS['s3']})")
+    return Bucket(scheme, rest, advice)
+
+
+def _has_role() -> bool:
+    """Whether somebody is there who says what this machine of Amazon's may do: obstore would ask for minutes."""
+    found = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254"))
+    try:
+        socket.create_connection((found.hostname or "", found.port or 80), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 @cache
@@ -59,7 +85,7 @@ def _opened(address: str) -> Any:
     from obstore import store
 
     from_url: Any = store.from_url  # whose options are of the kind of address
-    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
+    plain = any(url.startswith("http://") for url in (address, *(os.environ.get(name, "") for name in ENDPOINTS)))
     options: dict[str, Any] = {"client_options": {"allow_http": plain, "connect_timeout": "5s", "timeout": "60s"}}
     backoff = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2}
     return from_url(
@@ -72,8 +98,8 @@ class Bucket:
 
     at_once, has_locks = AT_ONCE, False
 
-    def __init__(self, scheme: str, rest: str) -> None:
-        self.scheme, self.address = scheme, f"{scheme}://{rest}"
+    def __init__(self, scheme: str, rest: str, advice: str = GO_ON) -> None:
+        self.scheme, self.address, self._advice = scheme, f"{scheme}://{rest}", advice
         self._prefix = f"{rest}/" if scheme == "memory" else ""  # the others' address is all that names begin with
         with self._errors():
             self._store = _memory() if scheme == "memory" else _opened(self.address)
@@ -158,9 +184,30 @@ class Bucket:
         except FileNotFoundError:
             return
 
-    def remove_all(self, under: str) -> None:
-        for name in self.names(under):
-            self.remove(f"{under}/{name}")
+    def remove_all(self, under: str = "") -> None:
+        """A store's manifest goes last: as long as it is there, others see what was begun."""
+        above = f"{under}/" if under else ""
+        for name in sorted(self.names(under), key="zarr.json".__eq__):
+            self.remove(above + name)
+
+    def copy_from(self, other: Any, name: str) -> None:
+        """The file of that name of another place. Within a bucket the server does it."""
+        from obstore import copy
+
+        if not isinstance(other, Bucket) or other._whole != self._whole:
+            self.write(name, other.read(name))
+            return
+        with self._errors("written to"):
+            copy(_memory() if self.scheme == "memory" else _opened(self._whole), other._path(name), self._path(name))
+
+    @property
+    def _whole(self) -> str:
+        """The address of all of the bucket, within which `_path` is."""
+        name = self.address.partition("://")[2].partition("/")[0]
+        return f"{self.scheme}://{'' if self.scheme == 'memory' else name}"
+
+    def _path(self, name: str) -> str:
+        return f"{self.address}/{name}".removeprefix(self._whole).lstrip("/")
 
     def holds_other(self, known: Set[str]) -> bool:
         return bool({name.partition("/")[0] for name in self.names()} - known)
@@ -183,10 +230,15 @@ class Bucket:
             raise MisuseError(f"{self.address} cannot be {what}: no rights; {keys}") from None
         except (exceptions.UnknownConfigurationKeyError, exceptions.InvalidPathError, ValueError):
             raise MisuseError(f"{self.address} is no address of a bucket: write {self.scheme}://BUCKET/NAME") from None
+        except exceptions.NotSupportedError:
+            raise MisuseError(
+                f"{self.address} cannot be {what}: the server gives no parts of files; copy them here"
+            ) from None
         except exceptions.BaseError as error:
+            if any(asked in str(error) for asked in NO_KEYS):
+                raise MisuseError(f"{self.address} cannot be {what}: there are no keys; {keys}") from None
             raise FailureError(
-                f"{self.address} cannot be {what}: {kind_of(error)}, tried for up to {PATIENCE.seconds} s; what is written is "
-                "safe: run the same command again to go on"
+                f"{self.address} cannot be {what}: {kind_of(error)}, tried for up to {PATIENCE.seconds} s; {self._advice}"
             ) from None
 
 

@@ -83,7 +83,8 @@ class GroupedCommand(TyperCommand):
         arguments = [p for p in self.get_params(ctx) if not isinstance(p, TyperOption)]
         groups: dict[str, list[Any]] = {"Arguments": arguments}
         for option in options:
-            groups.setdefault(option.rich_help_panel or "Targets", []).append(option)
+            title = "Other" if option.name in ("overwrite", "help") else option.rich_help_panel or "Targets"
+            groups.setdefault(title, []).append(option)
         for title, members in groups.items():
             records = [record for member in members if (record := member.get_help_record(ctx)) is not None]
             if records:

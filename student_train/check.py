@@ -32,7 +32,7 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
 
     MisuseError: there is nothing of ours at ``path``, or what is there cannot even be opened.
     """
-    if path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".onnx", ".pt")):
+    if is_packed(path):
         data = Beton(path)
         damaged = data.damaged(progress)
         return Checked(f"{data.num_images:,} images", tuple(f"{path}: image {i} is damaged" for i in damaged))
@@ -47,6 +47,11 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
             damaged.append(problem)
         progress(number, len(files))
     return Checked(f"{len(files)} files", tuple(damaged))
+
+
+def is_packed(path: Path) -> bool:
+    """Whether it is, or would be, packed images."""
+    return path.suffix == ".beton" or (path.is_file() and path.suffix not in (".safetensors", ".onnx", ".pt"))
 
 
 def _store(path: Path, progress: Progress) -> Checked:

@@ -27,6 +27,8 @@ class Earlier:
             "raw": (stored.encoding == "raw", config.raw),
             "jpeg_quality": (stored.jpeg_quality, None if config.raw else config.jpeg_quality),
             "max_resolution": (stored.max_resolution, config.max_resolution),
+            "window": (stored.window, config.window),
+            "percentiles": (stored.percentiles, config.percentiles),
         }
         for name, (was, now) in asked.items():
             if was != now:

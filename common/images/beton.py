@@ -148,6 +148,8 @@ class BetonWriter:
         classes: tuple[str, ...] | None,
         skipped: tuple[str, ...] = (),
         grown: tuple[tuple[int, str], ...] = (),
+        window: tuple[float, float] | None = None,
+        percentiles: tuple[float, float] | None = None,
     ) -> PackManifest:
         """Completes both files, flushes them to the disk and gives them their names; the ``.beton`` comes last, and until it is
         there the manifest of an earlier one of the same name is kept beside it."""
@@ -166,6 +168,8 @@ class BetonWriter:
             classes=classes,
             skipped=skipped,
             grown=grown,
+            window=window,
+            percentiles=percentiles,
         )
         header = np.array((FFCV_VERSION, len(FIELD_TYPES), self._page_bytes, self._num_rows, self._end), HEADER)
         descriptors = np.zeros(len(FIELD_TYPES), FIELD)
@@ -215,6 +219,7 @@ class Beton:
 
     Attributes, row = image id:
         path, manifest, num_images
+        named               what it was opened by: the path, or the address that it was copied from
         heights, widths     (N,) int32, pixels
         modes               (N,) uint8, JPEG or RAW
         pointers, sizes     (N,) uint64, byte offset and length of the stored image in the file
@@ -226,7 +231,8 @@ class Beton:
     """
 
     def __init__(self, path: str | Path, local_dir: Path | None = None):
-        self.path = path = at_hand(Path(path), local_dir, lambda copy: Beton(copy).damaged())
+        self.named = Path(path)
+        self.path = path = at_hand(self.named, local_dir, lambda copy: Beton(copy).damaged())
         if (path / "zarr.json").exists():
             raise MisuseError(f"{path}: a target store; give the packed images, a .beton")
         if path.is_dir():

@@ -13,6 +13,8 @@ FORMAT_VERSION = 1
 LARGEST = 1 << 32
 """Bytes, of some 50 million images."""
 
+OPTIONAL = ("grown", "window", "percentiles")
+
 
 @dataclass(frozen=True)
 class PackManifest:
@@ -38,10 +40,14 @@ class PackManifest:
     """Broken images that were left out."""
     grown: tuple[tuple[int, str], ...] = ()
     """``num_images`` and ``fingerprint`` of what the first rows were before others were appended, once for each time."""
+    window: tuple[float, float] | None = None
+    """The values of images of more than 8 bits that became black and white."""
+    percentiles: tuple[float, float] | None = None
+    """The same, of each image's own values."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Without ``grown`` where nothing was appended, as ever."""
-        return {name: value for name, value in asdict(self).items() if value or name != "grown"}
+        """Without what only some files have, where there is none, as ever."""
+        return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PackManifest":

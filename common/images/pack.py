@@ -1,4 +1,4 @@
-"""``pack``: a folder or a named data set becomes one ``.beton`` of 8-bit RGB images with stable row ids.
+"""``pack``: the images of a source become one ``.beton`` of 8-bit RGB images with stable row ids.
 
 Every image ends as what a viewer would show: turned upright by its EXIF orientation, transparency laid on white,
 16-bit grey scaled to 8 bits, everything else converted to RGB by Pillow.
@@ -22,6 +22,7 @@ from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManife
 from .config import PackConfig
 from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
 from .sources import Source, open_source
+from .window import windowed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,7 +48,8 @@ def pack(
     data set cannot be downloaded and when the file cannot be written.
     """
     _check(config)
-    source = source or open_source(config.source, config.split)
+    source = source or open_source(config)
+    source = replace(source, where=source.where or config.source)
     for sentence in source.left_out:
         note(sentence)
     earlier = Earlier.of(config, source) if config.append else None
@@ -59,7 +61,7 @@ def pack(
     source = source.shuffled() if config.shuffle else source
     new, source = len(source.paths), replace(source, paths=source.paths + again)
     total = len(source.paths)
-    workers = config.workers or usable_cores()
+    workers = config.workers or max(usable_cores(), source.at_once)
 
     def encode(path: str) -> tuple[StoredImage | BadImage, int]:
         try:
@@ -90,8 +92,9 @@ def pack(
                 elif config.skip_bad:
                     skipped.append(path)
                 else:
-                    place = f"{config.source.rstrip('/')}/{path}"
-                    raise FailureError(f"broken image {place}: {image}; repair or remove it, or set `skip_bad`")
+                    raise FailureError(
+                        f"broken image {source.at(path)}: {image}; repair or remove it, or set `skip_bad`"
+                    )
                 if progress:
                     progress(done, total)
             if len(paths) + new == capacity:
@@ -105,6 +108,8 @@ def pack(
                 classes=source.classes if earlier is None else earlier.classes,
                 skipped=tuple(skipped),
                 grown=() if earlier is None else earlier.grown,
+                window=config.window,
+                percentiles=config.percentiles,
             )
     except OSError as error:
         raise FailureError(f"could not write {config.out}: {error.strerror or error}; nothing was kept") from error
@@ -139,7 +144,7 @@ def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage
         else:
             image = source
             image.load()
-        turned = upright(image)
+        turned = upright(windowed(image, config.window, config.percentiles))
         longest = config.max_resolution or max(image.size)
         unchanged = turned is image and max(image.size) <= longest and not config.raw
         if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):

@@ -19,6 +19,17 @@ ImageSize = Annotated[
     ),
 ]
 Count = Annotated[int, Setting(low=1)]
+ALIKE = 0.94
+Alike = Annotated[
+    float,
+    Setting(
+        "Correlation of small grey pictures from which two images are alike, if their hashes are. 0.94: the same picture in "
+        "another size, quality, brightness or a slightly other crop. 0.85 finds more such crops, and different pictures of the "
+        "same pose; raise it where all pictures show much the same.",
+        low=0,
+        high=1,
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """``rob check`` finds what is damaged, in everything that the other commands leave behind."""
 
+import json
 import re
 import shutil
 
@@ -58,6 +59,23 @@ def test_what_is_damaged_is_named(refused, whole, tmp_path, file, message):
     there = shutil.copytree(whole, tmp_path / "there")
     flip(there / file)
     refused(1, message, "check", there / "data.beton", there / "targets.zarr", there / "run")
+
+
+def test_what_is_found_of_images_is_said_drawn_and_written(rob, refused, made, tmp_path):
+    data, out, sheet = shutil.copy(made.data, tmp_path), tmp_path / "found.json", tmp_path / "pairs.png"
+    shutil.copy(made.data.with_name("data.beton.json"), tmp_path)
+    outcome = rob("check", made.data, data, "--out", out, "--sheet", sheet)
+    assert outcome.code == 0, outcome.err
+    assert re.search(
+        rf"{data}: 24 of 24 images are in {made.data}, too, byte for byte: \S+ \(\S+\), .* more\n", outcome.out
+    )
+    assert "no images are alike: no sheet was drawn" in outcome.out
+    found = json.loads(out.read_text())
+    assert [entry["images"] for entry in found["data"]] == [24, 24]
+    assert [(entry["row"], entry["of_row"]) for entry in found["leaks"][0]["shared"]] == [(i, i) for i in range(24)]
+    refused(2, "found.json is there already: pass --overwrite", "check", data, "--out", out)
+    refused(2, "--out and --sheet are of the images", "check", data, "--out", sheet, "--checksums-only")
+    assert "more than once" not in rob("check", data, "--checksums-only").out
 
 
 def test_what_is_none_of_ours_is_refused(refused, tmp_path):

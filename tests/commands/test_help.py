@@ -78,7 +78,7 @@ def test_many_options_are_grouped_and_as_wide_as_the_terminal(rob, monkeypatch):
     assert headings[:3] == ["Arguments:", "Targets:", "Student:"]
     assert {"Objective:", "Optimiser:", "Run:", "Which views meet:", "Views:", "Loading:"} <= set(headings)
     assert 100 < max(map(len, lines)) <= 150
-    assert "Options:" in rob("pack", "--help").out.splitlines()
+    assert "Options:" in rob("inspect", "--help").out.splitlines()
 
 
 def test_a_range_may_have_a_comma(rob, made, tmp_path):

@@ -43,7 +43,7 @@ def test_rows_that_are_added(folders, tmp_path):
     grown = added(all_, tmp_path)
     found = grown.manifest
     assert found.paths[:12] == was.paths
-    assert sorted(found.paths) == sorted(open_source(str(all_)).paths)
+    assert sorted(found.paths) == sorted(open_source(PackConfig(str(all_), all_)).paths)
     assert found.paths[12:] != tuple(sorted(found.paths[12:]))  # shuffled
     assert found.classes == ("class0", "class1", "class0b")  # those that there were keep their numbers
     assert [found.classes[label] for label in grown.labels] == [path.split("/")[0] for path in found.paths]
@@ -53,7 +53,7 @@ def test_rows_that_are_added(folders, tmp_path):
     again = added(tiny_images(tmp_path / "others", 22), tmp_path)
     assert again.manifest.grown == ((12, was.fingerprint), (21, found.fingerprint))
 
-    source = open_source(str(all_))
+    source = open_source(PackConfig(str(all_), all_))
     ordered = replace(source, paths=again.manifest.paths[:21])
     pack(PackConfig(str(all_), tmp_path / "one.beton", shuffle=False), source=ordered)
     one = Beton(tmp_path / "one.beton").manifest
@@ -66,7 +66,7 @@ def test_the_file_is_that_of_one_pack(folders, tmp_path):
     shutil.rmtree(all_ / "class0b")
     packed(few, tmp_path)
     grown = added(all_, tmp_path)
-    source = replace(open_source(str(all_)), paths=grown.manifest.paths)
+    source = replace(open_source(PackConfig(str(all_), all_)), paths=grown.manifest.paths)
     pack(PackConfig(str(all_), tmp_path / "one.beton", shuffle=False), source=source)
     files = [(tmp_path / name).read_bytes() for name in ("data.beton", "one.beton")]
     seal = beton.HEADER.itemsize + beton.FIELD.itemsize + 17  # of the manifest, which says what it has grown from

@@ -169,7 +169,7 @@ def test_many_pictures_beside_folders_are_pictures_without_classes(tmp_path):
 
 def test_an_empty_source_is_not_the_folder_one_is_in():
     with pytest.raises(MisuseError, match="SOURCE is empty"):
-        open_source("")
+        open_source(CONFIG)
 
 
 @pytest.mark.parametrize(

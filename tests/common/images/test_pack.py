@@ -149,7 +149,7 @@ def test_empty_folder_and_folder_without_images(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("./nowhere", r"nowhere: no such folder; SOURCE is a folder of images or one of cifar10, "),
+        ("./nowhere", r"nowhere: no such file or folder; SOURCE is a folder of images, .* or one of cifar10, "),
         (__file__, "a file, not a folder"),
         ("cifar-10", "unknown folder or named data set 'cifar-10': did you mean cifar10"),
     ],

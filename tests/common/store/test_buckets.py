@@ -5,14 +5,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +25,15 @@ from rob.common import bucket, places
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images import copied
 from rob.common.images.beton import Beton
+from rob.common.images.config import PackConfig
+from rob.common.images.pack import pack
 from rob.common.look.contents import inspect
 from rob.common.places import place_of
 from rob.common.store.prefetch import TargetPrefetcher
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
 from support.stores import ENCODINGS, chunk_of, files, manifest_of, prototypes, write
-from support.tiny import tiny_beton
+from support.tiny import contents, tiny_beton, tiny_images
 
 pytest.importorskip("obstore")
 SECRET = "wJalrXUtnFEMI-a-secret"
@@ -212,6 +217,62 @@ def test_a_server_that_fails_is_a_sentence_without_a_key(answers, monkeypatch):
     answers.close()
     with pytest.raises(FailureError, match=r"s3://b/t\.zarr cannot be read: there is no connection to the server"):
         TargetStore.open("s3://b/t.zarr")
+
+
+def test_images_there_are_packed_as_from_a_disk(root, tmp_path):
+    folder = tiny_images(tmp_path / "images", 8)
+    files, place = contents(folder), place_of(f"{root}/images")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name, data in files.items():
+            place.write(name, data)
+            tar.add(folder / name, name)
+    rows = "".join(f"../images/{name},{name[:6]}\n" for name in files)
+    place_of(f"{root}/other").write("list.csv", rows.encode())
+    place_of(f"{root}/other").write("all.tar", (tmp_path / "all.tar").read_bytes())
+    config = PackConfig(str(folder), tmp_path / "data.beton")
+    expected = pack(config)
+    for source in ("images", "other/all.tar", "other/list.csv", "other/*.tar"):
+        found = pack(replace(config, source=f"{root}/{source}"))
+        assert (found.fingerprint, found.labels) == (expected.fingerprint, expected.labels)
+    before = contents(tmp_path)
+    for source, message in (
+        ("nowhere", "/nowhere: there is nothing at this address"),
+        ("other/a.tar", "/other/a.tar: there is no such file"),
+        ("other/a*.parquet", "no file fits this pattern"),
+    ):
+        with pytest.raises(MisuseError, match=message):
+            pack(replace(config, source=f"{root}/{source}"))
+    assert contents(tmp_path) == before
+
+
+def test_images_on_a_web_server_and_where_fsspec_reaches(tmp_path):
+    folder = tiny_images(tmp_path / "images", 6)
+    names = list(contents(folder))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(folder, "images")
+    (tmp_path / "list.txt").write_text("".join(f"images/{name}\t{name[:6]}\n" for name in names))
+    config = PackConfig(str(folder), tmp_path / "data.beton")
+    expected = pack(config).fingerprint
+    assert pack(replace(config, source=f"local://{folder}")).fingerprint == expected
+    assert pack(replace(config, source=f"local://{tmp_path}/all.tar")).num_images == 6
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:  # which gives no parts of files
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert pack(replace(config, source=f"{address}/list.txt")).fingerprint == expected
+        with pytest.raises(MisuseError, match="cannot be read: the server gives no parts of files; copy them here"):
+            pack(replace(config, source=f"{address}/all.tar"))
+        server.shutdown()
+
+
+def test_without_keys_it_says_so_at_once(tmp_path, monkeypatch):
+    for name in bucket.S3_KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        MisuseError, match=r"^s3://b/images cannot be opened: there are no keys in the environment \(AWS"
+    ):
+        pack(PackConfig("s3://b/images", tmp_path / "data.beton"))
 
 
 def test_a_bucket_that_is_lost_in_the_middle_costs_nothing(tmp_path, monkeypatch):
