@@ -138,8 +138,8 @@ def last_asked_here(network: "FrozenNetwork") -> Iterator[None]:
         leave_ranks()
 
 
-def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> "FrozenNetwork":
-    """What the words on the command line name."""
+def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher, seed: int = 0) -> "FrozenNetwork":
+    """What the words on the command line name; ``seed`` is that of random weights."""
     from ...common.run import pick_device
     from ..evaluate.network import FrozenNetwork
 
@@ -147,7 +147,7 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
     if config.init == "random":
         if what in ("pixels", "teacher") or what.endswith(".onnx"):
             raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")
-        return FrozenNetwork.untrained(describe(Path(what)), 0, device, size)
+        return FrozenNetwork.untrained(describe(Path(what)), seed, device, size)
     if what == "pixels":
         return FrozenNetwork.pixels(size or 32, device)
     if what == "teacher":
