@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def serve(folder: Path, seconds: float) -> None:
             query = {name: values[0] for name, values in parse_qs(asked.query, keep_blank_values=True).items()}
             if "list-type" in query:
                 return self.answer(200, self.listing(query.get("prefix", "")))
-            path = folder / unquote(asked.path).removeprefix(f"/{BUCKET}/")
+            path = self.file(asked.path)
             if not path.is_file():
                 return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
             size = path.stat().st_size
@@ -58,6 +59,34 @@ def serve(folder: Path, seconds: float) -> None:
             )
 
         do_HEAD = do_GET
+
+        def do_PUT(self) -> None:
+            """An object, whole or not at all, or a copy of another one."""
+            time.sleep(seconds)
+            data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if (other := self.headers.get("x-amz-copy-source")) is not None:
+                source = self.file(f"/{unquote(other).lstrip('/')}")
+                if not source.is_file():
+                    return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+                data = source.read_bytes()
+            path = self.file(urlsplit(self.path).path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (part := path.with_name(f".{path.name}.{threading.get_ident()}.part")).write_bytes(data)
+            part.replace(path)
+            self.answer(200, b"<CopyObjectResult><ETag>x</ETag></CopyObjectResult>" if other else b"")
+
+        def do_DELETE(self) -> None:
+            time.sleep(seconds)
+            path = self.file(urlsplit(self.path).path)
+            path.unlink(missing_ok=True)
+            for above in path.parents:  # a bucket has no folders
+                if above == folder or not above.is_relative_to(folder) or any(above.iterdir()):
+                    break
+                above.rmdir()
+            self.answer(204, b"")
+
+        def file(self, path: str) -> Path:
+            return folder / unquote(path).removeprefix(f"/{BUCKET}/")
 
         def part(self, size: int) -> tuple[int, int]:
             if (wanted := self.headers.get("Range")) is None:
@@ -94,6 +123,7 @@ def serve(folder: Path, seconds: float) -> None:
 
 @contextmanager
 def bucket(folder: Path, milliseconds: float) -> Iterator[None]:
+    """Inside, ``s3://targets`` are the files below ``folder``."""
     words = [sys.executable, "-m", "rob.benchmarks.bucket", "--serve", str(folder), "--milliseconds", str(milliseconds)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

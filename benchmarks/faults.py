@@ -33,6 +33,9 @@ from typing import Any
 
 from rob.benchmarks.faults_clock import CLOCK, environment
 from rob.benchmarks.faults_kinds import BAD, KINDS, NEED_CLOCK, NEED_MOUNTS, WITHOUT_SMALL, Bench, Trial, trials
+from rob.benchmarks.faults_shared import KINDS as SHARED
+from rob.benchmarks.faults_shared import served
+from rob.benchmarks.faults_shared import trials as shared_trials
 from rob.benchmarks.faults_world import make_world, own_mounts
 
 
@@ -45,7 +48,7 @@ class FaultsConfig:
     """Of each kind of file: so many flipped bits and so many cuts."""
     others: int = 5
     """Of each other fault and command."""
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = (*KINDS, *SHARED)
     subjects: tuple[str, ...] = ()
     """Those whose name has one of these words alone; empty: all."""
     small: bool = False
@@ -53,14 +56,15 @@ class FaultsConfig:
     seed: int = 0
 
     def count(self, kind: str) -> int:
-        return {"kill": self.kills, "damage": self.places}.get(kind, self.others)
+        return {"damage": self.places}.get(kind, self.kills if kind in ("kill", *SHARED) else self.others)
 
 
 def planned(config: FaultsConfig) -> Iterator[Trial]:
     """All of them, the numbers first, so that a bench that is stopped has some of each."""
     for number in range(max(map(config.count, config.kinds), default=0)):
         for kind in config.kinds:
-            for trial in trials(kind, number) if number < config.count(kind) else ():
+            made = shared_trials if kind in SHARED else trials
+            for trial in made(kind, number) if number < config.count(kind) else ():
                 large = any(trial.subject.startswith(word) for word in WITHOUT_SMALL)
                 wanted = not config.subjects or any(word in trial.subject for word in config.subjects)
                 if wanted and not (large and config.small):
@@ -82,16 +86,8 @@ def faults(config: FaultsConfig, mounts: bool, seconds: float = float("inf")) ->
     out.mkdir(parents=True, exist_ok=True)
     make_world(out / "world", config.small)
     bench, done = Bench(out, mounts), kept_outcomes(out)
-    for trial in planned(config):
-        if trial.name in done or time.monotonic() > end:
-            continue
-        if (trial.kind in NEED_MOUNTS and not mounts) or (trial.kind in NEED_CLOCK and CLOCK not in os.environ):
-            continue
-        done[trial.name] = bench.attempt(trial, config.seed)
-        with open(out / "trials.jsonl", "a") as file:
-            file.write(json.dumps({trial.name: done[trial.name]}) + "\n")
-        if done[trial.name] in BAD:
-            print(trial.name, done[trial.name], flush=True)
+    with served(out / "trial") if "bucket" in config.kinds else contextlib.nullcontext():
+        make_trials(config, bench, done, mounts, end)
     counts: dict[tuple[str, str], Counter[str]] = {}
     for name, outcome in done.items():
         kind, subject, _ = name.split("/")
@@ -101,6 +97,20 @@ def faults(config: FaultsConfig, mounts: bool, seconds: float = float("inf")) ->
         | {name: found[name] for name in BAD}
         for (kind, subject), found in sorted(counts.items())
     ]
+
+
+def make_trials(config: FaultsConfig, bench: Bench, done: dict[str, str], mounts: bool, end: float) -> None:
+    """Those that are not ``done`` yet, until ``end``."""
+    for trial in planned(config):
+        if trial.name in done or time.monotonic() > end:
+            continue
+        if (trial.kind in NEED_MOUNTS and not mounts) or (trial.kind in NEED_CLOCK and CLOCK not in os.environ):
+            continue
+        done[trial.name] = bench.attempt(trial, config.seed)
+        with open(bench.out / "trials.jsonl", "a") as file:
+            file.write(json.dumps({trial.name: done[trial.name]}) + "\n")
+        if done[trial.name] in BAD:
+            print(trial.name, done[trial.name], flush=True)
 
 
 def with_another_clock(config: FaultsConfig) -> bool:
@@ -135,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--places", type=int, default=20)
     parser.add_argument("--others", type=int, default=5)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *SHARED), default=[*KINDS, *SHARED])
     parser.add_argument(
         "--subjects", nargs="+", default=[], help="Commands and kinds of file with one of these words alone."
     )

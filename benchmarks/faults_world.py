@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,12 +42,13 @@ CACHING = ("--teacher", TEACHER, "--checkpoint", "teacher.safetensors", "--view-
 @dataclass(frozen=True)
 class Command:
     """The ``words`` of a command line; the files and folders that it ``leaves``; of how many ``ranks`` it is, and whether
-    torchrun starts them, with its own options."""
+    torchrun starts them, with its own options; whether its store is to have ``small_shards``, of 16 images."""
 
     words: tuple[str, ...]
     leaves: tuple[str, ...] = ("new",)
     ranks: int = 1
     torchrun: tuple[str, ...] | None = None
+    small_shards: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -185,7 +187,7 @@ def start(command: Command, folder: Path, logs: Path) -> list[Running]:
         environment = {name: str(value) for name, value in told.items()} if command.ranks > 1 else {}
         log = logs / f"{rank}"
         started.append(
-            Running(_forked(lambda environment=environment: _rob(command.words, environment), folder, log), log)
+            Running(_forked(lambda told=environment: _rob(command.words, told, command.small_shards), folder, log), log)
         )
     return started
 
@@ -194,10 +196,14 @@ def run(command: Command, folder: Path, logs: Path) -> list[Ended]:
     return [running.wait() for running in start(command, folder, logs)]
 
 
-def _rob(words: Sequence[str], environment: dict[str, str]) -> None:
+def _rob(words: Sequence[str], environment: dict[str, str], small_shards: bool = False) -> None:
     from rob.cli import main
 
     os.environ.update(environment)
+    if small_shards:
+        from rob.teacher_cache import asked
+
+        asked.StoreManifest = partial(asked.StoreManifest, chunk_rows=8, shard_chunks=2)
     sys.argv = ["rob", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
@@ -284,7 +290,8 @@ def room_left(folder: Path, size: int) -> None:
 
 
 def make_world(folder: Path, small: bool = False) -> None:
-    """Images, a teacher, a store and a half-written one, a run with a result; an exported file and a sweep, unless ``small``."""
+    """Images, a teacher, a store, the same in a bucket, a half-written one, a run with a result; an exported file and a sweep,
+    unless ``small``."""
     if (folder / "done").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -306,6 +313,7 @@ def make_world(folder: Path, small: bool = False) -> None:
         ended = Running(_forked(do, folder, log), log).wait()
         if ended.code != 0 and command is not HALF:
             raise RuntimeError(f"{' '.join(command.words)}: {ended.said}")
+    shutil.copytree(folder / "targets.zarr", folder / "bucket" / "targets.zarr")
     (folder / "done").touch()
 
 

@@ -184,9 +184,30 @@ class Bucket:
         except FileNotFoundError:
             return
 
-    def remove_all(self, under: str) -> None:
-        for name in self.names(under):
-            self.remove(f"{under}/{name}")
+    def remove_all(self, under: str = "") -> None:
+        """A store's manifest goes last: as long as it is there, others see what was begun."""
+        above = f"{under}/" if under else ""
+        for name in sorted(self.names(under), key="zarr.json".__eq__):
+            self.remove(above + name)
+
+    def copy_from(self, other: Any, name: str) -> None:
+        """The file of that name of another place. Within a bucket the server does it."""
+        from obstore import copy
+
+        if not isinstance(other, Bucket) or other._whole != self._whole:
+            self.write(name, other.read(name))
+            return
+        with self._errors("written to"):
+            copy(_memory() if self.scheme == "memory" else _opened(self._whole), other._path(name), self._path(name))
+
+    @property
+    def _whole(self) -> str:
+        """The address of all of the bucket, within which `_path` is."""
+        name = self.address.partition("://")[2].partition("/")[0]
+        return f"{self.scheme}://{'' if self.scheme == 'memory' else name}"
+
+    def _path(self, name: str) -> str:
+        return f"{self.address}/{name}".removeprefix(self._whole).lstrip("/")
 
     def holds_other(self, known: Set[str]) -> bool:
         return bool({name.partition("/")[0] for name in self.names()} - known)

@@ -54,7 +54,14 @@ class Place(Protocol):
         """Which may be gone already."""
         ...
 
-    def remove_all(self, under: str) -> None: ...
+    def remove_all(self, under: str = "") -> None:
+        """The files below ``under``, a manifest at its top last."""
+        ...
+
+    def copy_from(self, other: "Place", name: str) -> None:
+        """The file of that name of another place, whole or not at all."""
+        ...
+
     def holds_other(self, known: Set[str]) -> bool:
         """Whether there is a file, or something below, that is not ``known``."""
         ...
@@ -118,8 +125,11 @@ class Folder:
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def remove_all(self, under: str) -> None:
+    def remove_all(self, under: str = "") -> None:
         shutil.rmtree(self.path / under, ignore_errors=True)
+
+    def copy_from(self, other: Place, name: str) -> None:
+        self.write(name, other.read(name))
 
     def holds_other(self, known: Set[str]) -> bool:
         path = self.path
@@ -155,6 +165,13 @@ def local_path(path: Path | str) -> Path:
     """The same path; of ``file://`` the one that it stands for."""
     found = ADDRESS.fullmatch(str(path))
     return Path(f"/{found[2]}") if found is not None and found[1] == "file" else Path(path)
+
+
+def hidden_beside(path: Path, kind: str) -> Path:
+    """Where something of a ``kind`` lies while what is at ``path`` is made of it. MisuseError: an address of a bucket alone."""
+    if is_address(path) and len(path.parts) < 3:
+        raise MisuseError(f"{shown(path)} names a bucket: write {shown(path)}/NAME, which leaves room for others")
+    return path.with_name(f".{path.name}.{kind}")
 
 
 def shown(path: Path | str) -> str:

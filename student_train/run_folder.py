@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError, first_line
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
-from ..common.places import is_address, shown
 from ..common.ranks import ALONE, Ranks, from_main
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
@@ -61,7 +60,8 @@ class RunFolder:
     ``student_average.safetensors`` where there is one.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
-    has both. What ``watch`` has to say of a log line becomes its ``warning``. Raises MisuseError when ``out`` is no folder.
+    has both. What ``watch`` has to say of a log line becomes its ``warning``; ``saved`` is called after each checkpoint. Raises
+    MisuseError when ``out`` is no folder.
     """
 
     def __init__(
@@ -73,16 +73,14 @@ class RunFolder:
         on_log: Callable[[dict[str, Any], int], None],
         ranks: Ranks = ALONE,
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
+        saved: Callable[[], None] = lambda: None,
     ) -> None:
-        if is_address(out):
-            raise MisuseError(
-                f"`out` {shown(out)}: a run's folder lies on a disk: give one, and copy it when the run has ended"
-            )
         if out.exists() and not out.is_dir():
             raise MisuseError(f"`out` {out} is a file: give the folder to train in")
         if (out / "zarr.json").exists():
             raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
+        self._saved = saved
         self.log_every: int = config["log_every"]
         minutes = config.get("checkpoint_minutes")
         self._save_every, self._saved_at = math.inf if minutes is None else 60 * minutes, time.monotonic()
@@ -161,6 +159,7 @@ class RunFolder:
         parts = {name: part.state_dict() for name, part in state.items()}
         found = {"step": step, "health": health, "lines": len(read_log(self.out))}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
+        self._saved()
         self._saved_at = time.monotonic()  # from its end: one that takes long must not fill the time
 
     def _check_there(self) -> None:

@@ -19,6 +19,7 @@ from ..common.images.beton import Beton
 from ..common.order import block_shuffled_order
 from ..common.own_network import OwnNetwork
 from ..common.pace import Pace
+from ..common.places import local_path
 from ..common.ranks import ALONE, Ranks, from_main, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
@@ -35,6 +36,7 @@ from .evaluate.yardstick import Yardstick
 from .extension import read_parent, take_over
 from .kernels.choice import Measured, use_measured
 from .loggers.logger import Loggers, check_installed
+from .mirror import Mirror
 from .own_student import what_moves
 from .plan import TrainPlan, opened, plan_run
 from .run_folder import RunFolder, read_log
@@ -48,7 +50,8 @@ from .watch import Watch
 @dataclass(frozen=True)
 class TrainProgress:
     """What a caller may show, each of which may be left out: every log line as it is written, notes, every step (those done,
-    all), what is being waited for, and the plan. With ``plan`` the time of a step is measured before the run.
+    all), what is being waited for, the plan, and that there is a new checkpoint. With ``plan`` the time of a step is measured
+    before the run.
     """
 
     log: Callable[[dict[str, Any], int], None] = lambda line, total_steps: None
@@ -56,6 +59,7 @@ class TrainProgress:
     step: Callable[[int, int], None] = lambda done, total_steps: None
     say: Callable[[str], None] = lambda text: None
     plan: Callable[[TrainPlan], None] | None = None
+    saved: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,23 @@ class TrainResult:
 
 
 def train_student(config: TrainConfig, progress: TrainProgress | None = None) -> TrainResult:
-    """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes.
+    """Train, or go on from the checkpoint in ``config.out``; leaves the run folder that the README describes. Where that is an
+    address, the run's files are also in the folder of the ``weights`` that are returned.
 
     Under torchrun every rank takes its share of each batch and of the images; rank 0 writes the files.
     Raises MisuseError for settings that cannot be, FailureError when the loss stops being a number, or another rank is lost (the
     last good checkpoint stays).
     """
+    progress, mirror = progress or TrainProgress(), Mirror.of(config.out, config.local_dir)
     with lost_ranks_are_a_failure(), interrupted_once():
-        return _train(config, progress or TrainProgress(), join_ranks())
+        ranks = join_ranks()
+        if mirror is None:
+            return _train(replace(config, out=local_path(config.out)), progress, ranks)
+        from_main(mirror.pull)
+        result = _train(replace(config, out=mirror.folder), replace(progress, saved=mirror.push), ranks)
+        if ranks.is_main:
+            mirror.push()
+        return result
 
 
 def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainResult:
@@ -157,7 +170,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         if "warning" in line:
             progress.note(line["warning"])
 
-    run = RunFolder(config.out, config.to_dict(), facts, total_steps, on_log, ranks, collapse.look)
+    settings = config.to_dict()
+    run = RunFolder(config.out, settings, facts, total_steps, on_log, ranks, collapse.look, progress.saved)
     branch.follow(trainer.model, steps_per_epoch, config.epochs)
     if trainer.average and branch.average is not None:
         raise MisuseError("`average`: the momentum copy is one, and exported as such; leave `average` out")

@@ -48,7 +48,13 @@ class TrainConfig:
     """
 
     data: Data
-    out: Annotated[Path, Setting("The run folder. A run that was killed goes on from its checkpoint there.")]
+    out: Annotated[
+        Path,
+        Setting(
+            "The run folder. A run that was killed goes on from its checkpoint there. An address, s3://, gs:// or "
+            "az://BUCKET/NAME: then it is copied there at each checkpoint, and goes on on any machine."
+        ),
+    ]
     student: StudentConfig
     targets: TargetsConfig
     objective: ObjectiveConfig | None = None

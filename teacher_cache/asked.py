@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
-from ..common.places import is_address, place_of, shown
+from ..common.places import hidden_beside, place_of, shown
 from ..common.run import versions
 from ..common.store.begun import begun_store, half_written
 from ..common.store.encodings import Encoding
@@ -18,6 +18,8 @@ from .prototypes import refuse_unsuitable
 from .share import Share
 from .teachers import Teacher
 
+OF_FITTED = ("num_prototypes", "head", "teacher_temp")
+"""What a store has of the prototypes that were fitted to it, and nobody asks for."""
 TEMPORARY = Encoding("embedding", dtype="float16")
 """Of the embeddings that lie beside a store of logits until prototypes are fitted to them."""
 
@@ -36,8 +38,8 @@ def begun_geometry(config: CacheConfig) -> str | None:
 
 def temporary_store(config: CacheConfig) -> Path | None:
     """Where the embeddings lie that prototypes are fitted to, when the store itself is to hold only logits."""
-    beside = config.out.with_name(f".{config.out.name}.embeddings")
-    return beside if config.prototypes and config.encoding.needs_logits else None
+    needed = config.prototypes and config.encoding.needs_logits
+    return hidden_beside(config.out, "embeddings") if needed else None
 
 
 def check_asked(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
@@ -49,11 +51,6 @@ def check_asked(config: CacheConfig, data: Beton, teacher: Teacher) -> None:
         raise MisuseError(
             f"`encoding` {config.encoding.kind} needs prototype logits, but teacher {teacher.name} has no head: "
             "give a number of `prototypes` to fit, or use `encoding` embedding"
-        )
-    if is_address(config.out) and temporary_store(config) is not None:
-        raise MisuseError(
-            f"`prototypes` of {config.encoding.kind} targets are fitted to embeddings that lie beside them meanwhile, which a "
-            "bucket is not for: use `encoding` embedding, or cache to a disk and copy the store"
         )
     if config.prototypes:
         refuse_unsuitable(config.prototypes, data.num_images * config.views)

@@ -1,7 +1,7 @@
 """A store of embeddings with prototypes fitted to it, and the store of logits that both give."""
 
+import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.files import locked
-from ..common.places import is_address
 from ..common.store.codec import decode, encode
 from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore, add_prototypes
 from .prototypes import CPU, PrototypeConfig, fit_prototypes
-from .share import ALONE, Share
+from .share import ALONE, WAIT, Share
 
 STEPS = 1 << 30
 """A unit's, of what embeddings are rounded to in their sum."""
@@ -28,19 +27,25 @@ def with_prototypes(
     note: Callable[[str], None],
     device: torch.device = CPU,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    wait: bool = False,
+    share: Share = ALONE,
 ) -> TargetStore:
     """The complete store of embeddings at ``path`` with prototypes, which are fitted to it, on ``device``, unless it has them
     already.
 
-    ``progress`` is called with (batches done, all). MisuseError: it has another number of them, or another process is fitting
-    some and this one does not ``wait`` for it.
+    ``progress`` is called with (batches done, all). Of workers that ``share`` the store one fits them, and the others wait; in a
+    bucket that is the first rank, and parts that end at the same time each do. MisuseError: it has another number of them, or
+    another process is fitting some and this one is alone.
     """
-    if TargetStore.open(path).manifest.num_prototypes != config.num:
-        taken = f"{path}: another rob cache-teacher fits prototypes to it; wait for it to finish"
-        with nullcontext() if is_address(path) else locked(path / ".lock", taken, wait):
-            _fit(TargetStore.open(path), config, note, device, progress)
-    return TargetStore.open(path)
+    while (store := TargetStore.open(path)).manifest.num_prototypes != config.num:
+        taken = f"{store.place}: another rob cache-teacher fits prototypes to it; wait for it to finish"
+        if store.place.has_locks:
+            with locked(path / ".lock", taken, wait=share.split is not None):
+                _fit(TargetStore.open(path), config, note, device, progress)
+        elif share.helps and share.part and not store.manifest.num_prototypes:
+            time.sleep(WAIT)
+        else:
+            _fit(store, config, note, device, progress)
+    return store
 
 
 def _fit(
@@ -54,7 +59,7 @@ def _fit(
         return  # by the process that held the lock until now
     if store.manifest.num_prototypes:
         raise MisuseError(
-            f"{store.path} has {store.manifest.num_prototypes} fitted prototypes already, `prototypes` asks for "
+            f"{store.place} has {store.manifest.num_prototypes} fitted prototypes already, `prototypes` asks for "
             f"{config.num}: give another path to cache to"
         )
 
@@ -67,7 +72,8 @@ def _fit(
         f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
         f"teacher temperature {fitted.teacher_temp:.3g}"
     )
-    add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
+    if TargetStore.open(store.path).manifest.num_prototypes != config.num:  # else others fitted the same meanwhile
+        add_prototypes(store.path, fitted.prototypes.numpy(), "fitted", fitted.teacher_temp, store.statistics)
 
 
 def statistics_of(embedding: Tensor, logits: Tensor | None) -> dict[str, np.ndarray]:

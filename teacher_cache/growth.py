@@ -4,44 +4,47 @@ The grown store is written beside the one there is, as any store is, by one work
 it, chunk by chunk, and the teacher runs over what is new. Once it is whole the two change places in one step.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.errors import FailureError, MisuseError
 from ..common.files import aside, exchange
 from ..common.images.manifest import PackManifest
-from ..common.places import Folder, is_address
+from ..common.places import Place, hidden_beside, place_of
 from ..common.store.begun import half_written
 from ..common.store.codec import decode, encode
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore
+from ..common.store.writer import StoreWriter
+from .asked import OF_FITTED, TEMPORARY
+from .making import Arrays, Making, Work
 from .share import together
+from .teachers import Teacher
 
-Arrays = dict[str, np.ndarray]
-OF_FITTED = ("num_prototypes", "head", "teacher_temp")
-"""What a store has of the prototypes that were fitted to it, and nobody asks for."""
 SUMS = ("embedding_sum", "usage")
 """Statistics that are added up over all views."""
 
 
 @dataclass(frozen=True)
-class Growth:
-    """``store`` becomes one of ``manifest``, which has more views or more rows, not both."""
+class Growth(Making):
+    """``store`` becomes one of ``manifest``, which has more views or more rows, not both, and is at ``path`` until whole."""
 
     store: TargetStore
-    manifest: StoreManifest
 
     @property
-    def path(self) -> Path:
-        """Where the grown store is written."""
-        return self.store.path.with_name(f".{self.store.path.name}.grown")
+    def says(self) -> str:
+        if self.views_there:
+            return f"views {self.new_views[0]} to {self.new_views[-1]} are added to the {self.views_there} there"
+        return f"rows {self.rows_there:,} to {self.manifest.num_images - 1:,} are added to those there"
 
     @property
     def views_there(self) -> int:
@@ -52,33 +55,21 @@ class Growth:
     def rows_there(self) -> int:
         return self.store.manifest.num_images
 
-    @property
-    def new_views(self) -> tuple[int, ...]:
-        """That the teacher is to see."""
-        return self.manifest.view_ids[self.views_there :]
-
-    @property
-    def says(self) -> str:
-        if self.views_there:
-            return f"views {self.new_views[0]} to {self.new_views[-1]} are added to the {self.views_there} there"
-        return f"rows {self.rows_there:,} to {self.manifest.num_images - 1:,} are added to those there"
+    def bytes_per_view(self, work: Work) -> dict[Path, int]:
+        return {self.path: self.manifest.bytes_per_view}
 
     def kept(self, rows: np.ndarray) -> list[int]:
-        """Of ``rows``, the first ones of chunks that are copied as they are."""
         size = self.manifest.chunk_rows
         return [] if self.views_there else [int(row) for row in rows[rows % size == 0] if row + size <= self.rows_there]
 
     def made(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        """Of ``rows``, those that the teacher sees: from the beginning of a batch on."""
         return rows if self.views_there else rows[rows >= self.rows_there // batch_size * batch_size]
 
     def new_rows(self, row: int) -> int:
-        """Of the chunk at ``row``, how many are new in whole or in part."""
         stop = min(row + self.manifest.chunk_rows, self.manifest.num_images)
         return stop - row if self.views_there else stop - max(row, self.rows_there)
 
     def merged(self, row: int, new: Mapping[str, np.ndarray]) -> Arrays:
-        """The arrays of the chunk at ``row``: of the store, and the ``new`` ones of its `new_rows`, if any."""
         size = self.manifest.chunk_rows
         stop = min(row + size, self.manifest.num_images, self.rows_there)
         if row >= stop:
@@ -90,21 +81,24 @@ class Growth:
         return {name: np.concatenate([there[name], new[name]], axis) for name in there}
 
     def no_statistics(self) -> Arrays:
-        """Of a chunk that is copied."""
         return {name: np.zeros_like(self.store.statistics[name]) for name in SUMS if name in self.store.statistics}
 
-    def statistics(self, new: Mapping[str, np.ndarray]) -> Arrays:
-        """Those of the grown store, of which ``new`` are the sums over what is new."""
-        there = self.store.statistics
-        return {name: there[name] + new[name] if name in new else there[name] for name in there}
-
-    def logits_of(self, device: torch.device, stored_as: Encoding) -> Callable[[Tensor], Tensor] | None:
-        """Of embeddings, where the store's logits are those of prototypes that were fitted to embeddings ``stored_as`` this."""
+    def logits_of(self, teacher: Teacher) -> Callable[[Tensor], Tensor] | None:
+        """Also where the store's logits are those of prototypes that were fitted to embeddings, as they were stored."""
         prototypes = self.store.prototypes
-        if self.store.manifest.head != "fitted" or prototypes is None or not self.store.encoding.needs_logits:
-            return None
-        rows = torch.from_numpy(prototypes).to(device)
-        return lambda embedding: _read_back(stored_as, embedding) @ rows.T
+        if teacher.prototypes is not None or prototypes is None or not self.store.encoding.needs_logits:
+            return super().logits_of(teacher)
+        rows = torch.from_numpy(prototypes).to(next(teacher.parameters()).device)
+        return lambda embedding: _read_back(TEMPORARY, embedding) @ rows.T
+
+    def of_patches(self, writer: StoreWriter, make: Callable[[], Arrays]) -> Mapping[str, np.ndarray]:
+        return self.store.statistics
+
+    def finish(self, writer: StoreWriter, teacher: Teacher, of_patches: Mapping[str, np.ndarray]) -> None:
+        """The statistics are those that were there, with the sums over what is new."""
+        there, new = self.store.statistics, writer.statistics
+        sums = {name: there[name] + new[name] if name in new else there[name] for name in there}
+        writer.finish(self.store.prototypes, sums)
 
 
 def _read_back(encoding: Encoding, embedding: Tensor) -> Tensor:
@@ -115,11 +109,8 @@ def growth_of(path: Path, manifest: StoreManifest, data: PackManifest, prototype
     """What of ``manifest`` the complete store at ``path`` is to be given next: rows first, then views. None where there is no
     such store, or ``manifest`` is not of more of the same. ``prototypes`` somebody asked to be fitted, 0 for none.
     """
-    if is_address(path):
-        return None  # nothing in a bucket can change places
-    if not path.exists() and aside(path).exists():  # killed while two stores changed places in three steps
-        aside(path).rename(path)
-    if not (path / "zarr.json").exists():
+    _go_on_changing(path)
+    if not place_of(path).exists("zarr.json"):
         return None
     store = TargetStore.open(path)
     there = store.manifest
@@ -134,7 +125,11 @@ def growth_of(path: Path, manifest: StoreManifest, data: PackManifest, prototype
     elif not more_views:
         return None
     may_differ = ("view_ids", *(("num_images", "data_fingerprint") if more_rows else ()))
-    return Growth(store, manifest) if _alike(there, manifest, *may_differ) else None
+    if not _alike(there, manifest, *may_differ):
+        return None
+    if not store.place.has_locks:
+        _ = store.statistics, store.prototypes  # now, since others may put the grown store in its place at any time
+    return Growth(hidden_beside(path, "grown"), manifest, store)
 
 
 def _alike(one: StoreManifest, other: StoreManifest, *may_differ: str) -> bool:
@@ -145,22 +140,69 @@ def _alike(one: StoreManifest, other: StoreManifest, *may_differ: str) -> bool:
 
 @contextmanager
 def in_its_place(growth: Growth) -> Iterator[None]:
-    """Inside, workers write the grown store; the last of them to leave puts it where the other one is, once it is whole."""
-    grown = growth.path
+    """Inside, workers write the grown store; the last of them to leave puts it where the other one is, once it is whole. In a
+    bucket, where they do not see each other, that is whoever finds it whole."""
+    grown, place = place_of(growth.path), growth.store.place
 
     def is_whole() -> bool:
-        return (grown / "zarr.json").exists() and _alike(TargetStore.open(grown).manifest, growth.manifest)
-
-    def change_places() -> None:
-        shutil.rmtree(grown / "pending", ignore_errors=True)  # of a worker killed in the very last step
-        exchange(grown, growth.store.path)
-        drop_earlier()
+        return grown.exists("zarr.json") and _alike(TargetStore.open(growth.path).manifest, growth.manifest)
 
     def drop_earlier() -> None:
         """What an earlier growth was killed in dropping, too."""
-        if grown.exists() and not is_whole() and half_written(Folder(grown)) is None:
-            (grown / "zarr.json").unlink(missing_ok=True)  # no store any more, whatever is left of it
-            shutil.rmtree(grown)
+        if not is_whole() and half_written(grown) is None:
+            grown.remove("zarr.json")  # no store any more, whatever is left of it
+            grown.remove_all()
 
-    with together(growth.store.path, is_whole, change_places, drop_earlier):
+    def change_places() -> None:
+        grown.remove_all("pending")  # of a worker killed in the very last step
+        exchange(growth.path, growth.store.path)
+        drop_earlier()
+
+    if place.has_locks:
+        with together(growth.store.path, is_whole, change_places, drop_earlier):
+            yield
+        return
+    try:
+        drop_earlier()
         yield
+        if is_whole():
+            _move(grown, place)
+    except (MisuseError, FailureError, FileNotFoundError):
+        if place.exists("zarr.json") and TargetStore.open(growth.store.path).manifest == growth.store.manifest:
+            raise
+        # Another worker has put it in its place meanwhile, so that this one did not find what it looked for.
+
+
+def _go_on_changing(path: Path) -> None:
+    """What a worker that was killed while two stores changed places had still to do."""
+    place = place_of(path)
+    if place.has_locks:
+        if not path.exists() and aside(path).exists():  # in three steps
+            aside(path).rename(path)
+        return
+    grown = place_of(hidden_beside(path, "grown"))
+    if not grown.exists("zarr.json"):
+        return
+    if not place.exists("zarr.json"):
+        _move(grown, place)
+    elif place.read("zarr.json") == grown.read("zarr.json"):
+        grown.remove_all()
+
+
+def _move(grown: Place, place: Place) -> None:
+    """The store at ``grown`` comes to ``place``, where there is none until all of it has come.
+
+    Any number of workers may do it, and be killed in it: whoever comes next goes on, as long as there is a manifest at ``grown``.
+    """
+    try:
+        manifest = grown.read("zarr.json")
+    except FileNotFoundError:
+        return
+    if not place.exists("zarr.json") or place.read("zarr.json") != manifest:
+        place.remove("zarr.json")
+        files = (name for name in grown.names() if name != "zarr.json" and not name.startswith("pending/"))
+        # A file that has gone is one that has come: then another worker drops them.
+        with suppress(FileNotFoundError), ThreadPoolExecutor(place.at_once) as pool:
+            list(pool.map(partial(place.copy_from, grown), files))
+        place.write("zarr.json", manifest)
+    grown.remove_all()

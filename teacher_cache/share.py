@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from ..common.errors import MisuseError
+from ..common.errors import FailureError, MisuseError
 from ..common.files import lock, open_locked
 from ..common.places import place_of
 from ..common.store.manifest import StoreManifest
@@ -91,11 +91,28 @@ ALONE = Share()
 def beside(out: Path, embeddings: Path) -> AbstractContextManager[None]:
     """``embeddings`` lie beside the store ``out`` while it is made, and go once it is whole, with the last worker to leave:
     another may have found it unfinished just now."""
+    if not place_of(out).has_locks:
+        return _beside_in_a_bucket(out, embeddings)
     return together(
         out,
         lambda: (out / "zarr.json").exists() or not embeddings.exists(),
         lambda: shutil.rmtree(embeddings, ignore_errors=True),
     )
+
+
+@contextmanager
+def _beside_in_a_bucket(out: Path, embeddings: Path) -> Iterator[None]:
+    """Workers do not see each other there: the first to find ``out`` whole drops them, and what others then do not find does not
+    matter any more."""
+    place = place_of(out)
+    before = place.exists("zarr.json")
+    try:
+        yield
+    except (MisuseError, FailureError, FileNotFoundError):
+        if before or not place.exists("zarr.json"):
+            raise
+    if place.exists("zarr.json"):
+        place_of(embeddings).remove_all()
 
 
 @contextmanager

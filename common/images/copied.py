@@ -23,6 +23,12 @@ FOLDER = "ROB_LOCAL_DIR"
 """In the environment: where copies go, where no `local_dir` says so."""
 
 
+def copies_of(address: str, folder: Path | None) -> Path:
+    """Where what is copied from ``address`` lies, below ``folder``, else where the environment says, else in the user's cache."""
+    folder = folder or Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "rob" / "copied")
+    return folder / hashlib.sha256(address.encode()).hexdigest()[:12]
+
+
 def at_hand(
     path: Path,
     folder: Path | None,
@@ -46,8 +52,7 @@ def at_hand(
         raise MisuseError(
             f"there is no {address}, or no {name}.json beside it: copy both there, or give another"
         ) from None
-    folder = folder or Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "rob" / "copied")
-    out = folder / hashlib.sha256(address.encode()).hexdigest()[:12] / name
+    out = copies_of(address, folder) / name
     part = out.with_name(f"{name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{name}.lock"), f"{out} is being copied", wait=True):

@@ -122,9 +122,9 @@ class StoreWriter:
         return min(chunks * manifest.chunk_rows, manifest.num_images)
 
     def missing(self) -> list[int]:
-        """The shards that are not done; none, too, when another worker has finished the store."""
+        """The shards that are not done; none, too, when another worker has finished the store, and maybe put it elsewhere."""
         found = names(self.place)
-        if self.place.exists("zarr.json"):
+        if "manifest.json" not in found or self.place.exists("zarr.json"):
             return []
         return [shard for shard in range(self.manifest.num_shards) if statistics_name(shard) not in found]
 

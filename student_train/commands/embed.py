@@ -9,7 +9,7 @@ from ...common.config import Data, Overwrite
 from ...common.options import refuse
 from ...common.screen import bar, note, note_slow_loader
 from ...common.settings import Setting
-from .subject import LoadTeacher, SubjectConfig, What, frozen_network
+from .subject import LoadTeacher, SubjectConfig, What, frozen_network, last_asked_here, on_all_ranks
 
 
 def embed(
@@ -31,6 +31,7 @@ def embed(
     settings = EmbedConfig(data, out, config.loader, run, overwrite)
     note_slow_loader(config.loader)
     network = frozen_network(what, config, load_teacher).of(config.features, config.interpolation)
-    with bar("features", "images") as update:
+    network = on_all_ranks(network, config.loader)
+    with bar("features", "images") as update, last_asked_here(network):
         files = embed(network, settings, update)
     note(f"{network.title}: written to {', '.join(map(str, files))}")

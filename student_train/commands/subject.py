@@ -1,7 +1,8 @@
 """What ``rob eval`` measures: a student, a teacher or raw pixels, with its images and the folder that keeps its results."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
     from ..evaluate.network import FrozenNetwork
     from ..students import StudentInfo
 
-What = Annotated[str, Setting("A run folder, a student's weights, its ONNX file, teacher, or pixels.", argument="WHAT")]
+What = Annotated[
+    str,
+    Setting(
+        "A run folder or its address, a student's weights or ONNX file, teacher, or pixels.",
+        argument="WHAT",
+    ),
+]
 Train = Annotated[Path, Setting("Labelled images to learn from.", argument="TRAIN.beton")]
 Test = Annotated[
     Path | None,
@@ -75,14 +82,14 @@ class Subject:
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
         network = frozen_network(what, config, load_teacher)
-        self.network = network.of(config.features, config.interpolation)
+        self.network = on_all_ranks(network.of(config.features, config.interpolation), config.loader)
         self.folder = config.out or (Path(what) if Path(what).is_dir() else None)
 
     def images(self, data: Path, test: Path | None) -> "tuple[LabelledImages, LabelledImages]":
         """Train and test images with their features."""
         from ..evaluate.labelled import labelled_images
 
-        with bar("features", "images") as update:
+        with bar("features", "images") as update, last_asked_here(self.network):
             return labelled_images(self.network, data, test, self.loader, self.folder, update)
 
     def write(self, task: str, data: Path, test: Path | None, result: Mapping[str, Any]) -> None:
@@ -103,6 +110,31 @@ class Subject:
             "test_fingerprint": Beton(test).manifest.fingerprint if test else f"a fifth of {fingerprint}",
         }
         note(f"written to {write_result(self.folder, task + self.suffix, {**facts, **result}, note)}")
+
+
+def on_all_ranks(network: "FrozenNetwork", loader: LoaderConfig) -> "FrozenNetwork":
+    """Under torchrun, on rank 0, the network whose features all ranks extract. The others help with that, and the command ends
+    for them here."""
+    from ...common.ranks import join_ranks, leave_ranks, lost_ranks_are_a_failure
+
+    network = replace(network, ranks=join_ranks())
+    if network.ranks.is_main:
+        return network
+    with lost_ranks_are_a_failure():
+        network.help(loader)
+    leave_ranks()
+    raise typer.Exit
+
+
+@contextmanager
+def last_asked_here(network: "FrozenNetwork") -> Iterator[None]:
+    """Behind it the other ranks have gone. Where it fails they end as those of a rank that was lost."""
+    from ...common.ranks import leave_ranks, lost_ranks_are_a_failure
+
+    with lost_ranks_are_a_failure():
+        yield
+        network.let_go()
+        leave_ranks()
 
 
 def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> "FrozenNetwork":

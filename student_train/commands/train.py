@@ -1,5 +1,6 @@
 """``rob train-student``."""
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from ...common.config import Checkpoint, Device, ViewSize
 from ...common.errors import MisuseError
 from ...common.options import given, refuse
+from ...common.places import local_path
 from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
@@ -106,6 +108,7 @@ def train_student(
     from ...common.signals import answered, stopped_by_signals
     from ...common.views.config import LoaderConfig
     from ..bottleneck import describe_shares, worst_share
+    from ..mirror import Mirror
     from ..plan import make_plan
     from ..presets import get_preset
     from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
@@ -116,6 +119,10 @@ def train_student(
     from ..targets.with_copy import WithCopy
     from ..train import TrainProgress, train_student
 
+    mirror = Mirror.of(out := config.keywords["out"], config.keywords["local_dir"])
+    if mirror is not None and os.environ.get("RANK", "0") == "0":
+        mirror.pull()
+    config = partial(config, out=local_path(out) if mirror is None else mirror.folder)
     if config.keywords["extend"]:
         student, objective, matched, choice, config = as_parent(
             given(context), student, objective, matched, choice, config
@@ -199,7 +206,8 @@ def train_student(
             update(done, total, latest)
 
         with stopped_by_signals(), answered(note):
-            result = train_student(run, TrainProgress(log, note, step, say_waiting, show_plan))
+            progress = TrainProgress(log, note, step, say_waiting, show_plan)
+            result = train_student(run, progress if mirror is None else replace(progress, saved=mirror.push))
         alone = current_ranks().is_main
         leave_ranks()
     if alone:
@@ -207,6 +215,9 @@ def train_student(
         if result.shares:
             note(f"{describe_shares(result.shares)}. {result.advice}")
         measure(run, result.steps)
+        if mirror is not None:
+            mirror.push()
+            note(f"{mirror} has all of it")
 
 
 def measure(run: TrainConfig, steps: int) -> None:

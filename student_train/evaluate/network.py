@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError, is_out_of_memory
 from ...common.images.beton import Beton
+from ...common.ranks import ALONE, Ranks
 from ...common.tokens import TokenFeatures
 from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from ...common.views.recipes import evaluation_recipe
@@ -19,6 +20,7 @@ from ..checkpoint import load_student
 from ..export.onnx_file import OnnxBackbone
 from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
 from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
+from .helpers import ask, help_out, let_go
 
 SMALL_SIDE = 64
 """Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
@@ -40,6 +42,7 @@ class TeacherWithBackbone(Protocol):
 class FrozenNetwork:
     """``embed`` maps (B, 3, size, size), normalised by ``mean`` and ``std``, to features (B, D). ``source`` tells its
     weights apart; ``tokens`` is what of a ViT ``embed`` gives, one of ``common.tokens.TOKENS`` (None: what it pools itself).
+    Of several ``ranks`` the first ``extract``s, and the others ``help``, each on a device of its own.
     """
 
     name: str
@@ -51,6 +54,7 @@ class FrozenNetwork:
     device: torch.device
     tokens: str | None = None
     interpolation: str = "bicubic"
+    ranks: Ranks = ALONE
 
     @classmethod
     def pixels(cls, size: int, device: torch.device) -> "FrozenNetwork":
@@ -163,15 +167,19 @@ class FrozenNetwork:
 
         def count(images: int) -> None:
             nonlocal done
-            done += images
+            done = min(done + images * self.ranks.world_size, data.num_images)
             if progress:
                 progress(done, data.num_images)
+
+        def own(_: Path, start: int, stop: int) -> Tensor:
+            return self._rows(data, loader, start, stop, count)
 
         def extract(start: int, stop: int) -> Tensor:
             nonlocal done
             done = start
-            batches = self.centred(data, loader, np.arange(start, stop))
-            return extract_features(self.embed, batches, start, stop, progress=count)
+            if self.ranks.world_size == 1:
+                return own(data.named, start, stop)
+            return ask(own, data.named, start, stop, loader.batch_size, self.ranks)
 
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size, self.tokens, self.interpolation)
         try:
@@ -188,6 +196,30 @@ class FrozenNetwork:
         if progress:
             progress(data.num_images, data.num_images)  # kept ones need no time, and are seen to be done
         return features
+
+    def help(self, loader: LoaderConfig) -> None:
+        """On any but the first of ``ranks``: make the rows that it asks for, until it lets go."""
+
+        def rows(path: Path, start: int, stop: int) -> Tensor:
+            return self._rows(Beton(path), loader, start, stop)
+
+        help_out(rows, loader.batch_size, self.ranks)
+
+    def let_go(self) -> None:
+        """On the first of ``ranks``: there is nothing more to extract."""
+        if self.ranks.world_size > 1:
+            let_go()
+
+    def _rows(
+        self,
+        data: Beton,
+        loader: LoaderConfig,
+        start: int,
+        stop: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        batches = self.centred(data, loader, np.arange(start, stop))
+        return extract_features(self.embed, batches, start, stop, progress)
 
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""

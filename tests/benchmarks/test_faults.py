@@ -11,6 +11,7 @@ import pytest
 
 from rob.benchmarks.faults import FaultsConfig, planned
 from rob.benchmarks.faults_kinds import BAD, KINDS
+from rob.benchmarks.faults_shared import KINDS as SHARED
 from rob.benchmarks.faults_world import COMMANDS, FILES, Ended
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
@@ -40,7 +41,7 @@ def test_trials_are_as_many_as_are_asked_for():
     names = [trial.name for trial in planned(FaultsConfig(Path("."), kills=8, places=3, others=1))]
     assert len(set(names)) == len(names)
     kinds = Counter(name.split("/")[0] for name in names)
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == {*KINDS, *SHARED}
     assert kinds["kill"] == 8 * (len(COMMANDS) - 2) + 2 * 2  # what takes long is tried less often
     assert kinds["damage"] == 3 * 2 * len(FILES)
     assert kinds["full"] == kinds["read-only"] == len(COMMANDS)

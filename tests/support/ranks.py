@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
+from rob.common.ranks import leave_ranks
+
 multiprocessing.set_forkserver_preload(["torch", "rob.student_train.objectives", "rob.teacher_cache.cache"])
 
 
@@ -23,4 +25,4 @@ def _joined(rank: int, function: Callable[..., None], folder: str, ranks: int) -
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     function(rank, folder)
-    torch.distributed.destroy_process_group()
+    leave_ranks()

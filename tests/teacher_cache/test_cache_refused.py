@@ -15,7 +15,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
-from rob.teacher_cache import cache
+from rob.teacher_cache import write
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig
 from support import tiny
@@ -35,7 +35,7 @@ def test_what_is_in_the_way_is_refused_before_the_teacher_runs(data, headless, t
     (begun.out / "pending").mkdir(parents=True)
     manifest = TargetStore.open(tmp_path / "whole.zarr").manifest.to_json()
     (begun.out / "pending" / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(cache, "embedder", lambda *_: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(write, "embedder", lambda *_: pytest.fail("the teacher ran"))
     with pytest.raises(MisuseError, match="thesis is already there and is not a target store: give another path"):
         cache_teacher(foreign)
     with pytest.raises(MisuseError, match="thesis is already there and is not a target store: give another path"):
@@ -155,8 +155,8 @@ def answering(monkeypatch, value: float, *image_ids: int) -> None:
 
         return torch.inference_mode()(changed)
 
-    real = cache.embedder
-    monkeypatch.setattr(cache, "embedder", embedder)
+    real = write.embedder
+    monkeypatch.setattr(write, "embedder", embedder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

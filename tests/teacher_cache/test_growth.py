@@ -1,6 +1,8 @@
 """A store that is given views, or the rows of images that were appended, is the one made in one go."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rob.common.bucket import Bucket
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
+from rob.common.places import place_of
 from rob.common.store.encodings import Encoding
 from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
@@ -23,6 +27,8 @@ from support import tiny
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 INT8, DENSE = Encoding("embedding", "int8"), Encoding("dense")
+KILLS = [(30, 20), (45, 33)]
+"""Requests at which a first and a second growth are killed."""
 NUM, MORE = 36, 61
 """Images: four chunks and a half in shards of two, then seven and some."""
 
@@ -147,7 +153,7 @@ def test_killed_while_the_stores_change_places(grown, headless, tmp_path, monkey
         dies()
 
     places = [(growth, "exchange", dies), (growth, "exchange", then_dies(growth.exchange))]
-    places += [(growth, "exchange", in_three_steps), (growth.shutil, "rmtree", dies)]
+    places += [(growth, "exchange", in_three_steps), (shutil, "rmtree", dies)]
     for module, name, death in places:
         cache_teacher(config())
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -155,7 +161,45 @@ def test_killed_while_the_stores_change_places(grown, headless, tmp_path, monkey
             cache_teacher(config(views=3))
         cache_teacher(config(views=3))
         assert tiny.contents(tmp_path / "a.zarr") == whole
-        growth.shutil.rmtree(tmp_path / "a.zarr")
+        shutil.rmtree(tmp_path / "a.zarr")
+
+
+def test_grown_in_a_bucket(grown, headless, tmp_path, monkeypatch):
+    """By two parts, killed at several of their requests, and in each step of the change of places: no file of another store, and
+    none that is left over."""
+    pytest.importorskip("obstore")
+    few, more = grown
+    whole = tiny.contents(tiny.tiny_store(tmp_path / "whole.zarr", more, headless, encoding=INT8, views=3).path)
+    config = partial(tiny.tiny_cache_config, teacher=headless, encoding=INT8)
+    left = [0]
+
+    def lost(function: Callable) -> Callable:
+        def asked(self, *given):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return function(self, *given)
+
+        return asked
+
+    for name in ("write", "remove", "copy_from"):
+        monkeypatch.setattr(Bucket, name, lost(getattr(Bucket, name)))
+    for number, kills in enumerate(KILLS):
+        out = Path(f"memory://grown/{number}.zarr")
+        cache_teacher(config(out, few))
+        for data, views, kill in ((few, 3, kills[0]), (more, 3, kills[1])):
+            parts = [config(out, data, views=views, part=f"{part}/2") for part in (1, 2)]
+            left[0] = kill
+            with suppress(KeyboardInterrupt):
+                for part in parts:
+                    cache_teacher(part)
+            left[0] = 0
+            for part in parts:
+                cache_teacher(part)
+        place = place_of("memory://grown")
+        found = {name: place.read(name) for name in place.names()}
+        assert found == {f"{number}.zarr/{name}": data for name, data in whole.items()}
+        place.remove_all()
 
 
 def test_verified_against_the_teacher(grown, headless, tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from rob.common.images.beton import Beton
+from rob.common.store.encodings import Encoding
 from rob.common.store.writer import StoreWriter
 from rob.common.views.recipes import get_recipe
-from rob.teacher_cache import cache, fitted
+from rob.teacher_cache import cache, fitted, write
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.fitted import statistics_of
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
@@ -27,7 +28,7 @@ def test_statistics_of_a_chunk():
 def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: TeacherConfig, tmp_path, monkeypatch):
     """The very tensors of the teacher reach the encoder: no copy of all logits was made on the way."""
     left, reached, threads = [], [], []
-    chunks, encode = cache.chunks, cache.encode
+    chunks, encode = write.chunks, write.encode
 
     def watched_chunks(*arguments):
         for chunk in chunks(*arguments):
@@ -38,9 +39,9 @@ def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: Te
         reached.append(logits.data_ptr())
         return encode(encoding, embedding, logits)
 
-    monkeypatch.setattr(cache, "chunks", watched_chunks)
-    monkeypatch.setattr(cache, "encode", watched_encode)
-    monkeypatch.setattr(cache, "use_device", lambda device: threads.append(device))
+    monkeypatch.setattr(write, "chunks", watched_chunks)
+    monkeypatch.setattr(write, "encode", watched_encode)
+    monkeypatch.setattr(write, "use_device", lambda device: threads.append(device))
     cache_teacher(CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu"))
     assert left == reached
     assert threads == [torch.device("cpu")]
@@ -51,7 +52,7 @@ def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path,
     devices = []
     fit = fitted.fit_prototypes
     monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[3]) or fit(*given))
-    tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=cache.Encoding(encoding))
+    tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=Encoding(encoding))
     assert devices == [torch.device("cpu")]
 
 
@@ -82,10 +83,10 @@ def test_a_chunk_comes_home_on_a_stream_of_its_own(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    with cache.after("made", Home(), None):  # type: ignore[arg-type]
+    with write.after("made", Home(), None):  # type: ignore[arg-type]
         said.append("read")
     assert said == [("waits for", "made"), "on it", "read", "off it", ("kept for", Stream)]
-    with cache.after(None, torch.zeros(1)):
+    with write.after(None, torch.zeros(1)):
         pass
 
 

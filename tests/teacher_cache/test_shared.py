@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: T
 def test_parts_in_a_bucket(data: Beton, headless: TeacherConfig, tmp_path):
     """In another order, one of them killed in the middle and started again; the prototypes are fitted there, too."""
     pytest.importorskip("obstore")
-    fitted = {"prototypes": 5}
+    fitted = {"prototypes": 5, "encoding": Encoding("dense")}
     whole = tiny.contents(tiny.tiny_store(tmp_path / "whole.zarr", data, headless, **fitted).path)
-    out = Path(f"{os.environ.get('ROB_TEST_BUCKET', 'memory://parts')}/a.zarr")
-    config = partial(tiny.tiny_cache_config, out, data, headless, **fitted)
+    bucket = os.environ.get("ROB_TEST_BUCKET", "memory://parts")
+    config = partial(tiny.tiny_cache_config, Path(f"{bucket}/a.zarr"), data, headless, **fitted)
 
     def killed(done: int, total: int) -> None:
         if done:
@@ -129,13 +130,13 @@ def test_parts_in_a_bucket(data: Beton, headless: TeacherConfig, tmp_path):
         cache_teacher(config(part="1/3"), CacheProgress(rows=killed))
     for part in ("2/3", "1/3"):
         cache_teacher(config(part=part))
-    place = place_of(out)
-    assert {name: place.read(name) for name in place.names()} == whole
-    assert not Path(str(out).partition("/")[0]).exists()  # no folder of the address's name
-    with pytest.raises(MisuseError, match=r"complete, with other settings .*view_ids"):
-        cache_teacher(config(views=3))  # nothing grows there
-    with pytest.raises(MisuseError, match="which a bucket is not for: use `encoding` embedding"):
-        cache_teacher(config(encoding=Encoding("dense")))
+    place = place_of(bucket)
+    assert {name: place.read(name) for name in place.names()} == {
+        f"a.zarr/{name}": rows for name, rows in whole.items()
+    }
+    assert not Path(bucket.partition("/")[0]).exists()  # no folder of the address's name
+    with pytest.raises(MisuseError, match=r"s3://b names a bucket: write s3://b/NAME"):
+        asked.temporary_store(replace(config(), out=Path("s3://b")))
 
 
 def test_workers_of_other_settings_or_another_split_are_refused(data: Beton, headless: TeacherConfig, tmp_path):
