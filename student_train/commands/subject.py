@@ -11,7 +11,7 @@ import typer
 from ...common.config import Checkpoint, Device
 from ...common.errors import FailureError, MisuseError
 from ...common.options import refuse
-from ...common.screen import bar, note, note_slow_loader
+from ...common.screen import bar, note, note_slow_loader, say_waiting
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
 from ...common.views.recipes import INTERPOLATIONS
@@ -81,6 +81,7 @@ class Subject:
         note_slow_loader(config.loader)
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
+        say_waiting(f"loading {what}")
         network = frozen_network(what, config, load_teacher)
         self.network = on_all_ranks(network.of(config.features, config.interpolation), config.loader)
         self.folder = config.out or (Path(what) if Path(what).is_dir() else None)
