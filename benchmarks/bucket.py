@@ -122,6 +122,7 @@ def serve(folder: Path, seconds: float) -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.request_queue_size = 128
+    server.handle_error = lambda request, client_address: None  # who asks may be killed
     print(server.server_address[1], flush=True)
     server.serve_forever()
 
