@@ -79,8 +79,7 @@ class Mirror:
             self._keep(known)
 
     def push(self) -> int:
-        """What has changed here goes to the address: so many files. MisuseError, FailureError: it cannot be written to; all is kept
-        here."""
+        """What has changed here goes to the address: so many files. MisuseError, FailureError: it cannot be written to."""
         place, known, changed = place_of(self.address), self._record(), 0
         for name in self._files():
             data = (self.folder / name).read_bytes()
