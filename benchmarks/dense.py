@@ -28,7 +28,7 @@ CLASSES = ("background", "RBC", "WBC", "Platelets")
 SIZE = 320, 240
 """Of an image and its mask."""
 CACHING = "--views 4 --view-size 224 --global-scale 0.1 0.6 --patches grid"
-TRAINING = f"--student {STUDENT} --image-size 128 --no-small-images --epochs 100 --batch-size 16 --lr 0.032"
+TRAINING = f"--student {STUDENT} --image-size 96 --no-small-images --epochs 24 --batch-size 16 --lr 0.032"
 OBJECTIVES = {"embedding": "--objective embedding", "patch": "--objective patch --patch-layer -2"}
 PROBE = "--layer -2"
 DETECTOR = "--side 240 --channels 64 --epochs 8 --batch-size 4 --lr 0.0005"

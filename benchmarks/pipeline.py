@@ -4,7 +4,7 @@
 
 Three sides take turns, round by round, so that the machine's noise falls on all alike: ``cached``, ``online``, and
 ``student only`` (the student on batches already in memory: the limit that no loader can pass). The sides' losses must agree
-before the times count.
+before the times count. Cached and in memory again with targets of patches, 7 x 7 a view beside its embedding.
 """
 
 import tempfile
@@ -22,6 +22,8 @@ from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
 from rob.common.store.encodings import Encoding
+from rob.common.store.patches import PatchChoice
+from rob.common.store.reader import TargetStore
 from rob.common.timing import Stopwatch
 from rob.common.views.loader import LoaderConfig, ViewLoader
 from rob.common.views.recipes import get_recipe
@@ -43,12 +45,13 @@ from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 @dataclass(frozen=True)
 class PipelineConfig:
     """The demo's work by default. ``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first
-    round warms up.
+    round warms up. Patches are of views of ``patch_size``, larger than ``teacher_size``: a teacher's map has few positions there.
     """
 
     data: Path | None = None
     teacher: TeacherConfig = TEACHER
     teacher_size: int = 96
+    patch_size: int = 224
     student: StudentConfig = STUDENT
     recipe: str = "weak"
     views: int = 2
@@ -88,6 +91,8 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
     )
     cache_teacher(cache, CacheProgress(rows=start_clock))
     _, caching = clock.take()
+    dense = replace(cache, out=folder / "patches.zarr", view_size=config.patch_size, patches=PatchChoice("grid"))
+    cache_teacher(dense)
 
     training = TrainConfig(
         data=path,
@@ -104,29 +109,37 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
     )
     teacher = load_teacher(config.teacher).to(device)
     online = replace(training, targets=Online(teacher, recipe, config.views, config.teacher_size))
+    patches = replace(training, targets=Cached(dense.out), objective=ObjectiveConfig("patch"))
     sides = {
         "cached": Side(training, data, device, config.steps),
         "online": Side(online, data, device, config.steps),
         "student only": Side(training, data, device, config.steps, in_memory=True),
+        "cached, patches": Side(patches, data, device, config.steps),
+        "student only, patches": Side(patches, data, device, config.steps, in_memory=True),
     }
     for _ in range(config.rounds):
         for side in sides.values():
             side.round()
     losses = {name: side.losses for name, side in sides.items()}
     tolerance = tolerance_of(device, config.precision)
-    assert np.allclose(losses["cached"][: config.steps], losses["online"][: config.steps], rtol=tolerance), (
-        f"the sides differ: {losses}"
-    )
+    for one, other in (("cached", "online"), ("cached, patches", "student only, patches")):
+        same = np.allclose(losses[one][: config.steps], losses[other][: config.steps], rtol=tolerance)
+        assert same, f"the sides differ: {losses}"
 
     rows = [{"side": name, **side.row()} for name, side in sides.items()]
     speed = {row["side"]: row["images_per_second"] for row in rows}
+    of_patches = next(row for row in rows if row["side"] == "cached, patches")
     cache_seconds_per_image = caching / data.num_images
     saved_per_image = 1 / speed["online"] - 1 / speed["cached"]
     ratios = {
         "cached_vs_online": speed["cached"] / speed["online"],
         "cached_vs_student_only": speed["cached"] / speed["student only"],
         "break_even_epochs": cache_seconds_per_image / saved_per_image if saved_per_image > 0 else None,
+        "patches_cached_vs_student_only": speed["cached, patches"] / speed["student only, patches"],
+        "patches_waiting": of_patches["waiting_for_data"] + of_patches["reading_targets"],
     }
+    encoding = TargetStore.open(dense.out).patches
+    assert encoding is not None
     work = {
         "teacher": f"{config.teacher.name} at {config.teacher_size} px",
         "student": f"{config.student.name} at {config.student.image_size} px",
@@ -136,6 +149,8 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         "views_cached": config.views,
         "precision": config.precision,
         "caching_images_per_second": data.num_images / caching,
+        "patches": f"{encoding.grid} x {encoding.grid} x {encoding.dim} at {config.patch_size} px, "
+        f"{encoding.bytes_per_view:,} bytes a view",
     }
     return Report.of("pipeline", device, work, rows, ratios)
 

@@ -3,36 +3,34 @@
     rob bench store
 
 On a real teacher's embeddings (cached in the run, or a store of embeddings that is there already), as they are and reduced to
-256 dimensions by PCA, the width of DINO's bottleneck, which is what its prototypes see; 4096 prototypes fitted to either.
+256 dimensions by PCA, the width of DINO's bottleneck, which is what its prototypes see; 4096 prototypes fitted to either. Targets
+of patches are of fewer images, at the teacher's own size, over and over.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import zarr
 from torch import Tensor
 
 from rob.benchmarks.codecs import codec_rows
 from rob.benchmarks.fidelity import fidelity, restored
 from rob.benchmarks.report import Report, median_of
+from rob.benchmarks.store_patches import patch_cases
+from rob.benchmarks.store_speed import Reading, reading_speeds, sequential_speed, speed_ratios, speed_rows
 from rob.common.images.pack import PackConfig, pack
-from rob.common.order import block_shuffled_order
 from rob.common.run import pick_device
-from rob.common.store.codec import decode, encode
+from rob.common.store.codec import decode, decode_patches, encode
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import SHARD_CHUNKS, StoreManifest
-from rob.common.store.prefetch import TargetPrefetcher, window_blocks
+from rob.common.store.patches import PatchChoice, PatchEncoding
 from rob.common.store.reader import TargetStore
 from rob.common.store.writer import StoreWriter
 from rob.common.views.recipes import get_recipe
@@ -59,7 +57,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class StoreBenchConfig:
     """``targets`` is a store of embeddings, or None to cache one from ``data`` (None: Fashion-MNIST). ``rows_read`` images are
-    read a pass; ``sample`` images are measured for fidelity; ``student_batch`` images are a step of the ViT-Tiny.
+    read a pass; ``sample`` images are measured for fidelity; ``student_batch`` images are a step of the ViT-Tiny. Targets of
+    patches are of ``patch_images``, in views of ``patch_size``; a pass reads ``patch_rows_read``, with a window as training's is.
     """
 
     targets: Path | None = None
@@ -77,11 +76,15 @@ class StoreBenchConfig:
     threads: int = 2
     rounds: int = 5
     student_batch: int = 32
+    patch_images: int = 256
+    patch_size: int = 224
+    patch_rows_read: int = 8192
+    patch_window_mib: float = 256
     device: str = "auto"
 
 
 def run(config: StoreBenchConfig) -> Report:
-    """Measure everything in one run; about six minutes on 2 cores, most of it the teacher's."""
+    """Measure everything in one run; about eight minutes on 2 cores, most of it the teacher's."""
     device = pick_device(config.device)
     with tempfile.TemporaryDirectory() as folder:
         source = TargetStore.open(config.targets or _cache(config, Path(folder)))
@@ -103,26 +106,27 @@ def run(config: StoreBenchConfig) -> Report:
             rows += codec_rows(label(encoding), arrays, some[..., 0].numel(), encoding.shuffle, config.rounds)
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
+        how = Reading(device, config.batch_size, config.window_mib, config.threads, config.rounds)
         for encoding in READ:
             arrays = encode(encoding, reduced, reduced @ prototypes.T)
             path = Path(folder) / f"{encoding.kind}.zarr"
             _write(path, encoding, arrays, prototypes, config.rows_read)
-            speeds = _reading_speeds(TargetStore.open(path), device, config)
+            speeds = reading_speeds(TargetStore.open(path), how)
             for shard_chunks in (1, SHARD_CHUNKS, 128):
                 other = Path(folder) / f"{encoding.kind}{shard_chunks}.zarr"
                 _write(other, encoding, arrays, prototypes, config.rows_read, shard_chunks)
-                speeds[f"decompressing only, shards of {shard_chunks} chunks"] = _sequential_speed(other, config)
-            rows += [
-                {"what": f"read {label(encoding)}: {how}", "images_per_second": value} for how, value in speeds.items()
-            ]
-            prefix = "" if encoding is READ[0] else f"{encoding.kind}_"
-            ratios |= {
-                f"{prefix}vs_sequential_decode": speeds["training order"] / speeds["sequential"],
-                f"{prefix}vs_random_rows": speeds["training order"] / speeds["random rows"],
-                f"{prefix}vs_sequential_same_threads": speeds["training order"] / speeds["sequential, threads"],
-                f"{prefix}vs_zarr_python": speeds["sequential"] / speeds["sequential, zarr-python"],
-                f"{prefix}vs_student_demand": speeds["training order"] / demand,
-            }
+                name = f"decompressing only, shards of {shard_chunks} chunks"
+                speeds[name] = sequential_speed(TargetStore.open(other), config.rounds)
+            rows += speed_rows(label(encoding), speeds)
+            ratios |= speed_ratios("" if encoding is READ[0] else f"{encoding.kind}_", speeds, demand)
+        how = replace(how, window_mib=config.patch_window_mib)
+        for kind, name, path in _patch_stores(config, Path(folder), prototypes):
+            store = TargetStore.open(path)
+            on_disk = _bytes_on_disk(path) / config.patch_rows_read / config.views
+            rows.append({"what": name, "raw_bytes_per_view": store.manifest.bytes_per_view, "bytes_per_view": on_disk})
+            speeds = reading_speeds(store, how)
+            rows += speed_rows(name, speeds)
+            ratios |= speed_ratios(f"patches_{kind}_", speeds, demand)
     work = {
         "teacher": f"{source.manifest.teacher} at {source.manifest.view_size} px",
         "images": len(embedding),
@@ -132,6 +136,8 @@ def run(config: StoreBenchConfig) -> Report:
         "batch_size": config.batch_size,
         "window_mib": config.window_mib,
         "threads": config.threads,
+        "patches": f"{config.patch_images} images at {config.patch_size} px, as {config.patch_rows_read}, window "
+        f"{config.patch_window_mib:g} MiB",
         "load_average": os.getloadavg()[0],  # more than this run's own threads: other work slowed the timings
     }
     return Report.of("store", device, work, rows, ratios)
@@ -146,13 +152,36 @@ def label(encoding: Encoding) -> str:
 # ---- real targets ----
 
 
-def _cache(config: StoreBenchConfig, folder: Path) -> Path:
+def _patch_stores(config: StoreBenchConfig, folder: Path, prototypes: Tensor) -> Iterator[tuple[str, str, Path]]:
+    """Kind, name and path of stores with int8 embeddings and patch targets beside them, one a kind."""
+    pooled, tokens = _with_patches(config, folder)
+    arrays = encode(READ[0], _reduced(pooled, config.bottleneck), None)
+    for case in patch_cases(tokens, config.prototypes):
+        path = folder / f"patches_{case.encoding.kind}.zarr"
+        _write(path, READ[0], arrays | case.arrays, prototypes, config.patch_rows_read, patches=case.encoding)
+        yield case.encoding.kind, f"{label(READ[0])} and {case.name}", path
+
+
+def _with_patches(config: StoreBenchConfig, folder: Path) -> tuple[Tensor, Tensor]:
+    """Unit embeddings (N, V, D) and maps (N, V, C, g, g) float32 of the teacher, at its own size."""
+    few = replace(config, images=config.patch_images, view_size=config.patch_size)
+    store = TargetStore.open(_cache(few, folder / "patches", PatchChoice("grid", patch_dim=0)))
+    stored, patches = store.read(0, min(few.images, store.manifest.num_images)), store.patches
+    assert patches is not None
+    rows = decode_patches(patches, stored)["embedding"]
+    maps = rows.mT.unflatten(3, (patches.grid, patches.grid))
+    return F.normalize(decode(store.encoding, stored)["embedding"], dim=-1), maps
+
+
+def _cache(config: StoreBenchConfig, folder: Path, patches: PatchChoice | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
     data = config.data or folder / "data.beton"
     if config.data is None:
         pack(PackConfig("fashion-mnist", data, raw=True, limit=config.images))
     out, encoding = folder / "teacher.zarr", Encoding("embedding", "float32")
     caching = CacheConfig(data, out, config.teacher, get_recipe("dino"), config.views, encoding=encoding)
-    cache_teacher(replace(caching, view_size=config.view_size, device=config.device))
+    caching = replace(caching, view_size=config.view_size, device=config.device)
+    cache_teacher(caching if patches is None else replace(caching, patches=patches))
     return out
 
 
@@ -178,6 +207,7 @@ def _write(
     prototypes: Tensor,
     num_images: int,
     shard_chunks: int = SHARD_CHUNKS,
+    patches: PatchEncoding | None = None,
 ) -> None:
     """A store of ``num_images`` rows: ``arrays``, over and over."""
     rows, views = next(iter(arrays.values())).shape[:2]
@@ -187,7 +217,7 @@ def _write(
         recipe={},
         seed=0,
         view_ids=tuple(range(views)),
-        view_size=0,
+        view_size=1,
         teacher="",
         weights_hash="",
         head="",
@@ -198,6 +228,7 @@ def _write(
         precision="fp32",
         geometry="",
         versions={},
+        patches=None if patches is None else patches.to_dict(),
         shard_chunks=shard_chunks,
     )
     writer = StoreWriter.open_or_resume(path, manifest)
@@ -216,9 +247,7 @@ def _encoding_row(embedding: Tensor, prototypes: Tensor, encoding: Encoding, con
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.zarr"
         _write(path, encoding, encode(encoding, some, some @ prototypes.T), prototypes, len(some))
-        on_disk = sum(
-            file.stat().st_size for name in TargetStore.open(path).arrays for file in path.glob(f"{name}/**/0")
-        )
+        on_disk = _bytes_on_disk(path)
     row: Row = {
         "raw_bytes_per_view": encoding.bytes_per_view(embedding.shape[-1], len(prototypes)),
         "bytes_per_view": on_disk / some.shape[0] / some.shape[1],
@@ -229,78 +258,19 @@ def _encoding_row(embedding: Tensor, prototypes: Tensor, encoding: Encoding, con
     return row
 
 
+def _bytes_on_disk(path: Path) -> int:
+    """Of all targets: the shards."""
+    arrays = TargetStore.open(path).arrays
+    files = (path / name / "c" for name in arrays)
+    return sum(file.stat().st_size for folder in files for file in folder.rglob("*") if file.is_file())
+
+
 def _tail_error(embedding: Tensor, prototypes: Tensor, encoding: Encoding) -> float:
     """The largest error of the tail's log-sum-exp at temperatures between those stored."""
     logits, target = embedding @ prototypes.T, restored(encoding, embedding, prototypes)
     assert isinstance(target, TopKTarget)
     rest = logits.scatter(-1, logits.topk(encoding.k).indices, -torch.inf)
     return max((log_tail(target, temp) - (rest / temp).logsumexp(-1)).abs().max().item() for temp in OFF_LADDER)
-
-
-# ---- reading ----
-
-
-def _reading_speeds(store: TargetStore, device: torch.device, config: StoreBenchConfig) -> dict[str, float]:
-    """Images/s of each way to read, all ending with tensors on the device; the sides take turns. "sequential" is one loop
-    over the chunks as they lie, "threads" the same with as many threads as the prefetcher reads with.
-    """
-    num_images, chunk_rows = store.manifest.num_images, store.manifest.chunk_rows
-    order = block_shuffled_order(num_images, chunk_rows, window_blocks(store, config.window_mib), seed=0, epoch=0)
-    some = order[:: max(1, num_images // (4 * config.batch_size))]  # four batches of rows from everywhere
-    rng = np.random.default_rng(0)
-    group = zarr.open_group(store.path, mode="r")
-    pool = ThreadPoolExecutor(config.threads)
-
-    def use(arrays: Mapping[str, np.ndarray]) -> None:
-        decode(store.encoding, {name: torch.from_numpy(values).to(device) for name, values in arrays.items()})
-
-    def sequential(read: Callable[[int, Mapping[str, np.ndarray]], None], threads: int = 1) -> int:
-        def part(thread: int) -> None:
-            buffer = {name: values[0] for name, values in store.empty(1).items()}
-            for chunk in range(thread, store.manifest.num_chunks, threads):
-                read(chunk, buffer)
-                use(buffer)
-
-        for done in [pool.submit(part, thread) for thread in range(threads)]:
-            done.result()
-        return num_images
-
-    def zarr_chunk(chunk: int, out: Mapping[str, np.ndarray]) -> None:
-        for name, values in out.items():
-            values[:] = group[name][chunk * chunk_rows : (chunk + 1) * chunk_rows]  # type: ignore[index]
-
-    def random_rows() -> int:
-        ids = rng.permutation(some)
-        for start in range(0, len(ids), config.batch_size):
-            use(store.rows(ids[start : start + config.batch_size]))
-        return len(ids)
-
-    with TargetPrefetcher(
-        store, config.batch_size, window_mib=config.window_mib, threads=config.threads, device=device
-    ) as prefetcher:
-        sides: dict[str, Callable[[], int]] = {
-            "sequential": lambda: sequential(store.read_chunk),
-            "sequential, threads": lambda: sequential(store.read_chunk, config.threads),
-            "training order": lambda: sum(len(batch.image_ids) for batch in prefetcher.epoch(order)),
-            "random rows": random_rows,
-            "sequential, zarr-python": lambda: sequential(zarr_chunk),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(config.rounds + 1):
-            for name, side in sides.items():
-                start = perf_counter()
-                images = side()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append((perf_counter() - start) / images)
-    pool.shutdown()
-    return {name: 1 / median(values[1:]) for name, values in seconds.items()}
-
-
-def _sequential_speed(path: Path, config: StoreBenchConfig) -> float:
-    """Images/s of checking and decompressing all chunks in one loop."""
-    store = TargetStore.open(path)
-    return store.manifest.num_images / median_of(store.verify, config.rounds)
 
 
 def _student_images_per_second(config: StoreBenchConfig, device: torch.device) -> float:

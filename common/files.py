@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from .errors import FailureError, MisuseError, first_line
 
+PIECE = 1 << 20
+"""Bytes that are asked for at once of a file that is longer than it was."""
 LARGEST_FILE = 1 << 35
 """Bytes of one file that is read as a whole, unless less is asked for."""
 
@@ -129,23 +131,39 @@ def append_to(path: Path) -> BinaryIO:
 def read_regular(path: Path, largest: int) -> bytes:
     """All bytes of a regular file. OSError: it is none (a pipe would never end, a device neither), or of more than ``largest``
     bytes."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(size + 1) if size <= largest else b""  # Python takes memory for all that is asked for
-        if size < len(data) <= largest:  # it has grown, or the system does not know
-            data += file.read(largest + 1 - len(data))
-    if max(size, len(data)) > largest:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a file object would ask the system twice as often
+    try:
+        size = _regular_size(descriptor, path)
+        pieces = [os.read(descriptor, size + 1)] if size <= largest else []
+        length = sum(map(len, pieces))
+        while (
+            pieces and length != size and length <= largest and pieces[-1]
+        ):  # it has grown, or the system does not know
+            pieces.append(os.read(descriptor, PIECE))
+            length += len(pieces[-1])
+    finally:
+        os.close(descriptor)
+    if max(size, length) > largest:
         raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {largest:,} that are read", str(path))
-    return data
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def open_regular(path: Path) -> BinaryIO:
     """A regular file, open for reading. OSError: it is a folder, a pipe or a device."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    try:
+        _regular_size(file.fileno(), path)
+    except OSError:
         file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise
     return file
+
+
+def _regular_size(descriptor: int, path: Path) -> int:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return found.st_size
 
 
 def is_inside(name: str) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .errors import MisuseError
 from .store.patches import PatchEncoding
 
-MEAN, BASIS, KEPT, ROWS = "patch_mean", "patch_basis", "patch_variance", "patch_prototypes"
-"""Names, among a store's statistics, of a PCA's mean (C,), components (dim, C) and share of the variance, and of a teacher's
-patch prototypes (K, D), where they are not those of images."""
+MEAN, BASIS, KEPT = "patch_mean", "patch_basis", "patch_variance"
+"""Names, among a store's statistics, of a PCA's mean (C,), components (dim, C) and share of the variance."""
+ROWS, CENTRE = "patch_prototypes", "patch_centre"
+"""Of a teacher's patch prototypes (K, D), where they are not those of images, and of its patches' centre (K,)."""
 
 
 def feature_map(network: nn.Module, features: Tensor, name: str = "the network") -> Tensor:

@@ -16,7 +16,8 @@ class FrozenTeacher(Protocol):
     """What makes targets; ``teacher_cache.teachers.Teacher`` is one.
 
     ``mean`` and ``std`` (3,) normalise its images, ``dim`` is the embedding's width D. ``prototypes`` (K, D), the ``centre``
-    (K,) of its own training and its ``teacher_temp`` are None where there are none; ``num_prototypes`` is K, or 0.
+    (K,) of its own training, that of patches, and its ``teacher_temp`` are None where there are none; ``num_prototypes`` is K,
+    or 0.
     """
 
     @property
@@ -41,6 +42,8 @@ class FrozenTeacher(Protocol):
     def teacher_temp(self) -> float | None: ...
     @property
     def patch_prototypes(self) -> Tensor | None: ...
+    @property
+    def patch_centre(self) -> Tensor | None: ...
     @property
     def head(self) -> nn.Module | None: ...
     @property

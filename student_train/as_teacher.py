@@ -27,8 +27,8 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     """Write ``config.out``: of a run with a momentum copy the copy, of another the student.
 
     Tensors ``backbone.*`` by timm's names, ``head.mlp.*``, ``head.last_layer.weight`` (K, D), the effective prototypes, and
-    ``centre`` (K,) where the run kept one; the metadata has the description of ``student.safetensors``, the method and the
-    temperature of its targets. MisuseError: no checkpoint, or a head that is no teacher's.
+    ``centre`` and ``patch_centre`` (K,) where the run kept them; the metadata has the description of ``student.safetensors``,
+    the method and the temperature of its targets. MisuseError: no checkpoint, or a head that is no teacher's.
     """
     payload = read_checkpoint(config.run / "checkpoint.pt")
     settings, state = payload["config"], payload["state"]
@@ -58,6 +58,8 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
         tensors["head.last_layer.weight"] = F.normalize(rows, dim=1) if kind.unit_prototypes else rows
         if "objective.centres.0.centre" in student:
             tensors["centre"] = student["objective.centres.0.centre"]
+        if "objective.patch_centre.centre" in student:
+            tensors["patch_centre"] = student["objective.patch_centre.centre"]
         activation = kind.activation
     else:
         assert issubclass(kind, EmbeddingObjective)

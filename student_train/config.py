@@ -47,7 +47,7 @@ class ObjectiveConfig:
         str | None,
         Setting(
             "What to take off the targets, where few prototypes get most images or features share a large part: "
-            "calibration (the mean over the cached views), checkpoint (DINO's centre, if the teacher's file has it), running "
+            "calibration (the mean over the cached views), checkpoint (DINO's or iBOT's, if the teacher's file has it), running "
             "(the mean of this run's targets), none. Default none, and running for dino and ibot with --targets momentum. With "
             "embeddings: calibration or none.",
             choices=CENTRES,

@@ -27,6 +27,8 @@ class Layout:
     patch_prototypes: str | None = None
     centre: str | None = None
     """Full name of DINO's running mean of the teacher's logits, which some files keep with the loss."""
+    patch_centre: str | None = None
+    """The same of patches' logits: iBOT's."""
     activation: Activation = "gelu"
     unit_prototypes: bool = False
     """The method normalises its prototypes before every use."""
@@ -44,6 +46,8 @@ class Parts:
     """The same for patches, where they are others."""
     centre: Tensor | None = None
     """(K,) float32."""
+    patch_centre: Tensor | None = None
+    """The same of patches."""
 
 
 def take_apart(tensors: Tensors, layout: Layout) -> Parts:
@@ -55,7 +59,7 @@ def take_apart(tensors: Tensors, layout: Layout) -> Parts:
     prototypes = (under(encoder, layout.prototypes) or under(tensors, layout.prototypes)) if layout.prototypes else {}
     taken = tuple(prefix for prefix in (layout.head, layout.prototypes) if prefix)
     rest = {name: tensor for name, tensor in encoder.items() if not name.startswith(taken)}
-    centre = tensors.get(layout.centre) if layout.centre else None
+    centre, patch_centre = (tensors.get(name) if name else None for name in (layout.centre, layout.patch_centre))
     own = prototype_rows(prototypes, layout.unit_prototypes)
     of_patches = under(encoder, layout.patch_prototypes) if layout.patch_prototypes else {}
     patches = prototype_rows(of_patches, layout.unit_prototypes)
@@ -66,6 +70,7 @@ def take_apart(tensors: Tensors, layout: Layout) -> Parts:
         prototypes=own,
         patch_prototypes=None if shared else patches,
         centre=None if centre is None else centre.float().flatten(),
+        patch_centre=None if patch_centre is None else patch_centre.float().flatten(),
     )
 
 

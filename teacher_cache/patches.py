@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..common.images.beton import Beton
-from ..common.patches import KEPT, ROWS, PatchTargets, fit_pca, grid_rows, has_tokens, refuse_few_tokens
+from ..common.patches import CENTRE, KEPT, ROWS, PatchTargets, fit_pca, grid_rows, has_tokens, refuse_few_tokens
 from ..common.run import autocast
 from ..common.store.codec import encode_patches
 from ..common.store.patches import PatchEncoding, settled
@@ -60,10 +60,11 @@ def fixed_arrays(
     embed: DenseEmbed,
     note: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
-    """What the store keeps of patches besides their rows: a PCA fitted in a first pass over some images, or prototypes."""
-    own = teacher.own_patch_prototypes
-    if encoding.kind != "grid" and own is not None:
-        return {ROWS: own.cpu().numpy()}
+    """What the store keeps of patches besides their rows: a PCA fitted in a first pass over some images, or what the teacher's
+    file has of its own for patches."""
+    if encoding.kind != "grid":
+        own = {ROWS: teacher.own_patch_prototypes, CENTRE: teacher.patch_centre}
+        return {name: values.cpu().numpy() for name, values in own.items() if values is not None}
     if not encoding.reduced:
         return {}
 

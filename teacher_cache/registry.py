@@ -70,7 +70,12 @@ _dino = partial(
 _ibot = partial(
     _dino,
     method="iBOT",
-    layout=replace(DINO_LAYOUT, centre="ibot_loss.center", patch_prototypes="head.last_layer2."),
+    layout=replace(
+        DINO_LAYOUT,
+        centre="ibot_loss.center",
+        patch_centre="ibot_loss.center2",
+        patch_prototypes="head.last_layer2.",
+    ),
     num_prototypes=8192,
 )
 # iBOT's Swin keeps the smaller epsilon of its transformers, which timm's Swin does not.

@@ -29,7 +29,9 @@ from .config import TeacherConfig
 from .own_teacher import own_backbone
 from .registry import DINO_LAYOUT, STAND_IN, TEACHERS, Entry
 
-OUR_LAYOUT = Layout(backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="centre")
+OUR_LAYOUT = Layout(
+    backbone="backbone.", head="head.mlp.", prototypes="head.last_layer.", centre="centre", patch_centre="patch_centre"
+)
 """Of the files of ``rob export-teacher``; a student's own file is a backbone without more."""
 
 DINO_FINAL_TEMP = 0.07
@@ -48,6 +50,8 @@ class Teacher(nn.Module):
     centre: Tensor | None
     """(K,) float32: DINO's running mean of the logits, where the file has it."""
     own_patch_prototypes: Tensor | None
+    patch_centre: Tensor | None
+    """(K,) float32: the same of patches, of an iBOT's file."""
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Teacher(nn.Module):
         head_name: str = "none",
         pooling: str | None = None,
         patch_prototypes: Tensor | None = None,
+        patch_centre: Tensor | None = None,
         code: str | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +78,7 @@ class Teacher(nn.Module):
         self.register_buffer("centre", centre)
         # No part of the teacher's identity: stores of it are older than patch targets.
         self.register_buffer("own_patch_prototypes", patch_prototypes, persistent=False)
+        self.register_buffer("patch_centre", patch_centre, persistent=False)
         self.teacher_temp = teacher_temp
         self.mean, self.std = mean, std
         self.view_size = view_size
@@ -194,6 +200,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         head_name="none" if parts.head is None else entry.method,
         pooling=pooling,
         patch_prototypes=parts.patch_prototypes,
+        patch_centre=parts.patch_centre,
     )
 
 
@@ -244,6 +251,7 @@ def _our_own(config: TeacherConfig, path: Path, info: StudentInfo, made: str) ->
         view_size=info.image_size,
         head_name="none" if parts.head is None else method,
         pooling=pooling,
+        patch_centre=parts.patch_centre,
     )
 
 

@@ -94,8 +94,8 @@ class BetonWriter:
         self._digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        self._file = new_file(self._temporary)
+        self.temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        self._file = new_file(self.temporary)
         self._end = self._file.seek(ROWS_AT + self._rows.nbytes)
 
     def __enter__(self) -> "BetonWriter":
@@ -108,7 +108,7 @@ class BetonWriter:
             if exception[0] is None:  # else the flush failed for the reason already on its way up
                 raise
         finally:
-            self._temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
     def append(self, image: StoredImage, label: int = -1) -> None:
         """Adds the next row. ``label`` is -1 where there is none."""
@@ -122,7 +122,7 @@ class BetonWriter:
         room = page - self._end % page
         if size > room:
             self._end = self._file.seek(self._end + room)
-        described = np.array([image.mode, image.width, image.height, size], "<u8").tobytes()
+        described = _described(image)
         row = (image.mode, image.width, image.height, self._end, label, _checksum(described, image.data))
         self._rows[self._num_rows] = row
         self._allocations[self._num_rows] = (self._num_rows, self._end, size)
@@ -131,6 +131,11 @@ class BetonWriter:
         self._file.write(image.data)
         self._end += size
         self._num_rows += 1
+
+    def written(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and allocations from ``first`` on, whose images are in the temporary file now."""
+        self._file.flush()
+        return self._rows[first : self._num_rows], self._allocations[first : self._num_rows]
 
     @property
     def fingerprint(self) -> str:
@@ -186,11 +191,20 @@ class BetonWriter:
         earlier = earlier_path(self.path)
         if self.path.is_file() and _manifest_place(self.path) == manifest_path(self.path):
             os.replace(manifest_path(self.path), earlier)
-        with whole_file(manifest_path(self.path), manifest_path(self._temporary)) as file:
+        with whole_file(manifest_path(self.path), manifest_path(self.temporary)) as file:
             file.write(text)
-        self._temporary.replace(self.path)
+        self.temporary.replace(self.path)
         earlier.unlink(missing_ok=True)
         return manifest
+
+
+def _described(image: StoredImage) -> bytes:
+    return np.array([image.mode, image.width, image.height, len(image.data)], "<u8").tobytes()
+
+
+def checksum(image: StoredImage) -> list[int]:
+    """What the row of an image has of it."""
+    return _checksum(_described(image), image.data)
 
 
 def _checksum(described: bytes, data: bytes | np.ndarray) -> list[int]:

@@ -20,6 +20,7 @@ from ..errors import FailureError, MisuseError
 from .append import Earlier
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
+from .half import Half, Journal, key_of
 from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
 from .sources import Source, open_source
 from .window import windowed
@@ -43,6 +44,8 @@ def pack(
 
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
     called with (images done, all images) after each image, ``note`` with a sentence on files that were left out.
+
+    Broken off or killed behind some ten thousand images, the same pack goes on from there (``half.py``), but for ``append``.
 
     Raises MisuseError for a wrong option or source, FailureError for a broken image (unless ``skip_bad``), when a
     data set cannot be downloaded and when the file cannot be written.
@@ -72,21 +75,43 @@ def pack(
         except OSError as error:
             return BadImage(error.strerror or str(error)), -1
 
+    key = key_of(config, source)
+    half = Half.of(config.out, key) if earlier is None else None
     there = None if earlier is None else earlier.data.manifest
     paths = [] if there is None else list(there.paths)
     labels = [] if there is None else list(there.labels or [-1] * there.num_images)
     skipped = [] if there is None else [path for path in there.skipped if path not in source.paths]
     capacity = len(paths) + new
     try:
-        with quiet_pillow(), BetonWriter(config.out, capacity) as writer, ThreadPoolExecutor(workers) as pool:
+        with (
+            quiet_pillow(),
+            BetonWriter(config.out, capacity) as writer,
+            Journal(writer, key, half, note) as journal,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            start = 0
             if earlier is not None:
                 earlier.copy_to(writer)
-            results = _map_in_order(pool, encode, source.paths, window=4 * workers)
-            for done, (path, (image, label)) in enumerate(zip(source.paths, results, strict=True), 1):
+            for place, image, label in half.images() if half is not None else ():
+                if place != start and not config.skip_bad:
+                    break  # one was left out, which is wanted now
+                skipped += source.paths[start:place]
+                writer.append(image, label)
+                journal.add(place)
+                paths.append(source.paths[place])
+                labels.append(label)
+                start = place + 1
+            if start:
+                note(f"{start:,} of {total:,} images were packed before: goes on from there")
+            rest = source.paths[start:]
+            results = _map_in_order(pool, encode, rest, window=4 * workers)
+            for done, (path, (image, label)) in enumerate(zip(rest, results, strict=True), start + 1):
                 if isinstance(image, StoredImage) and earlier is not None and path in earlier.rows:
                     earlier.refuse_other(path, image)
                 elif isinstance(image, StoredImage):
                     writer.append(image, label)
+                    if earlier is None:
+                        journal.add(done - 1)
                     paths.append(path)
                     labels.append(label)
                 elif config.skip_bad:

@@ -6,7 +6,8 @@
 M are the patches that are hidden from the student in its global crop (``masks``), never from the teacher; g is the same view for
 both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. Patches go through the head of the class token,
 and are rows like any others to the loss, with a weight of 0 where they were seen. Temperatures, head (no BatchNorm in iBOT's
-ViTs: ``head_norm`` False), its start and centre are DINO's; c' is a centre of its own where c is a running one, else 0. RoB's
+ViTs: ``head_norm`` False), its start and centre are DINO's. c' is the patches' own (iBOT's ``center2``): where c is a running
+one c' <- .9 c' + .1 mean(t) over all patches, hidden or not; where c is that of the teacher's file, the file's; else 0. RoB's
 ``head_type`` "mlp" is D-2048-GELU-2048-GELU-K.
 
 Without targets of patches (a store that has none; without a teacher, a student that is no ViT) it is the class token alone.
@@ -81,8 +82,15 @@ class IbotObjective(PrototypeObjective, name="ibot"):
             check_temperature(space.ladder, self.teacher_temp)
         self.patch_weight, self.side = weight, student.side
         self.mask_token = nn.Parameter(torch.zeros(1, student.width))
-        running = any(isinstance(centre, RunningCentre) for centre in self.centres)
-        self.patch_centre = RunningCentre(space.num_prototypes) if running else FixedCentre()
+        if not any(isinstance(centre, RunningCentre) for centre in self.centres):
+            self.patch_centre = FixedCentre(space.centre if self.centre_targets == "checkpoint" else None)
+        elif space.kind == "prototypes":
+            raise MisuseError(
+                "`centre_targets` running needs all logits of a patch, and the store has the largest alone: "
+                f"cache with `patches` embedding, or use `centre_targets` none, {alone}"
+            )
+        else:
+            self.patch_centre = RunningCentre(space.num_prototypes)
 
     def hidden_patches(self, placement: Placement) -> Tensor:
         return placement.masks(self.side)

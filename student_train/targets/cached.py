@@ -13,7 +13,7 @@ from torch import Tensor
 from ...common.errors import MisuseError
 from ...common.factories import is_factory
 from ...common.images.beton import Beton
-from ...common.patches import ROWS
+from ...common.patches import CENTRE, ROWS
 from ...common.settings import check
 from ...common.store.encodings import PATCHES, Encoding
 from ...common.store.patches import PatchEncoding
@@ -162,18 +162,20 @@ def placed(image_ids: np.ndarray, data: Beton, plan: ViewPlan, recipe: Recipe, s
     return Placement(image_ids, data.heights[image_ids], data.widths[image_ids], plan, recipe, seed)
 
 
-def patch_space(encoding: PatchEncoding) -> PatchSpace:
+def patch_space(encoding: PatchEncoding, centre: Tensor | None) -> PatchSpace:
     """What patch targets that are stored so are made of."""
     tail = encoding.kind == "prototypes" and encoding.k < encoding.num_prototypes
     ladder = encoding.of_one.temps if tail else None
-    return PatchSpace(encoding.kind, encoding.grid, encoding.dim, encoding.num_prototypes, ladder)
+    return PatchSpace(encoding.kind, encoding.grid, encoding.dim, encoding.num_prototypes, ladder, centre)
 
 
 def space_of(store: TargetStore, device: torch.device) -> TargetSpace:
     """What the targets of ``store`` are made of, on ``device``."""
     manifest, encoding, statistics = store.manifest, store.encoding, store.statistics
     prototypes = None if store.prototypes is None else torch.from_numpy(store.prototypes).to(device)
-    centre = statistics.get("centre")
+    centre, patch_centre = (
+        torch.from_numpy(statistics[name]).to(device) if name in statistics else None for name in ("centre", CENTRE)
+    )
     has_tail = encoding.kind == "topk" and encoding.k < manifest.num_prototypes
     mean = statistics["embedding_sum"] / (manifest.num_images * len(manifest.view_ids))
     mean = torch.from_numpy(mean).float().to(device)
@@ -185,11 +187,11 @@ def space_of(store: TargetStore, device: torch.device) -> TargetSpace:
         mean_embedding=mean,
         # Logits are linear in the embedding: their mean is that of the mean embedding.
         mean_logits=None if prototypes is None else prototypes @ mean,
-        centre=None if centre is None else torch.from_numpy(centre).to(device),
+        centre=centre,
         prototypes=prototypes,
         has_all_logits=encoding.kind != "topk",
         ladder=encoding.temps if has_tail else None,
-        patches=None if store.patches is None else patch_space(store.patches),
+        patches=None if store.patches is None else patch_space(store.patches, patch_centre),
     )
 
 

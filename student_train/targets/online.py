@@ -83,7 +83,7 @@ class OnlineTargets(TargetBranch):
             self.embed = embedder(*seen)
             return
         self.dense_embed = dense_embedder(*seen)
-        self.space = replace(self.space, patches=patch_space(self.patches.encoding))
+        self.space = replace(self.space, patches=patch_space(self.patches.encoding, teacher.patch_centre))
 
     def _patches(self, config: Online, run: RunContext) -> PatchTargets | None:
         """What makes patch targets of the teacher's maps; None: the objective reads none, or the teacher has none for it."""

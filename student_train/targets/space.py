@@ -9,6 +9,7 @@ from torch import Tensor
 class PatchSpace:
     """What targets of patches are made of: ``grid`` x ``grid`` of them a view, of the ``kind`` of ``PatchEncoding``, or of a
     copy of the "student", at its own patches (``grid`` 0). ``dim`` numbers, against K = ``num_prototypes`` where there are some.
+    ``centre`` (K,): that of patches in the teacher's own file.
     """
 
     kind: str
@@ -16,6 +17,7 @@ class PatchSpace:
     dim: int
     num_prototypes: int = 0
     ladder: tuple[float, ...] | None = None
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

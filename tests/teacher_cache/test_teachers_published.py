@@ -90,8 +90,9 @@ def test_dinov3_goes_through_timms_converter(tmp_path: Path) -> None:
 def test_the_centre_comes_along_where_the_file_has_it(tmp_path: Path) -> None:
     fixture = TINY["ibot_vits16"]
     fixture.build(tmp_path / "ibot.pth")
-    centre = load("ibot_vits16", fixture, tmp_path / "ibot.pth").centre
-    torch.testing.assert_close(centre, torch.arange(40.0) / 40)
+    ibot = load("ibot_vits16", fixture, tmp_path / "ibot.pth")
+    torch.testing.assert_close(ibot.centre, torch.arange(40.0) / 40)
+    torch.testing.assert_close(ibot.patch_centre, -torch.arange(40.0) / 40)
     fixture = TINY["dino_vits16"]
     fixture.build(tmp_path / "released.pth")
     assert load("dino_vits16", fixture, tmp_path / "released.pth").centre is None

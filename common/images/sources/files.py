@@ -5,13 +5,14 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
+from weakref import finalize
 
 from ...errors import MisuseError
 from ...files import open_regular
@@ -21,6 +22,7 @@ from .source import LARGEST, some
 WEB = ("http", "https")
 BLOCK = 1 << 22
 """Bytes that are asked for at once of a file elsewhere that is gone through in order."""
+MOST_OPEN = 256
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MACHINES_OWN = ("@eaDir", "__MACOSX", "lost+found")
@@ -55,6 +57,14 @@ class Files:
         """Some of them."""
         return Files(self.place, tuple(names), self.is_folder)
 
+    @property
+    def stamp(self) -> str:
+        """Sizes and times of files of this machine."""
+        if not self.folder:
+            return ""
+        found = [(self.folder / name).stat() for name in self.names]
+        return str([(status.st_size, status.st_mtime_ns) for status in found])
+
     def read(self, name: str) -> bytes:
         return self.place.read(name, LARGEST)
 
@@ -65,6 +75,20 @@ class Files:
     @property
     def at_once(self) -> int:
         return 1 if self.folder else self.place.at_once
+
+    def parts(self) -> Callable[[str, int, int], bytes]:
+        """Reads so many bytes of one of the files from a position. Those of this machine are kept open where they are few:
+        opening one takes longer than reading a small image."""
+        if not self.folder or len(self.names) > MOST_OPEN:
+            return self.place.read_part
+        opened = {name: self.open(name) for name in self.names}
+
+        def read(name: str, start: int, length: int) -> bytes:
+            return os.pread(opened[name].fileno(), length, start)
+
+        for file in opened.values():
+            finalize(read, file.close)
+        return read
 
     def open(self, name: str) -> BinaryIO:
         """To read from any position. OSError: it is not there."""

@@ -40,7 +40,7 @@ def open_images(files: Files, whole: bool = True, recursive: bool = False) -> So
     def read(path: str) -> tuple[bytes, int]:
         return files.read(path), labels.get(path.rpartition("/")[0], -1)
 
-    return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), files.at_once)
+    return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), at_once=files.at_once)
 
 
 def by_folder(

@@ -60,7 +60,7 @@ def open_list(files: Files, config: PackConfig) -> Source:
         return place_at(place).read(below, LARGEST), known[path]
 
     distant = any(map(is_address, paths)) or files.folder is None
-    return Source(paths, read, classes, left_out, files.folder, str(files.place), 16 if distant else 1)
+    return Source(paths, read, classes, left_out, files.folder, str(files.place), files.stamp, 16 if distant else 1)
 
 
 def _place_of(files: Files, path: str) -> tuple[str, str]:

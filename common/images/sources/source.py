@@ -32,6 +32,8 @@ class Source:
     """That the paths start from, where there is one."""
     where: str = ""
     """The same, or an address, as a user writes it."""
+    stamp: str = ""
+    """Of the files that images and labels come out of: another one after they were changed."""
     at_once: int = 1
     """Images that are worth reading side by side, however few the cores: those of a bucket take long to come."""
 

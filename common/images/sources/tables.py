@@ -89,7 +89,7 @@ def open_tables(files: Files, config: PackConfig) -> Source:
                 copies.add(table, lambda: _images(files, table.name, image))
         return _image(files, copies.read(table, row), table.sizes[row]), label_of[path]
 
-    return Source(tuple(paths), read, classes, (), files.folder, str(files.place), files.at_once)
+    return Source(tuple(paths), read, classes, (), files.folder, str(files.place), files.stamp, files.at_once)
 
 
 def _image(files: Files, data: bytes, size: int) -> bytes:

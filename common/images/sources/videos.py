@@ -68,7 +68,7 @@ def open_videos(files: Files, config: PackConfig) -> Source:
         return _frame(files, name, time), labels.get(name.rpartition("/")[0], -1)
 
     paths = tuple(path for path, (name, _) in where.items() if name in kept)
-    return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), files.at_once)
+    return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), files.stamp, files.at_once)
 
 
 @contextmanager

@@ -69,15 +69,17 @@ def open_tars(files: Files, config: PackConfig) -> Source:
     else:
         label_of = {}
 
+    read_part = files.parts()
+
     def read(path: str) -> tuple[bytes, int]:
         number, row = where[path]
         shard = shards[number]
-        data = files.place.read_part(files.names[number], shard.starts[row], shard.sizes[row])
+        data = read_part(files.names[number], shard.starts[row], shard.sizes[row])
         if len(data) != shard.sizes[row]:
             raise BadImage("the tar has become shorter")
         return data, label_of.get(path, -1)
 
-    return Source(paths, read, classes, left_out, files.folder, str(files.place), files.at_once)
+    return Source(paths, read, classes, left_out, files.folder, str(files.place), files.stamp, files.at_once)
 
 
 def _member(shards: list[_Shard], place: tuple[int, int]) -> str:

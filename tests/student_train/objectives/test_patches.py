@@ -191,6 +191,76 @@ def test_ibot_is_the_released_criterion(centre, head):
     assert both.item() > class_token.item()
 
 
+def released_whole(student_cls, teacher_cls, student_patch, teacher_patch, mask, center, center2):
+    """iBOTLoss whole, as it trains without a frozen teacher: class tokens of all V crops, patches of the global ones."""
+    total_loss1, n_loss_terms1 = torch.zeros((), dtype=torch.float64), 0
+    for q in range(G):
+        teacher_cls_c = F.softmax((teacher_cls[:, q] - center) / 0.07, dim=-1)
+        for v in range(student_cls.shape[1]):
+            if v != q:
+                loss1 = torch.sum(-teacher_cls_c * F.log_softmax(student_cls[:, v] / 0.1, dim=-1), dim=-1)
+                total_loss1 += loss1.mean()
+                n_loss_terms1 += 1
+    center = center * 0.9 + teacher_cls.flatten(0, 1).mean(0) * (1 - 0.9)
+    moved2 = center2 * 0.9 + teacher_patch.flatten(0, 1).mean(1).mean(0) * (1 - 0.9)
+    return total_loss1 / n_loss_terms1 + released(student_patch, teacher_patch, mask, center2), center, moved2
+
+
+def test_ibot_without_a_teacher_is_the_released_criterion_with_both_centres():
+    """Three steps, the last of them by an objective that goes on from the state of the one before."""
+    locals_, space = 2, PatchSpace("student", 0, 0, K)
+
+    def begin():
+        torch.manual_seed(1)
+        config = ObjectiveConfig("ibot", hidden_dim=16, bottleneck=D, head_norm=False)
+        whole = TargetSpace(D, K, True, 0.07, usual_centre="running", of_student=True, patches=space)
+        return build_objective(config, WIDTH, whole, student_map=StudentMap(WIDTH, GRID, True)).double().train()
+
+    objective = begin()
+    weights = torch.ones(G + locals_, G, dtype=torch.float64)
+    weights[:G].fill_diagonal_(0)
+    weights /= weights.sum()
+    prototypes, hidden = rows(K, D, seed=7, unit=True), objective.hidden_patches(PLACEMENT)
+    center = center2 = torch.zeros(K, dtype=torch.float64)
+    for step in range(3):
+        if step == 2:
+            state, objective = objective.state_dict(), begin()
+            objective.load_state_dict(state)
+        features = rows(B, G + locals_, WIDTH, seed=10 + step)
+        maps = [rows(B, n, WIDTH, GRID, GRID, seed=20 + step + n) for n in (G, locals_)]
+        pooled = rows(B, G, D, seed=30 + step, unit=True)
+        patches = rows(B, G * GRID * GRID, D, seed=40 + step, unit=True)
+        target = TargetWithPatches(EmbeddingTarget(pooled, prototypes), EmbeddingTarget(patches, prototypes), PLACEMENT)
+        found = objective.with_patches(features, maps, hidden, target, weights)
+        student_cls, student_patch = (
+            objective.head(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) @ objective.prototypes.matrix().T
+            for x in (features, maps[0].flatten(3).mT)
+        )
+        expected, center, center2 = released_whole(
+            student_cls,
+            pooled @ prototypes.T,
+            student_patch,
+            (patches @ prototypes.T).unflatten(1, (G, -1)),
+            hidden.flatten(2),
+            center,
+            center2,
+        )
+        assert abs(found.item() - expected.item()) < 1e-10
+    assert (center - center2).abs().max() > 0.01
+    torch.testing.assert_close(objective.patch_centre.centre, center2, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chosen", "given"), [("checkpoint", True), ("none", False), ("calibration", False)])
+def test_the_patches_centre_of_the_teachers_file_is_theirs_alone(chosen, given):
+    centre, of_patches = rows(K, seed=8), rows(K, seed=9)
+    patches = PatchSpace("embedding", GRID, D, K, centre=of_patches)
+    space = TargetSpace(D, K, True, 0.07, centre=centre, mean_logits=centre, patches=patches)
+    config = ObjectiveConfig("ibot", hidden_dim=16, bottleneck=D, head_norm=False, centre_targets=chosen)
+    objective = build_objective(config, WIDTH, space, student_map=StudentMap(WIDTH, GRID, True))
+    assert objective.patch_centre.centre is (of_patches if given else None)
+    assert "patch_centre.centre" not in objective.state_dict()
+
+
 def test_all_kept_logits_of_a_patch_are_its_embedding():
     """Top k of all K prototypes and embeddings say the same."""
     objective = built("ibot", PatchSpace("prototypes", GRID, D, K), GRID, bottleneck=D, head_norm=False)
@@ -247,6 +317,7 @@ def test_a_hidden_patch_is_not_seen():
             "the student has 8 x 8 of them where the targets have 4 x 4",
         ),
         ("ibot", PatchSpace("embedding", GRID, D, 30), True, GRID, "the teacher 30 prototypes of patches beside 12"),
+        ("ibot", PatchSpace("prototypes", GRID, D, K), True, GRID, "running needs all logits of a patch"),
         (
             "patch",
             PatchSpace("embedding", GRID, D, K),
@@ -259,7 +330,7 @@ def test_a_hidden_patch_is_not_seen():
 )
 def test_targets_that_do_not_serve_are_refused(name, space, tokens, side, sentence):
     with pytest.raises(MisuseError, match=sentence):
-        built(name, space, side, tokens)
+        built(name, space, side, tokens, centre_targets="running" if space and space.kind == "prototypes" else None)
 
 
 def test_parts_are_the_whole_batch():
