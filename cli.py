@@ -117,12 +117,13 @@ def demo(
     )
 
 
-def at_once(function: Callable[..., None]) -> Callable[..., None]:
-    """``function``, behind a spinner until it shows something of its own: its libraries take seconds to load."""
+def at_once(function: Callable[..., None], group: str = "rob") -> Callable[..., None]:
+    """``function``, a command of ``group``, behind a spinner until it shows something of its own: its libraries take seconds
+    to load."""
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
-        with waiting(f"rob {function.__name__.replace('_', '-')}: loading its libraries"):
+        with waiting(f"{group} {function.__name__.replace('_', '-')}: loading its libraries"):
             function(*arguments, **options)
 
     return run
@@ -181,7 +182,16 @@ WIDEST_HELP = 160
 """Columns; it is as wide as the terminal up to here."""
 
 
-class InOrder(TyperGroup):
+class WholeSummaries(TyperGroup):
+    """Lists its commands with the whole first sentence of each, on several lines where the terminal is narrow."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, found.get_short_help_str(limit=1000)) for name, found in commands if found])
+
+
+class InOrder(WholeSummaries):
     """Lists ``eval`` and ``finetune``, groups, where they are used, not behind all commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -219,6 +229,7 @@ def application(
 
 
 evaluate = typer.Typer(
+    cls=WholeSummaries,
     help="Measure a student, a teacher or raw pixels. Features are extracted once and kept in the run's eval folder.",
     no_args_is_help=True,
 )
@@ -231,12 +242,16 @@ app.command(cls=GroupedCommand)(command(at_once(inspect)))
 app.command(cls=GroupedCommand)(command(at_once(students)))
 app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer, probe_segmentation):
-    evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(function)), load_teacher=load_teacher))
-evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(detect))))
+    evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(function), "rob eval"), load_teacher=load_teacher))
+evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(detect), "rob eval")))
 app.add_typer(evaluate, name="eval")
-finetune = typer.Typer(help="Train a student on labels: a classifier or a segmenter to ship.", no_args_is_help=True)
+finetune = typer.Typer(
+    cls=WholeSummaries,
+    help="Train a student on labels: a classifier or a segmenter to ship.",
+    no_args_is_help=True,
+)
 for function in (classify, segment):
-    finetune.command(cls=GroupedCommand)(command(at_once(of_runs(function))))
+    finetune.command(cls=GroupedCommand)(command(at_once(of_runs(function), "rob finetune")))
 app.add_typer(finetune, name="finetune")
 for function in (compare, report):
     app.command(cls=GroupedCommand)(command(at_once(of_runs(function))))

@@ -74,6 +74,11 @@ class GroupedCommand(TyperCommand):
                 words += [part.strip() for part in word.split(",", several[words[-1]] - 1)]
             else:
                 words.append(word)
+        for place, name in enumerate(words):
+            values = words[place + 1 : place + 1 + several.get(name, 0)]
+            if name in several and (len(values) < several[name] or any(value.startswith("--") for value in values)):
+                example = "0.5,1" if several[name] == 2 else "0.5,0.5,0.5"
+                raise MisuseError(f"{name} takes {several[name]} numbers: {name} {example}")
         return super().parse_args(ctx, words)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -83,8 +88,10 @@ class GroupedCommand(TyperCommand):
         arguments = [p for p in self.get_params(ctx) if not isinstance(p, TyperOption)]
         groups: dict[str, list[Any]] = {"Arguments": arguments}
         for option in options:
-            title = "Other" if option.name in ("overwrite", "help") else option.rich_help_panel or "Targets"
+            title = "Other" if option.name in ("overwrite", "help") else option.rich_help_panel or GROUPS[""]
             groups.setdefault(title, []).append(option)
+        if "targets" not in {option.name for option in options}:
+            groups = {"Options" if title == GROUPS[""] else title: members for title, members in groups.items()}
         for title, members in groups.items():
             records = [record for member in members if (record := member.get_help_record(ctx)) is not None]
             if records:

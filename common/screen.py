@@ -58,7 +58,7 @@ def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         name = number == 0 and named  # whole: student.int8.onnx and student.onnx are not the same
-        table.add_column(column, justify="left" if name else "right", no_wrap=name)
+        table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
     for row in rows:
         table.add_row(
             *(
@@ -80,23 +80,31 @@ def bar(what: str, unit: str) -> Iterator[Update]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    _waiting.stop()
-    with Progress(*columns, console=console, expand=True, disable=console.quiet) as progress:
-        task = progress.add_task(what, total=None, rate="", visible=False)
-        counted_from = last = (0, 0.0)
+    progress = Progress(*columns, console=console, expand=True, disable=console.quiet)
+    task = progress.add_task(what, start=False, total=None, rate="")
+    counted_from = last = (0, 0.0)
 
-        def update(done: int, total: int, text: str | None = None) -> None:
-            nonlocal counted_from, last
-            now = time.monotonic()
-            if not progress.tasks[0].visible or done < last[0]:  # the first, or another part that begins anew
-                counted_from = (done, now)
-            last = (done, now)
-            passed = now - counted_from[1]
-            rate = (done - counted_from[0]) / passed if passed > 0.5 else 0.0
-            said = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s" if rate else ""
-            progress.update(task, completed=done, total=total, rate=said if text is None else text, visible=True)
+    def update(done: int, total: int, text: str | None = None) -> None:
+        nonlocal counted_from, last
+        now = time.monotonic()
+        if not progress.live.is_started:  # until then the spinner says what is waited for
+            _waiting.stop()
+            progress.start_task(task)
+            counted_from = (done, now)
+        if done < last[0]:  # another part that begins anew
+            counted_from = (done, now)
+        last = (done, now)
+        passed = now - counted_from[1]
+        rate = (done - counted_from[0]) / passed if passed > 0.5 else 0.0
+        said = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s" if rate else ""
+        progress.update(task, completed=done, total=total, rate=said if text is None else text)
+        progress.start()
 
+    try:
         yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 class _Waiting:

@@ -25,6 +25,7 @@ from ..common.files import first_difference, open_regular, replacing
 from ..common.own_network import whole_of
 from ..common.records import DamagedError, NoChecksumError
 from ..common.run import versions
+from ..common.signals import uninterrupted
 from ..common.weights import read_tensor_file, tensor_file
 from .students import create_student
 
@@ -42,10 +43,11 @@ BEST_NAME = "student_best.safetensors"
 def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Write ``state`` (state dicts, tensors, numbers, strings and containers of them) and the run's ``config``.
 
-    FailureError: the disk is full or the folder cannot be written; the earlier checkpoint is then still there.
+    FailureError: the disk is full or the folder cannot be written; the earlier checkpoint is then still there. A Ctrl-C waits
+    until it is written: torch would take it for a file that cannot be.
     """
     payload = {"format_version": FORMAT_VERSION, "config": _as_json(config), "state": dict(state)}
-    with replacing(path) as file:
+    with uninterrupted(), replacing(path) as file:
         torch.save(payload, file)
 
 

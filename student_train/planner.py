@@ -275,7 +275,7 @@ class Planner:
 
     @property
     def stride(self) -> int:
-        return stride_of(self.family, is_small(self.config.student))
+        return stride_of(self.config.student)
 
 
 def power_of_two(most: int) -> int:

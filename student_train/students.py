@@ -9,7 +9,7 @@ small form ends with 4 x 4 positions (ViT: 8 x 8 tokens) instead, as usual on CI
 =============================  ==========================================================  ====================
 family                         change                                                      made by
 =============================  ==========================================================  ====================
-ViT, DeiT                      patches of 4 px                                             timm arguments alone
+ViT, DeiT                      patches of 4 px up to 32 px, of 8 px up to 64               timm arguments alone
 ResNet                         3x3 stem with stride 1, no max-pool                         ``adapt_stem``
 MobileNet, EfficientNet        stride 1 in the stem and in the first stage that halves     ``adapt_stem``
 =============================  ==========================================================  ====================
@@ -44,8 +44,8 @@ from ..common.patches import feature_map
 from .own_student import create_own
 from .student_config import StudentConfig
 
-VIT_PATCH_SMALL = 4
-"""Pixels a side of a small-image ViT's patch: 8 x 8 tokens at 32 px, 4 x 4 in a 16 px crop."""
+VIT_PATCH = 16
+"""Pixels a side of an ordinary ViT's patch."""
 
 VIT_FAMILIES = ("vision_transformer", "deit")
 MOBILE_FAMILIES = ("efficientnet", "mobilenetv3")
@@ -80,7 +80,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
         # One set of position embeddings, interpolated to the crop at hand.
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
         if small:
-            kwargs["patch_size"] = VIT_PATCH_SMALL
+            kwargs["patch_size"] = vit_patch(small, config.image_size)
     return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
 
 
@@ -89,6 +89,11 @@ def is_small(config: StudentConfig) -> bool:
     if config.small_images is None:
         return config.image_size <= SMALL_SIDE and model_family(config.name) in SMALL_IMAGE_FAMILIES
     return config.small_images
+
+
+def vit_patch(small: bool, image_size: int) -> int:
+    """Pixels a side of a ViT's patch. Small images have 8 x 8 of them at 32 px and at 64."""
+    return VIT_PATCH if not small else 4 if image_size <= SMALL_SIDE // 2 else 8
 
 
 def build_student(config: StudentConfig) -> nn.Module:

@@ -59,6 +59,7 @@ def cache_teacher(
     check_loader(config.loader, device)
     config = replace(config, loader=settled(config.loader, device, begun_geometry(config)))
     data = Beton(config.data, config.local_dir)
+    progress.say("loading the teacher")
     teacher = (teacher or load_teacher(config.teacher)).to(device)
     check_asked(config, data, teacher)
     patches = patch_encoding(config, data, teacher, progress.note)

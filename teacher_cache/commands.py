@@ -13,7 +13,7 @@ from ..common.config import RecipeName
 from ..common.errors import unknown_name
 from ..common.options import given, refuse
 from ..common.places import is_address, place_of, shown
-from ..common.screen import bar, console, facts, note, note_slow_loader
+from ..common.screen import bar, console, facts, note, note_slow_loader, say_waiting
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
 from .config import CacheConfig, VerifyConfig
@@ -76,7 +76,7 @@ def cache_teacher(
 
     try:
         with bar("caching", "images") as update, bar("fitting prototypes", "batches") as fitting:
-            cache_teacher(full, CacheProgress(plan=show, rows=update, note=note, fitting=fitting))
+            cache_teacher(full, CacheProgress(show, update, note, fitting, say_waiting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise

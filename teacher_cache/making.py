@@ -22,13 +22,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show, each of which may be left out: the plan, the rows done, notes, and the batches that prototypes
-    were fitted to."""
+    """What a caller may show, each of which may be left out: the plan, the rows done, notes, the batches that prototypes were
+    fitted to, and what is being waited for."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
     note: Callable[[str], None] = lambda text: None
     fitting: Callable[[int, int], None] = lambda done, total: None
+    say: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def _embedders(work: Work, making: Making) -> tuple[Embed, Dense | None]:
 
 def _tried(work: Work, making: Making, embed: Embed) -> float:
     """Views a second."""
+    work.progress.say("trying the teacher on a few views, for the plan")
     few = min(work.config.loader.batch_size, max(1, TRIAL_VIEWS // len(making.new_views)))
     return views_per_second(
         embed, _loader(work, few), few, ViewSet(making.new_views, making.manifest.view_size), work.data.num_images

@@ -27,7 +27,7 @@ def segment(
     refuse_ranks("rob eval segment")
     if what != "teacher":
         refuse(context, ("teacher", "checkpoint"), f"is for a teacher, and WHAT is {what}")
-    network = frozen_network(what, subject, load_teacher).of(None, subject.interpolation)
+    network = frozen_network(what, subject, load_teacher, config.seed).of(None, subject.interpolation)
     with bar("maps", "images") as maps, bar("training", "steps") as steps, bar("testing", "images") as tested:
         result = segment(network, config, SegmentProgress(maps, steps, tested, note))
     accuracies(

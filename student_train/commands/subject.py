@@ -11,7 +11,7 @@ import typer
 from ...common.config import Checkpoint, Device
 from ...common.errors import FailureError, MisuseError
 from ...common.options import refuse
-from ...common.screen import bar, note, note_slow_loader
+from ...common.screen import bar, note, note_slow_loader, say_waiting
 from ...common.settings import Setting, check
 from ...common.views.config import LoaderConfig
 from ...common.views.recipes import INTERPOLATIONS
@@ -81,6 +81,7 @@ class Subject:
         note_slow_loader(config.loader)
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
+        say_waiting(f"loading {what}")
         network = frozen_network(what, config, load_teacher)
         self.network = on_all_ranks(network.of(config.features, config.interpolation), config.loader)
         self.folder = config.out or (Path(what) if Path(what).is_dir() else None)
@@ -137,8 +138,8 @@ def last_asked_here(network: "FrozenNetwork") -> Iterator[None]:
         leave_ranks()
 
 
-def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> "FrozenNetwork":
-    """What the words on the command line name."""
+def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher, seed: int = 0) -> "FrozenNetwork":
+    """What the words on the command line name; ``seed`` is that of random weights."""
     from ...common.run import pick_device
     from ..evaluate.network import FrozenNetwork
 
@@ -146,7 +147,7 @@ def frozen_network(what: str, config: SubjectConfig, load_teacher: LoadTeacher) 
     if config.init == "random":
         if what in ("pixels", "teacher") or what.endswith(".onnx"):
             raise MisuseError(f"`init` random is for a run or a student's weights, and WHAT is {what}: leave it out")
-        return FrozenNetwork.untrained(describe(Path(what)), 0, device, size)
+        return FrozenNetwork.untrained(describe(Path(what)), seed, device, size)
     if what == "pixels":
         return FrozenNetwork.pixels(size or 32, device)
     if what == "teacher":

@@ -75,11 +75,15 @@ def training_options(context: typer.Context) -> list[TyperOption]:
 
 
 def check_words(context: typer.Context, words: list[str]) -> None:
-    """MisuseError: rob train-student would not take these words. No run is made of them."""
+    """MisuseError: rob train-student would not take these words, or does not know the student or the objective. No run is made
+    of them."""
+    from ..config import ObjectiveConfig
+    from ..students import model_family
+
     application = context.find_root().command
     assert isinstance(application, TyperGroup)
     try:
-        application.commands["train-student"].make_context("train-student", list(words))
+        values = application.commands["train-student"].make_context("train-student", list(words)).params
     except Exception as error:
         said = getattr(
             error, "format_message", None
@@ -87,6 +91,9 @@ def check_words(context: typer.Context, words: list[str]) -> None:
         if said is None:
             raise
         raise MisuseError(f"rob train-student {' '.join(words)}: {said()}") from None
+    model_family(values["student"])
+    if values["objective"] is not None:
+        ObjectiveConfig(values["objective"])
 
 
 def options_of(parameters: Iterable[object]) -> list[TyperOption]:

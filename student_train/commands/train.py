@@ -227,7 +227,7 @@ def measure(run: TrainConfig, steps: int) -> None:
     from ...common.views.config import LoaderConfig
     from ..begun import read_begun
     from ..checkpoint import load_student
-    from ..evaluate.yardstick import Yardstick, verdict, write_outcome
+    from ..evaluate.yardstick import FEWEST_IMAGES, Yardstick, verdict, write_outcome
     from ..optimiser import LR_BATCH_SIZE
     from ..plan_warnings import LEAST_RATE, LEAST_STEPS
     from ..start import with_start
@@ -240,6 +240,7 @@ def measure(run: TrainConfig, steps: int) -> None:
     loader = LoaderConfig(run.loader.backend, 64, run.loader.workers)
     yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, loader)
     if yardstick is None:
+        note(f"whether it worked cannot be told: that wants {FEWEST_IMAGES} images, with labels or a store of targets")
         return
     with waiting("measuring the student beside its random start"):
         outcome = yardstick.measure(load_student(run.out, device)[0])

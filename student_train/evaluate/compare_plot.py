@@ -9,8 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 MARKERS = "osD^vP*X"
-ROOM = 1.7
-"""Times beyond the dearest run, and below the cheapest, that an axis goes."""
+ROOM = 2.5
+"""Times beyond the dearest run, and below the cheapest, that an axis goes: two of 1, 2, 5, 10 ... are on it, without which
+matplotlib would put numbers side by side until they cover each other."""
 
 
 def compare_plot(

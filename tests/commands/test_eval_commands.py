@@ -222,6 +222,16 @@ def test_the_same_network_untrained(rob, data, run_folder):
     assert len(list((run_folder / "eval" / "features").iterdir())) == 4  # the second random one was the first
     assert "leave it out" in rob("eval", "knn", "pixels", data.train, "--init", "random", *FAST).err
     assert "did you mean random" in rob("eval", "knn", run_folder, data.train, "--init", "randm", *FAST).err
+    for kind, label in (("images", 200), ("masks", 1)):
+        (run_folder / kind).mkdir()
+        Image.fromarray(np.pad(np.full((16, 16), label, np.uint8), 8)).save(run_folder / kind / "a.png")
+    starts = []
+    for seed in (0, 0, 1):
+        options = ("--init", "random", "--seed", seed, "--epochs", 1, "--device", "cpu")
+        outcome = rob("eval", "segment", run_folder, run_folder, run_folder, *options)
+        assert outcome.code == 0, outcome.err
+        starts.append(result(run_folder, "segment-random")["weights"])
+    assert starts[0] == starts[1] == untrained["weights"] != starts[2]
 
 
 @pytest.mark.parametrize("prototypes", [0, 12], ids=["without a head", "with a head"])

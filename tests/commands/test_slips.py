@@ -51,12 +51,12 @@ def test_parts_of_a_data_set_are_asked_about(rob, refused, tmp_path, parts):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("https://example.org/photos.zip", "an address; download it"),
-        ("photos/*.jpg", "a pattern; give the folder"),
+        ("https://example.org/photos.zip", "an archive; unpack it"),
+        ("photos/*.jpg", "no file fits this pattern"),
         ("photos.zip", "an archive; unpack it .unzip photos.zip."),
-        ("photos.tar.xz", "an archive; unpack it .tar xf photos.tar.xz."),
+        ("photos.tar.xz", "xz -dk photos.tar.xz, and give photos.tar"),
         ("one.jpg", "a single image; give the folder"),
-        ("list.txt", "a list of images; make a folder of links"),
+        ("list.txt", "1 of its 1 images are missing: x"),
     ],
 )
 def test_what_is_no_folder_says_what_to_do_instead(refused, tmp_path, monkeypatch, name, said):
@@ -70,4 +70,9 @@ def test_a_sweep_tries_the_words_of_every_cell_before_the_first_run(refused, mad
     out = tmp_path / "sweep"
     words = ("--vary", "epochs=1,0", "--device", "cpu", "--", made.data, "--targets", made.store)
     refused(2, r"rob train-student .*--epochs 0 .*: Invalid value for '--epochs'", "sweep", out, *words)
+    for vary, said in (
+        ("student=resnet18,resnt18", "unknown student 'resnt18'"),
+        ("objective=dinoo", "did you mean dino"),
+    ):
+        refused(2, said, "sweep", out, "--vary", vary, *words[2:])
     assert not out.exists()

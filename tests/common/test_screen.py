@@ -52,6 +52,11 @@ def test_what_is_waited_for_is_said_at_once_and_only_on_a_terminal(terminal, mon
     with screen.waiting("loading torch"):
         assert "loading torch" in terminal.file.getvalue()
         with screen.bar("caching", "images") as update:
+            screen.say_waiting("loading the teacher")  # until there is something to count
+            shown = terminal.file.getvalue()
+            assert "loading the teacher" in shown
+            assert "caching" not in shown
+            assert "\x1b[?25h" not in shown  # the cursor, which comes back where nothing moves any more
             update(1, 2)
     silent = Console(file=io.StringIO(), width=100)
     monkeypatch.setattr(screen, "console", silent)

@@ -4,6 +4,8 @@ import json
 import pickle
 import random
 import resource
+import signal
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def test_state_comes_back_as_it_was(tmp_path):
     assert loaded["epoch"] == 2
     torch.testing.assert_close(loaded["model"], dict(state["model"]), rtol=0, atol=0)
     torch.testing.assert_close(loaded["optimiser"]["state"], state["optimiser"]["state"], rtol=0, atol=0)
+
+
+def test_ctrl_c_waits_until_a_checkpoint_is_written(tmp_path):
+    class Pressed:
+        def __reduce__(self):  # torch is in the middle of the file
+            signal.raise_signal(signal.SIGINT)
+            return OrderedDict, ()
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "checkpoint.pt", {"epoch": 1, "pressed": Pressed()}, CONFIG)
+    assert load_checkpoint(tmp_path / "checkpoint.pt", CONFIG)["epoch"] == 1
 
 
 def test_another_configuration_is_refused_by_its_first_difference(tmp_path):

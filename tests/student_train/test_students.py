@@ -134,6 +134,12 @@ def test_counts_agree_with_hand_counts():
     assert num_macs(vit, 224) == blocks + 196 * width * 3 * 16 * 16
 
 
+@pytest.mark.parametrize(("side", "small", "tokens"), [(32, True, 64), (64, True, 64), (64, False, 16)])
+def test_small_images_have_eight_patches_a_side(side, small, tokens):
+    backbone = build_student(StudentConfig("test_vit", side, small_images=small))
+    assert backbone.patch_embed(torch.zeros(1, 3, side, side)).flatten(1, -2).shape[1] == tokens
+
+
 def test_a_vit_drops_the_objectives_share_of_patches():
     vit, cnn = StudentConfig("vit_tiny_patch16_224"), StudentConfig("resnet18")
     assert with_usual_patch_drop(vit, 0.15).patch_drop == 0.15

@@ -59,13 +59,13 @@ def open_tars(files: Files, config: PackConfig) -> Source:
         labels, classes = numbered(said)
         label_of = dict(zip(paths, labels, strict=True))
     elif not config.recursive:
-        kept, classes, beside = by_folder(
-            tuple(sorted({_member(shards, place) for place in where.values()})), config.source
-        )
-        paths = tuple(path for path in paths if _member(shards, where[path]) in set(kept)) if beside else paths
+        members_of = {path: _member(shards, where[path]) for path in paths}
+        kept, classes, beside = by_folder(tuple(sorted(set(members_of.values()))), config.source)
+        in_classes = set(kept)
+        paths = tuple(path for path in paths if members_of[path] in in_classes)
         left_out += beside
         numbers = {name: number for number, name in enumerate(classes or ())}
-        label_of = {path: numbers.get(_member(shards, where[path]).rpartition("/")[0], -1) for path in paths}
+        label_of = {path: numbers.get(members_of[path].rpartition("/")[0], -1) for path in paths}
     else:
         label_of = {}
 

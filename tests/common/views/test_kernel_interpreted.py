@@ -52,8 +52,12 @@ else:
     def any_triton(monkeypatch):
         scalars_index(monkeypatch)
 
-    @pytest.mark.parametrize(("stored", "scale"), [(s, 1) for s in STORED] + [(s, d) for s in JPEGS for d in (2, 4, 8)])
-    @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
+    WHOLE, SCALED = [(s, 1) for s in STORED], [(s, d) for s in JPEGS for d in (2, 4, 8)]
+
+    @pytest.mark.parametrize(
+        ("stored", "scale", "cubic"),
+        [(*case, False) for case in WHOLE + SCALED] + [(*case, True) for case in (*WHOLE, ("4:2:0", 2), ("grey", 8))],
+    )
     def test_resized_as_pillow_and_as_the_cpu_path_do(stored, scale, cubic):
         """At every decode scale, flipped and not; 20 pixels are one tile, 40 are four."""
         image, geometry, size, planes = cases(stored, scale, cubic)

@@ -146,8 +146,9 @@ else:
         added = 2  # gradients that were there already
         assert sum(found.values()) - added <= most, found
 
-    @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "biased"), [(torch.float32, False), *((dtype, True) for dtype in DTYPES)], ids=str
+    )
     @pytest.mark.parametrize("kind", KINDS)
     def test_as_exact_as_torch(kind, dtype, biased, form, small_chunks):
         """The slack: p and q are rounded one by one before their product with the values, torch rounds p - q."""
