@@ -30,7 +30,10 @@ def let_go() -> None:
 
 def help_out(extract: Extract, batch_size: int, ranks: Ranks) -> None:
     """On any other rank: make shares until it is let go."""
-    nothing: Callable[[], tuple[Path, int, int] | None] = lambda: None  # noqa: E731
+
+    def nothing() -> tuple[Path, int, int] | None:
+        return None
+
     while (asked := from_main(nothing)) is not None:
         data, start, stop = asked
         _shares(extract, data, start, stop, batch_size, ranks)
