@@ -12,8 +12,10 @@ from torch import distributed as dist
 
 from ...common.ranks import Ranks, from_main
 
+Asked = tuple[Path, int, int]
+"""A data set, and the first image and the one behind the last."""
 Extract = Callable[[Path, int, int], Tensor]
-"""Features (stop - start, D) on the CPU of the images start .. stop - 1 of the data set at a path."""
+"""Features (stop - start, D) on the CPU of what is asked for."""
 
 
 def ask(extract: Extract, data: Path, start: int, stop: int, batch_size: int, ranks: Ranks) -> Tensor:
@@ -30,13 +32,13 @@ def let_go() -> None:
 
 def help_out(extract: Extract, batch_size: int, ranks: Ranks) -> None:
     """On any other rank: make shares until it is let go."""
+    while (asked := from_main(_what_the_first_says)) is not None:
+        _shares(extract, *asked, batch_size, ranks)
 
-    def nothing() -> tuple[Path, int, int] | None:
-        return None
 
-    while (asked := from_main(nothing)) is not None:
-        data, start, stop = asked
-        _shares(extract, data, start, stop, batch_size, ranks)
+def _what_the_first_says() -> Asked | None:
+    """Not called on other ranks."""
+    return None
 
 
 def _shares(extract: Extract, data: Path, start: int, stop: int, batch_size: int, ranks: Ranks) -> list[Tensor]:

@@ -70,7 +70,7 @@ class Files:
 
     def at(self, name: str) -> str:
         """As a user would write it."""
-        return f"{self.place}/{name}"
+        return str(self.folder / name) if self.folder else f"{self.place}/{name}"
 
     @property
     def at_once(self) -> int:

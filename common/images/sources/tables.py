@@ -10,10 +10,13 @@ import os
 import posixpath
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from sys import intern
 from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any, BinaryIO, cast
@@ -75,21 +78,23 @@ def open_tables(files: Files, config: PackConfig) -> Source:
     names_known = _class_names(schema, label)
     if classes is None and names_known and max(numbers, default=-1) < len(names_known):
         classes = names_known
-    paths = [path for table in tables for path in item_names(table.name, table.count)]
+    paths = tuple(path for table in tables for path in item_names(table.name, table.count))
     if not paths:
         raise MisuseError(f"{first}: a table without rows")
-    where = dict(zip(paths, ((table, row) for table in tables for row in range(table.count)), strict=True))
-    label_of = dict(zip(paths, numbers, strict=True))
+    where = {path: number for number, path in enumerate(paths)}
+    firsts = list(accumulate((table.count for table in tables), initial=0))
+    label_of = array("q", numbers)
     copies = _Copies(config.out.parent)
 
     def read(path: str) -> tuple[bytes, int]:
-        table, row = where[path]
+        number = bisect_right(firsts, where[path]) - 1
+        table, row = tables[number], where[path] - firsts[number]
         with table.lock:
             if not table.starts and table.count:
                 copies.add(table, lambda: _images(files, table.name, image))
-        return _image(files, copies.read(table, row), table.sizes[row]), label_of[path]
+        return _image(files, copies.read(table, row), table.sizes[row]), label_of[where[path]]
 
-    return Source(tuple(paths), read, classes, (), files.folder, str(files.place), files.stamp, files.at_once)
+    return Source(paths, read, classes, (), files.folder, str(files.place), files.stamp, files.at_once)
 
 
 def _image(files: Files, data: bytes, size: int) -> bytes:
@@ -199,8 +204,10 @@ class _Reader:
         except (pa.ArrowInvalid, OSError) as error:
             raise self._broken(error) from None
 
-    def column(self, name: str) -> list[Any]:
-        return [value for batch in self.batches(name) for value in batch.to_pylist()]
+    def column(self, name: str) -> list[str | None]:
+        """As words, of which there are few."""
+        values = (value for batch in self.batches(name) for value in batch.to_pylist())
+        return [None if value is None else intern(str(value)) for value in values]
 
 
 def _images(files: Files, name: str, image: str) -> Iterator[list[tuple[bytes, bool]]]:

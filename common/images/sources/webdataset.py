@@ -5,9 +5,11 @@ folders in the tar are classes, as those of a folder are.
 """
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import BinaryIO
 
 from ...errors import MisuseError
@@ -45,49 +47,51 @@ def open_tars(files: Files, config: PackConfig) -> Source:
         raise MisuseError(f"{some(cut)}; copy it again, or set `skip_bad` to take the images before that")
     left_out = tuple(f"left out what comes behind the damage of {sentence}" for sentence in cut)
 
+    firsts = list(accumulate((len(shard.names) for shard in shards), initial=0))
     where = {
-        f"{name}/{member}": (number, row)
-        for number, (name, shard) in enumerate(zip(files.names, shards, strict=True))
+        f"{name}/{member}": first + row
+        for name, first, shard in zip(files.names, firsts, shards, strict=False)
         for row, member in enumerate(shard.names)
     }  # of two members of one name the later one counts, as for tar
+
+    def place(path: str) -> tuple[int, int]:
+        """Its tar, and its row there."""
+        number = bisect_right(firsts, where[path]) - 1
+        return number, where[path] - firsts[number]
+
+    def member(path: str) -> str:
+        number, row = place(path)
+        return shards[number].names[row]
+
     paths = tuple(sorted(where))
     if not paths:
         raise MisuseError(f"{files.at(some(files.names))}: no image in it; looked for {' '.join(endings())}")
     classes: tuple[str, ...] | None = None
+    labels = [-1] * len(paths)
     if any(shard.labels for shard in shards):
-        said = [shards[where[path][0]].labels.get(_sample(shards, where[path])) for path in paths]
-        labels, classes = numbered(said)
-        label_of = dict(zip(paths, labels, strict=True))
+        labels, classes = numbered([shards[place(path)[0]].labels.get(_key(member(path))) for path in paths])
     elif not config.recursive:
-        members_of = {path: _member(shards, where[path]) for path in paths}
-        kept, classes, beside = by_folder(tuple(sorted(set(members_of.values()))), config.source)
-        in_classes = set(kept)
-        paths = tuple(path for path in paths if members_of[path] in in_classes)
+        kept, classes, beside = by_folder(tuple(sorted(set(map(member, paths)))), config.source)
         left_out += beside
+        if beside:
+            inside = set(kept)
+            paths = tuple(path for path in paths if member(path) in inside)
         numbers = {name: number for number, name in enumerate(classes or ())}
-        label_of = {path: numbers.get(members_of[path].rpartition("/")[0], -1) for path in paths}
-    else:
-        label_of = {}
-
+        labels = [numbers.get(member(path).rpartition("/")[0], -1) for path in paths]
+    label_of = array("q", bytes(8 * firsts[-1]))
+    for path, label in zip(paths, labels, strict=True):
+        label_of[where[path]] = label
     read_part = files.parts()
 
     def read(path: str) -> tuple[bytes, int]:
-        number, row = where[path]
+        number, row = place(path)
         shard = shards[number]
         data = read_part(files.names[number], shard.starts[row], shard.sizes[row])
         if len(data) != shard.sizes[row]:
             raise BadImage("the tar has become shorter")
-        return data, label_of.get(path, -1)
+        return data, label_of[where[path]]
 
     return Source(paths, read, classes, left_out, files.folder, str(files.place), files.stamp, files.at_once)
-
-
-def _member(shards: list[_Shard], place: tuple[int, int]) -> str:
-    return shards[place[0]].names[place[1]]
-
-
-def _sample(shards: list[_Shard], place: tuple[int, int]) -> str:
-    return _key(_member(shards, place))
 
 
 def _key(name: str) -> str:
