@@ -135,6 +135,12 @@ def test_transfer_looks_at_what_it_measures_before_it_packs(refused, monkeypatch
     refused(2, "typo: no such file", "eval", "transfer", tmp_path / "typo", *where, *FAST)
 
 
+def test_what_is_for_one_process_is_refused_under_torchrun(refused, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "rob eval segment is for one process: start it without torchrun"
+    refused(2, message, "eval", "segment", "pixels", made.images, made.images, "--device", "cpu")
+
+
 def test_evaluation_refuses(refused, made, tmp_path):
     knn = ("eval", "knn")
     rest = (made.data, "--test", made.data, *FAST)
