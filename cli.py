@@ -156,7 +156,12 @@ def bench(
         raise unknown_name("benchmark", name, BENCHMARKS)
     if out is not None:
         refuse_existing(out, overwrite)
-    module = import_module(f"rob.benchmarks.{name}")
+    try:
+        module = import_module(f"rob.benchmarks.{name}")
+    except ModuleNotFoundError as missing:
+        raise MisuseError(
+            f"bench {name} measures {missing.name}, too, which is not installed here: rob doctor says what brings it"
+        ) from missing
     settings = getattr(module, BENCHMARKS[name])
     with waiting(f"measuring {name}: minutes, and the table comes at the end"):
         report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())

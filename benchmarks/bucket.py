@@ -10,19 +10,20 @@ targets. A GPU's student takes 5,000 to 20,000 images a second: it is the first 
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 BUCKET = "targets"
 
@@ -75,15 +76,19 @@ def serve(folder: Path, seconds: float) -> None:
             part.replace(path)
             self.answer(200, b"<CopyObjectResult><ETag>x</ETag></CopyObjectResult>" if other else b"")
 
-        def do_DELETE(self) -> None:
+        def do_POST(self) -> None:
+            """Objects that go, of which the body tells the names; their folders too, since a bucket has none."""
             time.sleep(seconds)
-            path = self.file(urlsplit(self.path).path)
-            path.unlink(missing_ok=True)
-            for above in path.parents:  # a bucket has no folders
-                if above == folder or not above.is_relative_to(folder) or any(above.iterdir()):
-                    break
-                above.rmdir()
-            self.answer(204, b"")
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+            names = [unescape(name) for name in re.findall("<Key>(.*?)</Key>", body)]
+            for name in names:
+                path = folder / name
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # there is something else in it
+                    for above in path.relative_to(folder).parents[:-1]:
+                        (folder / above).rmdir()
+            gone = "".join(f"<Deleted><Key>{escape(name)}</Key></Deleted>" for name in names)
+            self.answer(200, f"<DeleteResult>{gone}</DeleteResult>".encode())
 
         def file(self, path: str) -> Path:
             return folder / unquote(path).removeprefix(f"/{BUCKET}/")
@@ -117,6 +122,7 @@ def serve(folder: Path, seconds: float) -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.request_queue_size = 128
+    server.handle_error = lambda request, client_address: None  # who asks may be killed
     print(server.server_address[1], flush=True)
     server.serve_forever()
 

@@ -52,6 +52,12 @@ _by_itself = False
 """In all threads of this process: a backward pass has its own."""
 
 
+def refuse_ranks(command: str) -> None:
+    """MisuseError under torchrun, of which ``command`` has no use: its ranks would all do the same, and write over each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MisuseError(f"{command} is for one process: start it without torchrun")
+
+
 def join_ranks() -> Ranks:
     """The process group that torchrun's environment describes, joined; alone without it. NCCL between GPUs, else gloo.
 

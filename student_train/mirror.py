@@ -78,15 +78,16 @@ class Mirror:
                 (self.folder / name).unlink()
             self._keep(known)
 
-    def push(self) -> None:
-        """What has changed here goes to the address. MisuseError, FailureError: it cannot be written to; all is kept here."""
-        place, known = place_of(self.address), self._record()
+    def push(self) -> int:
+        """What has changed here goes to the address: so many files. MisuseError, FailureError: it cannot be written to."""
+        place, known, changed = place_of(self.address), self._record(), 0
         for name in self._files():
             data = (self.folder / name).read_bytes()
             if known.get(name) != (checksum := crc32c(data)):
                 place.write(name, data)
-                known[name] = checksum
+                known[name], changed = checksum, changed + 1
                 self._keep(known)
+        return changed
 
     def _files(self) -> list[str]:
         """Names of those that are mirrored, in the order in which they go."""

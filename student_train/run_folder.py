@@ -73,7 +73,7 @@ class RunFolder:
         on_log: Callable[[dict[str, Any], int], None],
         ranks: Ranks = ALONE,
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
-        saved: Callable[[], None] = lambda: None,
+        saved: Callable[[], object] = lambda: None,
     ) -> None:
         if out.exists() and not out.is_dir():
             raise MisuseError(f"`out` {out} is a file: give the folder to train in")

@@ -59,7 +59,7 @@ class TrainProgress:
     step: Callable[[int, int], None] = lambda done, total_steps: None
     say: Callable[[str], None] = lambda text: None
     plan: Callable[[TrainPlan], None] | None = None
-    saved: Callable[[], None] = lambda: None
+    saved: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

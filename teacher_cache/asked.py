@@ -88,7 +88,7 @@ def manifest_of(
 
 def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
     """Whether ``path`` is a finished store of exactly this. MisuseError when it is a finished store of something else."""
-    if not place_of(path).exists("zarr.json"):
+    if not (place := place_of(path)).exists("zarr.json"):
         return False
     stored = TargetStore.open(path).manifest.to_json()
     asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
@@ -98,6 +98,7 @@ def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
             f"{shown(path)} is already there and complete, with other settings ({different}): give another path, or delete it "
             "first"
         )
+    place.remove_all("pending")  # left by a writer killed in the very last step, which in a bucket takes a while
     return True
 
 

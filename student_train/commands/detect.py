@@ -7,9 +7,11 @@ from .subject import Out
 
 def detect(config: DetectConfig, out: Out = None) -> None:
     """Box and mask AP of a Faster or Mask R-CNN with the student as its backbone, all of it fine-tuned."""
+    from ...common.ranks import refuse_ranks
     from ..evaluate.detection.detect import DetectProgress, detect
     from ..evaluate.results import write_result
 
+    refuse_ranks("rob eval detect")
     folder = out or (config.run if config.run.is_dir() else None)
     with bar("training", "steps") as training, bar("testing", "images") as testing:
         result = detect(config, folder, DetectProgress(training, testing, note))

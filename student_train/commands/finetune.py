@@ -6,9 +6,11 @@ from ..finetune.config import ClassifyConfig, SegmentConfig
 
 def classify(config: ClassifyConfig) -> None:
     """A classifier from labelled images, all layers trained; the best epoch is kept, for rob export."""
+    from ...common.ranks import refuse_ranks
     from ..finetune.classify import finetune_classifier
     from ..finetune.folder import TuneProgress
 
+    refuse_ranks("rob finetune")
     note_slow_loader(config.loader)
     with bar("training", "steps") as training, bar("validating", "images") as validating:
         result = finetune_classifier(config, TuneProgress(training, validating, note))
@@ -24,9 +26,11 @@ def classify(config: ClassifyConfig) -> None:
 
 def segment(config: SegmentConfig) -> None:
     """A segmenter from images with masks, all layers trained; the best epoch is kept, for rob export."""
+    from ...common.ranks import refuse_ranks
     from ..finetune.folder import TuneProgress
     from ..finetune.segment import finetune_segmenter
 
+    refuse_ranks("rob finetune")
     with bar("training", "steps") as training, bar("validating", "images") as validating:
         result = finetune_segmenter(config, TuneProgress(training, validating, note))
     accuracies(

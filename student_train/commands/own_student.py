@@ -62,8 +62,7 @@ def of_runs(function: Callable[..., None]) -> Callable[..., None]:
             name_factory(name)
         options, mirror = at_hand(options)
         function(*arguments, **options)
-        if mirror is not None:
-            mirror.push()
+        if mirror is not None and mirror.push():
             note(f"{mirror} has it, too")
 
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]

@@ -20,9 +20,11 @@ def segment(
     load_teacher: LoadTeacher,
 ) -> None:
     """Mean IoU of a linear probe (BatchNorm and 1x1 convolution) on frozen patch features."""
+    from ...common.ranks import refuse_ranks
     from ..evaluate.results import write_result
     from ..evaluate.segmentation.linear import SegmentProgress, segment
 
+    refuse_ranks("rob eval segment")
     if what != "teacher":
         refuse(context, ("teacher", "checkpoint"), f"is for a teacher, and WHAT is {what}")
     network = frozen_network(what, subject, load_teacher, config.seed).of(None, subject.interpolation)

@@ -19,7 +19,7 @@ def test_misuse_is_exit_code_2_and_one_sentence_on_stderr(tmp_path):
     command = [sys.executable, "-m", "rob", "pack", str(tmp_path / "nowhere"), str(tmp_path / "out.beton")]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert child.returncode == 2
-    assert child.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
+    assert child.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such file or folder")
     assert child.stderr.count("\n") == 1
 
 

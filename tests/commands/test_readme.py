@@ -1,4 +1,4 @@
-"""README's first path, verbatim, with a small model in the teacher's place and a plan of few steps."""
+"""README's first path, verbatim, with a small model in the teacher's place and a plan of few steps; the words of all others."""
 
 import re
 import shlex
@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from rob import cli
 from rob.student_train import planner
 from support.tiny import TEACHER, tiny_images
 
 README = Path(__file__).parents[2] / "README.md"
+TEXTS = [README, *sorted((README.parent / "docs").glob("*.md"))]
 PUBLISHED = "--teacher vit_small_patch16_224.dino"
 
 
@@ -42,3 +46,23 @@ def test_the_first_path_works_word_for_word(rob, made, tmp_path, monkeypatch):
             assert "did it work?" in outcome.out
             assert "random start" in outcome.out
     assert "k-NN of mobilenetv3_small_100" in outcome.out
+
+
+def test_every_command_of_a_text_has_the_words_that_are_there():
+    found, application = 0, get_command(cli.app)
+    for text in TEXTS:
+        for block in re.findall(r"```sh\n(.*?)```", text.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True) if line.startswith("rob ") and " ..." not in line else []
+                command = application
+                while isinstance(command, TyperGroup) and words:
+                    words = words[1:]
+                    assert words[0] in command.commands, (text.name, line)
+                    command = command.commands[words[0]]
+                if words:
+                    found += 1
+                    try:
+                        command.make_context(words[0], words[1:])
+                    except Exception as error:  # what the parser refuses has no public class
+                        pytest.fail(f"{text.name}: {line}: {error}")
+    assert found > 20

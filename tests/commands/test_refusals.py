@@ -1,5 +1,7 @@
 """Names that nobody knows, and options that a command has no use for."""
 
+import sys
+
 import pytest
 import torch
 
@@ -133,6 +135,12 @@ def test_transfer_looks_at_what_it_measures_before_it_packs(refused, monkeypatch
     refused(2, "typo: no such file", "eval", "transfer", tmp_path / "typo", *where, *FAST)
 
 
+def test_what_is_for_one_process_is_refused_under_torchrun(refused, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "rob eval segment is for one process: start it without torchrun"
+    refused(2, message, "eval", "segment", "pixels", made.images, made.images, "--device", "cpu")
+
+
 def test_evaluation_refuses(refused, made, tmp_path):
     knn = ("eval", "knn")
     rest = (made.data, "--test", made.data, *FAST)
@@ -150,10 +158,15 @@ def test_images_without_labels_cannot_be_evaluated(rob, refused, made, tmp_path)
     )
 
 
-def test_inspect_and_bench_refuse(refused, made, tmp_path):
+def test_inspect_and_bench_refuse(refused, made, tmp_path, monkeypatch):
     refused(2, "there is nothing at .*nowhere", "inspect", tmp_path / "nowhere")
     refused(2, "not a target store", "inspect", tmp_path)
     refused(2, "unknown benchmark 'pipelines': did you mean pipeline", "bench", "pipelines")
+    with monkeypatch.context() as without:
+        for module in ("rob.benchmarks.loader", "rob.benchmarks.loader_peers"):
+            without.delitem(sys.modules, module, raising=False)
+        without.setitem(sys.modules, "cv2", None)  # importing it raises ModuleNotFoundError
+        refused(2, "bench loader measures cv2, too, which is not installed here: rob doctor", "bench", "loader")
     there = tmp_path / "summary.json"
     there.touch()
     for words in (("bench", "loss", "--out", there), ("demo", "--out", tmp_path)):
