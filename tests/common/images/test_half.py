@@ -87,3 +87,14 @@ def test_what_is_of_another_pack_or_damaged_is_not_used(folder, tmp_path):
     assert first == 9
     run(folder, whole, skip_bad=True)
     assert contents(out) == contents(whole)
+
+
+def test_a_list_that_has_changed_is_packed_from_the_start(folder, tmp_path):
+    """Its labels may be others."""
+    names = [f"images/{path.relative_to(folder)}" for path in sorted(folder.rglob("*.jpg"))]
+    for label in (1, 2):
+        (tmp_path / "list.csv").write_text("".join(f"{name},{row % 2 * label}\n" for row, name in enumerate(names)))
+        first, _ = run(tmp_path / "list.csv", tmp_path / "out", stop_at=9, skip_bad=True)
+        assert first == 1
+    first, _ = run(tmp_path / "list.csv", tmp_path / "out", skip_bad=True)
+    assert first == 10
