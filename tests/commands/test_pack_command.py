@@ -47,7 +47,7 @@ def test_rows_keep_the_folders_order_where_asked(rob, made, tmp_path):
 
 def test_pack_without_images(refused, made, tmp_path):
     out = tmp_path / "out.beton"
-    refused(2, "nowhere: no such folder; SOURCE is a folder", "pack", tmp_path / "nowhere", out)
+    refused(2, "nowhere: no such file or folder; SOURCE is a folder", "pack", tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
     refused(2, "empty: the folder is empty", "pack", tmp_path / "empty", out)
     (tmp_path / "texts").mkdir()
