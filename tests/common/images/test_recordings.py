@@ -19,7 +19,9 @@ def video_of(path: Path, greys: list[int], rate: int = 10, key_frames: int = 7) 
     """Frames of one grey each, a key frame among so many."""
     av = pytest.importorskip("av")
     with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(rate), options={"g": str(key_frames), "qscale": "2"})
+        stream = container.add_stream(
+            "mpeg4", rate=Fraction(rate), options={"g": str(key_frames), "qscale": "2", "sc_threshold": "1000000000"}
+        )
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
         for grey in greys:
@@ -48,7 +50,7 @@ def test_frames_of_a_video_by_their_time(tmp_path, ending):
     assert data.manifest.paths[:2] == (f"a.{ending}/0.000", f"a.{ending}/0.250")
     assert data.num_images == 13  # of 3.1 s
     shown = [int(data.image(row).mean()) for row in range(13)]
-    assert np.abs(np.array(shown) - [8 * int(row * 2.5) for row in range(13)]).max() <= 3
+    assert np.abs(np.array(shown) - [8 * int(row * 2.5) for row in range(13)]).max() <= 5
 
 
 def test_videos_in_folders_are_of_classes_and_may_be_added(tmp_path):
