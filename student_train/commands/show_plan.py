@@ -14,7 +14,7 @@ def show_plan(plan: "TrainPlan") -> None:
     rows = [
         ("images", f"{plan.num_images:,}, a step {plan.config.loader.batch_size}"),
         ("views of an image a step", plan.views),
-        ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epochs"),
+        ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epoch{'s' * (plan.config.epochs > 1)}"),
     ]
     if plan.trial and plan.seconds is not None:
         rows += [
@@ -44,7 +44,7 @@ def show_outcome(outcome: "Outcome", said: list[str]) -> None:
 def in_words(seconds: float) -> str:
     """``4 minutes``."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
