@@ -14,7 +14,7 @@ def show_plan(plan: "TrainPlan") -> None:
     rows = [
         ("images", f"{plan.num_images:,}, a step {plan.config.loader.batch_size}"),
         ("views of an image a step", plan.views),
-        ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epoch{'s' * (plan.config.epochs > 1)}"),
+        ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epoch{'s' * (plan.config.epochs != 1)}"),
     ]
     if plan.trial and plan.seconds is not None:
         rows += [
