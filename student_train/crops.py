@@ -7,7 +7,7 @@ from ..common.errors import MisuseError
 from ..common.run import pixel_dtype
 from ..common.views.batch import Batch, ViewSet
 from ..common.views.recipes import Recipe
-from .students import is_small, vit_patch
+from .students import vit_patch
 from .targets.pairing import ViewPlan
 from .train_config import TrainConfig
 
@@ -28,7 +28,7 @@ def crop_sets(config: TrainConfig, recipe: Recipe, plan: ViewPlan) -> tuple[View
         raise MisuseError(
             f"`local_size` {config.local_size} is more than `image_size` {size}: local crops are the smaller ones"
         )
-    patch = vit_patch(is_small(config.student), size)
+    patch = vit_patch(config.student)
     patches = max(1, round(size * local.size / recipe.global_crops[0].size / patch))
     return (*sets, ViewSet(plan.locals, config.local_size or patches * patch))
 

@@ -114,12 +114,12 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
 
 def stride_of(config: StudentConfig) -> int:
     """How many pixels a side become one position, of the usual network of the student's family."""
-    family, small = model_family(config.name), is_small(config)
+    family = model_family(config.name)
     if family == OWN:
         return 1  # nobody knows
     if family in VIT_FAMILIES:
-        return vit_patch(small, config.image_size)
-    return STRIDE_SMALL if small else STRIDE
+        return vit_patch(config)
+    return STRIDE_SMALL if is_small(config) else STRIDE
 
 
 def parameters_of(name: str) -> int | None:

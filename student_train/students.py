@@ -80,7 +80,7 @@ def describe_student(config: StudentConfig) -> StudentInfo:
         # One set of position embeddings, interpolated to the crop at hand.
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
         if small:
-            kwargs["patch_size"] = vit_patch(small, config.image_size)
+            kwargs["patch_size"] = vit_patch(config)
     return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
 
 
@@ -91,9 +91,9 @@ def is_small(config: StudentConfig) -> bool:
     return config.small_images
 
 
-def vit_patch(small: bool, image_size: int) -> int:
-    """Pixels a side of a ViT's patch. Small images have 8 x 8 of them at 32 px and at 64."""
-    return VIT_PATCH if not small else 4 if image_size <= SMALL_SIDE // 2 else 8
+def vit_patch(config: StudentConfig) -> int:
+    """Pixels a side of a ViT student's patch. Small images have 8 x 8 of them at 32 px and at 64."""
+    return VIT_PATCH if not is_small(config) else 4 if config.image_size <= SMALL_SIDE // 2 else 8
 
 
 def build_student(config: StudentConfig) -> nn.Module:
