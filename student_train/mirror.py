@@ -50,14 +50,9 @@ class Mirror:
             known, names = self._record(), sorted(filter(is_inside, place.names()))
             if known.keys() == set(names) and all(crc32c(place.read(name)) == known[name] for name in names):
                 return
-            for name in self._files():
+            for name in self._files():  # any may be ahead of what is there
                 (self.folder / name).unlink()
-            for name in names:
-                data = place.read(name)
-                with replacing(self.folder / name) as file:
-                    file.write(data)
-                known[name] = crc32c(data)
-            self._keep({name: known[name] for name in names})
+            self._take(names)
 
     def pull_some(self, *but: str) -> None:
         """The same to read it, without files called so, however often."""
@@ -67,16 +62,20 @@ class Mirror:
             raise MisuseError(f"there is no run at {self}: give the `out` of a rob train-student")
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"{self}: it is being read", wait=True):
-            known = {}
-            for name in sorted(names):
-                data = place.read(name)
-                known[name] = crc32c(data)
-                if self._record().get(name) != known[name] or not (self.folder / name).exists():
-                    with replacing(self.folder / name) as file:
-                        file.write(data)
+            self._take(sorted(names))
             for name in set(self._files()) - names:
                 (self.folder / name).unlink()
-            self._keep(known)
+
+    def _take(self, names: list[str]) -> None:
+        """Files come here, but those that are here already as they are there."""
+        place, before, known = place_of(self.address), self._record(), {}
+        for name in names:
+            data = place.read(name)
+            known[name] = crc32c(data)
+            if before.get(name) != known[name] or not (self.folder / name).exists():
+                with replacing(self.folder / name) as file:
+                    file.write(data)
+        self._keep(known)
 
     def push(self) -> int:
         """What has changed here goes to the address: so many files. MisuseError, FailureError: it cannot be written to."""
