@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import FailureError, MisuseError
+from .errors import FailureError, MisuseError, not_installed
 from .files import LARGEST_FILE
 
 AT_ONCE = 32
@@ -47,9 +47,7 @@ def bucket_at(scheme: str, rest: str, advice: str = GO_ON) -> "Bucket":
     try:
         import obstore  # noqa: F401
     except ImportError:
-        raise MisuseError(
-            f"{scheme}:// needs the package obstore, which is not installed: pip install 'rob[buckets]'"
-        ) from None
+        raise not_installed(f"{scheme}://", "obstore", "buckets") from None
     if not rest:
         raise MisuseError(f"{scheme}:// names no bucket: write {scheme}://BUCKET/targets.zarr")
     if "@" in rest.partition("/")[0] or "?" in rest:

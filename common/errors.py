@@ -1,4 +1,4 @@
-"""The two ways a command ends badly, and the one place that words an unknown name."""
+"""The two ways a command ends badly, and words that their sentences share."""
 
 import re
 from collections.abc import Iterable, Sequence, Set
@@ -25,6 +25,16 @@ def shortened(text: str, most: int, tail: bool = False) -> str:
     if len(text) <= most:
         return text
     return f"...{text[-most + 3 :]}" if tail else f"{text[: most - 2]}..."
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def not_installed(what: str, package: str, extra: str) -> MisuseError:
+    """The error for ``what`` needs a package that only one of rob's extras brings."""
+    return MisuseError(f"{what} needs the package {package}, which is not installed: pip install 'rob[{extra}]'")
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MisuseError, unknown_name
+from .errors import MisuseError, some, unknown_name
 
 INPUT = ":in"
 """Behind a layer's name: what goes into it, such as ``fc:in``, what a classifier's last layer is given."""
@@ -215,8 +215,7 @@ def parts_of(names: Iterable[str], others: Iterable[str]) -> str:
         part = next((p for p in pieces[:-1] if not any(other.startswith(f"{p}.") for other in others)), name)
         if part not in found:
             found.append(part)
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(found[:SHOWN]) + more
+    return some(found, SHOWN)
 
 
 def _tensors(found: Any) -> Iterator[Tensor]:

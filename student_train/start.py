@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.errors import MisuseError
+from ..common.errors import MisuseError, some
 from ..common.exported import TORCHVISION, StudentInfo, described_in, is_own, read_metadata
 from ..common.factories import is_factory
 from ..common.own_network import parts_of, whole_of
@@ -141,9 +141,8 @@ def _sentence(source: str, expected: Tensors, tensors: Tensors, fits: Tensors) -
     said = [f"{source}: {len(fits)} of {len(expected)} tensors of the student begin as there"]
     shapes = [name for name in expected if name in tensors and name not in fits]
     if shapes:
-        words = [f"{n} is {tuple(tensors[n].shape)}, here {tuple(expected[n].shape)}" for n in shapes[:NAMED]]
-        more = f" and {len(shapes) - NAMED} more" if len(shapes) > NAMED else ""
-        said.append(f"at random, for another shape: {', '.join(words)}{more}")
+        words = [f"{n} is {tuple(tensors[n].shape)}, here {tuple(expected[n].shape)}" for n in shapes]
+        said.append(f"at random, for another shape: {some(words, NAMED)}")
     missing = [name for name in expected if name not in tensors]
     if missing:
         said.append(f"at random, not there: {parts_of(missing, fits)}")

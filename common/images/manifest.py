@@ -49,6 +49,10 @@ class PackManifest:
         """Without what only some files have, where there is none, as ever."""
         return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
 
+    def class_name(self, label: int) -> str:
+        """Its number, where classes have no names."""
+        return self.classes[label] if self.classes else str(label)
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PackManifest":
         """Raises DamagedError for a dictionary of another form."""

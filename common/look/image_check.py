@@ -4,12 +4,13 @@ Sentences name rows by the paths that they were packed from: the first few, and 
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..errors import some
 from ..images.beton import Beton
 from .config import ALIKE, Alike
 from .duplicates import Duplicates, duplicates
@@ -17,8 +18,6 @@ from .thumbnails import Thumbnails, thumbnails
 
 FEW = 10
 """Images of a class, below which it is named."""
-NAMED = 3
-"""Rows or classes that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class ImageCheck:
         if len(classes) == 1:
             yield f"{path}: all images are of one class, {next(iter(classes))}: nothing can be measured on it"
         elif few := [name for name, count in classes.items() if count < FEW]:
-            yield f"{path}: {len(few):,} of {len(classes):,} classes have fewer than {FEW} images: {named(few)}"
+            yield f"{path}: {len(few):,} of {len(classes):,} classes have fewer than {FEW} images: {some(few)}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -97,7 +96,7 @@ class ImageCheck:
 
     def _named(self, rows: Collection[int] | np.ndarray) -> str:
         paths = self.data.manifest.paths
-        return named([paths[i] for i in rows])
+        return some([paths[i] for i in rows])
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Leak:
         pairs = (self.test, ours, self.train, theirs), (self.train, theirs, self.test, ours)
         for one, has, other, lacks in pairs:
             if has and lacks and (missing := [name for name in has if name not in lacks]):
-                yield f"{one.data.path}: {len(missing):,} of {len(has):,} classes are not in {other.data.path}: {named(missing)}"
+                yield f"{one.data.path}: {len(missing):,} of {len(has):,} classes are not in {other.data.path}: {some(missing)}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -146,12 +145,8 @@ def class_sizes(data: Beton) -> Counter[str]:
         return Counter()
     labels, counts = np.unique(data.labels, return_counts=True)
     return Counter(
-        {class_name(data, label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
+        {data.manifest.class_name(label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
     )
-
-
-def class_name(data: Beton, label: int) -> str:
-    return data.manifest.classes[label] if data.manifest.classes else str(label)
 
 
 def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Iterator[str]:
@@ -170,13 +165,13 @@ def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Itera
         yield (
             f"{these.data.path}: {len(pairs):,} of {these.data.num_images:,} images {there}"
             + (f", {differ:,} of them under another class" if differ else "")
-            + f": {named(names)}"
+            + f": {some(names)}"
         )
 
 
 def _class_of(check: ImageCheck, row: int) -> str:
     assert check.data.labels is not None
-    return class_name(check.data, int(check.data.labels[row]))
+    return check.data.manifest.class_name(int(check.data.labels[row]))
 
 
 def pairs_as_dicts(these: ImageCheck, others: ImageCheck, found: Duplicates) -> list[dict[str, Any]]:
@@ -195,9 +190,3 @@ def pairs_as_dicts(these: ImageCheck, others: ImageCheck, found: Duplicates) -> 
 
 def images(count: int) -> str:
     return f"{count:,} image{'s' if count != 1 else ''}"
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")

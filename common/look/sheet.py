@@ -145,6 +145,5 @@ def class_of(data: Beton, image_id: int) -> str | None:
     """In words; None: it has none."""
     if data.labels is None:
         return None
-    label = int(data.labels[image_id])
-    name = data.manifest.classes[label] if data.manifest.classes else str(label)
+    name = data.manifest.class_name(int(data.labels[image_id]))
     return f"class {name}" if name.isdigit() else name

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 from weakref import finalize
 
-from ...errors import MisuseError
+from ...errors import MisuseError, some
 from ...files import open_regular
 from ...places import ADDRESS, SCHEMES, Folder, place_of, shown
-from .source import LARGEST, some
+from .source import LARGEST
 
 WEB = ("http", "https")
 BLOCK = 1 << 22

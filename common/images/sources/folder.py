@@ -1,12 +1,13 @@
 """Image files: of a folder with all that is below it, or those that a pattern names."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import MisuseError
+from ...errors import MisuseError, some
 from ..reading import endings
 from .files import Files, folder_of
-from .source import Source, some
+from .source import Source
 
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 """Names of folders that are parts of a data set."""
@@ -35,10 +36,10 @@ def open_images(files: Files, whole: bool = True, recursive: bool = False) -> So
         raise MisuseError(f"{folder}: {listed}; looked for {' '.join(known)}")
     left_out = _other_files(folder, [path for path in files.names if not path.lower().endswith(known)])
     paths, classes, beside = (paths, None, ()) if recursive else by_folder(paths, folder, whole)
-    labels = {name: index for index, name in enumerate(classes or ())}
+    label_of = label_by_folder(classes)
 
     def read(path: str) -> tuple[bytes, int]:
-        return files.read(path), labels.get(path.rpartition("/")[0], -1)
+        return files.read(path), label_of(path)
 
     return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), at_once=files.at_once)
 
@@ -61,6 +62,12 @@ def by_folder(
         left_out = (f"left out {some(beside)}: beside the folders of classes in {where}",)
     one_level = all(path.count("/") == 1 for path in paths) and not {p.lower() for p in parents} <= PARTS
     return paths, tuple(sorted(parents)) if one_level else None, left_out
+
+
+def label_by_folder(classes: tuple[str, ...] | None) -> Callable[[str], int]:
+    """From a path to the number of the class that its folder is, -1 where that is none."""
+    numbers = {name: number for number, name in enumerate(classes or ())}
+    return lambda path: numbers.get(path.rpartition("/")[0], -1)
 
 
 def _other_files(folder: str, paths: list[str]) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...errors import MisuseError
+from ...errors import MisuseError, some
 from ...files import read_regular
 from ...places import is_address
 from ..config import PackConfig
 from ..reading import endings
 from .files import WEB, Files, place_at
-from .source import LARGEST, Source, numbered, some
+from .source import LARGEST, Source, numbered
 
 ENDINGS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".ndjson")
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "filepath", "file_path", "image_path", "image", "img", "url")

@@ -78,8 +78,3 @@ def item_names(prefix: str, count: int) -> Iterable[str]:
     """``train/00017`` is item 17: made-up names, whose sorted order is that of the items."""
     digits = len(str(count - 1))
     return (f"{prefix}/{item:0{digits}}" for item in range(count))
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of them, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -22,13 +22,13 @@ from threading import Lock
 from typing import Any, BinaryIO, cast
 from weakref import finalize
 
-from ...errors import FailureError, MisuseError, first_line
+from ...errors import FailureError, MisuseError, first_line, not_installed, some
 from ...files import is_inside
 from ..config import ALL_PARTS, PackConfig
 from ..reading import BadImage
 from .files import Files
 from .lists import LABEL_COLUMNS, PATH_COLUMNS, column
-from .source import Source, item_names, numbered, some
+from .source import Source, item_names, numbered
 
 ENDINGS = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", *PATH_COLUMNS)
@@ -281,6 +281,4 @@ def _need_pyarrow(files: Files) -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise MisuseError(
-            f"{files.at(files.names[0])}: needs the package pyarrow, which is not installed: pip install 'rob[parquet]'"
-        ) from None
+        raise not_installed(f"{files.at(files.names[0])}:", "pyarrow", "parquet") from None

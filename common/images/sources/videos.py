@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 from ...cores import usable_cores
-from ...errors import MisuseError, first_line
+from ...errors import MisuseError, first_line, not_installed, some
 from ..config import PackConfig
 from ..reading import BadImage
 from .files import Files
-from .folder import by_folder
-from .source import Source, some
+from .folder import by_folder, label_by_folder
+from .source import Source
 
 ENDINGS = (
     ".mp4",
@@ -61,11 +61,11 @@ def open_videos(files: Files, config: PackConfig) -> Source:
         raise MisuseError(f"{some(bad)}; repair or remove it, or set `skip_bad`")
     left_out = tuple(f"left out {sentence}" for sentence in bad)
     videos, classes, beside = (names, None, ()) if config.recursive else by_folder(names, str(files.place))
-    kept, labels = set(videos), {name: number for number, name in enumerate(classes or ())}
+    kept, label_of = set(videos), label_by_folder(classes)
 
     def read(path: str) -> tuple[Image.Image, int]:
         name, time = where[path]
-        return _frame(files, name, time), labels.get(name.rpartition("/")[0], -1)
+        return _frame(files, name, time), label_of(name)
 
     paths = tuple(path for path, (name, _) in where.items() if name in kept)
     return Source(paths, read, classes, left_out + beside, files.folder, str(files.place), files.stamp, files.at_once)
@@ -128,4 +128,4 @@ def _need_av(where: str) -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise MisuseError(f"{where}: needs the package av, which is not installed: pip install 'rob[video]'") from None
+        raise not_installed(f"{where}:", "av", "video") from None

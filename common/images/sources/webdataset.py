@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import BinaryIO
 
-from ...errors import MisuseError
+from ...errors import MisuseError, some
 from ..config import PackConfig
 from ..reading import BadImage, endings
 from .files import Files
-from .folder import by_folder
-from .source import Source, numbered, some
+from .folder import by_folder, label_by_folder
+from .source import Source, numbered
 
 BLOCK = 512
 """Bytes that everything in a tar is a multiple of."""
@@ -76,8 +76,8 @@ def open_tars(files: Files, config: PackConfig) -> Source:
         if beside:
             inside = set(kept)
             paths = tuple(path for path in paths if member(path) in inside)
-        numbers = {name: number for number, name in enumerate(classes or ())}
-        labels = [numbers.get(member(path).rpartition("/")[0], -1) for path in paths]
+        of_member = label_by_folder(classes)
+        labels = [of_member(member(path)) for path in paths]
     label_of = array("q", bytes(8 * firsts[-1]))
     for path, label in zip(paths, labels, strict=True):
         label_of[where[path]] = label
