@@ -7,7 +7,7 @@ from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.places import hidden_beside, place_of, shown
 from ..common.run import versions
-from ..common.store.begun import begun_store, half_written
+from ..common.store.begun import begun_store, drop_leftovers, half_written
 from ..common.store.encodings import Encoding
 from ..common.store.manifest import StoreManifest, differing
 from ..common.store.patches import PatchEncoding
@@ -87,7 +87,8 @@ def manifest_of(
 
 
 def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
-    """Whether ``path`` is a finished store of exactly this. MisuseError when it is a finished store of something else."""
+    """Whether ``path`` is a finished store of exactly this, which then is rid of leftovers. MisuseError when it is a finished
+    store of something else."""
     if not (place := place_of(path)).exists("zarr.json"):
         return False
     stored = TargetStore.open(path).manifest.to_json()
@@ -98,7 +99,7 @@ def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
             f"{shown(path)} is already there and complete, with other settings ({different}): give another path, or delete it "
             "first"
         )
-    place.remove_all("pending")  # left by a writer killed in the very last step, which in a bucket takes a while
+    drop_leftovers(place)
     return True
 
 

@@ -60,13 +60,19 @@ def half_written(place: Place) -> StoreManifest | None:
     return StoreManifest.from_json(place, read_json(place, name)) if place.exists(name) else None
 
 
+def drop_leftovers(place: Place) -> None:
+    """Of the complete store at ``place``: what a writer left that was killed in its very last step, which in a bucket takes a
+    while."""
+    place.remove_all("pending")
+
+
 def begun_store(place: Place, manifest: StoreManifest, *may_differ: str) -> StoreManifest | None:
     """The manifest of the store of ``manifest`` that was begun at ``place``, None where nothing is.
 
     Library versions and the fields ``may_differ`` may be others. MisuseError as `StoreWriter.open_or_resume`.
     """
     if place.exists("zarr.json"):
-        place.remove_all("pending")  # left by a writer killed in the very last step
+        drop_leftovers(place)
         raise MisuseError(f"{place} is already there and complete: give another path, or delete it first")
     begun = half_written(place)
     if begun is None:
