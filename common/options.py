@@ -143,7 +143,8 @@ def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
 def _option(what: Described) -> inspect.Parameter:
     kind, default, setting = what.kind, what.default, what.setting
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...:  # given several times; then in the default's place
-        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+        each = list[get_args(kind)[0]]  # type: ignore[misc]
+        kind, default = (each, MISSING) if default is MISSING else (each | None, None)
     if setting.argument is not None:
         info = typer.Argument(metavar=setting.argument, help=setting.help, min=setting.low, max=setting.high)
         SPELLING.setdefault(what.field, setting.argument)
