@@ -95,7 +95,7 @@ class EnsembleTargets(TargetBranch):
         self.window_blocks = min(member.window_blocks for member in members)
         least = next((member.space for member in members if not member.space.num_prototypes), first.space)
         self.space = replace(least, members=tuple(zip(shares, (m.space for m in members), strict=True)))
-        self.source = [member.source for member in members]
+        self.source = [str(member.store.place) for member in members]
         others: list[dict[str, Any]] = [member.description for member in members[1:]]
         self.description = first.description | {"views": self.views, "others": others, "shares": list(shares)}
 
