@@ -142,16 +142,20 @@ def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
 
 def _option(what: Described) -> inspect.Parameter:
     kind, default, setting = what.kind, what.default, what.setting
+    metavar = None
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...:  # given several times; then in the default's place
-        each = list[get_args(kind)[0]]  # type: ignore[misc]
-        kind, default = (each, MISSING) if default is MISSING else (each | None, None)
+        each = get_args(kind)[0]
+        several, metavar = list[each], f"<{each.__name__.lower()}>"  # type: ignore[valid-type]
+        kind, default = (several, MISSING) if default is MISSING else (several | None, None)
     if setting.argument is not None:
         info = typer.Argument(metavar=setting.argument, help=setting.help, min=setting.low, max=setting.high)
         SPELLING.setdefault(what.field, setting.argument)
     else:
         names = [setting.option] if setting.option else []
         panel = group_of(what.owner)
-        info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high, rich_help_panel=panel)
+        info = typer.Option(
+            *names, help=setting.help, min=setting.low, max=setting.high, metavar=metavar, rich_help_panel=panel
+        )
         SPELLING[what.name] = _dashed(what.name)
         if SPELLING.get(what.field) != _dashed(what.field):  # else it is the name of an option, of whatever command
             SPELLING[what.field] = SPELLING[what.name]
