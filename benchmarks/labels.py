@@ -46,6 +46,10 @@ class Labels:
 
     recipe: Recipe
 
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return ()
+
     def open(self, run: RunContext) -> "LabelTargets":
         """MisuseError: the images have no labels."""
         return LabelTargets(self.recipe, run)
