@@ -31,7 +31,7 @@ from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.finetune import classify, segment
-from rob.student_train.commands.own_student import of_runs
+from rob.student_train.commands.of_runs import of_runs
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
