@@ -13,6 +13,7 @@ from rob.common.errors import MisuseError
 from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
+from rob.student_train.as_teacher import export_teacher
 from rob.student_train.config import PairingConfig
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig, build_objective
@@ -21,7 +22,7 @@ from rob.student_train.targets.ensemble import Ensemble
 from rob.student_train.targets.joined import EnsembleTarget
 from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import train_student
-from rob.student_train.train_config import TrainConfig
+from rob.student_train.train_config import ExportTeacherConfig, TrainConfig
 from rob.student_train.trainer import Trainer
 from support.tiny import tiny_store, tiny_teacher_checkpoint
 from support.training import LOADER, STEPS_PER_EPOCH, refused
@@ -70,6 +71,8 @@ def test_every_head_gets_its_own_teachers_targets_of_the_same_views(ensemble, st
         [t for n, t in model.items() if n.startswith(f"objective.members.{i}.head") and t.ndim == 2] for i in (0, 1)
     ]
     assert [layers[-1].shape[0] for layers in heads] == [24, 256]
+    with pytest.raises(MisuseError, match="a head for each of 2 teachers"):
+        export_teacher(ExportTeacherConfig(ensemble.out, ensemble.out / "teacher.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["embedding", "dino", "moco"])
