@@ -35,9 +35,9 @@ from rob.student_train.evaluate.detection.score import average_precision
 SIDE = 240
 """Shorter side of the detector's images, as they are stored."""
 TRAINING = (
-    "--student-features backbone.body --image-size 96 --epochs 48 --batch-size 16 --lr 0.032 --objective embedding"
+    "--student-features backbone.body --image-size 96 --epochs 96 --batch-size 16 --lr 0.032 --objective embedding"
 )
-EPOCHS, BATCH_SIZE, LR = 8, 4, 5e-4
+EPOCHS, BATCH_SIZE, LR = 4, 4, 5e-4
 
 
 def detector() -> nn.Module:
