@@ -89,14 +89,17 @@ def check(config: Any) -> None:
     """MisuseError naming the first field of a configuration that is out of its range or none of its choices."""
     for name, annotation in _annotations(type(config)).items():
         _, setting = setting_of(annotation)
-        value = vars(config).get(name)
         if setting is not None:
-            for each in value if isinstance(value, tuple | list) else (value,):
-                check_value(name, setting, each)
+            check_value(name, setting, vars(config).get(name))
 
 
 def check_value(name: str, setting: Setting, value: Any) -> None:
-    """MisuseError: the value is none that the setting may have."""
+    """MisuseError: it, or one of several, is none that the setting may have."""
+    for each in value if isinstance(value, tuple | list) else (value,):
+        _check_one(name, setting, each)
+
+
+def _check_one(name: str, setting: Setting, value: Any) -> None:
     low, high, choices = setting.low, setting.high, setting.choices
     if value is None:
         return

@@ -246,7 +246,9 @@ def test_folders_made_in_a_console_are_no_files(answers, monkeypatch):
     listed("one/", "one/a.jpg")
     assert place.names("one") == {"a.jpg"}
     listed("one//a.jpg")
-    with pytest.raises(MisuseError, match=r"s3://b/t cannot be listed: there is an object whose name is no path, with //"):
+    with pytest.raises(
+        MisuseError, match=r"s3://b/t cannot be listed: there is an object whose name is no path, with //"
+    ):
         place.names()
 
 
