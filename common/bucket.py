@@ -41,6 +41,8 @@ S3_KEYS = (
 NO_KEYS = ("/latest/api/token", "/latest/meta-data", "computeMetadata", "/metadata/identity")
 """Where a machine of the cloud would be asked what it may do: in an error, there were no keys before that."""
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+NO_RIGHTS = "AccessDenied"
+"""Also of what S3 answers as done, when it is several objects that are to go."""
 LISTED = "listed"
 GO_ON = "what is written is safe: run the same command again to go on"
 
@@ -241,7 +243,9 @@ class Bucket:
             return MisuseError(f"{cannot}: the server has no bucket of this name; make it, or put the address right")
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(2, "there is no such object", self.address)
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        kind = kind_of(error)
+        refused = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+        if refused or NO_RIGHTS in text or kind.endswith((" 401", " 403")):
             return MisuseError(f"{cannot}: no rights; {keys}")
         if isinstance(error, exceptions.InvalidPathError) and what == LISTED:
             return MisuseError(
@@ -253,7 +257,6 @@ class Bucket:
             return MisuseError(f"{cannot}: the server gives no parts of files; copy them here")
         if any(asked in text for asked in NO_KEYS):
             return MisuseError(f"{cannot}: there are no keys; {keys}")
-        kind = kind_of(error)
         tried = "" if " 4" in kind else f", tried for up to {PATIENCE.seconds} s"  # what it refuses is not asked again
         return FailureError(f"{cannot}: {kind}{tried}; {self._advice}")
 

@@ -25,7 +25,7 @@ def test_a_run_goes_on_on_another_machine(data, store, tmp_path, monkeypatch):
 
     def killed(self, name, content):
         written.append(name)
-        if written.count("metrics.jsonl") == 2 and name == "checkpoint.pt":
+        if written.count("checkpoint.pt") >= 2:
             raise KeyboardInterrupt
         write(self, name, content)
 
@@ -48,6 +48,18 @@ def at_machine(config, local_dir: Path):
     from dataclasses import replace
 
     return replace(config, local_dir=local_dir)
+
+
+def test_a_bucket_that_takes_nothing_is_told_before_the_first_step(data, store, tmp_path, monkeypatch):
+    def refused(self, name, content):
+        raise MisuseError("no rights")
+
+    monkeypatch.setattr(Bucket, "write", refused)
+    steps = []
+    at = at_machine(small_run(data.path, store, Path("memory://locked/run"), epochs=1), tmp_path)
+    with pytest.raises(MisuseError, match="no rights"):
+        train_student(at, TrainProgress(step=lambda done, _: steps.append(done)))
+    assert steps == []
 
 
 def test_the_folder_counts_while_nobody_else_wrote(tmp_path):

@@ -172,12 +172,13 @@ class Answers(ThreadingHTTPServer):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(self.server.status)
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 body = b"" if self.command == "HEAD" else self.server.body
                 self.send_header("Content-Length", f"{len(body)}")
                 self.end_headers()
                 self.wfile.write(body)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
             log_message = lambda *_: None  # noqa: E731
 
         super().__init__(("127.0.0.1", 0), Handler)
@@ -219,9 +220,16 @@ def test_a_server_that_fails_is_a_sentence_without_a_key(answers, monkeypatch):
     answers.status, answers.body = 404, b"<Error><Code>NoSuchBucket</Code></Error>"
     with pytest.raises(MisuseError, match=r"^s3://b/t\.zarr cannot be listed: the server has no bucket of this name"):
         place_of("s3://b/t.zarr").names()
+    answers.status, answers.body = 403, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"
+    with pytest.raises(MisuseError, match="cannot be listed: no rights; the keys come from the environment"):
+        place_of("s3://b/t.zarr").names()
     answers.status, answers.body = 400, b""
     with pytest.raises(FailureError, match="cannot be listed: the server answers 400; what is written"):
         place_of("s3://b/t.zarr").names()
+    answers.status = 200
+    answers.body = b"<DeleteResult><Error><Key>t.zarr/x</Key><Code>AccessDenied</Code><Message/></Error></DeleteResult>"
+    with pytest.raises(MisuseError, match=r"s3://b/t\.zarr cannot be written to: no rights"):
+        place_of("s3://b/t.zarr").remove("x")
     answers.close()
     with pytest.raises(FailureError, match=r"s3://b/t\.zarr cannot be read: there is no connection to the server"):
         TargetStore.open("s3://b/t.zarr")
