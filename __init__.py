@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .student_train.report.report import report
     from .student_train.students import StudentConfig
     from .student_train.targets.cached import Cached
+    from .student_train.targets.ensemble import Ensemble
     from .student_train.targets.momentum import Momentum
     from .student_train.targets.online import Online
     from .student_train.targets.pairing import PairingConfig
@@ -82,6 +83,7 @@ _HOME = {
     "student_train.report.report": ("report",),
     "student_train.students": ("StudentConfig",),
     "student_train.targets.cached": ("Cached",),
+    "student_train.targets.ensemble": ("Ensemble",),
     "student_train.targets.momentum": ("Momentum",),
     "student_train.targets.online": ("Online",),
     "student_train.targets.with_copy": ("WithCopy",),
@@ -102,6 +104,7 @@ __all__ = [
     "ClassifyConfig",
     "DetectConfig",
     "Encoding",
+    "Ensemble",
     "ExportConfig",
     "ExportTeacherConfig",
     "FailureError",

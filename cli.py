@@ -31,7 +31,7 @@ from rob.student_train.commands.embed import embed
 from rob.student_train.commands.evaluate import knn, linear, lowshot, transfer
 from rob.student_train.commands.export import export, export_teacher
 from rob.student_train.commands.finetune import classify, segment
-from rob.student_train.commands.own_student import of_runs
+from rob.student_train.commands.of_runs import of_runs
 from rob.student_train.commands.preset import PresetCommand
 from rob.student_train.commands.push import push
 from rob.student_train.commands.report import report
@@ -64,6 +64,11 @@ def main() -> None:
             raise
         print("error: out of memory: lower --batch-size, the size of the views, or --prototypes", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as ended:
+        stopped = getattr(ended.__context__, "__cause__", None)  # a Ctrl-C, which typer turns into an exit
+        if isinstance(stopped, KeyboardInterrupt) and not stopped.args:  # with some, whoever raised it has said more
+            print("stopped: run the same command again", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

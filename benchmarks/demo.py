@@ -20,6 +20,7 @@ from torch import nn
 
 from rob.benchmarks import standin
 from rob.common.errors import MisuseError, unknown_name
+from rob.common.files import replacing
 from rob.common.images.pack import PackConfig, pack
 from rob.common.run import pick_device
 from rob.common.store.encodings import Encoding
@@ -55,6 +56,8 @@ STUDENT = StudentConfig("test_efficientnet", image_size=24, small_images=True)
 # Clothes on black, 28 px: gentler crops than for photographs, and no colour to jitter.
 GENTLE = RecipeOverrides(global_scale=(0.4, 1.0), colour=0.5, grey=0.0, blur=0.0)
 WRITTEN = ("train.beton", "test.beton", "targets.zarr", "student", "alone")
+MARKS = ("demo.json", "summary.json")
+"""What a folder of a demo has from its start, and at its end: no other is cleared."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,26 @@ class DemoScreen:
     bar: Callable[[str, str], Any]
 
 
+def begin(config: DemoConfig) -> None:
+    """Clear the folder of what a demo before left. MisuseError: it holds something that no demo has made."""
+    out = config.out
+    others = [name for name in (*WRITTEN, "config.json") if (out / name).exists()]
+    if others and not any((out / mark).exists() for mark in MARKS):
+        raise MisuseError(f"{out} holds {others[0]}, and no demo has made it: give `out` a folder of its own")
+    for name in WRITTEN:
+        remove(out / name)
+    with replacing(out / MARKS[0]) as file:
+        file.write(json.dumps({"teacher": config.teacher, "seed": config.seed}).encode())
+
+
 def run(config: DemoConfig, screen: DemoScreen) -> dict[str, Any]:
-    """Run the demo; returns and writes ``summary.json``, and draws ``curve.png``. MisuseError: the teacher's file is missing."""
+    """Run the demo; returns and writes ``summary.json``, and draws ``curve.png``. MisuseError: the teacher's file is missing,
+    or the folder has files of somebody else."""
     out, device = config.out, pick_device(config.device)
     train_data, test_data, store = out / "train.beton", out / "test.beton", out / "targets.zarr"
     teacher_config, view_size = TEACHERS[config.teacher]
     teacher = load_teacher(teacher_config).to(device)
-    for name in WRITTEN:
-        remove(out / name)
+    begin(config)
     seconds: dict[str, float] = {}
 
     @contextmanager

@@ -29,7 +29,7 @@ from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.kernels.target import DenseTarget, Target
 from rob.student_train.targets.branch import RunContext, TargetBranch
 from rob.student_train.targets.cached import WINDOW_BLOCKS
-from rob.student_train.targets.pair import PairTarget
+from rob.student_train.targets.joined import PairTarget
 from rob.student_train.targets.pairing import ViewPlan
 from rob.student_train.targets.space import TargetSpace
 from rob.teacher_cache.teachers import Teacher
@@ -45,6 +45,10 @@ class Labels:
     """Targets of a run whose views are drawn by ``recipe``: the images' own labels, the same for all views."""
 
     recipe: Recipe
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return ()
 
     def open(self, run: RunContext) -> "LabelTargets":
         """MisuseError: the images have no labels."""

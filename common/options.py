@@ -65,6 +65,8 @@ class GroupedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {name: p.nargs for p in self.params if p.nargs in (2, 3) for name in p.opts}
+        for name, count in self._repeated(args):
+            typer.echo(f"{name} is there {count} times: the last one counts")
         words: list[str] = []
         for word in args:
             name, equals, value = word.partition("=")
@@ -80,6 +82,15 @@ class GroupedCommand(TyperCommand):
                 example = "0.5,1" if several[name] == 2 else "0.5,0.5,0.5"
                 raise MisuseError(f"{name} takes {several[name]} numbers: {name} {example}")
         return super().parse_args(ctx, words)
+
+    def _repeated(self, args: list[str]) -> Iterator[tuple[str, int]]:
+        """Options of one value that are there more than once: easily meant to be added up, as some are."""
+        options = args[: args.index("--")] if "--" in args else args
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and not parameter.multiple and not parameter.is_flag:
+                count = sum(word.partition("=")[0] in parameter.opts for word in options)
+                if count > 1:
+                    yield parameter.opts[0], count
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         options = [p for p in self.get_params(ctx) if isinstance(p, TyperOption)]
@@ -142,15 +153,20 @@ def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
 
 def _option(what: Described) -> inspect.Parameter:
     kind, default, setting = what.kind, what.default, what.setting
+    metavar = None
     if get_origin(kind) is tuple and get_args(kind)[-1] is ...:  # given several times; then in the default's place
-        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+        each = get_args(kind)[0]
+        several, metavar = list[each], f"<{each.__name__.lower()}>"  # type: ignore[valid-type]
+        kind, default = (several, MISSING) if default is MISSING else (several | None, None)
     if setting.argument is not None:
         info = typer.Argument(metavar=setting.argument, help=setting.help, min=setting.low, max=setting.high)
         SPELLING.setdefault(what.field, setting.argument)
     else:
         names = [setting.option] if setting.option else []
         panel = group_of(what.owner)
-        info = typer.Option(*names, help=setting.help, min=setting.low, max=setting.high, rich_help_panel=panel)
+        info = typer.Option(
+            *names, help=setting.help, min=setting.low, max=setting.high, metavar=metavar, rich_help_panel=panel
+        )
         SPELLING[what.name] = _dashed(what.name)
         if SPELLING.get(what.field) != _dashed(what.field):  # else it is the name of an option, of whatever command
             SPELLING[what.field] = SPELLING[what.name]

@@ -41,6 +41,11 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     if config.image_size is not None:
         info = replace(info, image_size=config.image_size)
     method, branch = settings["objective"]["name"], settings["branch"]
+    if "others" in branch:
+        raise MisuseError(
+            f"{config.run}: its student has a head for each of {1 + len(branch['others'])} teachers, and a teacher's file has "
+            "one: take student.safetensors, the backbone, as the teacher"
+        )
     kind = OBJECTIVES[method]
     student: dict[str, Tensor] = state["model"]
     teacher: dict[str, Tensor] = state.get("momentum", student)

@@ -81,7 +81,7 @@ class Preset:
         """What it sets of ``rob train-student``, by the names of the parameters."""
         named = {"objective": self.objective.name, "recipe": self.recipe, "freeze_prototypes": self.freeze_prototypes}
         named |= {"epochs": self.epochs, "batch_size": self.batch_size, "clip_grad": self.clip_grad}
-        named |= {"targets": None if self.momentum is None else "momentum", "average": self.average}
+        named |= {"targets": None if self.momentum is None else ("momentum",), "average": self.average}
         named |= {"with_copy": self.with_copy}
         for part in (self.student, self.objective, self.momentum, self.optimiser, self.areas, self.pairing):
             if part is not None:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.target import Target
 from .objectives import Objective
 from .own_student import still_depth
 from .students import patch_dropouts, pooled_and_map
 from .targets.dense import TargetWithPatches
-from .targets.pair import PairTarget
+from .targets.joined import AnyTarget
 
 
 class StudentWithHead(nn.Module):
@@ -33,9 +32,7 @@ class StudentWithHead(nn.Module):
         self._patch_dropouts = patch_dropouts(backbone)
         self._compiled = False
 
-    def forward(
-        self, crops: list[Tensor], target: Target | PairTarget | TargetWithPatches | None, pair_weights: Tensor
-    ) -> Tensor:
+    def forward(self, crops: list[Tensor], target: AnyTarget | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
         if isinstance(target, TargetWithPatches):
             return self._with_patches(crops, target, pair_weights)

@@ -155,22 +155,22 @@ class SweepConfig:
         options = zip(self.variations, cell, strict=True)
         return [word for variation, value in options for word in variation.words(value)]
 
-    def store(self, cell: Sequence[str]) -> Path | None:
-        """The target store that a cell trains from; None without one (``online``, ``momentum``)."""
+    def stores(self, cell: Sequence[str]) -> list[Path]:
+        """The target stores that a cell trains from; none with ``online`` and ``momentum``."""
         words = [*self.arguments, *self.varied(cell)]
         given = [word.removeprefix("--targets=") for word in words if word.startswith("--targets=")]
         given += [value for word, value in pairwise(words) if word == "--targets"]
-        return Path(given[-1]) if given and given[-1] not in ("online", "momentum") else None
+        return [Path(store) for store in given if store not in ("online", "momentum")]
 
     def made_with(self, cell: Sequence[str]) -> dict[str, Any]:
         """What the cell's result depends on: options, images and targets, not where these lie or how fast it runs.
         MisuseError: a file or store is not there."""
-        store = self.store(cell)
-        manifest = {} if store is None else TargetStore.open(store).manifest.to_json()
-        of_a_store = () if store is None else ("--targets",)
+        manifests = [TargetStore.open(store).manifest.to_json() for store in self.stores(cell)]
+        told = [{name: value for name, value in manifest.items() if name != "versions"} for manifest in manifests]
+        of_a_store = ("--targets",) if manifests else ()
         return {
             "train_student": _without([*self.arguments[1:], *self.varied(cell)], ("--workers", *of_a_store)),
-            "targets": {name: value for name, value in manifest.items() if name != "versions"},
+            "targets": told if len(told) > 1 else told[0] if told else {},
             "images": Beton(self.arguments[0]).manifest.fingerprint,
             "test": None if self.test is None else Beton(self.test).manifest.fingerprint,
         }

@@ -270,7 +270,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     except KeyboardInterrupt:
         run.save(state, step)
         progress.note(f"stopped at step {step} of {total_steps}: run the same command again to go on from there")
-        raise
+        raise KeyboardInterrupt("told") from None
     finally:
         if loggers is not None:
             loggers.close(finished=ended or step == total_steps)

@@ -21,7 +21,7 @@ from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
 from .start import begin
 from .student_with_head import StudentWithHead
 from .students import build_student, map_shape
-from .targets.branch import AnyTarget
+from .targets.joined import AnyTarget
 from .targets.space import TargetSpace
 from .train_config import TrainConfig
 
@@ -92,7 +92,7 @@ class Trainer:
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = build_average(self.model.backbone, config.average) if config.average else None
-        if config.freeze_prototypes and self.objective.prototypes is None:
+        if config.freeze_prototypes and not self.objective.prototype_weights:
             raise MisuseError(f"`freeze_prototypes`: `objective` {config.objective.name} has none, leave it out")
         self.steps_with_still_prototypes = (config.freeze_prototypes or 0) * steps_per_epoch
         self.clip_grad, self.clip_each = config.clip_grad or float("inf"), bool(config.clip_each)
@@ -132,9 +132,8 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)
-        prototypes = self.objective.prototypes
-        if prototypes is not None and number < self.steps_with_still_prototypes:
-            for parameter in prototypes.parameters():  # before the norm: what does not move has no part in it
+        if number < self.steps_with_still_prototypes:
+            for parameter in self.objective.prototype_weights:  # before the norm: what does not move has no part in it
                 parameter.grad = None
         norm = clip_gradients(self.model.parameters(), self.clip_grad, self.clip_each)
         self.moved = False

@@ -79,7 +79,7 @@ def cache_teacher(
             cache_teacher(full, CacheProgress(show, update, note, fitting, say_waiting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
-        raise
+        raise KeyboardInterrupt("told") from None
     if place_of(full.out).exists("zarr.json"):
         note(f"{shown(full.out)}: complete")
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ class CachePlan:
     """That share the rows still to do, each with this speed."""
     views_done: int = 0
     """Of each image, in a store that is given more."""
+    batch_size: int = 1
+    """That the last batch, too, is filled up to, with images that are thrown away."""
 
     @property
     def total_bytes(self) -> int:
@@ -49,9 +52,8 @@ class CachePlan:
     @property
     def seconds(self) -> float:
         """Of the rows still to do."""
-        return (
-            (self.num_images - self.rows_done) * (self.views - self.views_done) / self.views_per_second / self.workers
-        )
+        rows = ceil((self.num_images - self.rows_done) / self.batch_size) * self.batch_size
+        return rows * (self.views - self.views_done) / self.views_per_second / self.workers
 
 
 def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> None:

@@ -127,6 +127,7 @@ def _plan(work: Work, making: Making, writer: StoreWriter, sizes: list[int], spe
         speed,
         work.share.parts,
         making.views_there,
+        fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
     )
 
 

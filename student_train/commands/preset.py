@@ -49,7 +49,7 @@ def unused_options(context: typer.Context) -> dict[str, str]:
     from ..presets import get_preset
 
     values, typed = context.params, given(context)
-    objective, targets, recipe = values["objective"], values["targets"], RECIPES.get(values["recipe"])
+    objective, targets, recipe = values["objective"], *values["targets"][:1], RECIPES.get(values["recipe"])
     reasons: dict[str, str] = {}
     usual_pairing = "cross"
     if objective in OBJECTIVES:

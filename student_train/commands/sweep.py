@@ -50,8 +50,9 @@ def sweep(
     try:
         with stopped_by_signals(), bar("sweeping", "runs") as update:
             rows = sweep(config, update)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stopped:
         note("stopped: run the same command again to go on from there")
+        stopped.args = stopped.args or ("told",)
         raise
     table = Table(title=f"{out}", title_justify="left")
     for variation in config.variations:

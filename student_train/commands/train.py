@@ -46,10 +46,12 @@ def train_student(
     context: typer.Context,
     *,
     targets: Annotated[
-        str,
+        tuple[str, ...],
         Setting(
             "A store made by rob cache-teacher; or online: run the teacher in every step (a baseline); or momentum: no "
-            "teacher, the targets come from a momentum copy of the student (dino, ibot, msn, moco) or from itself (swav)."
+            "teacher, the targets come from a momentum copy of the student (dino, ibot, msn, moco) or from itself (swav). "
+            "Given several times: an ensemble of stores, cached from as many teachers with one --recipe and --seed; the "
+            "student has a head for each."
         ),
     ],
     preset: Annotated[
@@ -81,6 +83,10 @@ def train_student(
         int | None,
         Setting("Images a step; default by the plan. Lower it when memory runs out.", low=2),
     ] = None,
+    targets_weight: Annotated[
+        tuple[float, ...],
+        Setting("With several --targets: the weight of each one's loss, in their order; default equal ones.", low=0),
+    ] = (),
     plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only")] = False,
     window_mib: WindowMib = 256,
     cache_in_memory: CacheInMemory = False,
@@ -113,6 +119,7 @@ def train_student(
     from ..presets import get_preset
     from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
     from ..targets.cached import Cached
+    from ..targets.ensemble import Ensemble
     from ..targets.momentum import Momentum
     from ..targets.online import Online
     from ..targets.pairing import choose_pairing
@@ -131,48 +138,60 @@ def train_student(
     # ==== the targets ====
     paper = get_preset(preset) if preset else None
     preferred = paper.drawn() if paper else None
-    if paper is not None and paper.momentum is None and targets == "momentum":
+    kind = targets[0]
+    if len(targets) > 1 and (other := {"momentum", "online"} & set(targets)):
+        raise MisuseError(
+            f"--targets {', '.join(targets)}: several are stores, and {other.pop()} is none: give it alone"
+        )
+    if len(targets) == 1:
+        refuse(context, ("targets_weight",), "is for several --targets, and there is one")
+    if paper is not None and paper.momentum is None and kind == "momentum":
         raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     filling: TargetsConfig
-    if targets != "momentum":
+    if kind != "momentum":
         refuse(context, OF_ITS_TARGETS, "is for --targets momentum; a teacher has its own")
         if not with_copy:
             refuse(context, OF_THE_COPY, "is for --targets momentum or --with-copy; a teacher stays as it is")
-    if targets == "momentum":
+    if kind == "momentum":
         refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
         refuse(context, ("with_copy",), "puts a copy beside a teacher; with momentum there is none")
         drawn = get_recipe(recipe or "dino", overrides)
         filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
-    elif targets == "online":
+    elif kind == "online":
         if teacher is None:
             raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
         drawn = get_recipe(recipe or "dino", overrides)
         filling = Online(load_teacher(teacher, checkpoint).to(pick_device(device)), drawn, views, view_size)
     else:
-        refuse(context, (*OF_A_TEACHER, "recipe"), f"is for --targets online; the store {targets} has its own")
+        named = ", ".join(targets)
+        refuse(context, (*OF_A_TEACHER, "recipe"), f"is for --targets online; the store {named} has its own")
         refuse(
             context,
             OF_THE_TARGETS,
-            f"is for --targets online or momentum; the store {targets} has targets of its own views, cache again with it (local "
+            f"is for --targets online or momentum; the store {named} has targets of its own views, cache again with it (local "
             "crops have no targets: --num-local, --local-scale, --local-size are free)",
         )
-        filling = Cached(Path(targets), window_mib, cache_in_memory, preferred, overrides.local_scale)
+        stores = tuple(
+            Cached(Path(store), max(1, window_mib / len(targets)), cache_in_memory, preferred, overrides.local_scale)
+            for store in targets
+        )
+        filling = stores[0] if len(stores) == 1 else Ensemble(stores, targets_weight)
 
     # ==== the objective, and the views that meet ====
     source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
     loader = config.keywords["loader"]
-    kind = LoaderByPlan if batch_size is None else LoaderConfig
+    made = LoaderByPlan if batch_size is None else LoaderConfig
     run = config(
-        student=student, targets=source, loader=kind(loader.backend, batch_size or USUAL_BATCH, loader.workers)
+        student=student, targets=source, loader=made(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
     run_context = RunContext(Beton(run.data, run.local_dir), pick_device(run.device), run.precision, run.seed)
-    if objective is None and targets == "momentum":
+    if objective is None and kind == "momentum":
         objective = USUAL_OVER_PROTOTYPES
     asked = None if objective is None else matched(name=objective)
     branch = source.open(replace(run_context, objective=asked))
-    if isinstance(filling, Cached) and preferred is not None:
+    if filling.stores and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
-        note_other_global_crops(filling.path, branch.recipe, preferred, preset if replays else None)
+        note_other_global_crops(filling.stores[0], branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
         found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
@@ -182,9 +201,12 @@ def train_student(
         choice = replace(choice, num_local=pairing.num_local)  # who shapes local crops wants some
     if not pairing.num_local:
         refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
-    if not isinstance(filling, Cached):
-        made = f"is for a store of targets, and these are made on the spot (--targets {targets})"
-        refuse(context, ("cache_in_memory",), made)
+    if not filling.stores:
+        refuse(
+            context,
+            ("cache_in_memory",),
+            f"is for a store of targets, and these are made on the spot (--targets {kind})",
+        )
 
     # ==== the run ====
     note_slow_loader(run.loader)

@@ -4,6 +4,7 @@ With labels by k-NN, a fifth of each class held out; without, by how many of an 
 its own. Worse than random is no rarity: a network learns first what all targets have in common.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ...common.store.reader import TargetStore
 from ...common.views.config import LoaderConfig
 from ..run_folder import LARGEST_LOG, read_log
 from ..students import StudentConfig, describe_student
+from ..targets.config import TargetsConfig
 from .features import Features
 from .knn import knn
 from .labelled import HELD_OUT
@@ -108,7 +110,7 @@ class Yardstick:
         self,
         data: Beton,
         student: StudentConfig,
-        store: TargetStore | None,
+        stores: Sequence[TargetStore],
         seed: int,
         device: torch.device,
         loader: LoaderConfig,
@@ -116,7 +118,7 @@ class Yardstick:
         most = MOST_ON_CPU if device.type == "cpu" else MOST_IMAGES
         self.image_ids = np.unique(np.linspace(0, data.num_images - 1, min(most, data.num_images)).astype(np.int64))
         self.data, self.loader, self.device, self.student, self.seed = data, loader, device, student, seed
-        self.teacher_rows = None if store is None else teacher_features(store, self.image_ids)
+        self.teacher_rows = joint_features(stores, self.image_ids) if stores else None
         self.labels = usable_labels(data, self.image_ids)
         self._others: dict[str, float] = {}
 
@@ -125,18 +127,17 @@ class Yardstick:
         cls,
         data: Beton,
         student: StudentConfig,
-        targets: Any,
+        targets: TargetsConfig,
         seed: int,
         device: torch.device,
         loader: LoaderConfig,
         or_rank: bool = False,
     ) -> "Yardstick | None":
         """None: the images are too few, or have neither labels nor a store of targets to go by, and no rank is asked for."""
-        path = getattr(targets, "path", None) or getattr(getattr(targets, "frozen", None), "path", None)
-        store = None if path is None else TargetStore.open(path)
+        stores = [TargetStore.open(path) for path in targets.stores]
         if data.num_images < FEWEST_IMAGES:
             return None
-        made = cls(data, student, store, seed, device, loader)
+        made = cls(data, student, stores, seed, device, loader)
         return None if made.by_rank and not or_rank else made
 
     @property
@@ -203,6 +204,12 @@ def shared_neighbours(rows: Tensor, others: Tensor, count: int = NEIGHBOURS, que
 
     mine, theirs = nearest(rows), nearest(others)
     return (mine[:, :, None] == theirs[:, None, :]).any(2).sum().item() / mine.numel()
+
+
+def joint_features(stores: Sequence[TargetStore], image_ids: np.ndarray) -> Tensor:
+    """(n, D or K): those of the teacher; of several, side by side, as unit rows so that each has as much to say."""
+    rows = [teacher_features(store, image_ids) for store in stores]
+    return rows[0] if len(rows) == 1 else torch.cat([F.normalize(each, dim=1) for each in rows], dim=1)
 
 
 def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:

@@ -6,13 +6,14 @@ store, a teacher, or a momentum copy of the student, which shares its ``embed`` 
 """
 
 from ..config import ObjectiveConfig
+from .build import build_objective
 from .dino import DinoObjective
 from .disco import DiscoObjective
 from .embedding import EmbeddingObjective
 from .ibot import IbotObjective
 from .moco import MocoObjective
 from .msn import MsnObjective
-from .objective import OBJECTIVES, Objective, ObjectiveContext, StudentMap, build_objective
+from .objective import OBJECTIVES, Objective, ObjectiveContext, StudentMap
 from .patch import PatchObjective
 from .seed import SeedObjective
 from .simreg import SimregObjective

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...common.errors import MisuseError
 from ..kernels.target import Target
-from ..targets.pair import PairTarget
+from ..targets.joined import PairTarget
 from .embedding import consistency
 from .moco import MocoObjective, info_nce
 from .objective import ObjectiveContext

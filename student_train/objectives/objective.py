@@ -7,9 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...common.errors import MisuseError
 from ...common.heads import Prototypes
 from ..config import READ, ObjectiveConfig
 from ..kernels.target import Target
@@ -157,6 +155,11 @@ class Objective(nn.Module):
         """That of patches alone, a scalar; ``maps`` and ``hidden`` as ``with_patches`` has them."""
         raise NotImplementedError
 
+    @property
+    def prototype_weights(self) -> list[nn.Parameter]:
+        """Of its ``prototypes``, where it has some."""
+        return [] if self.prototypes is None else list(self.prototypes.parameters())
+
     def use_queue(self, serves: bool) -> None:
         """Whether the queue of Sinkhorn, if there is one, fills and serves in the steps that follow."""
 
@@ -169,21 +172,3 @@ class Objective(nn.Module):
 
 OBJECTIVES: dict[str, type[Objective]] = {}
 """By name, every named subclass of ``Objective``."""
-
-
-def build_objective(
-    config: ObjectiveConfig,
-    num_features: int,
-    space: TargetSpace,
-    target_views: int = 2,
-    num_images: int | None = None,
-    student_map: StudentMap | None = None,
-) -> Objective:
-    """The objective of such an ``ObjectiveContext``. MisuseError: the targets cannot serve it."""
-    context = ObjectiveContext(config, num_features, space, target_views, num_images, student_map)
-    objective = OBJECTIVES[config.name](context)
-    if config.norm_by_size and not any(isinstance(layer, _BatchNorm) for layer in objective.head.modules()):
-        raise MisuseError(
-            "`norm_by_size` is for the head's BatchNorm, and this head has none: leave it out, or use `head_norm`"
-        )
-    return objective

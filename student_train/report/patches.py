@@ -17,12 +17,12 @@ from ..students import pooled_and_map
 from .config import ReportConfig
 from .page import caption, code, missing, tag, tile
 from .run import Run
-from .shown_images import Images, store_of
+from .shown_images import Images, stores_of
 
 
 def patches(runs: Sequence[Run], images: Images, rows: list[int], config: ReportConfig, device: torch.device) -> Markup:
     """A line an image: its first cached view, the teacher's targets of its patches, and each run's last map of the same view."""
-    stores = [store for run in runs if (store := store_of(run, images.data)) is not None and store.patches is not None]
+    stores = [store for run in runs for store in stores_of(run, images.data) if store.patches is not None]
     if not stores:
         return missing(
             "No run has targets of patches at hand:", code("rob cache-teacher --patches grid"), "makes them."

@@ -128,7 +128,7 @@ def _versions(runs: Sequence[Run], device: torch.device) -> Markup:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none used"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; GPU: {gpu}"
     prints = [
-        [run.name, str(run.settings.get("data_fingerprint", "–")), str(run.settings.get("targets", "–"))]
+        [run.name, str(run.settings.get("data_fingerprint", "–")), _one_or_more(run.settings.get("targets", "–"))]
         for run in runs
     ]
     return join(
@@ -138,3 +138,7 @@ def _versions(runs: Sequence[Run], device: torch.device) -> Markup:
             table(("run", "fingerprint of its images", "targets"), prints),
         ]
     )
+
+
+def _one_or_more(told: object) -> str:
+    return ", ".join(map(str, told)) if isinstance(told, list) else str(told)

@@ -1,6 +1,7 @@
 """The images that a report shows, and what students and teachers make of them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,23 +79,24 @@ def look_at(
                     for i, row in zip(some, network.embed(x).float().cpu(), strict=True)
                 }
             features[run.name] = torch.stack([rows[int(i)] for i in ids])
-        if (store := store_of(run, data)) is not None and store.manifest.teacher not in teachers:
-            teachers[store.manifest.teacher] = teacher_features(store, ids)
+        for store in stores_of(run, data):
+            if store.manifest.teacher not in teachers:
+                teachers[store.manifest.teacher] = teacher_features(store, ids)
         advance()
     return Images(data, ids, features, teachers)
 
 
-def store_of(run: Run, data: Beton) -> TargetStore | None:
+def stores_of(run: Run, data: Beton) -> list[TargetStore]:
     """The run's targets, where they are still there and are of these images."""
-    source = run.settings.get("targets")
-    if not isinstance(source, str) or not Path(source).is_dir():
-        return None
-    try:
-        store = TargetStore.open(Path(source))
-        store.check_data(data.manifest)
-    except (MisuseError, FailureError, OSError):
-        return None
-    return store
+    told = run.settings.get("targets")
+    stores = []
+    for source in told if isinstance(told, list) else [told]:
+        if isinstance(source, str) and Path(source).is_dir():
+            with suppress(MisuseError, FailureError, OSError):
+                store = TargetStore.open(Path(source))
+                store.check_data(data.manifest)
+                stores.append(store)
+    return stores
 
 
 def middle(data: Beton, image_id: int) -> np.ndarray:

@@ -5,11 +5,12 @@ cached      reads what the teacher said once
 online      runs the frozen teacher in every step: a baseline, and the proof that the cache changes nothing
 momentum    has no teacher, but the student itself or a slow copy of it
 with copy   a teacher of the first two kinds, and a slow copy of the student beside it
+ensemble    reads what several teachers said of the same views
 ==========  ====================================================================================
 
-Each is a configuration (`Cached`, `Online`, `Momentum`, `WithCopy`) that a run opens with its own settings, and
+Each is a configuration (`Cached`, `Online`, `Momentum`, `WithCopy`, `Ensemble`) that a run opens with its own settings, and
 the branch that comes of it, which says which views the student's targets belong to and answers, batch by batch, with a Target
-(``with_copy``: with a PairTarget of two).
+(``with_copy``: with a PairTarget of two, ``ensemble``: with an EnsembleTarget).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +30,10 @@ from ..kernels.target import Target
 from ..objectives import OBJECTIVES
 from ..student_with_head import StudentWithHead
 from .dense import TargetWithPatches
-from .pair import PairTarget
+from .joined import AnyTarget
 from .pairing import ViewPlan
 from .space import TargetSpace
 
-AnyTarget = Target | PairTarget | TargetWithPatches
 USUAL_OVER_PROTOTYPES = "dino"
 
 
@@ -72,8 +72,8 @@ class TargetBranch:
     window_blocks: int
     """Blocks within which the order may be shuffled."""
     space: TargetSpace
-    source: str
-    """Where the targets come from, for ``config.json``."""
+    source: str | list[str]
+    """Where the targets come from, for ``config.json``; of several teachers each's."""
     description: dict[str, Any]
     """What the targets depend on, as plain values: a run is not resumed against others."""
     freeze_prototypes: int = 0

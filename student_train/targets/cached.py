@@ -51,6 +51,10 @@ class Cached:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return (self.path,)
+
     def open(self, run: RunContext) -> "CachedTargets":
         """MisuseError: the store is of another data set, or its recipe has no local crops to scale."""
         return CachedTargets(self, run)

@@ -1,5 +1,6 @@
 """What can be set of targets. The configurations are beside what they open: ``cached``, ``online``, ``momentum``."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 from ...common.settings import Setting
@@ -59,6 +60,11 @@ SplitBatchnorm = Annotated[
 
 class TargetsConfig(Protocol):
     """What fills the target branch of a run."""
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        """Where its targets are cached; none where they are made on the spot."""
+        ...
 
     def open(self, run: "RunContext") -> "TargetBranch":
         """The branch for ``run``. MisuseError: it cannot serve such a run."""

@@ -18,6 +18,7 @@ a view never meets itself. The copy is exported as ``student_average.safetensors
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,10 +35,11 @@ from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
 from ..optimiser import cosine_decay
 from ..student_with_head import StudentWithHead
-from .branch import USUAL_OVER_PROTOTYPES, AnyTarget, RunContext, TargetBranch
+from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
 from .cached import placed
 from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, WarmupTeacherTempEpochs
 from .dense import Placement, TargetWithPatches
+from .joined import AnyTarget
 from .pairing import ViewPlan
 from .space import PatchSpace, TargetSpace
 
@@ -79,6 +81,10 @@ class Momentum:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return ()
 
     def open(self, run: RunContext) -> "MomentumTargets":
         """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES
-from .branch import AnyTarget, RunContext, TargetBranch
+from .branch import RunContext, TargetBranch
 from .cached import WINDOW_BLOCKS, patch_space, placed
 from .config import Views
 from .dense import TargetWithPatches
+from .joined import AnyTarget
 from .pairing import ViewPlan
 from .space import TargetSpace
 
@@ -44,6 +46,10 @@ class Online:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return ()
 
     def open(self, run: RunContext) -> "OnlineTargets":
         return OnlineTargets(self, run)

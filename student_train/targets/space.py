@@ -30,6 +30,7 @@ class TargetSpace:
     ``prototypes`` (K, D). ``usual_centre`` is what an objective that asks for no centre or Sinkhorn takes off. ``has_copy``: the
     targets of a copy of the student come beside these (``PairTarget``). ``of_student``: there is no teacher, these are the
     student's own or its copy's. ``patches``: what the targets of patches are, where there are some.
+    ``members``: of several teachers, the share of each in the loss, and its targets.
     """
 
     dim: int
@@ -46,3 +47,4 @@ class TargetSpace:
     has_copy: bool = False
     of_student: bool = False
     patches: PatchSpace | None = None
+    members: tuple[tuple[float, "TargetSpace"], ...] = ()

@@ -9,6 +9,7 @@ copy sees the student's own global crops, follows it after every step, is in the
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -21,8 +22,8 @@ from ..objectives import OBJECTIVES, CopySettings, ObjectiveConfig
 from ..student_with_head import StudentWithHead
 from .branch import RunContext, TargetBranch
 from .config import CopyMomentum, SplitBatchnorm, TargetsConfig
+from .joined import PairTarget
 from .momentum import MomentumTargets
-from .pair import PairTarget
 from .pairing import ViewPlan
 
 USUAL_WITH_COPY = "disco"
@@ -38,6 +39,10 @@ class WithCopy:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def stores(self) -> tuple[Path, ...]:
+        return self.frozen.stores
 
     def open(self, run: RunContext) -> "TargetsWithCopy":
         """MisuseError: the objective has no use for the copy, or ``frozen`` is no teacher's."""

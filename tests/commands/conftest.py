@@ -72,8 +72,12 @@ class Made:
     @property
     def train(self) -> tuple:
         """Arguments of ``rob train-student``, but --out and what is under test."""
+        return self.train_on(self.store)
+
+    def train_on(self, targets: object) -> tuple:
+        """The same on other ``targets``."""
         student = ("--student", "test_resnet", "--no-small-images", "--image-size", 32, "--hidden-dim", 16)
-        return (self.data, "--targets", self.store, *student, "--epochs", 1, "--batch-size", 8, *FAST)
+        return (self.data, "--targets", targets, *student, "--epochs", 1, "--batch-size", 8, *FAST)
 
 
 @pytest.fixture(scope="session")

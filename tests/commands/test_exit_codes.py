@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rob.common.images.beton import BetonWriter
 from rob.common.store.writer import StoreWriter
 from rob.student_train.train import Trainer
 
@@ -38,6 +39,10 @@ def test_ctrl_c_is_exit_code_130(rob, made, tmp_path, monkeypatch):
         outcome = rob("cache-teacher", made.data, tmp_path / "t.zarr", *made.cache)
     assert outcome.code == 130
     assert "stopped: run the same command again to go on from the last whole chunk" in outcome.out
+    assert not outcome.err
+    monkeypatch.setattr(BetonWriter, "append", interrupted)
+    outcome = rob("pack", made.images, tmp_path / "again.beton")
+    assert (outcome.code, outcome.err) == (130, "stopped: run the same command again\n")
 
 
 def test_what_the_system_refuses_is_one_sentence(refused, made, tmp_path):
@@ -80,7 +85,7 @@ def test_a_full_disk_while_caching_keeps_what_is_written(rob, made, tmp_path, mo
     assert outcome.code == 1
     assert re.match("error: the disk of .* is full: .* what is written is safe: make room and run", outcome.err)
     assert outcome.err.count("\n") == 1
-    train = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "run")
+    train = rob("train-student", *made.train_on(store), "--out", tmp_path / "run")
     assert train.code == 2
     assert "is half-written, 0 of 24 rows are done: run rob cache-teacher again to go on" in train.err
     assert not (tmp_path / "run").exists()

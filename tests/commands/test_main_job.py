@@ -31,7 +31,7 @@ def test_pack_cache_train_evaluate_inspect_verify(rob, made, tmp_path):
     assert TargetStore.open(store).manifest.encoding["dtype"] == "float32"
 
     run = tmp_path / "run"
-    outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--log-every", 1)
+    outcome = rob("train-student", *made.train_on(store), "--out", run, "--log-every", 1)
     assert outcome.code == 0, outcome.err
     assert re.search(r"run/student\.safetensors: loss \d\.\d{4}, .* images/s", outcome.out)
     assert re.search(
@@ -68,12 +68,12 @@ def test_dino_on_fitted_prototypes_with_local_crops(rob, made, tmp_path):
     fitted = ("--encoding", "topk", "--topk", 4, "--prototypes", 8)
     assert rob("cache-teacher", made.data, store, *made.cache, *fitted).code == 0
     dino = ("--objective", "dino", "--num-local", 1, "--average", 0.9, "--cache-in-memory")
-    outcome = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "run", *dino)
+    outcome = rob("train-student", *made.train_on(store), "--out", tmp_path / "run", *dino)
     assert outcome.code == 0, outcome.err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["pairing"]["pairing"] == "cross"
     warm = ("--objective", "dino", "--teacher-temp", 0.2, "--out", tmp_path / "warm")
-    outcome = rob("train-student", *made.train, "--targets", store, *warm)
+    outcome = rob("train-student", *made.train_on(store), *warm)
     assert outcome.code == 2
     assert outcome.err.startswith("error: teacher temperature 0.2 is outside of the store's ladder 0.025 to 0.1: ")
     assert not (tmp_path / "warm").exists()
@@ -91,12 +91,12 @@ def test_every_objective_is_a_word_of_the_command(rob, made, tmp_path):
         "moco": ("--queue", 12, "--centre-targets", "calibration"),
         "disco": ("--only-consistency", "--consistency-weight", 2),
     }
-    outcome = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "usual")
+    outcome = rob("train-student", *made.train_on(store), "--out", tmp_path / "usual")
     assert "--objective dino, since the targets have prototypes" in " ".join(outcome.out.split() + outcome.err.split())
     assert json.loads((tmp_path / "usual" / "config.json").read_text())["objective"]["name"] == "dino"
     for name, given in options.items():
         run = tmp_path / name
-        outcome = rob("train-student", *made.train, "--targets", store, "--out", run, "--objective", name, *given)
+        outcome = rob("train-student", *made.train_on(store), "--out", run, "--objective", name, *given)
         assert outcome.code == 0, outcome.err
         assert json.loads((run / "config.json").read_text())["objective"]["name"] == name
         assert (run / "student.safetensors").exists()
@@ -107,9 +107,7 @@ def test_momentum_targets_need_no_teacher(rob, made, tmp_path):
         run = tmp_path / name
         outcome = rob(
             "train-student",
-            *made.train,
-            "--targets",
-            "momentum",
+            *made.train_on("momentum"),
             "--out",
             run,
             "--objective",
@@ -127,7 +125,7 @@ def test_momentum_targets_need_no_teacher(rob, made, tmp_path):
 
 def test_the_online_teacher_is_the_same_command(rob, made, tmp_path):
     teacher = ("--teacher", TEACHER, "--checkpoint", made.checkpoint, "--view-size", 32, "--views", 2)
-    outcome = rob("train-student", *made.train, "--targets", "online", *teacher, "--out", tmp_path / "run")
+    outcome = rob("train-student", *made.train_on("online"), *teacher, "--out", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["branch"]["kind"] == "online"
 

@@ -4,8 +4,12 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -18,10 +22,13 @@ TEXTS = [README, *sorted((README.parent / "docs").glob("*.md"))]
 PUBLISHED = "--teacher vit_small_patch16_224.dino"
 
 
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def commands() -> list[str]:
     """Of the first block that packs."""
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    block = next(block for block in blocks if "\nrob pack photos/" in block)
+    block = next(block for block in blocks("sh") if "\nrob pack photos/" in block)
     return [line.partition("  #")[0] for line in block.splitlines() if line.startswith("rob ")]
 
 
@@ -46,6 +53,26 @@ def test_the_first_path_works_word_for_word(rob, made, tmp_path, monkeypatch):
             assert "did it work?" in outcome.out
             assert "random start" in outcome.out
     assert "k-NN of mobilenetv3_small_100" in outcome.out
+    shutil.rmtree("targets.zarr")
+    python, onnx = blocks("python")
+    small = {
+        'TeacherConfig("vit_small_patch16_224.dino")': f'TeacherConfig("{TEACHER}", Path("teacher.safetensors"))',
+        "rob.CacheConfig(data, store, ": "rob.CacheConfig(data, store, view_size=32, teacher=",
+        'StudentConfig("resnet18")': 'StudentConfig("test_resnet", 32)',
+    }
+    for published, ours in small.items():
+        assert published in python
+        python = python.replace(published, ours)
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["backbone"](torch.zeros(1, 3, 32, 32)).shape == (1, names["backbone"].num_features)
+    assert rob("export", "runs/r18", "--to", "onnx").code == 0
+    shutil.copy(next(Path("photos").rglob("*.jpg")), "photo.jpg")
+    assert "(224, 224)" in onnx
+    assert "student.int8.onnx" in onnx  # which agrees too little after two steps
+    names |= {"Image": Image, "np": np, "onnxruntime": pytest.importorskip("onnxruntime")}
+    exec(onnx.replace("(224, 224)", "(32, 32)").replace(".int8", ""), names)
+    assert names["features"].shape == (1, names["backbone"].num_features)
 
 
 def test_every_command_of_a_text_has_the_words_that_are_there():

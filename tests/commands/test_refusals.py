@@ -97,7 +97,8 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_train_student_refuses(refused, made, tmp_path, options, message):
-    refused(2, message, "train-student", *made.train, "--out", tmp_path / "run", *options)
+    targets, options = (options[1], options[2:]) if options[0] == "--targets" else (made.store, options)
+    refused(2, message, "train-student", *made.train_on(targets), "--out", tmp_path / "run", *options)
 
 
 @pytest.mark.parametrize("command", ["cache-teacher", "train-student", "verify", "eval knn"])

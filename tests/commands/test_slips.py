@@ -93,3 +93,9 @@ def test_a_sweep_tries_the_words_of_every_cell_before_the_first_run(refused, mad
     ):
         refused(2, said, "sweep", out, "--vary", vary, *words[2:])
     assert not out.exists()
+
+
+def test_an_option_that_is_there_twice_is_pointed_out(rob, made, tmp_path):
+    sheet = ("inspect", made.data, "--sheet", tmp_path / "sheet.png", "--images", 1)
+    assert "--images is there 2 times: the last one counts" in rob(*sheet, "--images=2").out
+    assert "there 2 times" not in rob(*sheet, "--overwrite").out

@@ -68,15 +68,18 @@ def test_a_store_of_something_else(rob, refused, made, tmp_path):
 
 
 def test_a_store_that_is_none_or_of_another_time(refused, made, tmp_path):
-    train = ("train-student", *made.train, "--out", tmp_path / "run", "--targets")
-    refused(2, "there is no target store at .*nowhere: make one with rob cache-teacher", *train, tmp_path / "nowhere")
+    def words(store: object) -> tuple:
+        return ("train-student", *made.train_on(store), "--out", tmp_path / "run")
+
+    none = "there is no target store at .*nowhere: make one with rob cache-teacher"
+    refused(2, none, *words(tmp_path / "nowhere"))
     (tmp_path / "folder").mkdir()
-    refused(2, "folder is not a target store: it is no Zarr v3 group", *train, tmp_path / "folder")
+    refused(2, "folder is not a target store: it is no Zarr v3 group", *words(tmp_path / "folder"))
     store = shutil.copytree(made.store, tmp_path / "old.zarr")
     group = json.loads((store / "zarr.json").read_text())
     group["attributes"]["format_version"] = 0
     (store / "zarr.json").write_text(json.dumps(group))
-    refused(2, "has format version 0, this rob reads version 1: cache the targets again", *train, store)
+    refused(2, "has format version 0, this rob reads version 1: cache the targets again", *words(store))
 
 
 def test_a_damaged_chunk(refused, rob, made, tmp_path):
@@ -87,7 +90,7 @@ def test_a_damaged_chunk(refused, rob, made, tmp_path):
     chunk.write_bytes(content)
     verify = ("verify", store, made.data, "--teacher", TEACHER, "--checkpoint", made.checkpoint, "--device", "cpu")
     refused(1, "chunk 0 of array 'embedding' .* is damaged", *verify)
-    outcome = rob("train-student", *made.train, "--targets", store, "--out", tmp_path / "run")
+    outcome = rob("train-student", *made.train_on(store), "--out", tmp_path / "run")
     assert outcome.code == 1
     assert re.match("error: .*chunk 0 of array 'embedding' .* is damaged", outcome.err)
     assert outcome.err.count("\n") == 1

@@ -18,20 +18,21 @@ OPTIONS = options_of(typer.main.get_group(app).commands["train-student"].params)
 
 
 @pytest.mark.parametrize(
-    ("words", "store"),
+    ("words", "stores"),
     [
-        (("--targets", "a.zarr"), "a.zarr"),
-        (("--targets=a.zarr",), "a.zarr"),
-        (("--targets", "momentum"), None),
-        (("--targets=online",), None),
-        ((), None),
+        (("--targets", "a.zarr"), ["a.zarr"]),
+        (("--targets=a.zarr",), ["a.zarr"]),
+        (("--targets", "a.zarr", "--targets", "b.zarr"), ["a.zarr", "b.zarr"]),
+        (("--targets", "momentum"), []),
+        (("--targets=online",), []),
+        ((), []),
     ],
 )
-def test_the_store_of_a_run(tmp_path, words, store):
+def test_the_stores_of_a_run(tmp_path, words, stores):
     config = SweepConfig(tmp_path, ("data.beton", *words), (SIZES,))
-    assert config.store(("16",)) == (store and Path(store))
+    assert config.stores(("16",)) == [Path(store) for store in stores]
     varied = SweepConfig(tmp_path, ("data.beton",), (Variation.parse("targets=a.zarr,online"),))
-    assert [varied.store(cell) for cell in varied.cells()] == [Path("a.zarr"), None]
+    assert [varied.stores(cell) for cell in varied.cells()] == [[Path("a.zarr")], []]
 
 
 def test_a_network_of_the_users_own_is_named_to_the_command_that_measures_it(tmp_path):

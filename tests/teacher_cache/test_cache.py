@@ -180,7 +180,10 @@ def test_plan_and_progress(data, with_head, tmp_path) -> None:
     (plan,) = plans
     assert (plan.num_images, plan.views, plan.bytes_per_view, plan.rows_done) == (IMAGES, VIEWS, 48, 0)
     assert plan.total_bytes == IMAGES * VIEWS * 48
-    assert plan.seconds > 0
+    assert plan.seconds * plan.views_per_second == pytest.approx(IMAGES * VIEWS)
+    assert plan.batch_size == 8
+    of_20 = replace(plan, num_images=20)
+    assert of_20.seconds * plan.views_per_second == pytest.approx(24 * VIEWS), "the last batch is filled up"
     assert rows == [(done, IMAGES) for done in range(0, IMAGES + 1, 8)]
 
 

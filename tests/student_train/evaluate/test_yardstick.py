@@ -28,6 +28,8 @@ from rob.student_train.targets.cached import Cached
 from rob.student_train.train import TrainProgress, train_student
 from support.training import CPU, LOADER, STEPS_PER_EPOCH, STUDENT, log_of
 
+NO_TEACHER = SimpleNamespace(stores=())
+
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
@@ -57,8 +59,8 @@ def test_without_labels_the_teachers_neighbours_are_the_measure(data, store, mon
     assert (outcome.by_labels, outcome.teacher) == (False, None)
     assert 0 < outcome.student <= 100
     assert shared_neighbours(yardstick.teacher_rows, yardstick.teacher_rows) == 1
-    assert of(data, None) is None
-    by_rank = Yardstick.of(data, STUDENT, None, 0, CPU, LOADER, or_rank=True).measure(build_student(STUDENT))
+    assert of(data, NO_TEACHER) is None
+    by_rank = Yardstick.of(data, STUDENT, NO_TEACHER, 0, CPU, LOADER, or_rank=True).measure(build_student(STUDENT))
     assert (by_rank.by_rank, by_rank.agreement) == (True, None)
     assert by_rank.student == by_rank.rank > 1
     assert by_rank.sentence.startswith(f"RankMe {by_rank.rank:.1f}, random start ")
@@ -79,7 +81,7 @@ def test_few_images_or_one_class_say_nothing(data, monkeypatch):
     assert usable_labels(rare, np.arange(100)) is None
     assert usable_labels(SimpleNamespace(labels=None), np.arange(100)) is None
     monkeypatch.setattr(module, "FEWEST_IMAGES", 25)
-    assert of(data, None) is None
+    assert of(data, NO_TEACHER) is None
 
 
 def test_in_the_run_a_line_is_kept_and_the_run_is_what_it_would_have_been(config, tmp_path):

@@ -19,7 +19,7 @@ from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.objectives.koleo import koleo
 from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached
-from rob.student_train.targets.pair import PairTarget
+from rob.student_train.targets.joined import PairTarget
 from rob.student_train.targets.pairing import PairingConfig, plan_views
 from rob.student_train.targets.space import TargetSpace
 from support.training import CPU, LOADER, online

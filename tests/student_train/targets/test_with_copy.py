@@ -15,8 +15,8 @@ from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES, ObjectiveConfig
 from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.joined import PairTarget
 from rob.student_train.targets.momentum import Momentum
-from rob.student_train.targets.pair import PairTarget
 from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import TrainProgress, train_student

@@ -1,5 +1,5 @@
-"""``--student`` of the commands that take runs: a network of the user's own code is named again, for no file may have it
-imported.
+"""What the commands that take runs have in common: a run may be at an address, and ``--student`` names a network of the user's
+own code again, for no file may have it imported.
 """
 
 import inspect
