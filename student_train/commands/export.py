@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ...common.screen import Cell, accuracies, bar, note
 from ..export.config import ExportConfig
 from ..train_config import ExportTeacherConfig
-from .own_student import at_hand
+from .of_runs import at_hand
 
 if TYPE_CHECKING:
     from ..export.exported_file import ExportedFile

@@ -8,7 +8,7 @@ import pytest
 from rob.common.bucket import Bucket
 from rob.common.errors import MisuseError
 from rob.common.places import place_of
-from rob.student_train.commands.own_student import at_hand
+from rob.student_train.commands.of_runs import at_hand
 from rob.student_train.mirror import LAST, RECORD, Mirror
 from rob.student_train.report.config import ReportConfig
 from rob.student_train.train import TrainProgress, train_student
