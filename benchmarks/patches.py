@@ -7,7 +7,7 @@ Each encoding is what ``rob cache-teacher --patches grid`` would store of a whol
 patch tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,34 +45,47 @@ class PatchesBench:
     epochs: Annotated[int, Setting("Of the probe.", low=1)] = 40
 
 
+class Probe:
+    """The linear probe of ``rob eval segment`` on what is left of the same images' maps."""
+
+    def __init__(self, config: PatchesBench) -> None:
+        train, test = open_segmentation(config.train), open_segmentation(config.test)
+        self.train, self.test = train, test.with_classes_of(train, train.counts())
+        self.labels = torch.stack([square(train.labels(row), config.size) for row in range(len(train))])
+        self.config = SegmentConfig(config.train, config.test, epochs=config.epochs)
+
+    def maps(self, network: FrozenNetwork) -> list[Tensor]:
+        """Of the images to train on and of those to test on, each (N, C, h, w) float32."""
+        return [maps_of(network, data, None, lambda done, total: None).float() for data in (self.train, self.test)]
+
+    def miou(self, maps: Sequence[Tensor]) -> float:
+        """In percent, fitted on the first and scored on the second."""
+        found = fit(maps[0], self.labels, len(self.train.classes), self.config, CPU, lambda done, total: None)
+        return score(found, maps[1], self.test, CPU).miou
+
+
 def run(config: PatchesBench) -> Report:
     teacher = load_teacher(TeacherConfig(config.teacher, config.checkpoint))
-    network = FrozenNetwork.teacher(teacher, config.size, CPU)
-    train, test = open_segmentation(config.train), open_segmentation(config.test)
-    test = test.with_classes_of(train, train.counts())
-    maps = [maps_of(network, data, None, lambda done, total: None).float() for data in (train, test)]
-    labels = torch.stack([square(train.labels(row), config.size) for row in range(len(train))])
-    probe = SegmentConfig(config.train, config.test, epochs=config.epochs)
+    probe = Probe(config)
+    maps = probe.maps(FrozenNetwork.teacher(teacher, config.size, CPU))
     rows: list[dict[str, Any]] = []
     for name, bytes_, kept, stored in encodings(*maps):
-        found = fit(stored[0], labels, len(train.classes), probe, CPU, lambda done, total: None)
         whole = torch.nn.functional.adaptive_avg_pool2d(maps[1], stored[1].shape[-1])
         rows.append(
             {
                 "encoding": name,
                 "bytes_per_view": bytes_,
                 "cosine": torch.cosine_similarity(kept, whole, dim=1).mean().item(),
-                "miou": score(found, stored[1], test, CPU).miou,
+                "miou": probe.miou(stored),
             }
         )
-    work = {
-        "teacher": config.teacher,
-        "size": config.size,
-        "train": len(train),
-        "test": len(test),
-        "epochs": config.epochs,
-    }
-    return Report.of("patches", CPU, work, rows, {})
+    return Report.of("patches", CPU, work(config, probe), rows, {})
+
+
+def work(config: PatchesBench, probe: Probe) -> dict[str, Any]:
+    """What every row of a report has in common."""
+    sizes = {"train": len(probe.train), "test": len(probe.test)}
+    return {"teacher": config.teacher, "size": config.size, **sizes, "epochs": config.epochs}
 
 
 def encodings(train: Tensor, test: Tensor) -> Iterator[tuple[str, int, Tensor, list[Tensor]]]:

@@ -93,10 +93,11 @@ class Encoding:
         return sum(prod(shape) * ITEM_BYTES[dtype] for shape, dtype in layout.values())
 
 
-def check_temperature(ladder: tuple[float, ...], temp: float) -> None:
-    """MisuseError where ``temp`` is outside of a `topk` store's ladder, and the tail's mass would be a guess."""
+def check_temperature(ladder: tuple[float, ...], temp: float, option: str = "encoding") -> None:
+    """MisuseError where ``temp`` is outside of a `topk` store's ladder, and the tail's mass would be a guess. ``option`` is what
+    chose to store the largest logits."""
     if not min(ladder) * 0.999 <= temp <= max(ladder) * 1.001:
         raise MisuseError(
             f"teacher temperature {temp:g} is outside of the store's ladder {min(ladder):g} to {max(ladder):g}: "
-            "take one within, or cache the targets again with `encoding` embedding, which serves any"
+            f"take one within, or cache the targets again with `{option}` embedding, which serves any"
         )

@@ -79,7 +79,7 @@ class IbotObjective(PrototypeObjective, name="ibot"):
                 f"of patches beside {len(self.prototypes.matrix())}: give `patch_weight` 0"
             )
         if space.ladder:
-            check_temperature(space.ladder, self.teacher_temp)
+            check_temperature(space.ladder, self.teacher_temp, "patches")
         self.patch_weight, self.side = weight, student.side
         self.mask_token = nn.Parameter(torch.zeros(1, student.width))
         if not any(isinstance(centre, RunningCentre) for centre in self.centres):

@@ -101,7 +101,7 @@ def test_a_temperature_off_the_ladder_is_refused():
     for temp in LADDER:
         check_temperature(LADDER, temp)
     for temp in (0.01, 0.2):
-        with pytest.raises(MisuseError, match=r"outside of the store's ladder 0\.025 to 0\.1"):
+        with pytest.raises(MisuseError, match=r"outside of the store's ladder 0\.025 to 0\.1: .* `encoding` embedding"):
             check_temperature(LADDER, temp)
 
 

@@ -318,6 +318,7 @@ def test_a_hidden_patch_is_not_seen():
         ),
         ("ibot", PatchSpace("embedding", GRID, D, 30), True, GRID, "the teacher 30 prototypes of patches beside 12"),
         ("ibot", PatchSpace("prototypes", GRID, D, K), True, GRID, "running needs all logits of a patch"),
+        ("ibot", PatchSpace("prototypes", GRID, D, K, (0.1, 0.2)), True, GRID, "again with `patches` embedding"),
         (
             "patch",
             PatchSpace("embedding", GRID, D, K),
