@@ -2,9 +2,10 @@
 
     python -m rob.benchmarks.patches --train masks/images/train --test masks/images/test
 
-Each encoding is what ``rob cache-teacher --patches grid`` would store of a whole image, decoded again; the probe is that of
-``rob eval segment``. The teacher is the offline stand-in, a CNN, unless another is named: its last feature map then stands for
-patch tokens.
+Each encoding is what ``rob cache-teacher --patches grid`` would store of a whole image, decoded again. The probe is that of ``rob
+eval segment``, on the components as they are stored and on the tokens that they stand for: its BatchNorm scales each number by
+itself, so that a turned basis changes what it finds. The teacher is the offline stand-in, a CNN, unless another is named: its
+last feature map then stands for patch tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,14 +72,12 @@ def run(config: PatchesBench) -> Report:
     rows: list[dict[str, Any]] = []
     for name, bytes_, kept, stored in encodings(*maps):
         whole = torch.nn.functional.adaptive_avg_pool2d(maps[1], stored[1].shape[-1])
-        rows.append(
-            {
-                "encoding": name,
-                "bytes_per_view": bytes_,
-                "cosine": torch.cosine_similarity(kept, whole, dim=1).mean().item(),
-                "miou": probe.miou(stored),
-            }
-        )
+        row = {"encoding": name, "bytes_per_view": bytes_}
+        row["cosine"] = torch.cosine_similarity(kept[1], whole, dim=1).mean().item()
+        row["miou"] = probe.miou(stored)
+        if kept[0].shape[1] != stored[0].shape[1]:
+            row["miou_of_tokens"] = probe.miou(kept)
+        rows.append(row)
     return Report.of("patches", CPU, work(config, probe), rows, {})
 
 
@@ -88,10 +87,10 @@ def work(config: PatchesBench, probe: Probe) -> dict[str, Any]:
     return {"teacher": config.teacher, "size": config.size, **sizes, "epochs": config.epochs}
 
 
-def encodings(train: Tensor, test: Tensor) -> Iterator[tuple[str, int, Tensor, list[Tensor]]]:
-    """Name, bytes a view, the test's tokens (N, C, g, g) as they come back, and what is decoded of both sets."""
+def encodings(train: Tensor, test: Tensor) -> Iterator[tuple[str, int, list[Tensor], list[Tensor]]]:
+    """Name, bytes a view, the tokens (N, C, g, g) of both sets as they come back, and what is decoded: their components."""
     width, side = train.shape[1:3]
-    yield "float32, all", 4 * width * side * side, test, [train, test]
+    yield "float32, all", 4 * width * side * side, [train, test], [train, test]
     grids = sorted({side, max(1, side // 2)}, reverse=True)
     for grid in grids:
         for dim in [width, *(d for d in (256, 128, 64, 32, 16) if d < width)]:
@@ -106,10 +105,10 @@ def encodings(train: Tensor, test: Tensor) -> Iterator[tuple[str, int, Tensor, l
             for maps in (train, test):
                 arrays = encode_patches(encoding, (grid_rows(maps, grid) - mean) @ basis.T)
                 stored.append(decode_patches(encoding, arrays)["embedding"])
-            back = stored[1] @ basis + mean
-            shown = [values.mT.unflatten(2, (grid, grid)) for values in (back, *stored)]
+            back = [values @ basis + mean for values in stored]
+            tokens, shown = ([values.mT.unflatten(2, (grid, grid)) for values in both] for both in (back, stored))
             kept = "" if pca is None else f", {float(pca[KEPT]):.0%} of the variance"
-            yield f"{grid} x {grid} x {dim}, int8{kept}", encoding.bytes_per_view, shown[0], shown[1:]
+            yield f"{grid} x {grid} x {dim}, int8{kept}", encoding.bytes_per_view, tokens, shown
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 FOLDER has image files, one folder a class (CIFAR-10 as JPEGs, of which those kept byte for byte cost a decoding each); they are
 taken again under other names until there are enough. Each pack is a process of its own, which opens its source, packs, and tells
-its seconds, its processor's seconds and its greatest memory; sources take turns. A quarter of the images first: what memory grows
+its seconds, its processor's seconds and its greatest memory; sources take turns. A fifth of the images first: what memory grows
 by from there is what names and rows take.
 """
 
@@ -34,6 +34,7 @@ status = Path("/proc/self/status").read_text()  # getrusage's maximum is at leas
 peak = int(status.partition("VmHWM:")[2].split()[0])
 print(json.dumps({"seconds": seconds, "cpu": used, "peak": peak, "fingerprint": manifest.fingerprint}))
 """
+LESS = 5
 CPU = "cpu_microseconds_an_image"
 """What counts where other work is on the same cores."""
 
@@ -99,7 +100,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        for count in (asked.images // 4, asked.images):
+        for count in (asked.images // LESS, asked.images):
             folder = Path(name) / str(count)
             folder.mkdir()
             places = write_sources(asked.folder, count, folder)
@@ -120,15 +121,17 @@ def main() -> None:
                     }
                 )
     least, most = (
-        {row["source"]: row for row in rows if row["images"] == n} for n in (asked.images // 4, asked.images)
+        {row["source"]: row for row in rows if row["images"] == n} for n in (asked.images // LESS, asked.images)
     )
     ratios: dict[str, float | None] = {}
+    speed, cpu = ({name: row[what] for name, row in most.items()} for what in ("images_per_second", CPU))
     for kind in most:
-        speed, cpu = ({name: row[what] for name, row in most.items()} for what in ("images_per_second", CPU))
         ratios[f"{kind}_vs_folder"] = speed[kind] / speed["folder"]
         ratios[f"{kind}_vs_folder_by_cpu"] = cpu["folder"] / cpu[kind]
         more = most[kind]["peak_mb"] - least[kind]["peak_mb"]
-        ratios[f"{kind}_bytes_of_memory_an_image_more"] = 1e6 * more / (asked.images - asked.images // 4)
+        ratios[f"{kind}_bytes_of_memory_an_image_more"] = 1e6 * more / (asked.images - asked.images // LESS)
+    ratios["slowest_vs_fastest"] = min(speed.values()) / max(speed.values())
+    ratios["slowest_vs_fastest_by_cpu"] = min(cpu.values()) / max(cpu.values())
     work = {
         "images": asked.images,
         "rounds": asked.rounds,

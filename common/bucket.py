@@ -9,9 +9,11 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,6 +40,10 @@ S3_KEYS = (
 """Where obstore has keys from, or is told that none are needed."""
 NO_KEYS = ("/latest/api/token", "/latest/meta-data", "computeMetadata", "/metadata/identity")
 """Where a machine of the cloud would be asked what it may do: in an error, there were no keys before that."""
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+NO_RIGHTS = "AccessDenied"
+"""Also of what S3 answers as done, when it is several objects that are to go."""
+LISTED = "listed"
 GO_ON = "what is written is safe: run the same command again to go on"
 
 
@@ -136,12 +142,14 @@ class Bucket:
 
         prefix = f"{self._prefix}{under}/".lstrip("/") if under else self._prefix
         try:
-            with self._errors():
+            with self._errors(LISTED):
                 found = [entry for part in obstore.list(self._store, prefix or None) for entry in part]
         except FileNotFoundError:
             return
-        for entry in found:
-            yield entry["path"].removeprefix(prefix), entry["size"]
+        sizes = {entry["path"].removeprefix(prefix.rstrip("/")).lstrip("/"): entry["size"] for entry in found}
+        # A bucket's console makes a folder by an empty object of its name, which cannot be read by the name it is listed under.
+        folders = {str(above) for name in sizes for above in PurePosixPath(name).parents} if 0 in sizes.values() else ()
+        yield from ((name, size) for name, size in sizes.items() if name and (size or name not in folders))
 
     def read(self, name: str, largest: int = LARGEST_FILE) -> bytes:
         from obstore import get
@@ -184,9 +192,11 @@ class Bucket:
 
     def remove_all(self, under: str = "") -> None:
         """A store's manifest goes last: as long as it is there, others see what was begun."""
-        above = f"{under}/" if under else ""
-        for name in sorted(self.names(under), key="zarr.json".__eq__):
-            self.remove(above + name)
+        above, names = f"{under}/" if under else "", self.names(under)
+        with ThreadPoolExecutor(self.at_once) as pool:
+            list(pool.map(self.remove, (above + name for name in names if name != "zarr.json")))
+        if "zarr.json" in names:
+            self.remove(above + "zarr.json")
 
     def copy_from(self, other: Any, name: str) -> None:
         """The file of that name of another place. Within a bucket the server does it."""
@@ -216,28 +226,39 @@ class Bucket:
 
     @contextmanager
     def _errors(self, what: str = "read") -> Iterator[None]:
-        """FileNotFoundError as it is; MisuseError: no rights, or an address that cannot be; FailureError: anything else."""
+        """FileNotFoundError as it is; MisuseError: no such bucket, no rights, an address that cannot be; FailureError: else."""
         from obstore import exceptions
 
-        keys = f"the keys come from the environment ({KEYS.get(self.scheme, '')})"
         try:
             yield
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "there is no such object", self.address) from None
-        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
-            raise MisuseError(f"{self.address} cannot be {what}: no rights; {keys}") from None
-        except (exceptions.UnknownConfigurationKeyError, exceptions.InvalidPathError, ValueError):
-            raise MisuseError(f"{self.address} is no address of a bucket: write {self.scheme}://BUCKET/NAME") from None
-        except exceptions.NotSupportedError:
-            raise MisuseError(
-                f"{self.address} cannot be {what}: the server gives no parts of files; copy them here"
-            ) from None
-        except exceptions.BaseError as error:
-            if any(asked in str(error) for asked in NO_KEYS):
-                raise MisuseError(f"{self.address} cannot be {what}: there are no keys; {keys}") from None
-            raise FailureError(
-                f"{self.address} cannot be {what}: {kind_of(error)}, tried for up to {PATIENCE.seconds} s; {self._advice}"
-            ) from None
+        except (FileNotFoundError, exceptions.BaseError, ValueError) as error:
+            raise self._told(error, what) from None
+
+    def _told(self, error: Exception, what: str) -> Exception:
+        from obstore import exceptions
+
+        keys, text = f"the keys come from the environment ({KEYS.get(self.scheme, '')})", str(error)
+        cannot = f"{self.address} cannot be {what}"
+        if any(kind in text for kind in NO_BUCKET):
+            return MisuseError(f"{cannot}: the server has no bucket of this name; make it, or put the address right")
+        if isinstance(error, FileNotFoundError):
+            return FileNotFoundError(2, "there is no such object", self.address)
+        kind = kind_of(error)
+        refused = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+        if refused or NO_RIGHTS in text or kind.endswith((" 401", " 403")):
+            return MisuseError(f"{cannot}: no rights; {keys}")
+        if isinstance(error, exceptions.InvalidPathError) and what == LISTED:
+            return MisuseError(
+                f"{cannot}: there is an object whose name is no path, with //, . or .. in it; rename it, or give what is below it"
+            )
+        if isinstance(error, exceptions.UnknownConfigurationKeyError | exceptions.InvalidPathError | ValueError):
+            return MisuseError(f"{self.address} is no address of a bucket: write {self.scheme}://BUCKET/NAME")
+        if isinstance(error, exceptions.NotSupportedError):
+            return MisuseError(f"{cannot}: the server gives no parts of files; copy them here")
+        if any(asked in text for asked in NO_KEYS):
+            return MisuseError(f"{cannot}: there are no keys; {keys}")
+        tried = "" if " 4" in kind else f", tried for up to {PATIENCE.seconds} s"  # what it refuses is not asked again
+        return FailureError(f"{cannot}: {kind}{tried}; {self._advice}")
 
 
 def kind_of(error: BaseException) -> str:

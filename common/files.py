@@ -128,7 +128,7 @@ def append_to(path: Path) -> BinaryIO:
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
-def read_regular(path: Path, largest: int) -> bytes:
+def read_regular(path: Path | str, largest: int) -> bytes:
     """All bytes of a regular file. OSError: it is none (a pipe would never end, a device neither), or of more than ``largest``
     bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a file object would ask the system twice as often
@@ -159,7 +159,7 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def _regular_size(descriptor: int, path: Path) -> int:
+def _regular_size(descriptor: int, path: Path | str) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))

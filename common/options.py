@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from .errors import FailureError, MisuseError
-from .settings import Described, described, given_fields, is_configuration, setting_of, words_of
+from .settings import Described, check_value, described, given_fields, is_configuration, setting_of, words_of
 
 SPELLING: dict[str, str] = {}
 """Field or parameter -> option, of every command that has been made."""
@@ -186,6 +186,8 @@ def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
     config = _configuration(annotation)
     if config is None:
         value = values[parameter.name]
+        if (setting := setting_of(annotation)[1]) is not None:
+            check_value(parameter.name, setting, value)
         if value is None and parameter.default is not parameter.empty:
             return parameter.default
         return tuple(value) if isinstance(value, list) else value

@@ -16,10 +16,12 @@ nothing that is slow, so that ``--help`` can read them. A type that several conf
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import MisuseError, unknown_name
+from .places import ADDRESS, shown
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,12 @@ class Setting:
     argument: str | None = None
     kind: Any = None
     """What the command line reads, where that is not the field's type."""
+    address: bool = False
+    """Of a path in ``WRITTEN``: whether it may be one of a bucket."""
 
 
+WRITTEN = ("out", "sheet")
+"""Settings that say where something is to be written."""
 Words = Mapping[str, Setting | None]
 
 
@@ -83,18 +89,28 @@ def check(config: Any) -> None:
     """MisuseError naming the first field of a configuration that is out of its range or none of its choices."""
     for name, annotation in _annotations(type(config)).items():
         _, setting = setting_of(annotation)
-        value = vars(config).get(name)
         if setting is not None:
-            for each in value if isinstance(value, tuple | list) else (value,):
-                _check_value(name, setting, each)
+            check_value(name, setting, vars(config).get(name))
 
 
-def _check_value(name: str, setting: Setting, value: Any) -> None:
+def check_value(name: str, setting: Setting, value: Any) -> None:
+    """MisuseError: it, or one of several, is none that the setting may have."""
+    for each in value if isinstance(value, tuple | list) else (value,):
+        _check_one(name, setting, each)
+
+
+def _check_one(name: str, setting: Setting, value: Any) -> None:
     low, high, choices = setting.low, setting.high, setting.choices
     if value is None:
         return
     if choices is not None and value not in choices:
         raise unknown_name(option_name(name, setting).replace("_", " "), value, choices)
+    if isinstance(value, Path):
+        if name not in WRITTEN or setting.address or not ADDRESS.fullmatch(str(value)):
+            return
+        raise MisuseError(
+            f"`{name}` {shown(value)} is an address, and this is written to this machine: give a path, and copy it there then"
+        )
     # Written so that NaN, which compares false to everything, is refused.
     if low is not None and not value >= low:
         raise MisuseError(f"`{name}` is {value}, expected at least {low:g}")

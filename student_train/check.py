@@ -7,7 +7,7 @@ from typing import Any
 
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
-from ..common.places import place_of
+from ..common.places import place_of, shown
 from ..common.records import DamagedError, read_record
 from ..common.store.reader import TargetStore
 from ..common.weights import read_tensor_file
@@ -40,7 +40,7 @@ def check(path: Path, progress: Progress = lambda done, total: None) -> Checked:
         return _store(path, progress)
     files = dict(_files_of_runs(path))
     if not files:
-        raise MisuseError(f"{path}: neither packed images, nor a target store, nor a run folder")
+        raise MisuseError(f"{shown(path)}: neither packed images, nor a target store, nor a run folder of this machine")
     damaged = []
     for number, (file, problem_of) in enumerate(files.items(), 1):
         if problem := problem_of(file):

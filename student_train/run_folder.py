@@ -60,8 +60,8 @@ class RunFolder:
     ``student_average.safetensors`` where there is one.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
-    has both. What ``watch`` has to say of a log line becomes its ``warning``; ``saved`` is called after each checkpoint. Raises
-    MisuseError when ``out`` is no folder.
+    has both. What ``watch`` has to say of a log line becomes its ``warning``; ``saved`` is called after each checkpoint, and once
+    before the first step. Raises MisuseError when ``out`` is no folder.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class RunFolder:
         with replacing(self.out / "config.json") as file:
             file.write(self._config_json)
         self._cut_log(step)
+        self._saved()  # at an address: refused now where nothing may be written, and not after an epoch
         return step
 
     def _locked(self, device: torch.device) -> dict[str, Any] | None:

@@ -52,7 +52,8 @@ class TrainConfig:
         Path,
         Setting(
             "The run folder. A run that was killed goes on from its checkpoint there. An address, s3://, gs:// or "
-            "az://BUCKET/NAME: then it is copied there at each checkpoint, and goes on on any machine."
+            "az://BUCKET/NAME: then it is copied there at each checkpoint, and goes on on any machine.",
+            address=True,
         ),
     ]
     student: StudentConfig

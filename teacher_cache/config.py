@@ -98,6 +98,7 @@ class CacheConfig:
             "The target store to write, to go on with, or, where it is whole, to give more views or the rows of appended images. "
             "A path, or an address: s3://, gs:// or az://BUCKET/NAME.zarr.",
             argument="OUT.zarr",
+            address=True,
         ),
     ]
     teacher: TeacherConfig

@@ -5,6 +5,7 @@ Every image ends as what a viewer would show: turned upright by its EXIF orienta
 """
 
 import io
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,8 @@ from .window import windowed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+WORTH_A_TASK, MOST_OF_A_TASK = 0.004, 16
+"""Seconds of work that are worth a thread's waking, which takes 0.1 ms, as long as a small image; and images at most."""
 
 
 def pack(
@@ -152,13 +155,23 @@ def _check(config: PackConfig) -> None:
 def _map_in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
 ) -> Iterator[Result]:
-    """``map`` with at most ``window`` items under way or waiting, so that memory stays bounded."""
-    remaining = iter(items)
-    pending: deque[Future[Result]] = deque()
-    pending.extend(pool.submit(function, item) for item in islice(remaining, window))
-    while pending:
-        yield pending.popleft().result()
-        pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+    """``map`` with at most ``window`` tasks under way or waiting, so that memory stays bounded. A task is one item, or as many as
+    are worth handing over where they take little time."""
+
+    def results(some: list[Item]) -> tuple[list[Result], float]:
+        began = time.perf_counter()
+        return [function(item) for item in some], time.perf_counter() - began
+
+    remaining, size = iter(items), 1
+    pending: deque[Future[tuple[list[Result], float]]] = deque()
+    while True:
+        while len(pending) < window and (some := list(islice(remaining, size))):
+            pending.append(pool.submit(results, some))
+        if not pending:
+            return
+        done, seconds = pending.popleft().result()
+        yield from done
+        size = min(MOST_OF_A_TASK, max(1, int(len(done) * WORTH_A_TASK / seconds)))
 
 
 def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage:

@@ -9,6 +9,7 @@ from ...common.config import Overwrite, Workers
 from ...common.errors import FailureError, MisuseError
 from ...common.files import refuse_existing, replacing
 from ...common.look.config import ALIKE, Alike
+from ...common.places import shown
 from ...common.screen import bar, facts, note
 from ...common.settings import Setting
 
@@ -65,7 +66,7 @@ def check(
                 checked = check(path, update)
                 problems, parts = checked.damaged, checked.parts
         damaged += problems
-        note(f"{path}: {parts}, {len(problems) or 'none'} damaged")
+        note(f"{shown(path)}: {parts}, {len(problems) or 'none'} damaged")
     leaks = [check_leak(test, train, alike) for train, test in combinations(looked, 2)]
     for found in looked:
         facts(str(found.data.path), [*found.facts(image_size)])

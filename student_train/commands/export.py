@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from ...common.screen import Cell, accuracies, bar, note
 from ..export.config import ExportConfig
 from ..train_config import ExportTeacherConfig
+from .of_runs import at_hand
 
 if TYPE_CHECKING:
     from ..export.exported_file import ExportedFile
@@ -66,4 +67,5 @@ def export_teacher(config: ExportTeacherConfig) -> None:
     """A student with its head as the next teacher."""
     from ..as_teacher import export_teacher
 
-    note(f"written to {export_teacher(config)}")
+    here, _ = at_hand({"config": config}, training=True)
+    note(f"written to {export_teacher(**here)}")

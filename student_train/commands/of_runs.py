@@ -4,7 +4,7 @@ own code again, for no file may have it imported.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,21 +28,33 @@ Students = Annotated[
 ]
 
 
-def at_hand(options: dict[str, Any]) -> "tuple[dict[str, Any], Mirror | None]":
-    """The options of a command, with a run that is at an address copied here, but for what only its training needs."""
-    for name, value in options.items():
-        run = value if name == "what" else getattr(value, "run", None)
-        if isinstance(run, str | Path) and is_address(run):
-            from ..mirror import CHECKPOINT, Mirror
+RUNS = ("what", "run", "runs")
+"""What parameters of commands and fields of their configurations are called that name runs."""
 
-            mirror = Mirror.of(run, kind="read")
-            assert mirror is not None
-            mirror.pull_some(CHECKPOINT)
-            return {
-                **options,
-                name: str(mirror.folder) if name == "what" else replace(value, run=mirror.folder),
-            }, mirror
-    return options, None
+
+def at_hand(options: dict[str, Any], training: bool = False) -> "tuple[dict[str, Any], list[Mirror]]":
+    """The options of a command, with runs that are at an address copied here, but for what only its ``training`` needs."""
+    mirrors: list[Mirror] = []
+
+    def here(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(here, value))
+        if not isinstance(value, str | Path) or not is_address(value):
+            return value
+        from ..mirror import CHECKPOINT, Mirror
+
+        mirror = Mirror.of(value, kind="train" if training else "read")
+        assert mirror is not None
+        mirror.pull_some(*(() if training else (CHECKPOINT,)))
+        mirrors.append(mirror)
+        return type(value)(mirror.folder)
+
+    def with_runs_here(name: str, value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{field: here(getattr(value, field)) for field in RUNS if hasattr(value, field)})
+        return here(value) if name in RUNS else value
+
+    return {name: with_runs_here(name, value) for name, value in options.items()}, mirrors
 
 
 def of_runs(function: Callable[..., None]) -> Callable[..., None]:
@@ -60,10 +72,11 @@ def of_runs(function: Callable[..., None]) -> Callable[..., None]:
                     "has, leave it out"
                 )
             name_factory(name)
-        options, mirror = at_hand(options)
+        options, mirrors = at_hand(options)
         function(*arguments, **options)
-        if mirror is not None and mirror.push():
-            note(f"{mirror} has it, too")
+        for mirror in mirrors:
+            if mirror.push():
+                note(f"{mirror} has it, too")
 
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return run

@@ -29,6 +29,23 @@ def test_a_tilde_is_the_home(rob, made, tmp_path, monkeypatch):
     assert not Path("~").exists()
 
 
+def test_what_lies_on_this_machine_is_not_written_to_an_address(refused, made, tmp_path, monkeypatch):
+    """Else there would be a folder named s3:."""
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("pack", made.images, "s3://b/x.beton"),
+        ("views", "file:///x.png", "--data", made.data),
+        ("inspect", made.data, "--sheet", "s3://b/x.png"),
+        ("sweep", "s3://b/x", "--vary", "seed=1", "--", made.data),
+        ("eval", "knn", "pixels", made.data, "--out", "s3://b/x"),
+        ("compare", tmp_path, "--out", "s3://b/x.png"),
+        ("report", tmp_path, "--out", "s3://b/x.html"),
+        ("embed", tmp_path, made.data, "gs://b/x.npy"),
+        ("export-teacher", tmp_path, "s3://b/x.safetensors"),
+    ):
+        refused(2, r"[a-z0-9]+://(b|)/x[.a-z]* is an address, and this is written to this machine: give a path", *words)
+
+
 @pytest.mark.parametrize("parts", [("train", "test"), ("Train", "validation", "test")])
 def test_parts_of_a_data_set_are_asked_about(rob, refused, tmp_path, parts):
     for part in parts:

@@ -8,7 +8,9 @@ import pytest
 from rob.common.bucket import Bucket
 from rob.common.errors import MisuseError
 from rob.common.places import place_of
+from rob.student_train.commands.of_runs import at_hand
 from rob.student_train.mirror import LAST, RECORD, Mirror
+from rob.student_train.report.config import ReportConfig
 from rob.student_train.train import TrainProgress, train_student
 from support.training import small_run
 
@@ -23,7 +25,7 @@ def test_a_run_goes_on_on_another_machine(data, store, tmp_path, monkeypatch):
 
     def killed(self, name, content):
         written.append(name)
-        if written.count("metrics.jsonl") == 2 and name == "checkpoint.pt":
+        if written.count("checkpoint.pt") >= 2:
             raise KeyboardInterrupt
         write(self, name, content)
 
@@ -46,6 +48,18 @@ def at_machine(config, local_dir: Path):
     from dataclasses import replace
 
     return replace(config, local_dir=local_dir)
+
+
+def test_a_bucket_that_takes_nothing_is_told_before_the_first_step(data, store, tmp_path, monkeypatch):
+    def refused(self, name, content):
+        raise MisuseError("no rights")
+
+    monkeypatch.setattr(Bucket, "write", refused)
+    steps = []
+    at = at_machine(small_run(data.path, store, Path("memory://locked/run"), epochs=1), tmp_path)
+    with pytest.raises(MisuseError, match="no rights"):
+        train_student(at, TrainProgress(step=lambda done, _: steps.append(done)))
+    assert steps == []
 
 
 def test_the_folder_counts_while_nobody_else_wrote(tmp_path):
@@ -74,6 +88,23 @@ def test_the_folder_counts_while_nobody_else_wrote(tmp_path):
     place.remove("log")
     reading.pull_some("checkpoint.pt")
     assert not (reading.folder / "log").exists()
+
+
+def test_commands_get_copies_of_the_runs_that_they_name(tmp_path, monkeypatch):
+    """One or several, among their own parameters and in a configuration."""
+    monkeypatch.setenv("ROB_LOCAL_DIR", str(tmp_path))
+    for name in ("one", "two"):
+        for file in ("student.safetensors", "checkpoint.pt"):
+            place_of(f"memory://copies/{name}").write(file, name.encode())
+    one, two = Path("memory:/copies/one"), Path("memory:/copies/two")
+    options, mirrors = at_hand({"runs": [one, tmp_path, two], "config": ReportConfig((two,)), "out": one})
+    assert list(map(str, mirrors)) == ["memory://copies/one", "memory://copies/two", "memory://copies/two"]
+    copies = [options["runs"][0], options["runs"][2], *options["config"].runs]
+    assert [(copy / "student.safetensors").read_text() for copy in copies] == ["one", "two", "two"]
+    assert not any((copy / "checkpoint.pt").exists() for copy in copies)
+    assert (options["runs"][1], options["out"]) == (tmp_path, one)
+    options, _ = at_hand({"what": "memory://copies/one"}, training=True)
+    assert (Path(options["what"]) / "checkpoint.pt").read_text() == "one"
 
 
 def test_what_is_no_run_there_is_refused(tmp_path):

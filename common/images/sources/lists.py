@@ -53,7 +53,7 @@ def open_list(files: Files, config: PackConfig) -> Source:
 
     def read(path: str) -> tuple[bytes, int]:
         if files.folder and not is_address(path):
-            return read_regular(files.folder / path, LARGEST), known[path]
+            return read_regular(os.path.join(files.folder, path), LARGEST), known[path]
         if not is_address(path) and ".." not in path:
             return files.read(posixpath.normpath(path)), known[path]
         place, below = _place_of(files, path)

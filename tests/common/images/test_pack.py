@@ -1,5 +1,7 @@
 import hashlib
 import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from PIL import Image
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
-from rob.common.images.pack import PackConfig, pack
+from rob.common.images.pack import MOST_OF_A_TASK, PackConfig, _map_in_order, pack
 from support.packing import PHOTO, jpeg_bytes, packed
 
 # --- the folder: order, labels, subsets ---
@@ -196,3 +198,14 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_file(image_folder, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Beton(tmp_path / "data.beton").manifest == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.beton", "data.beton.json"]
+
+
+def test_a_thread_gets_several_images_where_they_take_little_time():
+    """Handing one over takes as long as packing a small one."""
+    for function, count, largest in ((str, 500, MOST_OF_A_TASK), (lambda item: time.sleep(0.005) or str(item), 12, 1)):
+        sizes = []
+        with ThreadPoolExecutor(2) as pool:
+            submit = pool.submit
+            pool.submit = lambda task, some, submit=submit, sizes=sizes: sizes.append(len(some)) or submit(task, some)
+            assert list(_map_in_order(pool, function, range(count), 8)) == [str(item) for item in range(count)]
+        assert (max(sizes), sum(sizes)) == (largest, count)

@@ -165,17 +165,20 @@ def test_addresses_that_cannot_be(root):
 class Answers(ThreadingHTTPServer):
     """Gives one answer to whatever is asked."""
 
-    status = 200
+    status, body = 200, b""
     daemon_threads = True
 
     def __init__(self) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(self.server.status)
-                self.send_header("Content-Length", "0")
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = b"" if self.command == "HEAD" else self.server.body
+                self.send_header("Content-Length", f"{len(body)}")
                 self.end_headers()
+                self.wfile.write(body)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
             log_message = lambda *_: None  # noqa: E731
 
         super().__init__(("127.0.0.1", 0), Handler)
@@ -214,9 +217,47 @@ def test_a_server_that_fails_is_a_sentence_without_a_key(answers, monkeypatch):
             TargetStore.open("s3://b/t.zarr")
         assert SECRET not in str(refused.value)
         assert refused.value.__cause__ is None
+    answers.status, answers.body = 404, b"<Error><Code>NoSuchBucket</Code></Error>"
+    with pytest.raises(MisuseError, match=r"^s3://b/t\.zarr cannot be listed: the server has no bucket of this name"):
+        place_of("s3://b/t.zarr").names()
+    answers.status, answers.body = 403, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"
+    with pytest.raises(MisuseError, match="cannot be listed: no rights; the keys come from the environment"):
+        place_of("s3://b/t.zarr").names()
+    answers.status, answers.body = 400, b""
+    with pytest.raises(FailureError, match="cannot be listed: the server answers 400; what is written"):
+        place_of("s3://b/t.zarr").names()
+    answers.status = 200
+    answers.body = b"<DeleteResult><Error><Key>t.zarr/x</Key><Code>AccessDenied</Code><Message/></Error></DeleteResult>"
+    with pytest.raises(MisuseError, match=r"s3://b/t\.zarr cannot be written to: no rights"):
+        place_of("s3://b/t.zarr").remove("x")
     answers.close()
     with pytest.raises(FailureError, match=r"s3://b/t\.zarr cannot be read: there is no connection to the server"):
         TargetStore.open("s3://b/t.zarr")
+
+
+def test_folders_made_in_a_console_are_no_files(answers, monkeypatch):
+    """Which are empty objects with a slash at their end, and are listed without it."""
+    as_user(monkeypatch, answers.address)
+    place = place_of("s3://b/t")
+
+    def listed(*keys: str) -> None:
+        rows = "".join(
+            f"<Contents><Key>t/{key}</Key><Size>{0 if not key or key.endswith('/') else 5}</Size><ETag>x</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in keys
+        )
+        answers.body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode()
+
+    listed("", "one/", "one/two/", "one/two/a.jpg", "b.jpg")
+    assert place.names() == {"one/two/a.jpg", "b.jpg"}
+    assert not place.holds_other({"one", "b.jpg"})
+    listed("one/", "one/a.jpg")
+    assert place.names("one") == {"a.jpg"}
+    listed("one//a.jpg")
+    with pytest.raises(
+        MisuseError, match=r"s3://b/t cannot be listed: there is an object whose name is no path, with //"
+    ):
+        place.names()
 
 
 def test_images_there_are_packed_as_from_a_disk(root, tmp_path):
