@@ -171,7 +171,7 @@ def _map_in_order(
             return
         done, seconds = pending.popleft().result()
         yield from done
-        size = min(MOST_OF_A_TASK, max(1, int(len(done) * WORTH_A_TASK / seconds)))
+        size = min(MOST_OF_A_TASK, max(1, int(len(done) * WORTH_A_TASK / max(seconds, 1e-9))))
 
 
 def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage:
