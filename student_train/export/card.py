@@ -1,6 +1,6 @@
 """The model card: what the network is, how it was made and from what, its licence, and what was measured by which command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,18 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise MisuseError(str(problem)) from None
 
 
-def teacher_of(settings: Mapping[str, Any]) -> str | None:
-    """The name of a run's teacher; None: it had none, or the run does not say."""
-    return settings.get("branch", {}).get("teacher")
+def teachers_of(settings: Mapping[str, Any]) -> list[str]:
+    """The names of a run's teachers; none where it had none, or does not say."""
+    branch = settings.get("branch", {})
+    named = [one.get("teacher") for one in (branch, *branch.get("others", ()))]
+    return [str(name) for name in named if name]
+
+
+def licence_of(teachers: Sequence[str], licence: Callable[[str], str | None]) -> str | None:
+    """Of their weights, of several each by its name. None: there is no teacher, or of a single one it is not known."""
+    if len(teachers) < 2:
+        return licence(teachers[0]) if teachers else None
+    return "; ".join(f"{name}: {licence(name) or UNKNOWN}" for name in teachers)
 
 
 def card(facts: Facts) -> str:
@@ -85,7 +94,7 @@ def _made(facts: Facts) -> str:
     if not settings:
         return ""
     branch, loader = settings.get("branch", {}), settings.get("loader", {})
-    teacher = teacher_of(settings)
+    teacher = ", ".join(teachers_of(settings))
     lines = [
         ("images", f"{Path(str(settings.get('data'))).name}, packed; fingerprint `{settings.get('data_fingerprint')}`"),
         ("targets", str(branch.get("kind"))),

@@ -10,7 +10,7 @@ from ...common.files import replacing
 from ...common.weights import hash_weights
 from ..checkpoint import WEIGHTS_NAME, load_student
 from ..students import num_macs, num_parameters
-from .card import Facts, card, read_settings, teacher_of
+from .card import Facts, card, licence_of, read_settings, teachers_of
 from .config import PushConfig
 from .exported_file import read_exports, write_exports
 from .graph import Graph
@@ -42,7 +42,7 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
         for name, entry in read_exports(config.run).items()
         if entry.weights == weights and entry.format != "timm" and (config.run / name).exists()
     ]
-    teacher = teacher_of(read_settings(config.run))
+    teachers = teachers_of(read_settings(config.run))
     facts = Facts(
         config.name,
         config.run,
@@ -50,7 +50,7 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
         num_parameters(backbone),
         num_macs(backbone, info.image_size),
         config.licence,
-        teacher and teacher_licence(teacher),
+        licence_of(teachers, teacher_licence),
         exports,
     )
     text = card(facts)  # what is damaged in the run is said before anything is written

@@ -8,6 +8,7 @@ what meets which view is decided once for all of them, and the loader draws as f
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,8 @@ from .cached import Cached, CachedTargets
 from .joined import EnsembleTarget
 from .pairing import ViewPlan
 
-SAME = {
-    "recipe": "views of another recipe",
-    "seed": "views of another seed",
-    "geometry": "views of another resize path",
-}
-"""What stores of one ensemble must have in common, and what it is to differ there."""
+SAME = {"recipe": "recipe", "seed": "seed", "geometry": "resize path"}
+"""What the views of all stores of an ensemble have in common, in the manifest's word and in words."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,11 @@ class Ensemble:
             raise MisuseError(
                 f"`targets_weight`: {len(self.weights)} weights for {len(self.members)} stores, give one for each of `targets`"
             )
-        if any(weight <= 0 for weight in self.weights):
+        if not all(0 < weight < inf for weight in self.weights):
             told = ", ".join(f"{weight:g}" for weight in self.weights)
-            raise MisuseError(f"`targets_weight` {told}: a weight is above 0, leave out a store that has none")
+            raise MisuseError(
+                f"`targets_weight` {told}: a weight is above 0 and a number, leave out a store that has none"
+            )
 
     @property
     def stores(self) -> tuple[Path, ...]:
@@ -68,8 +67,8 @@ class Ensemble:
                 if ours != theirs:
                     shown = "" if isinstance(ours, dict) else f" ({ours}, not {theirs})"
                     raise MisuseError(
-                        f"{member.source} holds {found}{shown} than {first.source}, and the stores of an ensemble share theirs: "
-                        f"cache one of them again with the other's `recipe`, `seed` and `loader`"
+                        f"{member.source} holds views of another {found}{shown} than {first.source}, and the stores of an "
+                        "ensemble share theirs: cache one of them again with the other's `recipe`, `seed` and `loader`"
                     )
             if member.source == first.source:
                 raise MisuseError(f"`targets` {member.source} is there twice: give one store for each teacher")

@@ -53,6 +53,11 @@ class WithCopy:
             raise MisuseError(
                 f"`with_copy` puts a copy beside a teacher, and `targets` {frozen.kind} have none: leave `with_copy` out"
             )
+        if frozen.space.members:
+            raise MisuseError(
+                f"`with_copy` puts a copy beside one teacher, and `targets` are {len(frozen.space.members)}: give one, or leave "
+                "`with_copy` out"
+            )
         return TargetsWithCopy(frozen, MomentumTargets(frozen.recipe, settings, objective, run))
 
     def settings(self, objective: str) -> CopySettings:

@@ -15,6 +15,7 @@ from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.student_train.as_teacher import export_teacher
 from rob.student_train.config import PairingConfig
+from rob.student_train.export.card import licence_of, teachers_of
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.targets.cached import Cached
@@ -24,7 +25,7 @@ from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import train_student
 from rob.student_train.train_config import ExportTeacherConfig, TrainConfig
 from rob.student_train.trainer import Trainer
-from support.tiny import tiny_store, tiny_teacher_checkpoint
+from support.tiny import TEACHER, tiny_store, tiny_teacher_checkpoint
 from support.training import LOADER, STEPS_PER_EPOCH, refused
 
 
@@ -65,6 +66,8 @@ def test_every_head_gets_its_own_teachers_targets_of_the_same_views(ensemble, st
     settings = json.loads((ensemble.out / "config.json").read_text())
     assert settings["targets"] == [str(store.path), str(other.path)]
     assert settings["branch"]["shares"] == [0.75, 0.25]
+    assert (teachers := teachers_of(settings)) == [TEACHER, TEACHER], "a model card names all"
+    assert licence_of(teachers, {TEACHER: "MIT"}.get) == f"{TEACHER}: MIT; {TEACHER}: MIT"
     assert settings["objective"]["name"] == "embedding", "one of the stores has no prototypes"
     model = torch.load(ensemble.out / "checkpoint.pt", weights_only=True)["state"]["model"]
     heads = [
@@ -109,6 +112,8 @@ def test_stores_of_other_views_are_refused(ensemble, data, store, other, teacher
         ((store, store), (), "is there twice"),
         ((store, other), (1.0,), "1 weights for 2 stores"),
         ((store, other), (1.0, 0.0), "a weight is above 0"),
+        ((store, other), (1.0, float("nan")), "a weight is above 0"),
+        ((store, other), (1.0, float("inf")), "a weight is above 0"),
         ((other, logits), (), "the store holds logits"),
     ):
         with pytest.raises(MisuseError, match=sentence):
@@ -140,6 +145,7 @@ def test_the_command_takes_several_stores(data, store, other, tmp_path):
         (("--targets", str(store.path), "--targets", "momentum"), "momentum is none: give it alone"),
         (("--targets", str(store.path), "--targets-weight", "2"), "is for several --targets"),
         ((*several, "--targets-weight", "2"), "1 weights for 2 stores"),
+        ((*several, "--objective", "disco", "--with-copy"), "beside one teacher, and --targets are 2: give one"),
     ):
         result = train(*words)
         assert isinstance(result.exception, MisuseError) or result.exit_code, result.output
