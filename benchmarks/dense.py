@@ -49,6 +49,23 @@ def prepare(data: Path, out: Path) -> tuple[Path, Path]:
     return bccd, cells
 
 
+def cached(data: Path, out: Path) -> tuple[Path, Path, Path, Path]:
+    """The same two folders, the photographs to train on as a ``.beton``, and the stand-in's targets of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    bccd, cells = prepare(data, out)
+    packed, store = out / "train.beton", out / "targets.zarr"
+    if not packed.exists():
+        rob("pack", cells / "images" / "train", packed)
+    rob("cache-teacher", packed, store, "--teacher", STAND_IN, *CACHING.split())
+    return bccd, cells, packed, store
+
+
+def trained(run: Path, packed: Path, store: Path, seed: int, *options: str) -> None:
+    """A student in the folder ``run``, unless there is one."""
+    if not (run / "student.safetensors").exists():
+        rob("train-student", packed, "--targets", store, "--out", run, *options, "--seed", seed)
+
+
 def draw(data: DetectionData, image: dict[str, Any], out: Path, part: str) -> None:
     """One image and its mask."""
     file = data.folder / image["file_name"]
@@ -98,29 +115,12 @@ def main() -> None:
     parser.add_argument("--detect-seeds", type=int, default=1, help="how many of them a detector is trained with")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    bccd, cells = prepare(arguments.data, out)
-    packed, store = out / "train.beton", out / "targets.zarr"
-    if not packed.exists():
-        rob("pack", cells / "images" / "train", packed)
-    rob("cache-teacher", packed, store, "--teacher", STAND_IN, *CACHING.split())
+    bccd, cells, packed, store = cached(arguments.data, out)
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(arguments.seeds):
         for name, options in OBJECTIVES.items():
             run = out / f"{name}-{seed}"
-            if not (run / "student.safetensors").exists():
-                rob(
-                    "train-student",
-                    packed,
-                    "--targets",
-                    store,
-                    "--out",
-                    run,
-                    *TRAINING.split(),
-                    *options.split(),
-                    "--seed",
-                    seed,
-                )
+            trained(run, packed, store, seed, *TRAINING.split(), *options.split())
             detect = seed < arguments.detect_seeds
             found.setdefault(name, []).append(measured(run, bccd, cells, "student", seed, detect))
             if name == "embedding":

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_mobilenet_v3_large_fpn
 
-from rob.benchmarks.dense import CACHING, STAND_IN, prepare
-from rob.benchmarks.processes import rob
+from rob.benchmarks.dense import CACHING, STAND_IN, cached, trained
 from rob.benchmarks.report import Report
 from rob.common.files import replacing
 from rob.common.run import seed_everything
@@ -77,30 +76,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    bccd, cells = prepare(arguments.data, out)
-    packed, store = out / "train.beton", out / "targets.zarr"
-    if not packed.exists():
-        rob("pack", cells / "images" / "train", packed)
-    rob("cache-teacher", packed, store, "--teacher", STAND_IN, *CACHING.split())
+    bccd, _, packed, store = cached(arguments.data, out)
     found: dict[str, list[float]] = {"random weights": [], "trained in place": []}
     for seed in range(arguments.seeds):
         run = out / f"student-{seed}"
-        if not (run / "student.safetensors").exists():
-            factory = "rob.benchmarks.in_place:detector"
-            rob(
-                "train-student",
-                packed,
-                "--targets",
-                store,
-                "--out",
-                run,
-                "--student",
-                factory,
-                *TRAINING.split(),
-                "--seed",
-                seed,
-            )
+        trained(run, packed, store, seed, "--student", "rob.benchmarks.in_place:detector", *TRAINING.split())
         weights = run / "student.safetensors"
         found["trained in place"].append(measured(out / f"trained-{seed}", bccd, weights, seed))
         found["random weights"].append(measured(out / f"random-{seed}", bccd, None, seed))
