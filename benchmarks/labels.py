@@ -29,6 +29,7 @@ from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.kernels.target import DenseTarget, Target
 from rob.student_train.targets.branch import RunContext, TargetBranch
 from rob.student_train.targets.cached import WINDOW_BLOCKS
+from rob.student_train.targets.config import TargetsConfig
 from rob.student_train.targets.joined import PairTarget
 from rob.student_train.targets.pairing import ViewPlan
 from rob.student_train.targets.space import TargetSpace
@@ -41,14 +42,10 @@ UNLIMITED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Labels:
+class Labels(TargetsConfig):
     """Targets of a run whose views are drawn by ``recipe``: the images' own labels, the same for all views."""
 
     recipe: Recipe
-
-    @property
-    def stores(self) -> tuple[Path, ...]:
-        return ()
 
     def open(self, run: RunContext) -> "LabelTargets":
         """MisuseError: the images have no labels."""

@@ -64,7 +64,7 @@ class TargetsConfig(Protocol):
     @property
     def stores(self) -> tuple[Path, ...]:
         """Where its targets are cached; none where they are made on the spot."""
-        ...
+        return ()
 
     def open(self, run: "RunContext") -> "TargetBranch":
         """The branch for ``run``. MisuseError: it cannot serve such a run."""

@@ -18,7 +18,6 @@ a view never meets itself. The copy is exported as ``student_average.safetensors
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from ..optimiser import cosine_decay
 from ..student_with_head import StudentWithHead
 from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
 from .cached import placed
-from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, WarmupTeacherTempEpochs
+from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, TargetsConfig, WarmupTeacherTempEpochs
 from .dense import Placement, TargetWithPatches
 from .joined import AnyTarget
 from .pairing import ViewPlan
@@ -69,7 +68,7 @@ def unread_options(objective: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(TargetsConfig):
     """No teacher. What is None is as the objective's paper has it: the number of ``prototypes`` K, the ``copy_momentum`` at the
     start, and the epochs in which the teacher's temperature rises (0: it is what it is from the start)."""
 
@@ -81,10 +80,6 @@ class Momentum:
 
     def __post_init__(self) -> None:
         check(self)
-
-    @property
-    def stores(self) -> tuple[Path, ...]:
-        return ()
 
     def open(self, run: RunContext) -> "MomentumTargets":
         """MisuseError: the objective needs a frozen teacher, or has no use for one of these settings."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES
 from .branch import RunContext, TargetBranch
 from .cached import WINDOW_BLOCKS, patch_space, placed
-from .config import Views
+from .config import TargetsConfig, Views
 from .dense import TargetWithPatches
 from .joined import AnyTarget
 from .pairing import ViewPlan
@@ -30,7 +29,7 @@ from .space import TargetSpace
 
 
 @dataclass(frozen=True, eq=False)
-class Online:
+class Online(TargetsConfig):
     """The loaded ``teacher``, which is on the run's device, at ``view_size`` pixels (None: its own size).
 
     ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a
@@ -46,10 +45,6 @@ class Online:
 
     def __post_init__(self) -> None:
         check(self)
-
-    @property
-    def stores(self) -> tuple[Path, ...]:
-        return ()
 
     def open(self, run: RunContext) -> "OnlineTargets":
         return OnlineTargets(self, run)
