@@ -4,7 +4,6 @@ Stages are imported inside the commands, so that --help is instant.
 """
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -57,7 +56,8 @@ def main() -> None:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
-        print(f"error: {printable(f'{error.filename or os.getcwd()}: {error.strerror or error}')}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

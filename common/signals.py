@@ -172,6 +172,7 @@ def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[N
 @contextmanager
 def uninterrupted() -> Iterator[list[int]]:
     """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all.
+    Any that is ignored (nohup) stays so.
 
     Yields the signals held back so far; a KeyboardInterrupt that the block raises for them becomes the first of them.
     """
@@ -179,10 +180,8 @@ def uninterrupted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield held_back
         return
-    before = {
-        number: signal.signal(number, lambda number, _: held_back.append(number))
-        for number in (signal.SIGINT, *ENDINGS)
-    }
+    numbers = [number for number in (signal.SIGINT, *ENDINGS) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: held_back.append(number)) for number in numbers}
     try:
         yield held_back
     except KeyboardInterrupt:

@@ -162,10 +162,10 @@ def _spread(embeddings: Tensor) -> float:
 
 
 def _with_figures(prototypes: Tensor, teacher_temp: float, batches: Iterable[Tensor]) -> FittedPrototypes:
-    counts, total = torch.zeros(len(prototypes), dtype=torch.float64, device=prototypes.device), 0.0
+    counts, total = torch.zeros(len(prototypes), dtype=torch.float64), 0.0
     for embeddings in batches:
         cosines, nearest = (embeddings @ prototypes.T).max(dim=1)
-        counts += torch.bincount(nearest, minlength=len(prototypes))
+        counts += torch.bincount(nearest, minlength=len(prototypes)).cpu()
         total += cosines.sum().item()
     return FittedPrototypes(
         prototypes=prototypes.cpu(),

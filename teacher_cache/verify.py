@@ -15,13 +15,13 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
 from ..common.patches import PatchTargets
-from ..common.run import autocast, pick_device
+from ..common.run import autocast, choose_precision, pick_device
 from ..common.store.codec import decode, decode_patches
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import dense_embedder, embedder
 from ..common.tokens import TOKENS
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry, settled
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
 from .teachers import Teacher, load_teacher
@@ -95,8 +95,8 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     store, data = TargetStore.open(config.store), Beton(config.data)
     store.check_data(data.manifest)
     manifest, recipe = store.manifest, Recipe.from_dict(store.manifest.recipe)
-    precision = config.precision or manifest.precision
     device = pick_device(config.device)
+    precision = choose_precision(device, config.precision or manifest.precision)
     autocast(device, precision)
     teacher = load_teacher(config.teacher).to(device)
     _refuse_another_teacher(store, teacher)
@@ -105,10 +105,8 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
     if manifest.geometry != "pillow" and geometry(LoaderConfig()) == "pillow":
         raise MisuseError(f"{store.path} was cached with ffcv, which is not installed here: verify it where it is")
-    backend = "torch" if manifest.geometry == "pillow" else "ffcv"
-    if manifest.geometry == "planes-gpu" and device.type == "cuda":
-        backend = "gpu"
-    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(backend, config.batch_size, config.workers))
+    loading = settled(LoaderConfig("auto", config.batch_size, config.workers), device, manifest.geometry)
+    loader = ViewLoader(data, recipe, manifest.seed, loading)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)
     seen = teacher, recipe, manifest.view_size, device, precision

@@ -37,6 +37,8 @@ def key_of(config: PackConfig, source: Source) -> str:
         config.raw,
         config.window,
         config.percentiles,
+        config.image_column,
+        config.label_column,
     ]
     digest = hashlib.sha256(json.dumps([PIL.__version__, *settings, source.classes, source.stamp]).encode())
     for path in source.paths:
