@@ -16,8 +16,8 @@ from ..common.views.loader import Batch, ViewLoader, ViewSet
 
 @contextmanager
 def after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
-    """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would
-    wait for all that the teacher was given since, and the GPU then for the next chunk."""
+    """On CUDA, the block runs in a stream of its own that waits for ``made`` alone. In the teacher's stream, reading a result
+    would wait for all the work that was queued since, and the GPU would then be idle until the next chunk."""
     if made is None:
         yield
         return

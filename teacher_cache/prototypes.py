@@ -40,8 +40,8 @@ BATCH_ELEMENTS = 1 << 25
 """Elements of the largest matrix held, batch x K or batch x D: 128 MiB of float32."""
 
 BLOCK_ROWS = 16
-"""Rows read in one piece. A batch is many blocks from all over: rows lie in the order of their paths, often class by
-class, and a batch of one class must not be spread over the prototypes of all."""
+"""Rows read in one piece. A batch is many blocks from all over the store: neighbouring rows may be of one class (``rob pack
+--keep-order``), and a batch of one class must not be spread over the prototypes of all."""
 
 WINDOW = 10
 """Batches that a prototype's decaying sum reaches back over, or as many as a pass has: one batch makes plain Lloyd steps."""

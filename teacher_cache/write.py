@@ -65,7 +65,7 @@ def write_store(work: Work, making: Making) -> bool:
     dead = _write_chunks(work, making, writer, says, batch_size)
     if dead:
         progress.note(
-            f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
+            f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, from which a student learns nothing: "
             f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
     if missing := writer.missing():
@@ -117,17 +117,17 @@ def _plan(work: Work, making: Making, writer: StoreWriter, sizes: list[int], spe
     manifest, done = making.manifest, writer.rows_done
     own, *beside = sizes
     return CachePlan(
-        work.data.num_images,
-        len(manifest.view_ids),
-        own,
-        sum(beside),
-        0 if manifest.patch_encoding is None else manifest.patch_encoding.bytes_per_view,
-        free_bytes(work.config.out),
-        done if making.views_there else max(done, making.rows_there),
-        speed,
-        work.share.parts,
-        making.views_there,
-        fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
+        num_images=work.data.num_images,
+        views=len(manifest.view_ids),
+        bytes_per_view=own,
+        temporary_bytes_per_view=sum(beside),
+        patch_bytes_per_view=0 if manifest.patch_encoding is None else manifest.patch_encoding.bytes_per_view,
+        free_bytes=free_bytes(work.config.out),
+        rows_done=done if making.views_there else max(done, making.rows_there),
+        views_per_second=speed,
+        workers=work.share.parts,
+        views_done=making.views_there,
+        batch_size=fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
     )
 
 
