@@ -44,7 +44,9 @@ from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first warms up. Patches are of views of ``patch_size``, larger than ``teacher_size``: a teacher's map has few positions there."""
+    """``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first warms up. Patches are of views of
+    ``patch_size``, larger than ``teacher_size``: a teacher's map has few positions there.
+    """
 
     data: Path | None = None
     teacher: TeacherConfig = TEACHER
