@@ -29,7 +29,7 @@ def usable_memory() -> int:
     """
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min([machine, *map(_memory_limit, _own_cgroups("memory"))]) // ranks
+    return int(min([machine, *map(_memory_limit, _own_cgroups("memory"))])) // ranks
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rob.common.errors import FailureError
-from rob.common.images import half
+from rob.common.images import resume
 from rob.common.images.config import PackConfig
 from rob.common.images.pack import pack
 from rob.common.images.sources import open_source
@@ -15,7 +15,7 @@ from support.tiny import contents, tiny_images
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Twenty images, of which the twelfth to be packed is broken; rows are written every four."""
-    monkeypatch.setattr(half, "EVERY", 4)
+    monkeypatch.setattr(resume, "EVERY", 4)
     images = tiny_images(tmp_path / "images", 20)
     (images / open_source(PackConfig(str(images), tmp_path / "a.beton")).shuffled().paths[11]).write_bytes(b"broken")
     return images
