@@ -247,12 +247,16 @@ evaluate = typer.Typer(
 for function in (pack, views):
     app.command(cls=GroupedCommand)(command(behind_spinner(function)))
 app.command(cls=GroupedCommand)(command(behind_spinner(teachers)))
-app.command("cache-teacher", cls=GroupedCommand)(command(behind_spinner(cache_teacher), views_of_preset=views_of_preset))
+app.command("cache-teacher", cls=GroupedCommand)(
+    command(behind_spinner(cache_teacher), views_of_preset=views_of_preset)
+)
 app.command(cls=GroupedCommand)(command(behind_spinner(inspect)))
 app.command(cls=GroupedCommand)(command(behind_spinner(students)))
 app.command("train-student", cls=PresetCommand)(command(behind_spinner(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer, probe_segmentation):
-    evaluate.command(cls=GroupedCommand)(command(behind_spinner(of_runs(function), "rob eval"), load_teacher=load_teacher))
+    evaluate.command(cls=GroupedCommand)(
+        command(behind_spinner(of_runs(function), "rob eval"), load_teacher=load_teacher)
+    )
 evaluate.command(cls=GroupedCommand)(command(behind_spinner(of_runs(detect), "rob eval")))
 app.add_typer(evaluate, name="eval")
 finetune = typer.Typer(
