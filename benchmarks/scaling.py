@@ -36,11 +36,11 @@ class Costs:
     decode: float = 1e3 / 0.4505
     """Images/s a core: loader_cpu_20261121, decode only, planes (photographs of 500 x 375 px)."""
     encode: float = 0.9e6
-    """Views/s a core: store_cpu_20261121, embedding int8, blosc zstd 3."""
+    """Views/s a core: the first `rob bench store`, embedding int8, blosc zstd 3."""
     image_bytes: float = 110e3
     """Of a JPEG: ImageNet's mean."""
     view_bytes: float = 200.0
-    """Of a view in the store: store_cpu_20261121, int8 of 256 numbers."""
+    """Of a view in the store: store_cpu_20261126, int8 of 256 numbers."""
     start: float = 30.0
     """Seconds until the first batch: imports, compiled views, the teacher's file."""
 
