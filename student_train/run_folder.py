@@ -21,23 +21,28 @@ from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from .collapse import FIELDS
 
-FREE_TO_CHANGE = (
-    *(
-        "out",
-        "device",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "knn_every",
-        "effort",
-        "budget",
-        "loader",
-    ),
-    *("compile", "local_dir", "loggers", "patience"),
-    *("data", "targets", "versions"),
-)
+FREE_TO_CHANGE = {
+    "out",
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "knn_every",
+    "effort",
+    "budget",
+    "loader",
+    "compile",
+    "local_dir",
+    "loggers",
+    "patience",
+    "data",
+    "targets",
+    "versions",
+    "teacher_temp",
+}
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
-elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order."""
+elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order. The
+``teacher_temp`` of the targets follows from the objective and the branch."""
 LARGEST_LOG = 1 << 32
 """Bytes."""
 

@@ -154,6 +154,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         "recipe": branch.recipe.to_dict(),
         "targets": branch.source,
         "branch": branch.description,
+        "teacher_temp": trainer.objective.teacher_temp,
         "versions": versions("rob", "torch", "timm"),
     }
     if told := parent.told if parent else (begun or {}).get("parent"):
