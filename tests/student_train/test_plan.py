@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
@@ -15,7 +16,7 @@ from rob.student_train.plan_warnings import LEAST_STEPS
 from rob.student_train.students import StudentConfig
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
-from rob.student_train.trial import Trial, try_steps
+from rob.student_train.trial import Trial, free_memory, try_steps
 
 
 @pytest.fixture
@@ -207,6 +208,12 @@ def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, da
     )
     assert small.parameters == num_parameters(build_student(full.student))
     assert small.memory_bytes < large.memory_bytes < 3 * small.memory_bytes + 1
+
+
+def test_what_torch_has_cached_on_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 130
 
 
 def test_python_and_the_command_choose_the_same_stem():
