@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError, first_line
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
-from ..common.ranks import ALONE, Ranks, from_main
+from ..common.ranks import ALONE, Ranks, from_main, mean_over_ranks
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
@@ -155,10 +155,8 @@ class RunFolder:
         if not self.ranks.is_main:
             return
         self._check_there()
-        for name in (
-            "metrics.jsonl",
-            "train.log",
-        ):  # what is logged must not be lost once its steps will not be run again
+        # What is logged must not be lost once its steps will not be run again.
+        for name in ("metrics.jsonl", "train.log"):
             if (self.out / name).exists():
                 with append_to(self.out / name) as file:
                     flush_to_disk(file)
@@ -193,10 +191,11 @@ class RunFolder:
     ) -> None:
         """Take note of step number ``step`` (from 1); every ``log_every`` steps write a line.
 
-        health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for.
+        health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for. Of
+        several ranks the mean: each has the loss of its share.
         targets: what ``collapse`` says of this step's targets.
         """
-        self._health.append(health)
+        self._health.append(mean_over_ranks(health))
         self._images += images
         if not self.is_logged(step):
             return
