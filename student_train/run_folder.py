@@ -279,6 +279,14 @@ class RunFolder:
         )
 
 
+def flat_settings(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"optimiser": {"lr": 1}}`` -> ``{"optimiser.lr": 1}``; lists stay."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat_settings(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
+
+
 def read_log(run: Path, unchecked: bool = False) -> list[LogLine]:
     """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
 
