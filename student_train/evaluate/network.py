@@ -22,7 +22,7 @@ from ..students import StudentConfig, StudentInfo, check_input_size, create_stud
 from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, labels_of
 from .helpers import ask, help_out, let_go
 
-SMALL_SIDE = 64
+SEES_ALL_UP_TO = 64
 """Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
 so that it is the same for every image that it is measured on.
 """
@@ -135,7 +135,7 @@ class FrozenNetwork:
     @property
     def sees_all(self) -> bool:
         """Whether nothing is cut off but what makes an image square."""
-        return self.size <= SMALL_SIDE
+        return self.size <= SEES_ALL_UP_TO
 
     def features(
         self,
