@@ -107,9 +107,8 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
         body.load_state_dict(start.backbone.state_dict(), strict=False)
         if config.init == "student" and not kept.checkpoint.exists():
             begin_with_regression(model, network, data, train, loader)
-        steps = max(
-            1, data.num_images // loader.batch_size
-        )  # the last images that fill no batch wait for another epoch
+        # The last images, which fill no batch, wait for another epoch.
+        steps = max(1, data.num_images // loader.batch_size)
         crops, ids = views_of(config, network, data, loader), torch.arange(data.num_images)
         mix, labels = Mixing(config, len(classes), start.device), train.labels.to(start.device)
 
