@@ -94,9 +94,11 @@ class Objective(nn.Module):
     views_by_size: Sequence[int] = ()
     """With ``norm_by_size``: how many of a step's V views are of each crop size."""
     teacher_temp: float | None = None
+    """Of the targets; None where it has no such option."""
     sinkhorn: str | None = None
+    """As the option; None where it has no such option."""
     mean_entropy: float | None = None
-    """The last two: None where it has no such option."""
+    """Weight of the term; None where it has no such option."""
 
     def __init_subclass__(cls, name: str | None = None, **others: object) -> None:
         super().__init_subclass__(**others)

@@ -61,8 +61,9 @@ class PrototypeObjective(Objective):
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
     mlp_layers: ClassVar[int] = 2
+    """Linear layers of ``head_type`` "mlp", the last one counted."""
     mlp_activation: ClassVar[Activation | None] = None
-    """Both of ``head_type`` "mlp", its last layer counted."""
+    """Between the layers of ``head_type`` "mlp"."""
     bottleneck = 256
     weight_norm: ClassVar[bool] = True
     unit_prototypes: ClassVar[bool] = False
@@ -76,8 +77,9 @@ class PrototypeObjective(Objective):
     sinkhorn = "none"
     mean_entropy = 0.0
     sinkhorn_alone: ClassVar[str] = "none"
+    """``sinkhorn`` where there is no teacher."""
     mean_entropy_alone: ClassVar[float] = 0.0
-    """The two before them where there is no teacher."""
+    """``mean_entropy`` where there is no teacher."""
 
     prototypes: Prototypes
     teacher_temp: float
