@@ -4,7 +4,6 @@ Stages are imported inside the commands, so that --help is instant.
 """
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -57,7 +56,8 @@ def main() -> None:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except OSError as error:  # a disk, a permission, a network: what the system says is the sentence
-        print(f"error: {printable(f'{error.filename or os.getcwd()}: {error.strerror or error}')}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -122,7 +122,7 @@ def demo(
     )
 
 
-def at_once(function: Callable[..., None], group: str = "rob") -> Callable[..., None]:
+def behind_spinner(function: Callable[..., None], group: str = "rob") -> Callable[..., None]:
     """``function``, a command of ``group``, behind a spinner until it shows something of its own: its libraries take seconds
     to load."""
 
@@ -245,15 +245,19 @@ evaluate = typer.Typer(
 )
 # In the order of the work, in which --help lists them.
 for function in (pack, views):
-    app.command(cls=GroupedCommand)(command(at_once(function)))
-app.command(cls=GroupedCommand)(command(at_once(teachers)))
-app.command("cache-teacher", cls=GroupedCommand)(command(at_once(cache_teacher), views_of_preset=views_of_preset))
-app.command(cls=GroupedCommand)(command(at_once(inspect)))
-app.command(cls=GroupedCommand)(command(at_once(students)))
-app.command("train-student", cls=PresetCommand)(command(at_once(train_student), load_teacher=load_teacher))
+    app.command(cls=GroupedCommand)(command(behind_spinner(function)))
+app.command(cls=GroupedCommand)(command(behind_spinner(teachers)))
+app.command("cache-teacher", cls=GroupedCommand)(
+    command(behind_spinner(cache_teacher), views_of_preset=views_of_preset)
+)
+app.command(cls=GroupedCommand)(command(behind_spinner(inspect)))
+app.command(cls=GroupedCommand)(command(behind_spinner(students)))
+app.command("train-student", cls=PresetCommand)(command(behind_spinner(train_student), load_teacher=load_teacher))
 for function in (knn, linear, lowshot, transfer, probe_segmentation):
-    evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(function), "rob eval"), load_teacher=load_teacher))
-evaluate.command(cls=GroupedCommand)(command(at_once(of_runs(detect), "rob eval")))
+    evaluate.command(cls=GroupedCommand)(
+        command(behind_spinner(of_runs(function), "rob eval"), load_teacher=load_teacher)
+    )
+evaluate.command(cls=GroupedCommand)(command(behind_spinner(of_runs(detect), "rob eval")))
 app.add_typer(evaluate, name="eval")
 finetune = typer.Typer(
     cls=WholeSummaries,
@@ -261,16 +265,16 @@ finetune = typer.Typer(
     no_args_is_help=True,
 )
 for function in (classify, segment):
-    finetune.command(cls=GroupedCommand)(command(at_once(of_runs(function), "rob finetune")))
+    finetune.command(cls=GroupedCommand)(command(behind_spinner(of_runs(function), "rob finetune")))
 app.add_typer(finetune, name="finetune")
 for function in (compare, report):
-    app.command(cls=GroupedCommand)(command(at_once(of_runs(function))))
-app.command(cls=GroupedCommand)(command(at_once(sweep)))
-app.command(cls=GroupedCommand)(command(at_once(of_runs(embed)), load_teacher=load_teacher))
-app.command(cls=GroupedCommand)(command(at_once(of_runs(export))))
-app.command(cls=GroupedCommand)(command(at_once(of_runs(push)), teacher_licence=teacher_licence))
-app.command("export-teacher", cls=GroupedCommand)(command(at_once(export_teacher)))
+    app.command(cls=GroupedCommand)(command(behind_spinner(of_runs(function))))
+app.command(cls=GroupedCommand)(command(behind_spinner(sweep)))
+app.command(cls=GroupedCommand)(command(behind_spinner(of_runs(embed)), load_teacher=load_teacher))
+app.command(cls=GroupedCommand)(command(behind_spinner(of_runs(export))))
+app.command(cls=GroupedCommand)(command(behind_spinner(of_runs(push)), teacher_licence=teacher_licence))
+app.command("export-teacher", cls=GroupedCommand)(command(behind_spinner(export_teacher)))
 for function in (verify, check, demo, bench):
-    app.command(cls=GroupedCommand)(command(at_once(function)))
-app.command("gpu-check", cls=GroupedCommand)(command(at_once(gpu_check)))
-app.command(cls=GroupedCommand)(command(at_once(doctor)))
+    app.command(cls=GroupedCommand)(command(behind_spinner(function)))
+app.command("gpu-check", cls=GroupedCommand)(command(behind_spinner(gpu_check)))
+app.command(cls=GroupedCommand)(command(behind_spinner(doctor)))

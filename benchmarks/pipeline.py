@@ -44,8 +44,8 @@ from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """The demo's work by default. ``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first
-    round warms up. Patches are of views of ``patch_size``, larger than ``teacher_size``: a teacher's map has few positions there.
+    """``data`` None packs Fashion-MNIST; ``rounds`` of ``steps`` steps a side, the first warms up. Patches are of views of
+    ``patch_size``, larger than ``teacher_size``: a teacher's map has few positions there.
     """
 
     data: Path | None = None

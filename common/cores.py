@@ -1,7 +1,8 @@
-"""How many threads are worth starting in this process."""
+"""What this process may have of the machine: how many threads are worth starting, and how much memory there is for it."""
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -19,21 +20,42 @@ def usable_cores() -> int:
 
 def cgroup_quota() -> float:
     """Cores' worth of time that the strictest cgroup around this process grants, infinite without one."""
+    return min(map(_quota, _own_cgroups("cpu")), default=math.inf)
+
+
+def usable_memory() -> int:
+    """The bytes that this process may take: of the machine's memory, no more than the strictest cgroup around it grants (a
+    container's --memory, a job's of Slurm), shared with the ranks that torchrun started beside it on this machine.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min([machine, *map(_memory_limit, _own_cgroups("memory"))])) // ranks
+
+
+def _own_cgroups(controller: str) -> Iterator[Path]:
+    """The folders of the cgroups that this process is in, from its own outwards; none where there are no cgroups."""
     try:
         own = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
     except OSError:
-        return math.inf
-    least = math.inf
+        return
     for _, controllers, path in own:
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         root = CGROUP / controllers if controllers else CGROUP  # version 1 has a tree for each of its controllers
         inside = root / path.lstrip("/")
         for folder in (inside, *inside.parents):
-            least = min(least, _quota(folder))
+            yield folder
             if folder == root:
                 break
-    return least
+
+
+def _memory_limit(folder: Path) -> float:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        try:
+            return int((folder / name).read_text())
+        except (OSError, ValueError):  # none there, or "max"
+            continue
+    return math.inf
 
 
 def _quota(folder: Path) -> float:

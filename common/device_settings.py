@@ -1,6 +1,5 @@
 """What ``rob gpu-check`` found best on a device, kept for the runs that follow there."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import FailureError
-from .files import replacing
+from .files import cache_folder, replacing
 from .records import DamagedError, read_record, sealed, typed
 
 
@@ -32,7 +31,7 @@ class DeviceSettings:
 
 def settings_path() -> Path:
     """The file of all devices, in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob" / "devices.json"
+    return cache_folder() / "devices.json"
 
 
 def store_settings(device: torch.device, settings: DeviceSettings) -> Path:

@@ -42,6 +42,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def named_line(error: BaseException) -> str:
+    """The same behind its class: ``ValueError: expected 3 channels``."""
+    line, kind = first_line(error).rstrip("."), type(error).__name__
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether NumPy, a GPU or torch's CPU allocator (which says so in words only) had none left."""
     of_its_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

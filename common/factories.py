@@ -15,7 +15,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from .errors import MisuseError, unknown_name
+from .errors import MisuseError, named_line, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +97,7 @@ def build_named(name: str, setting: str = "student") -> "nn.Module":
             raise MisuseError(
                 f"`{setting}` {name} wants arguments ({inspect.signature(made_by)}): name a function without any, which calls it"
             ) from error
-        raise MisuseError(f"`{setting}` {name} failed to build a network: {_said(error)}") from error
+        raise MisuseError(f"`{setting}` {name} failed to build a network: {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise MisuseError(f"`{setting}` {name} returned a {type(made).__name__}, expected a torch.nn.Module")
     return made
@@ -122,7 +122,7 @@ def _imported(name: str, setting: str) -> Any:
                 "install its package, or be in the folder that it lies in"
             )  # fmt: skip
             raise MisuseError(f"`{setting}` {name}: there is no module {module_name} ({written})") from None
-        raise MisuseError(f"`{setting}` {name}: importing {module_name} failed: {_said(error)}") from error
+        raise MisuseError(f"`{setting}` {name}: importing {module_name} failed: {named_line(error)}") from error
     found: Any = module
     for part in path.split("."):
         if not hasattr(found, part):
@@ -132,11 +132,6 @@ def _imported(name: str, setting: str) -> Any:
     if not callable(found):
         raise MisuseError(f"`{setting}` {name} is a {type(found).__name__}, expected a function that builds a network")
     return found
-
-
-def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _wants_arguments(function: Any) -> bool:

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,11 @@ PIECE = 1 << 20
 """Bytes that are asked for at once of a file that is longer than it was."""
 LARGEST_FILE = 1 << 35
 """Bytes of one file that is read as a whole, unless less is asked for."""
+
+
+def cache_folder() -> Path:
+    """Rob's, in the user's cache: what can be fetched or measured again. Not made here."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob"
 
 
 def lock_file(path: Path, taken: str) -> int:
@@ -32,11 +37,22 @@ def lock_file(path: Path, taken: str) -> int:
 
 def open_locked(path: Path, shared: bool = False) -> int | None:
     """The same, of a folder that is there; None when another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not lock(descriptor, shared):
-        os.close(descriptor)
-        return None
-    return descriptor
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not lock(descriptor, shared):
+            os.close(descriptor)
+            return None
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # whoever held it has removed it meanwhile: others lock the next file of this name
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is still the file of ``descriptor``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def wait_for_lock(path: Path, seconds: float) -> None:
@@ -78,6 +94,12 @@ def lock(descriptor: int, shared: bool = False) -> bool:
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
+
+
+def unlock(descriptor: int) -> None:
+    """Let others lock the file of ``descriptor``, which stays open."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.lockf(descriptor, fcntl.LOCK_UN)
 
 
 @contextmanager

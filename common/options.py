@@ -49,7 +49,14 @@ def command(function: Callable[..., None], **bound: Any) -> Callable[..., None]:
 
 MANY = 16
 """Options of a command that are listed by groups."""
-GROUPS = {"Train": "Run", "Pairing": "Which views meet", "RecipeOverrides": "Views", "Loader": "Loading", "": "Targets"}
+GROUPS = {
+    "Train": "Run",
+    "Pairing": "Which views meet",
+    "RecipeOverrides": "Views",
+    "Loader": "Loading",
+    "TargetOptions": "Targets",
+    "": "Targets",
+}
 """What a group is called, where that is not the name of its configuration."""
 
 

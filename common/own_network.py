@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MisuseError, some, unknown_name
+from .errors import MisuseError, named_line, some, unknown_name
 
 INPUT = ":in"
 """Behind a layer's name: what goes into it, such as ``fc:in``, what a classifier's last layer is given."""
@@ -150,7 +150,7 @@ class OwnNetwork(nn.Module):
                     self.model.eval()
                     wanted = list(_tensors(self._raw(images, name)))
             except Exception as error:  # of any code
-                reason = reason or _first_line(error)
+                reason = reason or named_line(error)
                 continue
             return self._innermost(names[number:], wanted, images)
         tops = ", ".join(name for name, _ in self.model.named_children())
@@ -243,8 +243,3 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import MisuseError
+from .run import float64
 from .store.patches import PatchEncoding
 
 MEAN, BASIS, KEPT = "patch_mean", "patch_basis", "patch_variance"
@@ -102,7 +103,7 @@ def fit_pca(batches: Iterable[Tensor], dim: int) -> dict[str, np.ndarray]:
     """
     count, total, products = 0, None, None
     for batch in batches:
-        rows = batch.double()
+        rows = float64(batch)
         count += len(rows)
         total = rows.sum(0) if total is None else total + rows.sum(0)
         products = rows.T @ rows if products is None else products + rows.T @ rows

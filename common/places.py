@@ -55,7 +55,7 @@ class Place(Protocol):
         ...
 
     def remove_all(self, under: str = "") -> None:
-        """The files below ``under``, a manifest at its top last."""
+        """The files below ``under``; in a bucket a manifest at its top last."""
         ...
 
     def copy_from(self, other: "Place", name: str) -> None:

@@ -68,7 +68,7 @@ def sealed(content: Mapping[str, Any], indent: int | None = None) -> bytes:
 def unsealed(data: bytes, kind: type[T], unchecked: bool = False) -> T:
     """What ``sealed`` gave, as a ``kind``. DamagedError: its checksum is another, it has none, or is of another form.
 
-    ``unchecked``: one that never had a checksum passes, since what reads it holds it against something that has one.
+    ``unchecked``: one that never had a checksum is accepted; the caller compares its content with something that has one.
     """
     seal = _SEAL.search(data[-80:])
     if seal is None:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .errors import MisuseError, unknown_name
 
@@ -81,6 +82,11 @@ def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
         return
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+def float64(x: Tensor) -> Tensor:
+    """``x`` in double precision, on the CPU where its device has none: Apple's GPUs."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @contextmanager

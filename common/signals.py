@@ -133,7 +133,7 @@ def ended_when_deaf(told: str, seconds: float, again_after: float = 2.0) -> Iter
 @contextmanager
 def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[None]:
     """Inside the block a Ctrl-C is answered at once, however long the main thread is in a kernel. One that comes ``again_after``
-    seconds later or more leaves; those before are of the same impatience, and what the run has is still saved.
+    seconds later or more exits without saving; one before that changes nothing.
 
     ``say`` is called from another thread. What is written is written as a whole or not at all, so that nothing is lost by leaving
     but what came after the last checkpoint.
@@ -151,7 +151,12 @@ def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[N
             if numbers[0] != signal.SIGINT:
                 continue
             if asked and time.monotonic() - asked >= again_after:
-                print("left", file=sys.stderr, end=SHOW_CURSOR if sys.stderr.isatty() else "\n", flush=True)
+                print(
+                    "aborted without saving",
+                    file=sys.stderr,
+                    end=SHOW_CURSOR if sys.stderr.isatty() else "\n",
+                    flush=True,
+                )
                 os._exit(130)
             if not asked:
                 say("finishing this step, then saving; Ctrl-C again, in two seconds or more, leaves without")
@@ -172,6 +177,7 @@ def answered(say: Callable[[str], None], again_after: float = 2.0) -> Iterator[N
 @contextmanager
 def uninterrupted() -> Iterator[list[int]]:
     """Holds Ctrl-C and ``ENDINGS`` back until the end of the block, so that what is inside happens wholly or not at all.
+    Any that is ignored (nohup) stays so.
 
     Yields the signals held back so far; a KeyboardInterrupt that the block raises for them becomes the first of them.
     """
@@ -179,10 +185,8 @@ def uninterrupted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield held_back
         return
-    before = {
-        number: signal.signal(number, lambda number, _: held_back.append(number))
-        for number in (signal.SIGINT, *ENDINGS)
-    }
+    numbers = [number for number in (signal.SIGINT, *ENDINGS) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: held_back.append(number)) for number in numbers}
     try:
         yield held_back
     except KeyboardInterrupt:

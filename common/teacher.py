@@ -67,8 +67,9 @@ def embedder(
     """The function of a batch, whose last view set has V views of ``view_size`` pixels a side, to their embeddings (B, V, D)
     float32 on ``device``, where ``teacher`` is already.
 
-    It may be given ``at_once``, B or more: the teacher then sees one view of so many images at a time, empty ones behind a short
-    batch. A last bit goes by how many there are, and must not by how many views an image has, or where the data end.
+    With ``at_once`` (B or more) the teacher sees one view at a time, in batches padded with zeros to exactly so many images. A
+    result's last bit may depend on the size of the batch: of a fixed size, a target does not depend on how many views an image
+    has, or on a short last batch.
     """
     teacher = cast_once(teacher, device, precision)
     views_of = _views(teacher, recipe, view_size, device, precision)

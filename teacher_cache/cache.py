@@ -27,7 +27,7 @@ from .config import CacheConfig
 from .cost import CachePlan
 from .fitted import with_prototypes, write_logits
 from .growth import growth_of, in_its_place
-from .making import CacheProgress, Making, Work
+from .job import CacheProgress, StoreJob, Work
 from .patches import patch_encoding
 from .prototypes import PrototypeConfig
 from .share import WAIT, Share, beside
@@ -94,7 +94,7 @@ def _grow(work: Work, manifest: StoreManifest) -> bool:
 
 def _cache(work: Work, manifest: StoreManifest) -> bool:
     """Embeddings, to which prototypes may be fitted, or a teacher's own logits. False as `write_store`."""
-    if not write_store(work, Making(work.config.out, manifest)):
+    if not write_store(work, StoreJob(work.config.out, manifest)):
         return False
     if work.config.prototypes:
         _fitted(work, work.config.out)
@@ -109,7 +109,7 @@ def _cache_logits(work: Work, manifest: StoreManifest, temporary: StoreManifest,
             return True
         # Refuses what is in the way, before the embeddings are made.
         refuse_what_is_in_the_way(config.out, manifest, work.share, "teacher_temp")
-        if not write_store(work, Making(embeddings, temporary)):
+        if not write_store(work, StoreJob(embeddings, temporary)):
             return False
         source = _fitted(work, embeddings)
         note(f"encoding {config.encoding.kind} targets")

@@ -1,4 +1,4 @@
-"""Images to whole chunks of what the teacher says of them."""
+"""From images to whole chunks of the teacher's targets."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from ..common.views.loader import Batch, ViewLoader, ViewSet
 
 @contextmanager
 def after(made: torch.Event | None, *tensors: Tensor | None) -> Iterator[None]:
-    """On CUDA, a stream that begins when the tensors are ``made``. In the teacher's own stream whoever wants to see them would
-    wait for all that the teacher was given since, and the GPU then for the next chunk."""
+    """On CUDA, the block runs in a stream of its own that waits for ``made`` alone. In the teacher's stream, reading a result
+    would wait for all the work that was queued since, and the GPU would then be idle until the next chunk."""
     if made is None:
         yield
         return
@@ -43,8 +43,9 @@ def refuse_not_finite(embedding: Tensor, first_row: int) -> None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the teacher says of the last rows of a chunk, usually all, which begins at ``row``: embeddings (rows, V, D), logits
-    (rows, V, K) if it has prototypes, both on its device, and the arrays of patch targets, if any. None: it says nothing.
+    """The teacher's targets of the last rows of the chunk that begins at ``row``, usually of all its rows: embeddings
+    (rows, V, D), logits (rows, V, K) if it has prototypes, both on its device, and the arrays of patch targets, if any. None:
+    the chunk is copied, and the teacher does not see it.
     """
 
     row: int
@@ -53,7 +54,7 @@ class Chunk:
     patches: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def last(self, rows: int) -> Self:
-        """Of the last so many."""
+        """Without all but the last ``rows`` rows."""
         if self.embedding is None:
             return self
         first = len(self.embedding) - rows
@@ -65,19 +66,19 @@ class Chunk:
 def chunks(
     loader: ViewLoader,
     rows: np.ndarray,
-    says: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
+    run_teacher: Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]],
     manifest: StoreManifest,
     views: tuple[int, ...],
     logits_of: Callable[[Tensor], Tensor] | None,
 ) -> Generator[Chunk]:
-    """Of ``rows``, the ends of chunks in any order, what the teacher says of their ``views``.
+    """The targets of ``views`` of ``rows``, chunk by chunk. ``rows`` are the ends of chunks, in any order.
 
     Batches never straddle chunks, so a resumed run computes the very batches that an uninterrupted one does.
     """
     parts: list[Tensor] = []
     of_patches: list[dict[str, np.ndarray]] = []
     for batch in loader.epoch(rows, [ViewSet(views, manifest.view_size)]):
-        embedded, arrays = says(batch)
+        embedded, arrays = run_teacher(batch)
         parts.append(embedded)
         of_patches.append(arrays)
         last = int(batch.image_ids[-1])

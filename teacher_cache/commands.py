@@ -124,6 +124,6 @@ def verify(config: VerifyConfig) -> None:
     with bar("chunks", "chunks") as chunks, bar("views", "views") as views:
         result = verify(config, VerifyProgress(chunks, views))
     note(
-        f"{config.store}: every chunk is whole; {len(result.samples)} views agree, "
+        f"{shown(config.store)}: every chunk is whole; {len(result.samples)} views agree, "
         f"mean cosine {result.mean_cosine:.6f}, lowest {result.lowest_cosine:.6f}"
     )

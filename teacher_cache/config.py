@@ -56,12 +56,19 @@ class TeacherConfig:
     std: Annotated[
         tuple[float, float, float] | None,
         Setting(
-            "The same of the deviation, such as 0.229,0.224,0.225; default .std.", low=1e-3, option="--teacher-std"
+            "Of a teacher of your own: the standard deviation that its images are normalised by, such as 0.229,0.224,0.225. "
+            "Default what the network has as .std.",
+            low=1e-3,
+            option="--teacher-std",
         ),
     ] = None
     size: Annotated[
         int | None,
-        Setting("The same of the side in pixels of its images; default .image_size.", low=8, option="--teacher-size"),
+        Setting(
+            "The side in pixels of the images of a teacher of your own. Default what the network has as .image_size.",
+            low=8,
+            option="--teacher-size",
+        ),
     ] = None
 
     def __post_init__(self) -> None:
@@ -119,8 +126,8 @@ class CacheConfig:
     part: Annotated[
         str | None,
         Setting(
-            "K/N: make the K-th of N parts and end, as a job of an array that knows nothing of the others; the last one to end "
-            "finishes the store. A job that was killed is started again with the same K/N. torchrun's ranks need no part.",
+            "K/N: write the K-th of N parts and exit, for the jobs of an array; the last one completes the store. Restart a "
+            "killed job with the same K/N. Not needed under torchrun.",
         ),
     ] = None
     local_dir: LocalDir = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.files import locked
+from ..common.run import float64
 from ..common.store.codec import decode, encode
 from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
@@ -81,7 +82,7 @@ def statistics_of(embedding: Tensor, logits: Tensor | None) -> dict[str, np.ndar
 
     Sums of multiples of 1e-9 are exact in float64 up to 8 million: the same in any order, also of what a store grows by.
     """
-    multiples = (embedding.double() * STEPS).round()
+    multiples = (float64(embedding) * STEPS).round()
     statistics = {"embedding_sum": (multiples.sum((0, 1)) / STEPS).cpu().numpy()}
     if logits is not None:
         usage = torch.bincount(logits.argmax(-1).flatten(), minlength=logits.shape[-1])

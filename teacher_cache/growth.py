@@ -26,7 +26,7 @@ from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore
 from ..common.store.writer import StoreWriter
 from .asked import OF_FITTED, TEMPORARY
-from .making import Arrays, Making, Work
+from .job import Arrays, StoreJob, Work
 from .share import together
 from .teachers import Teacher
 
@@ -35,20 +35,20 @@ SUMS = ("embedding_sum", "usage")
 
 
 @dataclass(frozen=True)
-class Growth(Making):
-    """``store`` becomes one of ``manifest``, which has more views or more rows, not both, and is at ``path`` until whole."""
+class Growth(StoreJob):
+    """Make ``store`` one of ``manifest``, which has more views or more rows, not both. It is at ``path`` until it is whole."""
 
     store: TargetStore
 
     @property
-    def says(self) -> str:
+    def note(self) -> str:
         if self.views_there:
             return f"views {self.new_views[0]} to {self.new_views[-1]} are added to the {self.views_there} there"
         return f"rows {self.rows_there:,} to {self.manifest.num_images - 1:,} are added to those there"
 
     @property
     def views_there(self) -> int:
-        """Of the views asked for, those that the store has, unless it has too few rows: then none of the new ones."""
+        """Those that the store has; 0 where it has too few rows, which come first and have no new views."""
         return len(self.store.manifest.view_ids) if self.rows_there == self.manifest.num_images else 0
 
     @property
@@ -58,18 +58,18 @@ class Growth(Making):
     def bytes_per_view(self, work: Work) -> dict[Path, int]:
         return {self.path: self.manifest.bytes_per_view}
 
-    def kept(self, rows: np.ndarray) -> list[int]:
+    def chunks_to_copy(self, rows: np.ndarray) -> list[int]:
         size = self.manifest.chunk_rows
         return [] if self.views_there else [int(row) for row in rows[rows % size == 0] if row + size <= self.rows_there]
 
-    def made(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    def rows_to_run(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
         return rows if self.views_there else rows[rows >= self.rows_there // batch_size * batch_size]
 
     def new_rows(self, row: int) -> int:
         stop = min(row + self.manifest.chunk_rows, self.manifest.num_images)
         return stop - row if self.views_there else stop - max(row, self.rows_there)
 
-    def merged(self, row: int, new: Mapping[str, np.ndarray]) -> Arrays:
+    def chunk_arrays(self, row: int, new: Mapping[str, np.ndarray]) -> Arrays:
         size = self.manifest.chunk_rows
         stop = min(row + size, self.manifest.num_images, self.rows_there)
         if row >= stop:
@@ -80,7 +80,7 @@ class Growth(Making):
         axis = 1 if self.views_there else 0
         return {name: np.concatenate([there[name], new[name]], axis) for name in there}
 
-    def no_statistics(self) -> Arrays:
+    def zero_statistics(self) -> Arrays:
         return {name: np.zeros_like(self.store.statistics[name]) for name in SUMS if name in self.store.statistics}
 
     def logits_of(self, teacher: Teacher) -> Callable[[Tensor], Tensor] | None:

@@ -87,11 +87,11 @@ def with_patches(
     """From a batch to its embeddings (B, V, D) and the store's arrays of its patch targets, (B, V, P, ...)."""
     targets = PatchTargets(encoding, teacher.head, teacher.patch_prototypes, fixed, device)
 
-    def says(batch: Batch) -> tuple[Tensor, dict[str, np.ndarray]]:
+    def run_teacher(batch: Batch) -> tuple[Tensor, dict[str, np.ndarray]]:
         embedding, features = embed(batch)
         return embedding, patch_arrays(targets, features)
 
-    return says
+    return run_teacher
 
 
 def patch_arrays(targets: PatchTargets, features: Tensor) -> dict[str, np.ndarray]:

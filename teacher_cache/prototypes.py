@@ -40,8 +40,8 @@ BATCH_ELEMENTS = 1 << 25
 """Elements of the largest matrix held, batch x K or batch x D: 128 MiB of float32."""
 
 BLOCK_ROWS = 16
-"""Rows read in one piece. A batch is many blocks from all over: rows lie in the order of their paths, often class by
-class, and a batch of one class must not be spread over the prototypes of all."""
+"""Rows read in one piece. A batch is many blocks from all over the store: neighbouring rows may be of one class (``rob pack
+--keep-order``), and a batch of one class must not be spread over the prototypes of all."""
 
 WINDOW = 10
 """Batches that a prototype's decaying sum reaches back over, or as many as a pass has: one batch makes plain Lloyd steps."""
@@ -162,10 +162,10 @@ def _spread(embeddings: Tensor) -> float:
 
 
 def _with_figures(prototypes: Tensor, teacher_temp: float, batches: Iterable[Tensor]) -> FittedPrototypes:
-    counts, total = torch.zeros(len(prototypes), dtype=torch.float64, device=prototypes.device), 0.0
+    counts, total = torch.zeros(len(prototypes), dtype=torch.float64), 0.0
     for embeddings in batches:
         cosines, nearest = (embeddings @ prototypes.T).max(dim=1)
-        counts += torch.bincount(nearest, minlength=len(prototypes))
+        counts += torch.bincount(nearest, minlength=len(prototypes)).cpu()
         total += cosines.sum().item()
     return FittedPrototypes(
         prototypes=prototypes.cpu(),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import lock, open_locked
+from ..common.files import lock, open_locked, unlock
 from ..common.places import place_of
 from ..common.store.manifest import StoreManifest
 from ..common.store.writer import StoreWriter
@@ -131,6 +131,7 @@ def together(
             lock(held, shared=True)
         yield
     finally:
+        unlock(held)  # two who leave together would each be kept from an exclusive lock by the other's shared one
         if done() and lock(held):
             last()
             place.unlink(missing_ok=True)

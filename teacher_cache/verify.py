@@ -15,13 +15,13 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError
 from ..common.images.beton import Beton
 from ..common.patches import PatchTargets
-from ..common.run import autocast, pick_device
+from ..common.run import autocast, choose_precision, pick_device
 from ..common.store.codec import decode, decode_patches
 from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import dense_embedder, embedder
 from ..common.tokens import TOKENS
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry, settled
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
 from .teachers import Teacher, load_teacher
@@ -95,8 +95,8 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     store, data = TargetStore.open(config.store), Beton(config.data)
     store.check_data(data.manifest)
     manifest, recipe = store.manifest, Recipe.from_dict(store.manifest.recipe)
-    precision = config.precision or manifest.precision
     device = pick_device(config.device)
+    precision = choose_precision(device, config.precision or manifest.precision)
     autocast(device, precision)
     teacher = load_teacher(config.teacher).to(device)
     _refuse_another_teacher(store, teacher)
@@ -104,11 +104,9 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
     _check_chunks(store, progress)
 
     if manifest.geometry != "pillow" and geometry(LoaderConfig()) == "pillow":
-        raise MisuseError(f"{store.path} was cached with ffcv, which is not installed here: verify it where it is")
-    backend = "torch" if manifest.geometry == "pillow" else "ffcv"
-    if manifest.geometry == "planes-gpu" and device.type == "cuda":
-        backend = "gpu"
-    loader = ViewLoader(data, recipe, manifest.seed, LoaderConfig(backend, config.batch_size, config.workers))
+        raise MisuseError(f"{store.place} was cached with ffcv, which is not installed here: verify it where it is")
+    loading = settled(LoaderConfig("auto", config.batch_size, config.workers), device, manifest.geometry)
+    loader = ViewLoader(data, recipe, manifest.seed, loading)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)
     seen = teacher, recipe, manifest.view_size, device, precision
@@ -143,12 +141,12 @@ def _refuse_another_teacher(store: TargetStore, teacher: Teacher) -> None:
     manifest = store.manifest
     if teacher.name == manifest.teacher and teacher.pooling != manifest.pooling:
         raise MisuseError(
-            f"{store.path} was cached with {_pooled(manifest.pooling)} of teacher {manifest.teacher}, this is "
+            f"{store.place} was cached with {_pooled(manifest.pooling)} of teacher {manifest.teacher}, this is "
             f"{_pooled(teacher.pooling)}: give the `teacher_features` it was made with, or cache it again"
         )
     if (teacher.name, teacher.weights_hash) != (manifest.teacher, manifest.weights_hash):
         raise MisuseError(
-            f"{store.path} was cached from teacher {manifest.teacher} with weights {manifest.weights_hash[:12]}, this is "
+            f"{store.place} was cached from teacher {manifest.teacher} with weights {manifest.weights_hash[:12]}, this is "
             f"{teacher.name} with weights {teacher.weights_hash[:12]}: give the `teacher` and `checkpoint` it was made with"
         )
 
@@ -214,7 +212,7 @@ class Comparison:
     def _logits(self, stored: dict[str, Tensor], embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert self.prototypes is not None
         every = embedding @ self.prototypes.T
-        # Fitted prototypes are compared with embeddings in half precision (cache.py).
+        # Fitted prototypes are compared with embeddings in half precision (asked.TEMPORARY).
         moved = (self.tolerance + HALF_STEP) * self.prototypes.norm(dim=1).amax()
         if self.encoding.kind == "dense":
             logits, expected = stored["logits"], every
@@ -260,7 +258,7 @@ def _refuse_wrong(store: TargetStore, data: Beton, samples: list[Sample]) -> Non
     if wrong:
         worst = samples[0]
         raise FailureError(
-            f"{store.path}: {wrong} of {len(samples)} views are not what the teacher says; the worst is view {worst.view_id} of "
+            f"{store.place}: {wrong} of {len(samples)} views are not what the teacher says; the worst is view {worst.view_id} of "
             f"image {worst.image_id} ({data.manifest.paths[worst.image_id]}): cosine {worst.cosine:.6f} of stored with expected "
             f"{store.encoding.kind} values, {worst.error:,.0f} times the difference that rounding explains (expected at most 1): "
             "delete the store and run rob cache-teacher again"

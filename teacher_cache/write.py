@@ -1,4 +1,4 @@
-"""A store's missing shards, made and written: what the plan says, the teacher over the images, and the end."""
+"""Make and write a store's missing shards: the plan, the teacher over the images, and what is added when all shards are there."""
 
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,78 +21,78 @@ from .asked import OF_FITTED, is_complete, refuse_what_is_in_the_way
 from .chunks import Chunk, after, chunks, fitting_batch, refuse_not_finite
 from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of
-from .making import Making, Work
+from .job import StoreJob, Work
 from .patches import fixed_arrays, with_patches
 
 Embed = Callable[..., Tensor]
 """From a batch, and how many of its images at once, to embeddings (B, V, D)."""
 Dense = Callable[..., tuple[Tensor, Tensor]]
 """The same, to embeddings and maps (B, V, C, h, w)."""
-Says = Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]]
-"""From a batch to what the teacher says of it: embeddings (B, V, D), and the arrays of patch targets, if any."""
+RunTeacher = Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]]
+"""From a batch to the teacher's embeddings (B, V, D), and the arrays of patch targets, if any."""
 
 
-def write_store(work: Work, making: Making) -> bool:
-    """Make what is missing of ``making``'s store, this worker's share of it, and finish it once all is there.
+def write_store(work: Work, job: StoreJob) -> bool:
+    """Make what is missing of ``job``'s store, this worker's share of it, and finish it once all is there.
 
     False: this worker's share is done, and the store is not whole yet.
     """
-    config, progress, manifest = work.config, work.progress, making.manifest
-    if is_complete(making.path, manifest, *OF_FITTED):
-        if making.says is None:
-            progress.note(f"{shown(making.path)} is complete already: nothing to do")
+    config, progress, manifest = work.config, work.progress, job.manifest
+    if is_complete(job.path, manifest, *OF_FITTED):
+        if job.note is None:
+            progress.note(f"{shown(job.path)} is complete already: nothing to do")
         return True
-    refuse_what_is_in_the_way(making.path, manifest, work.share)  # before the teacher runs
-    if making.says is not None:
-        progress.note(f"{shown(config.out)}: {making.says}")
-    sizes, views = making.bytes_per_view(work), work.data.num_images * config.views
+    refuse_what_is_in_the_way(job.path, manifest, work.share)  # before the teacher runs
+    if job.note is not None:
+        progress.note(f"{shown(config.out)}: {job.note}")
+    sizes, views = job.bytes_per_view(work), work.data.num_images * config.views
     refuse_what_will_not_fit(config.out, {path: views * size for path, size in sizes.items()})
 
-    embed, dense = _embedders(work, making)
-    speed = _tried(work, making, embed)  # before anything is begun: the teacher may not take views of this size
-    if (writer := work.share.join(making.path, manifest)) is None:
+    embed, dense = _embedders(work, job)
+    speed = _trial_speed(work, job, embed)  # before anything is begun: the teacher may not take views of this size
+    if (writer := work.share.join(job.path, manifest)) is None:
         return True
     batch_size = fitting_batch(config.loader.batch_size, manifest.chunk_rows)
-    says, of_patches = _says(work, making, writer, embed, dense, batch_size)
+    run_teacher, of_patches = _teacher_run(work, job, writer, embed, dense, batch_size)
     if batch_size != config.loader.batch_size:
         progress.note(
             f"batches of {batch_size} images, not {config.loader.batch_size}: "
             f"a batch size must divide the {manifest.chunk_rows} images of a chunk"
         )
-    progress.plan(_plan(work, making, writer, list(sizes.values()), speed))
+    progress.plan(_plan(work, job, writer, list(sizes.values()), speed))
     progress.rows(writer.rows_done, work.data.num_images)
 
-    dead = _write_chunks(work, making, writer, says, batch_size)
+    dead = _write_chunks(work, job, writer, run_teacher, batch_size)
     if dead:
         progress.note(
-            f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, of which a student learns nothing: "
+            f"{dead:,} {'view has' if dead == 1 else 'views have'} an all-zero embedding, from which a student learns nothing: "
             f"a `view_size` above {manifest.view_size} leaves the teacher more to see"
         )
     if missing := writer.missing():
         at = f"{len(missing):,} of {manifest.num_shards:,} shards"
         progress.note(
-            f"{shown(making.path)}: this part is done; {at} are missing, and whoever makes the last of them finishes the store"
+            f"{shown(job.path)}: this part is done; {at} are missing, and whoever makes the last of them finishes the store"
         )
         return False
-    making.finish(writer, work.teacher, of_patches)
+    job.finish(writer, work.teacher, of_patches)
     return True
 
 
-def _embedders(work: Work, making: Making) -> tuple[Embed, Dense | None]:
-    """The teacher's embeddings, and what gives its maps beside them where the store is to have patches."""
-    seen = work.teacher, work.config.recipe, making.manifest.view_size, work.device, work.config.precision
-    if making.manifest.patch_encoding is None:
+def _embedders(work: Work, job: StoreJob) -> tuple[Embed, Dense | None]:
+    """From a batch to the teacher's embeddings; where the store is to have patches, also to its maps beside them."""
+    seen = work.teacher, work.config.recipe, job.manifest.view_size, work.device, work.config.precision
+    if job.manifest.patch_encoding is None:
         return embedder(*seen), None
     dense = dense_embedder(*seen)
     return lambda batch, at_once=None: dense(batch, at_once)[0], dense
 
 
-def _tried(work: Work, making: Making, embed: Embed) -> float:
-    """Views a second."""
+def _trial_speed(work: Work, job: StoreJob, embed: Embed) -> float:
+    """Views a second, of a few batches."""
     work.progress.say("trying the teacher on a few views, for the plan")
-    few = min(work.config.loader.batch_size, max(1, TRIAL_VIEWS // len(making.new_views)))
+    few = min(work.config.loader.batch_size, max(1, TRIAL_VIEWS // len(job.new_views)))
     return views_per_second(
-        embed, _loader(work, few), few, ViewSet(making.new_views, making.manifest.view_size), work.data.num_images
+        embed, _loader(work, few), few, ViewSet(job.new_views, job.manifest.view_size), work.data.num_images
     )
 
 
@@ -101,67 +101,66 @@ def _loader(work: Work, batch_size: int) -> ViewLoader:
     return ViewLoader(work.data, config.recipe, config.seed, replace(config.loader, batch_size=batch_size))
 
 
-def _says(
-    work: Work, making: Making, writer: StoreWriter, embed: Embed, dense: Dense | None, batch_size: int
-) -> tuple[Says, Mapping[str, np.ndarray]]:
-    """What is asked of the teacher, and what the store keeps of patches besides their rows."""
-    patches = making.manifest.patch_encoding
+def _teacher_run(
+    work: Work, job: StoreJob, writer: StoreWriter, embed: Embed, dense: Dense | None, batch_size: int
+) -> tuple[RunTeacher, Mapping[str, np.ndarray]]:
+    """From a batch to its targets, and what the store keeps of patches besides their rows."""
+    patches = job.manifest.patch_encoding
     if patches is None or dense is None:
         return lambda batch: (embed(batch, batch_size), {}), {}
-    of_the_first = work.config, work.data, work.teacher, making.manifest.view_size, dense, work.progress.note
-    of_patches = making.of_patches(writer, partial(fixed_arrays, patches, *of_the_first))
+    of_the_first = work.config, work.data, work.teacher, job.manifest.view_size, dense, work.progress.note
+    of_patches = job.of_patches(writer, partial(fixed_arrays, patches, *of_the_first))
     return with_patches(patches, work.teacher, partial(dense, at_once=batch_size), of_patches, work.device), of_patches
 
 
-def _plan(work: Work, making: Making, writer: StoreWriter, sizes: list[int], speed: float) -> CachePlan:
-    manifest, done = making.manifest, writer.rows_done
+def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], speed: float) -> CachePlan:
+    manifest, done = job.manifest, writer.rows_done
     own, *beside = sizes
     return CachePlan(
-        work.data.num_images,
-        len(manifest.view_ids),
-        own,
-        sum(beside),
-        0 if manifest.patch_encoding is None else manifest.patch_encoding.bytes_per_view,
-        free_bytes(work.config.out),
-        done if making.views_there else max(done, making.rows_there),
-        speed,
-        work.share.parts,
-        making.views_there,
-        fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
+        num_images=work.data.num_images,
+        views=len(manifest.view_ids),
+        bytes_per_view=own,
+        temporary_bytes_per_view=sum(beside),
+        patch_bytes_per_view=0 if manifest.patch_encoding is None else manifest.patch_encoding.bytes_per_view,
+        free_bytes=free_bytes(work.config.out),
+        rows_done=done if job.views_there else max(done, job.rows_there),
+        views_per_second=speed,
+        workers=work.share.parts,
+        views_done=job.views_there,
+        batch_size=fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
     )
 
 
-def _write_chunks(work: Work, making: Making, writer: StoreWriter, says: Says, batch_size: int) -> int:
-    """Decode, teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is computed.
-
-    The number of views with an embedding of zeros.
+def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: RunTeacher, batch_size: int) -> int:
+    """Decode, run the teacher and write side by side: the loader is batches ahead, and a chunk is written while the next is
+    computed. Returns the number of views with an embedding of zeros.
     """
-    manifest, device, dead = making.manifest, work.device, 0
+    manifest, device, dead = job.manifest, work.device, 0
     encoding = Encoding.from_dict(manifest.encoding)
-    loader, logits_of = _loader(work, batch_size), making.logits_of(work.teacher)
+    loader, logits_of = _loader(work, batch_size), job.logits_of(work.teacher)
 
     def chunks_of(rows: np.ndarray) -> Generator[Chunk]:
-        yield from map(Chunk, making.kept(rows))
-        seen = making.made(rows, batch_size)
-        with closing(chunks(loader, seen, says, manifest, making.new_views, logits_of)) as several:
+        yield from map(Chunk, job.chunks_to_copy(rows))
+        seen = job.rows_to_run(rows, batch_size)
+        with closing(chunks(loader, seen, run_teacher, manifest, job.new_views, logits_of)) as several:
             yield from several
 
     def write(chunk: Chunk, made: torch.Event | None) -> bool:
-        """A chunk; where it is: of a GPU's only what is stored comes home. False: another worker has its shard."""
+        """Encode a chunk where it is, so that only what is stored is copied from a GPU. False: another worker has its shard."""
         nonlocal dead
         if writer.claim(chunk.row // len(manifest.rows(0))) != chunk.row:
             return False
-        chunk = chunk.last(making.new_rows(chunk.row))
+        chunk = chunk.last(job.new_rows(chunk.row))
         embedding, logits = chunk.embedding, chunk.logits
         if embedding is None:
-            writer.append(making.merged(chunk.row, {}), making.no_statistics())
+            writer.append(job.chunk_arrays(chunk.row, {}), job.zero_statistics())
             return True
         with after(made, embedding, logits):
             refuse_not_finite(embedding, chunk.row)
             dead += int((~embedding.any(-1)).sum())
             arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
         arrays |= chunk.patches
-        writer.append(making.merged(chunk.row, arrays), statistics)
+        writer.append(job.chunk_arrays(chunk.row, arrays), statistics)
         return True
 
     with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:

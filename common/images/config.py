@@ -89,8 +89,8 @@ class PackConfig:
     percentiles: Annotated[
         tuple[float, float] | None,
         Setting(
-            "The same by each image's own values, such as 1,99: where their scale differs from image to image. Brightness then "
-            "says nothing any more.",
+            "LOW,HIGH such as 1,99: the same by each image's own values, where their scale differs from image to image. "
+            "Brightness then says nothing any more.",
             low=0,
             high=100,
         ),

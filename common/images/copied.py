@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import FailureError, MisuseError
-from ..files import flush_to_disk, locked, replacing
+from ..files import cache_folder, flush_to_disk, locked, replacing
 from ..places import is_address, place_of, shown
 from .manifest import LARGEST, manifest_path
 
@@ -25,7 +25,7 @@ FOLDER = "ROB_LOCAL_DIR"
 
 def copies_of(address: str, folder: Path | None) -> Path:
     """Where what is copied from ``address`` lies, below ``folder``, else where the environment says, else in the user's cache."""
-    folder = folder or Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "rob" / "copied")
+    folder = folder or Path(os.environ.get(FOLDER) or cache_folder() / "copied")
     return folder / hashlib.sha256(address.encode()).hexdigest()[:12]
 
 

@@ -49,8 +49,10 @@ class PackManifest:
         """Without what only some files have, where there is none, as ever."""
         return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
 
-    def class_name(self, label: int) -> str:
-        """Its number, where classes have no names."""
+    def class_name(self, label: int) -> str | None:
+        """Its number, where classes have no names; None: -1, an image without a label among others that have one."""
+        if label < 0:
+            return None
         return self.classes[label] if self.classes else str(label)
 
     @classmethod

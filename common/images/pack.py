@@ -9,9 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
@@ -21,8 +21,8 @@ from ..errors import FailureError, MisuseError
 from .append import Earlier
 from .beton import JPEG, MAX_IMAGE_BYTES, MAX_SIDE, RAW, BetonWriter, PackManifest, StoredImage
 from .config import PackConfig
-from .half import Half, Journal, key_of
 from .reading import BadImage, open_image, quiet_pillow, to_rgb, upright
+from .resume import Journal, PartialPack, key_of
 from .sources import Source, open_source
 from .window import windowed
 
@@ -48,7 +48,7 @@ def pack(
     Images stream through: memory does not grow with their number, but for paths and 48 bytes a row. ``progress`` is
     called with (images done, all images) after each image, ``note`` with a sentence on files that were left out.
 
-    Broken off or killed behind some ten thousand images, the same pack goes on from there (``half.py``), but for ``append``.
+    Broken off or killed behind some ten thousand images, the same pack goes on from there (``resume.py``), but for ``append``.
 
     Raises MisuseError for a wrong option or source, FailureError for a broken image (unless ``skip_bad``), when a
     data set cannot be downloaded and when the file cannot be written.
@@ -79,31 +79,21 @@ def pack(
             return BadImage(error.strerror or str(error)), -1
 
     key = key_of(config, source)
-    half = Half.of(config.out, key) if earlier is None else None
-    there = None if earlier is None else earlier.data.manifest
-    paths = [] if there is None else list(there.paths)
-    labels = [] if there is None else list(there.labels or [-1] * there.num_images)
-    skipped = [] if there is None else [path for path in there.skipped if path not in source.paths]
-    capacity = len(paths) + new
+    partial = PartialPack.of(config.out, key) if earlier is None else None
+    rows = _Rows() if earlier is None else _Rows.of(earlier.data.manifest, source)
+    before = len(rows.paths)
     try:
         with (
             quiet_pillow(),
-            BetonWriter(config.out, capacity) as writer,
-            Journal(writer, key, half, note) as journal,
+            BetonWriter(config.out, before + new) as writer,
+            Journal(writer, key, partial, note) as journal,
             ThreadPoolExecutor(workers) as pool,
         ):
             start = 0
             if earlier is not None:
                 earlier.copy_to(writer)
-            for place, image, label in half.images() if half is not None else ():
-                if place != start and not config.skip_bad:
-                    break  # one was left out, which is wanted now
-                skipped += source.paths[start:place]
-                writer.append(image, label)
-                journal.add(place)
-                paths.append(source.paths[place])
-                labels.append(label)
-                start = place + 1
+            if partial is not None:
+                start = _copy_partial(partial, source, config.skip_bad, writer, journal, rows)
             if start:
                 note(f"{start:,} of {total:,} images were packed before: goes on from there")
             rest = source.paths[start:]
@@ -115,32 +105,66 @@ def pack(
                     writer.append(image, label)
                     if earlier is None:
                         journal.add(done - 1)
-                    paths.append(path)
-                    labels.append(label)
+                    rows.add(path, label)
                 elif config.skip_bad:
-                    skipped.append(path)
+                    rows.skipped.append(path)
                 else:
                     raise FailureError(
                         f"broken image {source.at(path)}: {image}; repair or remove it, or set `skip_bad`"
                     )
                 if progress:
                     progress(done, total)
-            if len(paths) + new == capacity:
+            if len(rows.paths) == before:
                 raise FailureError(f"{config.source}: each of the {new} images is broken, nothing to pack")
             return writer.finish(
                 encoding="raw" if config.raw else "jpeg",
                 jpeg_quality=None if config.raw else config.jpeg_quality,
                 max_resolution=config.max_resolution,
-                paths=tuple(paths),
-                labels=tuple(labels) if max(labels) >= 0 else None,
+                paths=tuple(rows.paths),
+                labels=tuple(rows.labels) if max(rows.labels) >= 0 else None,
                 classes=source.classes if earlier is None else earlier.classes,
-                skipped=tuple(skipped),
+                skipped=tuple(rows.skipped),
                 grown=() if earlier is None else earlier.grown,
                 window=config.window,
                 percentiles=config.percentiles,
             )
     except OSError as error:
         raise FailureError(f"could not write {config.out}: {error.strerror or error}; nothing was kept") from error
+
+
+@dataclass
+class _Rows:
+    """The rows of the file so far: path and label (-1: none) of each; and the paths of the images that were left out."""
+
+    paths: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, there: PackManifest, source: Source) -> Self:
+        """Those of the file that is appended to. What it has skipped may be in ``source`` again, and whole by now."""
+        labels = there.labels or [-1] * there.num_images
+        return cls(list(there.paths), list(labels), [path for path in there.skipped if path not in source.paths])
+
+    def add(self, path: str, label: int) -> None:
+        self.paths.append(path)
+        self.labels.append(label)
+
+
+def _copy_partial(
+    partial: PartialPack, source: Source, skip_bad: bool, writer: BetonWriter, journal: Journal, rows: _Rows
+) -> int:
+    """Copy what an earlier pack had done. Returns how many of the source's images that accounts for."""
+    start = 0
+    for place, image, label in partial.images():
+        if place != start and not skip_bad:
+            break  # one was left out, which is wanted now
+        rows.skipped += source.paths[start:place]
+        writer.append(image, label)
+        journal.add(place)
+        rows.add(source.paths[place], label)
+        start = place + 1
+    return start
 
 
 def _check(config: PackConfig) -> None:

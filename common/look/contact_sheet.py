@@ -227,7 +227,7 @@ def _neighbours_sheet(config: SheetConfig, data: Beton, store: TargetStore, imag
                 if np.isfinite(cosine):
                     left = at + first_at + n * (TILE + GAP)
                     sheet.tile(left, down, TILE, pixels[other, manifest.view_ids[other_column]])
-                    same = data.labels is not None and data.labels[other] == data.labels[image_id]
+                    same = data.labels is not None and data.labels[other] == data.labels[image_id] >= 0
                     name = shortened(class_of(data, other) or f"row {other}", 10)
                     sheet.text(left, down + TILE, f"{cosine:.2f} {name}", SAME_CLASS if same else FAINT)
     return sheet

@@ -66,9 +66,11 @@ def _data_rows(data: Beton) -> Rows:
     if data.labels is None:
         yield "labels", "none"
     else:
-        counts = np.unique_counts(data.labels).counts
-        yield "classes", f"{len(counts)}: {_abbreviated(manifest.classes or np.unique(data.labels).tolist())}"
+        labels, counts = np.unique(data.labels[data.labels >= 0], return_counts=True)
+        yield "classes", f"{len(labels)}: {_abbreviated(manifest.classes or labels.tolist())}"
         yield "images a class", _range(counts)
+        if unlabelled := int((data.labels < 0).sum()):
+            yield "without a label", f"{unlabelled:,}"
     yield "paths", _abbreviated(manifest.paths, ends=1)
     for images, _ in manifest.grown:
         yield "appended", f"rows from {images:,} on"

@@ -31,6 +31,10 @@ class ImageCheck:
     def data(self) -> Beton:
         return self.seen.data
 
+    def class_of(self, row: int) -> str | None:
+        """By name; None: it has none."""
+        return None if self.data.labels is None else self.data.manifest.class_name(int(self.data.labels[row]))
+
     def damaged(self) -> tuple[str, ...]:
         """A sentence for each damaged image."""
         paths = self.data.manifest.paths
@@ -144,9 +148,8 @@ def class_sizes(data: Beton) -> Counter[str]:
     if data.labels is None:
         return Counter()
     labels, counts = np.unique(data.labels, return_counts=True)
-    return Counter(
-        {data.manifest.class_name(label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
-    )
+    sizes = zip(map(data.manifest.class_name, labels.tolist()), counts.tolist(), strict=True)
+    return Counter({name: count for name, count in sizes if name is not None})
 
 
 def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Iterator[str]:
@@ -157,8 +160,7 @@ def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Itera
         if not pairs:
             continue
         names = [f"{these.data.manifest.paths[i]} ({others.data.manifest.paths[j]})" for i, j in pairs]
-        labelled = these.data.labels is not None and others.data.labels is not None
-        differ = labelled and sum(_class_of(these, i) != _class_of(others, j) for i, j in pairs)
+        differ = sum(_other_class(these, i, others, j) for i, j in pairs)
         there = f"are like an image of {others.data.path}" if not exact else f"are in {others.data.path}, too, {how}"
         if within:
             there = f"are there more than once, {how}" if exact else "are like an earlier one"
@@ -169,9 +171,10 @@ def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Itera
         )
 
 
-def _class_of(check: ImageCheck, row: int) -> str:
-    assert check.data.labels is not None
-    return check.data.manifest.class_name(int(check.data.labels[row]))
+def _other_class(these: ImageCheck, row: int, others: ImageCheck, of: int) -> bool:
+    """Whether both have a class, by name, and not the same."""
+    one, other = (check.class_of(at) for check, at in ((these, row), (others, of)))
+    return None not in (one, other) and one != other
 
 
 def pairs_as_dicts(these: ImageCheck, others: ImageCheck, found: Duplicates) -> list[dict[str, Any]]:

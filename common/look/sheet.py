@@ -146,4 +146,4 @@ def class_of(data: Beton, image_id: int) -> str | None:
     if data.labels is None:
         return None
     name = data.manifest.class_name(int(data.labels[image_id]))
-    return f"class {name}" if name.isdigit() else name
+    return f"class {name}" if name and name.isdigit() else name

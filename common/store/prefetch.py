@@ -5,7 +5,6 @@ Chunks live in slots of one preallocated buffer, so memory is bounded by the win
 the order of first use and given back after the last batch that uses its chunk.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cores import usable_memory
 from ..errors import MisuseError
 from ..run import use_device
 from .reader import TargetStore
@@ -72,10 +72,10 @@ class TargetPrefetcher:
         slots = min(_slots(store, window_mib), store.manifest.num_chunks)
         if cache_in_memory:
             slots = store.manifest.num_chunks
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = usable_memory()
             if slots * store.chunk_bytes > 0.8 * memory:
                 raise MisuseError(
-                    f"{store.place} takes {slots * store.chunk_bytes / 2**30:.1f} GiB in memory, and this machine has "
+                    f"{store.place} takes {slots * store.chunk_bytes / 2**30:.1f} GiB in memory, and this process has "
                     f"{memory / 2**30:.1f}: leave out `cache_in_memory`"
                 )
         self.buffer = store.empty(slots)  # the system commits its pages as chunks arrive

@@ -133,7 +133,8 @@ class StoreWriter:
         """Where `append` goes on: in the shard that is claimed, else in the first that is missing, which is claimed; behind the
         last row when none is."""
         while self._claimed is None and (missing := self.missing()):
-            assert self.claim(missing[0]) is not None or not self.shared, "with other workers, claim a shard first"
+            row = self.claim(missing[0])
+            assert row is not None or not self.shared, "with other workers, claim a shard first"
         return self.manifest.num_images if self._claimed is None else self._next
 
     @property

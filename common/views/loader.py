@@ -34,6 +34,8 @@ def settled(config: LoaderConfig, device: torch.device, as_in: str | None = None
     """
     if config.backend != "auto" or ffcv_backend is None:
         return config
+    if as_in == pillow_backend.GEOMETRY:
+        return replace(config, backend="torch")
     if device.type != "cuda" or find_spec("triton") is None or as_in == ffcv_backend.GEOMETRY:
         return replace(config, backend="ffcv")
     if as_in == ffcv_backend.GEOMETRY_ON_GPU or stored_settings(device).loader in (None, "gpu"):

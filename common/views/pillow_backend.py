@@ -44,7 +44,10 @@ class PillowBackend:
         dataset = _Batches(self.data, self.recipe, self.seed, tuple(sets), batches, piped and workers > 0)
         # A DataLoader draws a seed for its workers; from torch's own generator, a resumed epoch would differ.
         unused = torch.Generator()
-        loading = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=unused)
+        loading = DataLoader(
+            dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=unused,
+            prefetch_factor=PREFETCHED if workers else None,
+        )  # fmt: skip
         try:
             for batch in loading:
                 if isinstance(

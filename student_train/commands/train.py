@@ -8,52 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
-from ...common.config import Checkpoint, Device, ViewSize
+from ...common.config import Device
 from ...common.errors import MisuseError
 from ...common.options import given, refuse
 from ...common.places import local_path
 from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
 from ...common.settings import Setting
-from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
+from ...common.views.recipes import Recipe, RecipeOverrides
 from ..config import ObjectiveConfig, PairingChoice
 from ..student_config import StudentConfig
-from ..targets.config import (
-    BesideTeacher,
-    CacheInMemory,
-    CopyMomentum,
-    CopyPrototypes,
-    SplitBatchnorm,
-    TargetsConfig,
-    Views,
-    WarmupTeacherTempEpochs,
-    WindowMib,
-)
 from ..train_config import USUAL_BATCH, LoaderByPlan, TrainConfig
 from .extend import as_parent
 from .preset import use_preset
 from .show_plan import show_outcome, show_plan
 from .subject import LoadTeacher
-
-OF_A_TEACHER = ("teacher", "checkpoint", "view_size", "views")
-OF_ITS_TARGETS = ("prototypes", "warmup_teacher_temp_epochs")
-"""What is set of targets that a copy of the student makes."""
-OF_THE_COPY = ("copy_momentum", "split_batchnorm")
-OF_THE_TARGETS = ("global_scale", "centre", "colour", "flip", "grey", "blur", "solarise", "interpolation")
-"""What changes the views that a store's targets belong to."""
+from .target_options import TargetOptions
 
 
 def train_student(
     context: typer.Context,
     *,
-    targets: Annotated[
-        tuple[str, ...],
-        Setting(
-            "A store made by rob cache-teacher; or online: run the teacher in every step (a baseline); or momentum: no "
-            "teacher, the targets come from a momentum copy of the student (dino, ibot, msn, moco) or from itself (swav). "
-            "Given several times: an ensemble of stores, cached from as many teachers with one --recipe and --seed; the "
-            "student has a head for each."
-        ),
-    ],
+    targets: TargetOptions,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -83,26 +58,7 @@ def train_student(
         int | None,
         Setting("Images a step; default by the plan. Lower it when memory runs out.", low=2),
     ] = None,
-    targets_weight: Annotated[
-        tuple[float, ...],
-        Setting("With several --targets: the weight of each one's loss, in their order; default equal ones.", low=0),
-    ] = (),
     plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only")] = False,
-    window_mib: WindowMib = 256,
-    cache_in_memory: CacheInMemory = False,
-    teacher: Annotated[str | None, Setting("With --targets online: the teacher, as for rob cache-teacher.")] = None,
-    checkpoint: Checkpoint = None,
-    view_size: ViewSize = None,
-    views: Views = 4,
-    prototypes: CopyPrototypes = None,
-    copy_momentum: CopyMomentum = None,
-    with_copy: BesideTeacher = False,
-    warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None,
-    split_batchnorm: SplitBatchnorm = None,
-    recipe: Annotated[
-        str | None,
-        Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
-    ] = None,
     device: Device = "auto",
     overrides: Annotated[RecipeOverrides, {"num_global": None, "num_local": None}],
     load_teacher: LoadTeacher,
@@ -118,12 +74,7 @@ def train_student(
     from ..plan import make_plan
     from ..presets import get_preset
     from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
-    from ..targets.cached import Cached
-    from ..targets.ensemble import Ensemble
-    from ..targets.momentum import Momentum
-    from ..targets.online import Online
     from ..targets.pairing import choose_pairing
-    from ..targets.with_copy import WithCopy
     from ..train import TrainProgress, train_student
 
     mirror = Mirror.of(out := config.keywords["out"], config.keywords["local_dir"])
@@ -138,75 +89,34 @@ def train_student(
     # ==== the targets ====
     paper = get_preset(preset) if preset else None
     preferred = paper.drawn() if paper else None
-    kind = targets[0]
-    if len(targets) > 1 and (other := {"momentum", "online"} & set(targets)):
-        raise MisuseError(
-            f"--targets {', '.join(targets)}: several are stores, and {other.pop()} is none: give it alone"
-        )
-    if len(targets) == 1:
-        refuse(context, ("targets_weight",), "is for several --targets, and there is one")
-    if paper is not None and paper.momentum is None and kind == "momentum":
+    if paper is not None and paper.momentum is None and targets.kind == "momentum":
         raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
-    filling: TargetsConfig
-    if kind != "momentum":
-        refuse(context, OF_ITS_TARGETS, "is for --targets momentum; a teacher has its own")
-        if not with_copy:
-            refuse(context, OF_THE_COPY, "is for --targets momentum or --with-copy; a teacher stays as it is")
-    if kind == "momentum":
-        refuse(context, OF_A_TEACHER, "is for --targets online; with momentum there is no teacher")
-        refuse(context, ("with_copy",), "puts a copy beside a teacher; with momentum there is none")
-        drawn = get_recipe(recipe or "dino", overrides)
-        filling = Momentum(drawn, prototypes, copy_momentum, warmup_teacher_temp_epochs, split_batchnorm)
-    elif kind == "online":
-        if teacher is None:
-            raise MisuseError("--targets online needs --teacher NAME (rob teachers lists them)")
-        drawn = get_recipe(recipe or "dino", overrides)
-        filling = Online(load_teacher(teacher, checkpoint).to(pick_device(device)), drawn, views, view_size)
-    else:
-        named = ", ".join(targets)
-        refuse(context, (*OF_A_TEACHER, "recipe"), f"is for --targets online; the store {named} has its own")
-        refuse(
-            context,
-            OF_THE_TARGETS,
-            f"is for --targets online or momentum; the store {named} has targets of its own views, cache again with it (local "
-            "crops have no targets: --num-local, --local-scale, --local-size are free)",
-        )
-        stores = tuple(
-            Cached(Path(store), max(1, window_mib / len(targets)), cache_in_memory, preferred, overrides.local_scale)
-            for store in targets
-        )
-        filling = stores[0] if len(stores) == 1 else Ensemble(stores, targets_weight)
+    targets.refuse_what_does_not_fit(context)
+    source = targets.config(overrides, preferred, load_teacher, device)
 
     # ==== the objective, and the views that meet ====
-    source = WithCopy(filling, copy_momentum, split_batchnorm) if with_copy else filling
     loader = config.keywords["loader"]
     made = LoaderByPlan if batch_size is None else LoaderConfig
     run = config(
         student=student, targets=source, loader=made(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
     run_context = RunContext(Beton(run.data, run.local_dir), pick_device(run.device), run.precision, run.seed)
-    if objective is None and kind == "momentum":
+    if objective is None and targets.kind == "momentum":
         objective = USUAL_OVER_PROTOTYPES
     asked = None if objective is None else matched(name=objective)
     branch = source.open(replace(run_context, objective=asked))
-    if filling.stores and preferred is not None:
+    if source.stores and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
-        note_other_global_crops(filling.stores[0], branch.recipe, preferred, preset if replays else None)
+        note_other_global_crops(source.stores[0], branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
         found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
-        note(f"--objective {asked.name}, since {'it has a use for the copy' if with_copy else found}")
+        note(f"--objective {asked.name}, since {'it has a use for the copy' if targets.with_copy else found}")
     pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
     if choice.num_local is None and {"local_size", "local_scale"} & given(context):
         choice = replace(choice, num_local=pairing.num_local)  # who shapes local crops wants some
     if not pairing.num_local:
         refuse(context, ("local_size", "local_scale"), "is for local crops, and this run has none (--num-local)")
-    if not filling.stores:
-        refuse(
-            context,
-            ("cache_in_memory",),
-            f"is for a store of targets, and these are made on the spot (--targets {kind})",
-        )
 
     # ==== the run ====
     note_slow_loader(run.loader)
@@ -230,9 +140,9 @@ def train_student(
         with stopped_by_signals(), answered(note):
             progress = TrainProgress(log, note, step, say_waiting, show_plan)
             result = train_student(run, progress if mirror is None else replace(progress, saved=mirror.push))
-        alone = current_ranks().is_main
+        is_main = current_ranks().is_main
         leave_ranks()
-    if alone:
+    if is_main:
         note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
         if result.shares:
             note(f"{describe_shares(result.shares)}. {result.advice}")

@@ -52,3 +52,14 @@ def test_a_quota_of_version_1(eight_cores):
     assert cores.usable_cores() == 2
     in_cgroup(eight_cores, "3:cpu,cpuacct:/job\n", **{"cpu,cpuacct__job__cpu_DOT_cfs_quota_us": "-1\n"})
     assert cores.usable_cores() == 8
+
+
+def test_memory_is_that_of_the_strictest_cgroup(eight_cores, monkeypatch):
+    machine = cores.usable_memory()
+    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    in_cgroup(eight_cores, "0::/a/b\n", a__b__memory_DOT_max="max\n", a__memory_DOT_max="6000\n")
+    assert cores.usable_memory() == 6000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores.usable_memory() == 3000
+    in_cgroup(eight_cores, "9:memory:/job\n3:cpu,cpuacct:/job\n", memory__job__memory_DOT_limit_in_bytes="5000\n")
+    assert cores.usable_memory() == 2500

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from rob.common import files
 from rob.common.errors import FailureError
 from rob.common.files import differences, first_difference, replacing, whole_file
 
@@ -71,3 +72,19 @@ def test_what_differs_is_named_by_its_place():
     ]
     assert first_difference(old, new) == ("crops.0.blur", 1.0, 0.5)
     assert first_difference(old, old) is None
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Its last holder removed it between our opening and our locking: a third would lock the next file of this name."""
+    path, removed = tmp_path / "lock", []
+
+    def lock(descriptor, shared=False):
+        if not removed:
+            removed.append(descriptor)
+            path.unlink()
+        return True
+
+    monkeypatch.setattr(files, "lock", lock)
+    descriptor = files.open_locked(path)
+    assert os.path.samestat(os.fstat(descriptor), path.stat())
+    os.close(descriptor)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from time import sleep
 
+from rob.common.signals import uninterrupted
+
 SCRIPT = """
 import signal, time
 from rob.common.signals import answered, uninterrupted
@@ -40,3 +42,13 @@ def test_a_second_one_leaves():
         sleep(0.3)
         process.send_signal(signal.SIGINT)
     assert process.returncode == 130
+
+
+def test_a_signal_that_nohup_ignores_is_not_held_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with uninterrupted() as held:
+            signal.raise_signal(signal.SIGHUP)
+        assert not held
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -7,12 +7,13 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 from weakref import finalize
+
+from fsspec.utils import glob_translate
 
 from ...errors import MisuseError, some
 from ...files import open_regular
@@ -192,7 +193,7 @@ def files_named(source: str) -> Files:
         files = Files(place_at(f"{scheme}://{base}"))
         wild = [name for name in names if is_pattern(name)]
         there = folder_at(f"{scheme}://{base}").names if wild else ()
-        found = [name for name in there if any(_fits(name, pattern) for pattern in wild)]
+        found = [name for name in there if any(fits(name, pattern) for pattern in wild)]
         found += [name for name in names if name not in wild]
     else:
         files = Files(Folder(folder := Path(base or ".")))
@@ -208,9 +209,9 @@ def files_named(source: str) -> Files:
     return files.of(sorted(set(found)))
 
 
-def _fits(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+def fits(name: str, pattern: str) -> bool:
+    """As `glob.glob`, recursive, finds files."""
+    return re.fullmatch(glob_translate(pattern), name) is not None
 
 
 def _plain_part(name: str) -> str:

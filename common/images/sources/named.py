@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import FailureError, unknown_name
+from ...files import cache_folder
 from .source import Source, item_names
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -52,7 +52,7 @@ def open_named(name: str, split: str) -> Source:
     if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir():
         return _open_debian_fashion_mnist(split)
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rob" / name
+    folder = cache_folder() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):  # torchvision prints which mirror it tries

@@ -5,6 +5,7 @@ decompression of a group. So the images of a file are copied, once and in its or
 packed one, which goes with this process; from there each is read by itself.
 """
 
+import errno
 import json
 import os
 import posixpath
@@ -128,7 +129,8 @@ class _Copies:
                 descriptor = self._file.fileno()
                 at, self._end = self._end, self._end + len(joined)
             try:
-                os.pwrite(descriptor, joined, at)
+                if os.pwrite(descriptor, joined, at) < len(joined):  # what is left of a disk that is nearly full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise FailureError(
                     f"no room in {self._folder} for a copy of the images of {table.name}, which lies there until they are packed "

@@ -1,5 +1,6 @@
 """Images where they lie: a list, a tar and a table give the file that a folder of the same images gives."""
 
+import glob
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.config import PackConfig
 from rob.common.images.pack import pack
+from rob.common.images.sources.files import fits
 from rob.common.images.sources.webdataset import members
 from support.packing import jpeg_bytes, packed
 from support.photographs import photograph
@@ -337,3 +339,32 @@ def test_pages_of_a_tiff(tmp_path):
     assert np.array_equal(single.image(7), photograph(7, 8, 8))
     assert packed(tmp_path / "in", tmp_path).manifest.paths == ("a.tif", "b.tif")  # as ever
     assert packed(tmp_path / "in", tmp_path, pages=True).manifest.paths == ("a.tif", *single.manifest.paths)
+
+
+def test_only_line_feeds_end_the_lines_of_a_list(folder, tmp_path):
+    """JSON may hold the line ends of Unicode, as may names of files."""
+    rows = [json.dumps({"path": name, "text": "one\u2028two\x85three"}, ensure_ascii=False) for name in NAMES]
+    (folder / "list.jsonl").write_text("\r\n".join(rows), newline="")
+    assert packed(folder / "list.jsonl", tmp_path).manifest.paths == NAMES
+
+
+def test_a_copy_of_a_table_that_is_cut_short_is_an_error(tmp_path, monkeypatch):
+    """What the system writes of it when a disk is nearly full."""
+    columns = {"image": [{"bytes": b"1" * 100, "path": "x.jpg"}], "label": [0]}
+    parquet_of(tmp_path / "a.parquet", columns)
+    monkeypatch.setattr("os.pwrite", lambda descriptor, data, at: len(data) // 2)
+    with pytest.raises(FailureError, match="No space left on device"):
+        packed(tmp_path / "a.parquet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fitting"),
+    [("a/*.tar", {"a/1.tar"}), ("a/**/*.tar", {"a/1.tar", "a/b/2.tar", "a/b/c/3.tar"}), ("a/?/2.tar", {"a/b/2.tar"})],
+)
+def test_a_pattern_means_the_same_in_a_bucket_as_on_a_disk(tmp_path, pattern, fitting):
+    names = ("a/1.tar", "a/b/2.tar", "a/b/c/3.tar", "a/1.txt", "d/1.tar")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert {name for name in names if fits(name, pattern)} == fitting
+    assert set(glob.glob(pattern, root_dir=tmp_path, recursive=True)) == fitting

@@ -12,6 +12,7 @@ from rob.common.look.contents import inspect
 from rob.common.store.encodings import Encoding
 from rob.common.store.writer import StoreWriter
 from support import tiny
+from support.packing import packed
 from support.stores import reencoded
 
 
@@ -94,3 +95,11 @@ def test_anything_else_is_refused(tmp_path, make) -> None:
         path.mkdir()
     with pytest.raises(MisuseError, match=re.escape(str(path))):
         inspect(path)
+
+
+def test_images_without_a_label_are_no_class_of_their_own(tmp_path) -> None:
+    tiny.tiny_images(tmp_path, 3)
+    names = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.jpg"))]
+    (tmp_path / "list.csv").write_text(f"path,label\n{names[0]},cat\n{names[1]},\n{names[2]},dog\n")
+    rows = dict(inspect(packed(tmp_path / "list.csv", tmp_path / "out").path).rows)
+    assert (rows["classes"], rows["without a label"]) == ("2: cat, dog", "1")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from rob.common.images.beton import Beton
 from rob.common.look.duplicates import duplicates
-from rob.common.look.image_check import check_images, check_leak
+from rob.common.look.image_check import check_images, check_leak, class_sizes
+from rob.common.look.sheet import class_of
 from rob.common.look.thumbnails import Thumbnails, perceptual_hashes
 from support.packing import packed
 from support.photographs import photograph
@@ -125,3 +126,16 @@ def test_hashes_that_differ_in_seven_bits_are_all_found():
 def test_a_hash_knows_no_brightness_and_no_contrast():
     pictures = np.random.default_rng(0).uniform(0, 255, (50, 32, 32))
     assert (perceptual_hashes(pictures) == perceptual_hashes(20 + 0.5 * pictures)).all()
+
+
+def test_images_without_a_label_among_others_are_of_no_class(checked, tmp_path):
+    train, _ = checked
+    labels = np.array(train.data.labels)
+    data = Beton(train.data.path)
+    data.labels = np.where(np.arange(len(labels)) < 2, -1, labels)
+    assert class_sizes(data) == {"a": 10, "b": 4}
+    assert (class_of(data, 0), class_of(data, 5)) == (None, "a")
+    found = replace(train, seen=replace(train.seen, data=data))
+    assert "1 of them under another class" in "\n".join(found.warnings(image_size=8))
+    data.labels[:] = -1
+    assert "under another class" not in "\n".join(found.warnings(image_size=8))

@@ -150,7 +150,7 @@ def test_a_damaged_chunk_reaches_the_consumer(tmp_path):
 
 
 def test_a_store_larger_than_memory_is_not_cached(store, monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    monkeypatch.setattr("rob.common.store.prefetch.usable_memory", lambda: 10_000)
     with pytest.raises(MisuseError, match="leave out `cache_in_memory`"):
         TargetPrefetcher(store, 8, cache_in_memory=True)
 

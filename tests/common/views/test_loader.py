@@ -295,6 +295,7 @@ def test_exact_pairs_take_the_loader_of_their_targets(gpu):
     gpu["loader"] = "ffcv"
     assert geometry(settled(LoaderConfig(), cuda, "planes-gpu")) == "planes-gpu"
     assert settled(LoaderConfig(), torch.device("cpu"), "planes-gpu").backend == "ffcv"
+    assert geometry(settled(LoaderConfig(), cuda, "pillow")) == "pillow"  # made where ffcv is not installed
 
 
 def test_without_triton_the_cpu_makes_them(gpu, monkeypatch):

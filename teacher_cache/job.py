@@ -1,4 +1,4 @@
-"""What the teacher has to make of a store, and what every step of that goes by."""
+"""A store to be made, and what making it takes: the settings, the images, the teacher and this worker's share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show, each of which may be left out: the plan, the rows done, notes, the batches that prototypes were
-    fitted to, and what is being waited for."""
+    """What a caller may show; each may be left out: the plan, the rows done, notes, the batches that prototypes were fitted to,
+    and what is being waited for."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
@@ -34,7 +34,7 @@ class CacheProgress:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for, settled; the images, the teacher on its device, and this worker's share."""
+    """The settings, with nothing left at ``auto``; the images, the teacher on its device, and this worker's share."""
 
     config: CacheConfig
     data: Beton
@@ -45,30 +45,31 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Making:
-    """A store of ``manifest`` at ``path``, of which the teacher makes everything. `growth.Growth` has another one's rows or views
-    to begin with."""
+class StoreJob:
+    """Make the store of ``manifest`` at ``path``, all of it by the teacher. `growth.Growth` begins with the rows or views of
+    another store."""
 
     path: Path
     manifest: StoreManifest
 
     @property
-    def says(self) -> str | None:
-        """Worth a note, at the beginning."""
+    def note(self) -> str | None:
+        """What to tell the user first."""
         return None
 
     @property
     def views_there(self) -> int:
-        """Of the views asked for, those that need no teacher."""
+        """How many of the views are there already."""
         return 0
 
     @property
     def rows_there(self) -> int:
+        """How many of the rows are there already."""
         return 0
 
     @property
     def new_views(self) -> tuple[int, ...]:
-        """That the teacher is to see."""
+        """Ids of the views that the teacher has to see."""
         return self.manifest.view_ids[self.views_there :]
 
     def bytes_per_view(self, work: Work) -> dict[Path, int]:
@@ -77,34 +78,34 @@ class Making:
 
     # ==== of a chunk ====
 
-    def kept(self, rows: np.ndarray) -> list[int]:
-        """Of ``rows``, the first ones of chunks that are copied as they are."""
+    def chunks_to_copy(self, rows: np.ndarray) -> list[int]:
+        """The first rows of those chunks of ``rows`` that are copied as they are."""
         return []
 
-    def made(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        """Of ``rows``, those that the teacher sees: from the beginning of a batch on."""
+    def rows_to_run(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        """Those of ``rows`` that the teacher has to see, from the beginning of a batch on."""
         return rows
 
     def new_rows(self, row: int) -> int:
-        """Of the chunk at ``row``, how many are new in whole or in part."""
+        """How many rows of the chunk at ``row`` are new, in whole or in part."""
         return min(self.manifest.chunk_rows, self.manifest.num_images - row)
 
-    def merged(self, row: int, new: Mapping[str, np.ndarray]) -> Arrays:
-        """The arrays of the chunk at ``row``: what is there, and the ``new`` ones of its `new_rows`, if any."""
+    def chunk_arrays(self, row: int, new: Mapping[str, np.ndarray]) -> Arrays:
+        """The arrays of the chunk at ``row``: what is there already, and ``new``, those of its `new_rows`."""
         return dict(new)
 
-    def no_statistics(self) -> Arrays:
-        """Of a chunk that is copied."""
+    def zero_statistics(self) -> Arrays:
+        """What a chunk that is copied adds to the statistics."""
         return {}
 
     def logits_of(self, teacher: Teacher) -> Callable[[Tensor], Tensor] | None:
-        """What becomes of embeddings (rows, V, D) on the teacher's device; None: they have no logits."""
+        """From embeddings (rows, V, D) on the teacher's device to logits (rows, V, K); None: they have none."""
         return None if teacher.prototypes is None else teacher.logits
 
     # ==== of all ====
 
     def of_patches(self, writer: StoreWriter, make: Callable[[], Arrays]) -> Mapping[str, np.ndarray]:
-        """What the store keeps of patches besides their rows, made once."""
+        """What the store keeps of patches besides their rows; ``make`` is called by one worker only."""
         return writer.kept("patches", make)
 
     def finish(self, writer: StoreWriter, teacher: Teacher, of_patches: Mapping[str, np.ndarray]) -> None:

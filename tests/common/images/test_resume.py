@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rob.common.errors import FailureError
-from rob.common.images import half
+from rob.common.images import resume
 from rob.common.images.config import PackConfig
 from rob.common.images.pack import pack
 from rob.common.images.sources import open_source
@@ -15,7 +15,7 @@ from support.tiny import contents, tiny_images
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Twenty images, of which the twelfth to be packed is broken; rows are written every four."""
-    monkeypatch.setattr(half, "EVERY", 4)
+    monkeypatch.setattr(resume, "EVERY", 4)
     images = tiny_images(tmp_path / "images", 20)
     (images / open_source(PackConfig(str(images), tmp_path / "a.beton")).shuffled().paths[11]).write_bytes(b"broken")
     return images
@@ -98,3 +98,15 @@ def test_a_list_that_has_changed_is_packed_from_the_start(folder, tmp_path):
         assert first == 1
     first, _ = run(tmp_path / "list.csv", tmp_path / "out", skip_bad=True)
     assert first == 10
+
+
+@pytest.mark.parametrize("option", ["label_column", "image_column"])
+def test_another_column_is_packed_from_the_start(folder, tmp_path, option):
+    names = [f"images/{path.relative_to(folder)}" for path in sorted(folder.rglob("*.jpg"))]
+    rows = "".join(f"{name},{name},{row % 2},{row % 3}\n" for row, name in enumerate(names))
+    (tmp_path / "list.csv").write_text(f"path,same,two,three\n{rows}")
+    columns = {"image_column": "path", "label_column": "two"}
+    first, _ = run(tmp_path / "list.csv", tmp_path / "out", stop_at=9, skip_bad=True, **columns)
+    columns[option] = {"image_column": "same", "label_column": "three"}[option]
+    again, _ = run(tmp_path / "list.csv", tmp_path / "out", skip_bad=True, **columns)
+    assert (first, again) == (1, 1)

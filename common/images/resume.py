@@ -29,7 +29,7 @@ KEY = 64
 
 
 def key_of(config: PackConfig, source: Source) -> str:
-    """Of all that an image's bytes and its row come from, but the images themselves."""
+    """Of all that an image's bytes and its row depend on, but the images themselves."""
     settings = [
         config.source,
         config.max_resolution,
@@ -37,6 +37,8 @@ def key_of(config: PackConfig, source: Source) -> str:
         config.raw,
         config.window,
         config.percentiles,
+        config.image_column,
+        config.label_column,
     ]
     digest = hashlib.sha256(json.dumps([PIL.__version__, *settings, source.classes, source.stamp]).encode())
     for path in source.paths:
@@ -48,7 +50,9 @@ class Journal:
     """The rows of a writer, each with the place of its image among the source's. A block that ends in an error, other than the
     disk's, or by Ctrl-C, leaves the temporary file to the next pack where it is worth it; one that ends well, nothing."""
 
-    def __init__(self, writer: BetonWriter, key: str, before: "Half | None", note: Callable[[str], None]) -> None:
+    def __init__(
+        self, writer: BetonWriter, key: str, before: "PartialPack | None", note: Callable[[str], None]
+    ) -> None:
         self._writer, self._key, self._before, self._note = writer, key, before, note
         self._places: list[int] = []
         self._written = 0
@@ -68,7 +72,7 @@ class Journal:
             remove(self._before.path)
         elif kind is not None and not issubclass(kind, OSError) and self._written and len(self._places) > before:
             self._write()
-            _rename(self._writer.temporary, _half(self._writer.path))
+            _rename(self._writer.temporary, _partial(self._writer.path))
             self._note(f"{self._written:,} images are kept: the same command goes on from there")
         _beside(self._writer.temporary, ROWS).unlink(missing_ok=True)
 
@@ -83,23 +87,23 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Half:
-    """What an earlier pack of the same left."""
+class PartialPack:
+    """What an earlier pack of the same images with the same settings left: a ``.beton`` without its end, and its ``records``."""
 
     path: Path
     records: np.ndarray
 
     @classmethod
-    def of(cls, out: Path, key: str) -> "Half | None":
-        """The one with most images, away from the names that a writer clears."""
-        found = [half for path in _left(out) if (half := _read(path, key)) is not None]
-        best = max(found, key=lambda half: len(half.records), default=None)
-        if best is None or best.path != _half(out):
-            remove(_half(out))
-        if best is None or best.path == _half(out):
+    def of(cls, out: Path, key: str) -> "PartialPack | None":
+        """The one with the most images, moved away from the names that a writer clears; None: there is none."""
+        found = [partial for path in _left(out) if (partial := _read(path, key)) is not None]
+        best = max(found, key=lambda partial: len(partial.records), default=None)
+        if best is None or best.path != _partial(out):
+            remove(_partial(out))
+        if best is None or best.path == _partial(out):
             return best
-        _rename(best.path, _half(out))
-        return cls(_half(out), best.records)
+        _rename(best.path, _partial(out))
+        return cls(_partial(out), best.records)
 
     def images(self) -> Iterator[tuple[int, StoredImage, int]]:
         """Place in the source, image and label of each row, up to the first that is not what was written."""
@@ -124,7 +128,7 @@ def _rename(path: Path, to: Path) -> None:
         _beside(path, ending).replace(_beside(to, ending))
 
 
-def _half(out: Path) -> Path:
+def _partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.half")
 
 
@@ -134,11 +138,11 @@ def _beside(path: Path, ending: str) -> Path:
 
 def _left(out: Path) -> list[Path]:
     killed = out.parent.glob(f".{glob.escape(out.name)}.tmp-*{ROWS}")
-    halves = [_beside(_half(out), ROWS)]
-    return [path.with_name(path.name.removesuffix(ROWS)) for path in (*killed, *halves) if path.exists()]
+    renamed = _beside(_partial(out), ROWS)
+    return [path.with_name(path.name.removesuffix(ROWS)) for path in (*killed, renamed) if path.exists()]
 
 
-def _read(path: Path, key: str) -> Half | None:
+def _read(path: Path, key: str) -> PartialPack | None:
     """None: of other images, or another process is at it."""
     if not path.exists():
         return None
@@ -149,4 +153,4 @@ def _read(path: Path, key: str) -> Half | None:
     whole = (len(data) - KEY) // RECORD.itemsize
     if whole < 1 or data[:KEY] != key.encode():
         return None
-    return Half(path, np.frombuffer(data, RECORD, whole, KEY))
+    return PartialPack(path, np.frombuffer(data, RECORD, whole, KEY))
