@@ -16,6 +16,7 @@ from ..common.exported import StudentInfo
 from ..common.files import replacing
 from ..common.run import versions
 from ..common.weights import tensor_file
+from .begun import read_begun
 from .checkpoint import read_checkpoint
 from .objectives import OBJECTIVES
 from .objectives.embedding import EmbeddingObjective
@@ -49,10 +50,15 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     kind = OBJECTIVES[method]
     student: dict[str, Tensor] = state["model"]
     teacher: dict[str, Tensor] = state.get("momentum", student)
-    if "objective.prototypes.bias" in student:
+    if settings["objective"].get("head_type") == "mlp":
         raise MisuseError(
-            f"{config.run}: its head ends in logits with biases (`head_type` mlp), and a teacher's prototypes have none: take "
-            "student.safetensors, the backbone, as the teacher"
+            f"{config.run}: its head (`head_type` mlp) has logits with biases or of rows of any length, and a teacher's are of "
+            "unit rows without: take student.safetensors, the backbone, as the teacher"
+        )
+    if issubclass(kind, EmbeddingObjective) and kind.build_head is not EmbeddingObjective.build_head:
+        raise MisuseError(
+            f"{config.run}: the head of `objective` {method} has layers with nothing between them, and a teacher's has an "
+            "activation after each but the last: take student.safetensors, the backbone, as the teacher"
         )
     tensors = {name: t for name, t in teacher.items() if name.startswith("backbone.")}
     tensors |= {
@@ -69,7 +75,9 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     else:
         assert issubclass(kind, EmbeddingObjective)
         activation = "relu"
+    # That of a store or a teacher is in the run's settings alone: a checkpoint that goes on is not held against it.
     temperature = settings["objective"]["teacher_temp"] or branch.get("teacher_temp")
+    temperature = temperature or (read_begun(config.run) or {}).get("teacher_temp")
     made: dict[str, Any] = {"method": method, "activation": activation, "teacher_temp": temperature}
     metadata = {
         "format": "pt",

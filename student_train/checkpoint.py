@@ -80,9 +80,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not path.is_file():
         raise MisuseError(f"{path}: no such checkpoint")
     unreadable = f"{path} is truncated or no checkpoint of rob: delete it to start afresh"
-    if (
-        whole := is_whole_archive(path)
-    ) is None:  # torch.load would try the format of old versions, which we never wrote
+    whole = is_whole_archive(path)
+    if whole is None:  # torch.load would try the format of old versions, which we never wrote
         raise FailureError(unreadable)
     if not whole:
         raise FailureError(f"{path} is damaged, a checksum in it does not match: delete it to start afresh")

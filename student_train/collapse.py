@@ -17,7 +17,7 @@ from torch import Tensor
 from .kernels.target import DenseTarget, EmbeddingTarget, Target, widened
 
 MOST_ROWS = 256
-"""Of a batch that are looked at."""
+"""Rows of a batch that are examined."""
 ROWS_AT_ONCE = 32
 """So that K = 65536 takes a few MB."""
 

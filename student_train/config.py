@@ -39,7 +39,7 @@ class ObjectiveConfig:
         float | None,
         Setting(
             "0.025 to 0.1; default the teacher's. Lower, even 0.02, when targets are near uniform. swav: Sinkhorn's epsilon. "
-            "seed: of similarities, default 0.0001, which leaves little but the image itself; 0.01 shares it with its likes.",
+            "seed: of similarities, default 0.0001, which leaves little but the image itself; 0.01 also weighs similar images.",
             low=0.0001,
         ),
     ] = None

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from ..common.files import flush_to_disk, locked, refuse_existing, replacing
 from ..common.images.beton import Beton
 from ..common.views.config import LoaderConfig
 from .evaluate.network import FrozenNetwork
-
-if TYPE_CHECKING:
-    pass
 
 SUFFIXES = (".npy", ".parquet")
 EXTRA = "pip install pyarrow"
@@ -91,7 +87,10 @@ def _csv(paths: list[str], labels: list[str] | list[int] | None) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path"] if labels is None else ["path", "label"])
-    writer.writerows([path] for path in paths) if labels is None else writer.writerows(zip(paths, labels, strict=True))
+    if labels is None:
+        writer.writerows([path] for path in paths)
+    else:
+        writer.writerows(zip(paths, labels, strict=True))
     return text.getvalue().encode(errors="surrogateescape")
 
 

@@ -25,9 +25,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, 
     """The optimiser over ``model``'s trainable parameters; ``batch_size`` is images a step over all ranks. ``fused``: AdamW
     as one kernel, where the parameters are on a GPU.
 
-    Biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not decayed, and LARS
-    gives them no adaptive rate, unless ``config.decay_all``. MisuseError: LARS with no weight decay, a ``trust`` that is not
-    LARS's or not above 0.
+    What ``decayed_groups`` does not decay gets no adaptive rate from LARS; with ``config.decay_all`` all is decayed.
+    MisuseError: LARS with no weight decay, a ``trust`` that is not LARS's or not above 0.
     """
     if config.name == "lars" and config.weight_decay == 0:
         raise MisuseError("lars adapts only the layers that have weight decay: give it one above 0, such as 1e-6")
@@ -41,11 +40,17 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig, batch_size: int, 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [{"params": trained, "weight_decay": weight_decay}]
     else:
-        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
+        groups = decayed_groups(model, weight_decay)
     lr = config.peak * batch_size / LR_BATCH_SIZE
     of_lars: dict[str, Any] = {} if config.trust is None else {"trust_coeff": config.trust}
     of_adamw: dict[str, Any] = {"fused": True} if fused and config.name == "adamw" else {}
     return create_optimizer_v2(groups, TIMM_NAMES[config.name], lr=lr, momentum=config.momentum, **of_lars, **of_adamw)
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters: biases, norms and what a backbone lists in ``no_weight_decay()`` (position embeddings) are not
+    decayed, the others are."""
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_no_weight_decay(model))
 
 
 class Schedule:

@@ -63,10 +63,15 @@ def _before_the_classifier(name: str, model: nn.Module) -> str:
     return linear[-1] + INPUT
 
 
+def still_tensors(student: OwnNetwork) -> list[str]:
+    """Names of those of the network that training leaves as they were."""
+    return [name for name in student.model.state_dict() if name not in student.moved]
+
+
 def what_moves(student: OwnNetwork) -> str:
     """A sentence: which of the network's tensors training changes, and which not."""
-    names = list(student.model.state_dict())
-    moving, still = ([n for n in names if (n in student.moved) is which] for which in (True, False))
+    names, still = list(student.model.state_dict()), still_tensors(student)
+    moving = [name for name in names if name in student.moved]
     what = f"trained: {len(moving)} of {len(names)} tensors ({parts_of(moving, still)})"
     rest = f"; as they were: {len(still)} ({parts_of(still, moving)})" if still else ""
     return f"{what}{rest}; all are written by the network's own names"

@@ -48,7 +48,7 @@ class TrainPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run from here, its checkpoints and what its student is compared with included."""
+        """Seconds for the whole run, including checkpoints and the final comparison."""
         assert self.config.epochs is not None
         return self.trial and self.trial.seconds_of_run(self.config, self.num_images, self.config.epochs)
 

@@ -15,8 +15,8 @@ What is not as in the papers' code:
   their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
   prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
-  ``--views``, does that too). DINO's and iBOT's rate warms up from 0, there from 1e-5, and SwAV's, there from .3. iBOT has no
-  loss of masked patches.
+  ``--views``, does that too). DINO's and iBOT's rate warms up from 0, there from 1e-5, and SwAV's, there from .3. iBOT has its
+  loss of hidden patches where the targets have patches: online, or from a store that was cached with ``--patches``.
 - DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is; biases and norms do not decay.
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
@@ -208,7 +208,7 @@ ROB_MSN = Preset(
     clip_grad=1.0,
 )
 ROB_IBOT = Preset(
-    "RoB (2301.09451), facebookresearch/vissl 04788de9: iBOT to ViT-Ti, class token",
+    "RoB (2301.09451), facebookresearch/vissl 04788de9: iBOT to ViT-Ti",
     StudentConfig("vit_tiny_patch16_224"),
     ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False),
     None,

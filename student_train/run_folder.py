@@ -14,30 +14,35 @@ from torch import Tensor
 
 from ..common.errors import FailureError, MisuseError, first_line
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
-from ..common.ranks import ALONE, Ranks, from_main
+from ..common.ranks import ALONE, Ranks, from_main, mean_over_ranks
 from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from .collapse import FIELDS
 
-FREE_TO_CHANGE = (
-    *(
-        "out",
-        "device",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "knn_every",
-        "effort",
-        "budget",
-        "loader",
-    ),
-    *("compile", "local_dir", "loggers", "patience"),
-    *("data", "targets", "versions"),
-)
+FREE_TO_CHANGE = {
+    "out",
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "knn_every",
+    "effort",
+    "budget",
+    "loader",
+    "compile",
+    "local_dir",
+    "loggers",
+    "patience",
+    "data",
+    "targets",
+    "versions",
+    "teacher_temp",
+}
 """What a resumed run may change: it moves no weight. The batch size, part of ``loader``, is kept apart; files may lie
-elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order."""
+elsewhere, if what is in them is the same. So may the number of ranks: the steps are as many, over images in another order. The
+``teacher_temp`` of the targets follows from the objective and the branch."""
 LARGEST_LOG = 1 << 32
 """Bytes."""
 
@@ -150,10 +155,8 @@ class RunFolder:
         if not self.ranks.is_main:
             return
         self._check_there()
-        for name in (
-            "metrics.jsonl",
-            "train.log",
-        ):  # what is logged must not be lost once its steps will not be run again
+        # What is logged must not be lost once its steps will not be run again.
+        for name in ("metrics.jsonl", "train.log"):
             if (self.out / name).exists():
                 with append_to(self.out / name) as file:
                     flush_to_disk(file)
@@ -188,10 +191,11 @@ class RunFolder:
     ) -> None:
         """Take note of step number ``step`` (from 1); every ``log_every`` steps write a line.
 
-        health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for.
+        health: (2,) loss and gradient norm, left on the device until a line is written, so that the device is not waited for. Of
+        several ranks the mean: each has the loss of its share.
         targets: what ``collapse`` says of this step's targets.
         """
-        self._health.append(health)
+        self._health.append(mean_over_ranks(health))
         self._images += images
         if not self.is_logged(step):
             return
@@ -273,6 +277,14 @@ class RunFolder:
             f"epoch {line['epoch']} step {line['step']}/{self.total_steps} loss {line['loss']:.4f} lr {line['lr']:.2e} "
             f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.1%} waiting for data{targets}\n{warning}"
         )
+
+
+def flat_settings(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"optimiser": {"lr": 1}}`` -> ``{"optimiser.lr": 1}``; lists stay."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat_settings(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
 
 
 def read_log(run: Path, unchecked: bool = False) -> list[LogLine]:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
+from threading import Lock
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -218,7 +219,7 @@ def sweep(
     gpus = visible_gpus() if config.device == "auto" else []
     for gpu in gpus or [None]:
         places.put(gpu)
-    processes, done = Processes(), 0
+    processes, counting, done = Processes(), Lock(), 0
 
     def one(cell: tuple[str, ...]) -> bool:
         nonlocal done
@@ -227,8 +228,9 @@ def sweep(
             succeeded = finished[cell] or _run(config, cell, gpu, processes)
         finally:
             places.put(gpu)
-        done += 1
-        progress(done, len(cells), config.folder(cell).name)
+        with counting:  # cells end in several threads
+            done += 1
+            progress(done, len(cells), config.folder(cell).name)
         return succeeded
 
     with ThreadPoolExecutor(max(1, len(gpus))) as pool:

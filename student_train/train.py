@@ -37,7 +37,7 @@ from .extension import read_parent, take_over
 from .kernels.choice import Measured, use_measured
 from .loggers.logger import Loggers, check_installed
 from .mirror import Mirror
-from .own_student import what_moves
+from .own_student import still_tensors, what_moves
 from .plan import TrainPlan, opened, plan_run
 from .run_folder import RunFolder, read_log
 from .students import check_input_size, describe_student
@@ -144,7 +144,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     for crops in crop_sets(config, branch.recipe, first):
         check_input_size(trainer.model.backbone, crops.size)
     info = describe_student(config.student)
-    moving = what_moves(backbone) if isinstance(backbone := trainer.model.backbone, OwnNetwork) else ""
+    backbone = trainer.model.backbone
+    own = backbone if isinstance(backbone, OwnNetwork) else None
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
     stopwatch, pace = Stopwatch(device), Pace(device)
@@ -154,6 +155,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         "recipe": branch.recipe.to_dict(),
         "targets": branch.source,
         "branch": branch.description,
+        "teacher_temp": trainer.objective.teacher_temp,
         "versions": versions("rob", "torch", "timm"),
     }
     if told := parent.told if parent else (begun or {}).get("parent"):
@@ -199,8 +201,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.note(f"{config.out} has ended already, by `patience`: nothing to do; without it the run goes on")
     elif progress.plan is not None and ranks.is_main:
         progress.plan(plan)
-    if "as they were" in moving and ranks.is_main and step < total_steps:
-        progress.note(f"of {config.student.name} will be {moving}")
+    if own is not None and still_tensors(own) and ranks.is_main and step < total_steps:
+        progress.note(f"of {config.student.name} will be {what_moves(own)}")
     progress.step(step, total_steps)
 
     unrehearsed = trainer.compiles
@@ -238,10 +240,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             pace.step_done()
                         step += 1
                         progress.step(step, total_steps)
-                        run.log(
-                            *(step, epoch, health, rate, len(batch.image_ids), stopwatch),
-                            trainer.objective.targets_found,
-                        )
+                        seen, found = len(batch.image_ids), trainer.objective.targets_found
+                        run.log(step, epoch, health, rate, seen, stopwatch, found)
                     if run.is_due and step % steps_per_epoch:
                         run.save(state, step)
             if config.knn_every and (epoch + 1) % config.knn_every == 0:
@@ -260,8 +260,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         run.save(state, step)
         if ranks.is_main:
             export_weights(trainer.model.backbone, info, run.weights)
-            if moving:
-                progress.note(f"{run.weights}: of {config.student.name} {moving}")
+            if own is not None:
+                progress.note(f"{run.weights}: of {config.student.name} {what_moves(own)}")
         if watch is not None and watch.sentence:
             progress.note(watch.sentence)
         average = trainer.average.module if trainer.average else branch.average

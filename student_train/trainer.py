@@ -71,7 +71,13 @@ class Trainer:
         features: int = backbone.num_features  # type: ignore[assignment]
         student_map = student_map_of(config, backbone) if reads_patches(config.objective, space) else None
         self.objective = build_objective(
-            config.objective, features, space, config.pairing.step_targets, num_images, student_map
+            config.objective,
+            features,
+            space,
+            config.pairing.step_targets,
+            num_images,
+            student_map,
+            config.pairing.num_global,
         )
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
         if self.objective.joined_norm if config.sync_batchnorm is None else config.sync_batchnorm:
@@ -79,6 +85,13 @@ class Trainer:
         if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
             backbone.to(memory_format=torch.channels_last)
         compiled = config.compile or stored_settings(device).compile_mode
+        if self.objective.patch_weight:  # its maps are asked for past the call, which is what is compiled
+            if config.compile not in (None, "off"):
+                raise MisuseError(
+                    f"`compile` {config.compile} does nothing for `objective` {config.objective.name}, which reads the student's "
+                    "patches: leave it out, or give `patch_weight` 0"
+                )
+            compiled = "off"
         self.replays = compiled == "reduce-overhead"
         if self.replays:
             check_replay(config, device, ranks)
@@ -115,9 +128,8 @@ class Trainer:
             with autocast(self.device, self.precision):
                 loss = self.model(crops, target, pair_weights)
             learns = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            torch.autograd.grad(
-                loss, learns, allow_unused=True
-            )  # not ``backward``: DDP would ask other ranks for theirs
+            # Not ``backward``: DDP would ask other ranks for theirs.
+            torch.autograd.grad(loss, learns, allow_unused=True)
         self.model.load_state_dict(before)
 
     def step(

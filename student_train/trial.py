@@ -171,9 +171,11 @@ def _free(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run may take on ``device``; None where the system does not say."""
+    """Bytes that a run may take on ``device``; None where the system does not say. Of a GPU what torch keeps for itself and does
+    not use, as after a trial, is free too."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

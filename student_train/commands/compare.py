@@ -53,7 +53,8 @@ def compare(
         ),
         *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
     ]
-    accuracies("runs", ("", *(s.run for s in summaries)), [(name, *values) for name, values in rows if any(values)])
+    known = [(name, *values) for name, values in rows if any(value is not None for value in values)]
+    accuracies("runs", ("", *(s.run for s in summaries)), known)
     for sentence in check_comparable(summaries):
         note(sentence)
     note(f"drawn to {out}")

@@ -30,6 +30,6 @@ def detect(config: DetectConfig, out: Out = None) -> None:
         settings = {"train": f"{config.data} {config.train}", "test": f"{config.data} {config.test}"}
         settings |= {"side": config.side, "channels": config.channels, "epochs": config.epochs}
         settings |= {"batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
-        note(f"written to {write_result(folder, task, {**settings, **result.to_json()})}")
+        note(f"written to {write_result(folder, task, {**settings, **result.to_json()}, note)}")
         kept = folder / "eval" / f"{task}.safetensors"
         note(f"the detector is {kept}: rob export {kept} --data PACKED_IMAGES makes ONNX of it")

@@ -129,7 +129,7 @@ def on_all_ranks(network: "FrozenNetwork", loader: LoaderConfig) -> "FrozenNetwo
 
 @contextmanager
 def last_asked_here(network: "FrozenNetwork") -> Iterator[None]:
-    """Behind it the other ranks have gone. Where it fails they end as those of a rank that was lost."""
+    """After the block the other ranks have left; if it raises, they end as if a rank had died."""
     from ...common.ranks import leave_ranks, lost_ranks_are_a_failure
 
     with lost_ranks_are_a_failure():

@@ -86,9 +86,8 @@ def check_words(context: typer.Context, words: list[str]) -> None:
     try:
         values = application.commands["train-student"].make_context("train-student", list(words)).params
     except Exception as error:
-        said = getattr(
-            error, "format_message", None
-        )  # what the parser refuses: a class of typer's that has no public name
+        # What the parser refuses: a class of typer's that has no public name.
+        said = getattr(error, "format_message", None)
         if said is None:
             raise
         raise MisuseError(f"rob train-student {' '.join(words)}: {said()}") from None

@@ -23,7 +23,7 @@ from .results import read_results
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. ``scores`` are percent by task (accuracy, or AP of detection); costs are of one image.
+    """One run. ``scores`` are percent by task (accuracy, AP of detection, or mean IoU); costs are of one image.
 
     ``cuda_ms`` is None without CUDA, ``train_images_per_second`` (median over the log) None without a log.
     """
@@ -69,12 +69,14 @@ def summarise(run: Path) -> RunSummary:
 
 
 def headline(task: str, result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in percent that stand for a result: top-1, a mean for each number of labels, or box and mask AP (where
-    there was anything to find)."""
+    """The numbers in percent that stand for a result: top-1, a mean for each number of labels, mean IoU, or box and mask AP
+    (where there was anything to find)."""
     if "top1" in result:
         return {task: result["top1"]}
     if "results" in result:
         return {f"{task} {entry['labels']}": entry["mean"] for entry in result["results"]}
+    if "miou" in result:
+        return {f"{task} mIoU": result["miou"]}
     found = {f"{task} {kind} AP": (result.get(kind) or {}).get("ap") for kind in ("box", "mask")}
     return {name: ap for name, ap in found.items() if ap is not None}
 

@@ -28,9 +28,9 @@ def compare_plot(
         for n, (task, found) in enumerate(scores.items()):
             points = [(x, y) for x, y in zip(values, found, strict=True) if x is not None and y is not None]
             hollow = {"markerfacecolor": "white"} if is_control(task, scores) else {}
-            panel.plot(
-                *zip(*points, strict=True), MARKERS[n % len(MARKERS)], color=f"C{n % 10}", label=task, **hollow
-            ) if (points) else None
+            if points:
+                costing, scoring = zip(*points, strict=True)
+                panel.plot(costing, scoring, MARKERS[n % len(MARKERS)], color=f"C{n % 10}", label=task, **hollow)
         for x, (top, numbers) in numbered(values, list(scores.values())).items():
             panel.annotate(
                 ", ".join(map(str, numbers)), (x, top), (0, 6), textcoords="offset points", ha="center", fontsize=9
@@ -54,7 +54,7 @@ def compare_plot(
 
 
 def is_control(task: str, tasks: Mapping[str, object]) -> bool:
-    """Whether it is another one of something else than the student: knn-random beside knn."""
+    """Whether ``task`` is a control: the same measurement of something other than the student, as knn-random is of knn."""
     return any(task != other and task.startswith(f"{other}-") for other in tasks)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
+from ...common.images.beton import Beton
 from ...common.records import DamagedError
 from ...common.weights import read_tensor_file, tensor_file
 
@@ -170,17 +171,18 @@ def flatten_pixels(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-def label_features(
-    features: Tensor, labels: np.ndarray | Tensor | None, classes: tuple[str, ...] | None = None
-) -> Features:
-    """Features and the data set's labels (N,), together. MisuseError where an image has none (None at all, or -1)."""
-    if labels is None:
-        raise MisuseError("the data set has no labels: pack a folder with one sub-folder a class")
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+def labels_of(data: Beton) -> Tensor:
+    """(N,) int64: the class of each image. MisuseError: an image has none."""
+    if data.labels is None:
+        raise MisuseError(f"{data.named} has no labels: pack a folder with one sub-folder a class")
+    labels = torch.as_tensor(data.labels, dtype=torch.int64)
     missing = torch.nonzero(labels < 0).flatten().tolist()
     if missing:
-        raise MisuseError(f"{len(missing)} of {len(labels)} images have no label, the first is image {missing[0]}")
-    return Features(features, labels, classes)
+        raise MisuseError(
+            f"{data.named}: {len(missing)} of {len(labels)} images have no label, the first is "
+            f"{data.manifest.paths[missing[0]]}: give them one where they lie, or leave them out, and pack again"
+        )
+    return labels
 
 
 def same_classes(train: Features, test: Features) -> Features:

@@ -28,7 +28,7 @@ def fit_logistic(
     """The minimum of mean cross-entropy + regularisation / 2 * sum of squared weights; biases are free, or none.
 
     scikit-learn's ``LogisticRegression(C=1 / (N * regularisation))``, by L-BFGS in float64 from zero: no seed, and the
-    same answer everywhere. Runs on the features' device.
+    same answer everywhere. Runs on the features' device, which has to have float64.
     """
     features, labels = train.features.double(), train.labels
     weights = features.new_zeros(features.shape[1], train.num_classes, requires_grad=True)

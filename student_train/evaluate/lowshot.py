@@ -96,12 +96,14 @@ def lowshot(
     Features are L2-normalised, so that ``regularisation`` (None: the protocol's) means the same for every network. With
     ``protocol`` "msn" it is MSN's released logistic regression: each row less its mean, then L2-normalised, no intercept,
     ``regularisation`` over the number of images; to the optimum, where theirs ends within a tolerance of 1e-3. The subsets
-    are ``balanced_subset``'s. Runs on the device the features are on.
+    are ``balanced_subset``'s. Runs on the device the features are on, unless that has no float64 (mps).
 
     MisuseError: a test class that the training set lacks, a class with too few images, no seed.
     """
     if not seeds:
         raise MisuseError("a low-shot evaluation needs at least one seed")
+    if train.features.device.type == "mps":
+        train, test = train.to("cpu"), test.to("cpu")
     test = same_classes(train, test)
     msn = protocol == "msn"
     queries = prepared(test.features, msn)

@@ -19,10 +19,10 @@ from ...common.weights import hash_weights
 from ..checkpoint import load_student
 from ..export.onnx_file import OnnxBackbone
 from ..students import StudentConfig, StudentInfo, check_input_size, create_student, describe_student
-from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, label_features
+from .features import FeatureKey, Features, cached_features, extract_features, flatten_pixels, labels_of
 from .helpers import ask, help_out, let_go
 
-SMALL_SIDE = 64
+SEES_ALL_UP_TO = 64
 """Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
 so that it is the same for every image that it is measured on.
 """
@@ -135,7 +135,7 @@ class FrozenNetwork:
     @property
     def sees_all(self) -> bool:
         """Whether nothing is cut off but what makes an image square."""
-        return self.size <= SMALL_SIDE
+        return self.size <= SEES_ALL_UP_TO
 
     def features(
         self,
@@ -144,11 +144,10 @@ class FrozenNetwork:
         keep_in: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Labelled features of a ``.beton``. MisuseError: the images have no labels; else as ``extract``."""
+        """Labelled features of a ``.beton``. MisuseError: an image has no label; else as ``extract``."""
         data = Beton(path)
-        if data.labels is None:
-            raise MisuseError(f"{path} has no labels: pack a folder with one sub-folder a class")
-        return label_features(self.extract(data, loader, keep_in, progress), data.labels, data.manifest.classes)
+        labels = labels_of(data)  # what is missing is said before anything is extracted
+        return Features(self.extract(data, loader, keep_in, progress), labels, data.manifest.classes)
 
     def extract(
         self,

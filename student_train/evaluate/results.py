@@ -39,6 +39,7 @@ class Result(TypedDict):
 
     top1: NotRequired[float]
     results: NotRequired[list[Shots]]
+    miou: NotRequired[float]
     box: NotRequired[Precision]
     mask: NotRequired[Precision | None]
 

@@ -222,12 +222,13 @@ def teacher_features(store: TargetStore, image_ids: np.ndarray) -> Tensor:
 
 
 def usable_labels(data: Beton, image_ids: np.ndarray) -> Tensor | None:
-    """Those of the images; None: they have none, or too few of some class, or all the same."""
+    """Those of the images; None: some have none, a class has too few, or they are all the same."""
     if data.labels is None:
         return None
     labels = torch.from_numpy(np.asarray(data.labels)[image_ids].astype(np.int64))
-    counts = labels.unique(return_counts=True)[1]
-    return labels if len(counts) > 1 and int(counts.min()) >= FEWEST_OF_A_CLASS else None
+    found, counts = labels.unique(return_counts=True)
+    known = int(found[0]) >= 0  # -1 is an image without
+    return labels if known and len(counts) > 1 and int(counts.min()) >= FEWEST_OF_A_CLASS else None
 
 
 def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: float, least_rate: float) -> list[str]:

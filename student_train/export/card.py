@@ -129,6 +129,8 @@ def _command(task: str, result: Mapping[str, Any]) -> str:
         return " ".join([*words, "DATA"])
     words += [Path(str(result.get("train"))).name]
     test = str(result.get("test"))
+    if kind == "segment":
+        return " ".join([*words, Path(test).name])
     words += [] if test.startswith("a fifth of ") else ["--test", Path(test).name]
     return " ".join(words)
 

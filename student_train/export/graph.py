@@ -44,10 +44,10 @@ class Graph:
                 self.network, (self.example,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}}
             )
 
-    def of_one_image(self, network: nn.Module | None = None) -> torch.export.ExportedProgram:
+    def of_one_image(self) -> torch.export.ExportedProgram:
         """The same of exactly one image, as devices run it."""
         with quiet():
-            return torch.export.export(network or self.network, (self.example[:1],))
+            return torch.export.export(self.network, (self.example[:1],))
 
 
 @contextmanager

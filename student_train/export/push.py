@@ -65,9 +65,8 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
             shutil.copyfile(config.run / WEIGHTS_NAME, folder / WEIGHTS_NAME)
         for entry in exports:
             source = config.run / entry.file
-            shutil.copytree(source, folder / entry.file) if source.is_dir() else shutil.copyfile(
-                source, folder / entry.file
-            )
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, folder / entry.file)
         if exports:
             write_exports(folder, exports)
     except OSError as error:

@@ -12,7 +12,7 @@ from ...common.exported import StudentInfo
 from ...common.run import versions
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
-from ..evaluate.network import SMALL_SIDE
+from ..evaluate.network import SEES_ALL_UP_TO
 from ..finetune.segmenter import Segmenter
 from ..finetune.tuned import load_tuned, tuned_path
 from ..students import check_input_size, create_student
@@ -46,7 +46,7 @@ class Subject:
         info = self.info
         if seen is None:
             # Of the shorter side, as evaluations look at an image.
-            seen = {"size": info.image_size, "crop": 1.0 if info.image_size <= SMALL_SIDE else 0.875}
+            seen = {"size": info.image_size, "crop": 1.0 if info.image_size <= SEES_ALL_UP_TO else 0.875}
         facts = {"input": form, **seen, "mean": info.mean, "std": info.std, "student": info.name}
         tuned = {"task": self.task, "classes": self.classes} if self.task else {}
         return {FACTS: json.dumps({**facts, **tuned, "weights": self.weights, **versions("rob")}), **self.told}

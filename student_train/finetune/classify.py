@@ -18,7 +18,7 @@ from ...common.views.loader import LoaderConfig, check_loader, settled
 from ...common.views.recipes import Crop, Recipe
 from ..epochs import train_epochs
 from ..evaluate.crops import RandomCrops
-from ..evaluate.features import Features, extract_features, label_features, same_classes
+from ..evaluate.features import Features, extract_features, labels_of, same_classes
 from ..evaluate.logistic import fit_logistic
 from ..evaluate.network import FrozenNetwork
 from ..own_student import OwnClassifier
@@ -107,9 +107,8 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
         body.load_state_dict(start.backbone.state_dict(), strict=False)
         if config.init == "student" and not kept.checkpoint.exists():
             begin_with_regression(model, network, data, train, loader)
-        steps = max(
-            1, data.num_images // loader.batch_size
-        )  # the last images that fill no batch wait for another epoch
+        # The last images, which fill no batch, wait for another epoch.
+        steps = max(1, data.num_images // loader.batch_size)
         crops, ids = views_of(config, network, data, loader), torch.arange(data.num_images)
         mix, labels = Mixing(config, len(classes), start.device), train.labels.to(start.device)
 
@@ -146,9 +145,7 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
 def labelled(path: Path) -> Features:
     """Labels and class names of packed images, with features of no width. MisuseError: an image has no label."""
     data = Beton(path)
-    if data.labels is None:
-        raise MisuseError(f"{path} has no labels: pack a folder with one sub-folder a class")
-    return label_features(torch.zeros(data.num_images, 0), data.labels, data.manifest.classes)
+    return Features(torch.zeros(data.num_images, 0), labels_of(data), data.manifest.classes)
 
 
 def begin_with_regression(

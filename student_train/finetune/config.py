@@ -49,7 +49,7 @@ class ClassifyConfig:
         str,
         Setting(
             "light: crops of half the image and more. medium: of a quarter, colours jittered. heavy: of 8 %, colours, random "
-            "erasing, mixup and cutmix, for 50 epochs and more. All mirror.",
+            "erasing, mixup and cutmix, for 50 epochs and more. All flip images (`--flip`).",
             choices=AUGMENTS,
         ),
     ] = "medium"
@@ -59,7 +59,7 @@ class ClassifyConfig:
     smoothing: Annotated[float, Setting("Of labels.", low=0, high=0.9)] = 0.1
     epochs: Epochs = 20
     lr: Rate = 5e-4
-    weight_decay: Annotated[float, Setting("Of weights, not of biases and norms.", low=0)] = 0.05
+    weight_decay: Annotated[float, Setting("Of weights, not of biases, norms and position embeddings.", low=0)] = 0.05
     precision: Precision = "auto"
     seed: Seed = 0
     overwrite: Overwrite = False
@@ -97,7 +97,7 @@ class SegmentConfig:
     epochs: Epochs = 20
     batch_size: Annotated[int, Setting("Images a step; lower it when memory runs out.", low=1)] = 8
     lr: Rate = 5e-4
-    weight_decay: Annotated[float, Setting("Of weights, not of biases and norms.", low=0)] = 0.05
+    weight_decay: Annotated[float, Setting("Of weights, not of biases, norms and position embeddings.", low=0)] = 0.05
     precision: Precision = "auto"
     seed: Seed = 0
     workers: Annotated[int, Setting("Decoding processes; 0 decodes in the main one.", low=0)] = 0

@@ -17,7 +17,7 @@ from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pic
 from ...common.weights import hash_weights
 from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_student
 from ..epochs import Kept, Training
-from ..optimiser import warm_cosine
+from ..optimiser import decayed_groups, warm_cosine
 from ..students import create_student
 from .config import ClassifyConfig, SegmentConfig
 from .tuned import TASKS
@@ -136,11 +136,3 @@ def training_of(
         clip=1.0,
         seed=config.seed,
     )
-
-
-def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and embeddings do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    others: list[Tensor] = [parameter for parameter in trained if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -35,8 +35,8 @@ _measured: dict[tuple[int, int], tuple[Measured, ...]] = {}
 
 
 def use_measured(capability: tuple[int, int], sizes: Iterable[Measured]) -> None:
-    """From here on "auto" takes, on GPUs of this compute capability, what was fastest at the most similar of ``sizes``. None
-    takes back what was said before."""
+    """From here on "auto" takes, on GPUs of this compute capability, what was fastest at the most similar of ``sizes``. An
+    empty ``sizes`` forgets earlier measurements."""
     _measured[capability] = tuple(sizes)
 
 

@@ -37,7 +37,7 @@ def long_product(a: Tensor, b: Tensor) -> Tensor:
     The parts' number depends on the shapes alone: added in order, the same inputs give the same bits.
     """
     (m, k), n = a.shape, b.shape[1]
-    parts = parts_of(m, k, n, _processors(a.device))
+    parts = parts_of(m, k, n, processors(a.device))
     if parts == 1:
         return product(a, b).unsqueeze(0)
     a, b = a.reshape(m, parts, k // parts).transpose(0, 1), b.reshape(parts, k // parts, n)
@@ -55,11 +55,7 @@ def parts_of(m: int, k: int, n: int, processors: int) -> int:
     return parts
 
 
+@cache
 def processors(device: torch.device) -> int:
     """Of a GPU; 1 elsewhere."""
-    return _processors(device)
-
-
-@cache
-def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -69,7 +69,8 @@ def prototype_cross_entropy(
         student_bias,
     )
     device, dtype = student_embedding.device, _product_dtype(student_embedding, student_prototypes)
-    with torch.autocast(device.type, enabled=impl == "reference" and torch.is_autocast_enabled(device.type)):
+    lowered = impl == "reference" and device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    with torch.autocast(device.type, enabled=lowered):
         if impl == "reference":
             loss = reference.prototype_cross_entropy(*inputs)
         elif impl == "triton" or (impl == "chunked" and choice.has_kernels(device, dtype)):

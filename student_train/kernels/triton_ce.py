@@ -155,9 +155,8 @@ class Chunk:
     e: Tensor  # (R, K)
     meets: Tensor  # (R, D) float32, R of the module's docstring
     row_weights: Tensor  # (R,) float32, the same for the bias
-    topk: (
-        tuple[Tensor, ...] | None
-    )  # a top-k target's own: ids, at_ids, elsewhere, and what they meet, (n * G, D) and (n, G)
+    # A top-k target's own: ids, at_ids, elsewhere, and what they meet, (n * G, D) and (n, G).
+    topk: tuple[Tensor, ...] | None
 
     def grad_prototypes(self, upstream: Tensor | float = 1.0) -> Tensor:
         """(K, D) float32."""

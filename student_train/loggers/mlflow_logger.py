@@ -4,8 +4,8 @@ directory."""
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 
+from ..run_folder import flat_settings
 from .logger import Logger, Opening
 
 MOST_LETTERS = 500
@@ -32,7 +32,7 @@ class MlflowLogger:
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         self.key = self._client.create_run(experiment, run_name=opening.out.resolve().name).info.run_id
-        params = [Param(key, str(value)[:MOST_LETTERS]) for key, value in _flat(opening.settings).items()]
+        params = [Param(key, str(value)[:MOST_LETTERS]) for key, value in flat_settings(opening.settings).items()]
         for start in range(0, len(params), 100):  # as many as a server takes at a time
             self._client.log_batch(self.key, params=params[start : start + 100])
 
@@ -44,10 +44,3 @@ class MlflowLogger:
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self.key, "FINISHED" if finished else "KILLED")
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return found

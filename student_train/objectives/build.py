@@ -18,10 +18,11 @@ def build_objective(
     target_views: int = 2,
     num_images: int | None = None,
     student_map: StudentMap | None = None,
+    num_global: int | None = None,
 ) -> Objective:
     """The objective of such an ``ObjectiveContext``, one for each teacher of an ensemble. MisuseError: the targets cannot serve
     it."""
-    context = ObjectiveContext(config, num_features, space, target_views, num_images, student_map)
+    context = ObjectiveContext(config, num_features, space, target_views, num_images, student_map, num_global)
     if space.members:
         return EnsembleObjective(context, [_of_one(replace(context, space=member)) for _, member in space.members])
     return _of_one(context)

@@ -31,7 +31,8 @@ class StudentMap:
 class ObjectiveContext:
     """What an objective is built from: its ``config``, for a student of ``num_features``, against targets of ``space``, in
     steps of ``target_views`` views of each image. ``num_images`` of the data set, where known, keeps a queue short enough.
-    ``student_map``: where the objective reads targets of patches and there are some.
+    ``student_map``: where the objective reads targets of patches and there are some. ``num_global`` crops come first among the
+    student's; None: as many as there are targets.
     """
 
     config: ObjectiveConfig
@@ -40,6 +41,7 @@ class ObjectiveContext:
     target_views: int = 2
     num_images: int | None = None
     student_map: StudentMap | None = None
+    num_global: int | None = None
 
 
 class Objective(nn.Module):
@@ -92,9 +94,11 @@ class Objective(nn.Module):
     views_by_size: Sequence[int] = ()
     """With ``norm_by_size``: how many of a step's V views are of each crop size."""
     teacher_temp: float | None = None
+    """Of the targets; None where it has no such option."""
     sinkhorn: str | None = None
+    """As the option; None where it has no such option."""
     mean_entropy: float | None = None
-    """The last two: None where it has no such option."""
+    """Weight of the term; None where it has no such option."""
 
     def __init_subclass__(cls, name: str | None = None, **others: object) -> None:
         super().__init_subclass__(**others)

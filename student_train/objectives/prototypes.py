@@ -61,8 +61,9 @@ class PrototypeObjective(Objective):
     num_layers: ClassVar[int] = 3
     activation: ClassVar[Activation] = "gelu"
     mlp_layers: ClassVar[int] = 2
+    """Linear layers of ``head_type`` "mlp", the last one counted."""
     mlp_activation: ClassVar[Activation | None] = None
-    """Both of ``head_type`` "mlp", its last layer counted."""
+    """Between the layers of ``head_type`` "mlp"."""
     bottleneck = 256
     weight_norm: ClassVar[bool] = True
     unit_prototypes: ClassVar[bool] = False
@@ -76,8 +77,9 @@ class PrototypeObjective(Objective):
     sinkhorn = "none"
     mean_entropy = 0.0
     sinkhorn_alone: ClassVar[str] = "none"
+    """``sinkhorn`` where there is no teacher."""
     mean_entropy_alone: ClassVar[float] = 0.0
-    """The two before them where there is no teacher."""
+    """``mean_entropy`` where there is no teacher."""
 
     prototypes: Prototypes
     teacher_temp: float
@@ -102,7 +104,7 @@ class PrototypeObjective(Objective):
             self.sinkhorn, self.mean_entropy = self.sinkhorn_alone, self.mean_entropy_alone
         if config.mean_entropy is not None:
             self.mean_entropy = config.mean_entropy
-        self.koleo = config.koleo or 0.0
+        self.koleo, self.num_global = config.koleo or 0.0, context.num_global
         if config.sinkhorn is not None:
             self.sinkhorn = config.sinkhorn
         elif config.queue is not None and self.sinkhorn_alone == "queue":
@@ -217,6 +219,6 @@ class PrototypeObjective(Objective):
         if self.mean_entropy:
             entropy = mean_entropy(embedding, prototypes, self.student_temp, mean_over_ranks, self.prototypes.bias)
             loss = loss + self.mean_entropy * (math.log(len(prototypes)) - entropy)
-        if self.koleo:  # of the global crops, which come first, as many as there are targets
-            loss = loss + self.koleo * koleo(features[:, : pair_weights.shape[1]])
+        if self.koleo:  # of the global crops, which come first
+            loss = loss + self.koleo * koleo(features[:, : self.num_global or pair_weights.shape[1]])
         return loss

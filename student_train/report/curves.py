@@ -29,7 +29,11 @@ def curves(runs: Sequence[Run]) -> Markup:
         parts.append(_lines(runs, same, f"Loss, {objective}", "loss", lambda line: line["loss"], told))
     parts.append(
         _lines(
-            *(runs, logged, "Waiting for data", "% of a step", lambda line: 100 * line["data_wait"]),
+            runs,
+            logged,
+            "Waiting for data",
+            "% of a step",
+            lambda line: 100 * line["data_wait"],
             "The share of the time in which the student waited for images. Near 0 the loader keeps up; far above 10, more "
             "--workers, smaller stored images, or the GPU loader help.",
             yaxis={"rangemode": "tozero", "title": {"text": "% of a step"}},
@@ -37,7 +41,11 @@ def curves(runs: Sequence[Run]) -> Markup:
     )
     parts.append(
         _lines(
-            *(runs, logged, "Speed", "images/s", lambda line: line["images_per_second"]),
+            runs,
+            logged,
+            "Speed",
+            "images/s",
+            lambda line: line["images_per_second"],
             "Images of the training set a second, each with all its views. A dip is another program on the machine.",
             yaxis={"rangemode": "tozero", "title": {"text": "images/s"}},
         )

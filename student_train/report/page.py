@@ -21,7 +21,7 @@ from .style import POLICY, SCRIPT, STYLE
 COLOURS = ("#2f83c9", "#d9730d", "#1d9a6c", "#c0569c", "#d1495b", "#8673d6", "#93801c", "#808080", "#14a0b0", "#a2683f")
 """Of medium lightness: they are seen on white and on black."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = (*("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon", "bowtie"),)
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon", "bowtie")
 MARGINS = {"l": 56, "r": 12, "t": 34, "b": 46}
 
 

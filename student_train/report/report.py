@@ -66,11 +66,13 @@ def report(config: ReportConfig, progress: Callable[[int, int, str], None] = lam
         ),
         ("map", "Map of the embeddings", _of_features(tested, lambda i: maps(runs, i), absent)),
         (
-            *("looks", "Where the students look"),
+            "looks",
+            "Where the students look",
             _of_features(tested, lambda i: looks(runs, i, examples(i, config.examples), config, device), absent),
         ),
         (
-            *("patches", "What is alike within images"),
+            "patches",
+            "What is alike within images",
             _of_features(trained, lambda i: patches(runs, i, examples(i, config.examples), config, device), absent),
         ),
         ("exports", "Exported files", exports(runs)),

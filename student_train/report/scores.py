@@ -34,7 +34,10 @@ def evaluations(runs: Sequence[Run]) -> Markup:
             for number, run in enumerate(runs)
             if scores[run.name]
         ]
-        told = "Frozen features: top-1 of classification, AP of detection, means over subsets with few labels. Bars begin at 0."
+        told = (
+            "Frozen features: top-1 of classification, mean IoU of segmentation, AP of detection, means over subsets with few "
+            "labels. Bars begin at 0."
+        )
         parts.append(plot("What the features are worth", traces, "", "%", told, showlegend=True, barmode="group"))
         rows = [[task, *(scores[run.name].get(task) for run in runs)] for task in tasks]
         parts.append(table(("task, %", *(run.name for run in runs)), rows))
@@ -127,7 +130,9 @@ def exports(runs: Sequence[Run]) -> Markup:
             "k-NN of torch, %",
         )
         parts.append(table(head, rows))
-        parts.append(caption("k-NN is among the images that the file was checked on, and of use beside torch's only."))
+        parts.append(
+            caption("k-NN here is among the images the file was checked on; compare it only with torch's column.")
+        )
     for run in runs:
         if not run.exports:
             parts.append(

@@ -1,10 +1,10 @@
 """The settings: what differs between the runs first, then everything."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from ..run_folder import flat_settings
 from .page import caption, details, plain, table, tag
 from .run import Run
 
@@ -14,7 +14,7 @@ FIRST = ("student.name", "objective.name", "branch.teacher", "epochs", "loader.b
 
 
 def settings(runs: Sequence[Run]) -> Markup:
-    flat = [_flat(run.settings) for run in runs]
+    flat = [flat_settings(run.settings) for run in runs]
     names = list(dict.fromkeys(name for values in flat for name in values))
     names = [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
     names = [name for name in names if name.split(".")[0] not in NO_CHOICES]
@@ -33,14 +33,3 @@ def settings(runs: Sequence[Run]) -> Markup:
         shown.append(table(head, [rows[name] for name in FIRST if name in rows]))
     shown.append(details(f"All {len(rows)} settings", table(head, rows.values())))
     return Markup("\n").join(shown)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """``{"optimiser": {"lr": 1}}`` -> ``{"optimiser.lr": 1}``; lists stay."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value
-    return found

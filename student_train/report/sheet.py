@@ -16,7 +16,8 @@ MOST_LOCAL = 6
 
 def sheet(run: Run, images: Images, rows: list[int]) -> Markup:
     """A line an image: the image with the boxes of its crops, and the crops, each with its box's number."""
-    recipe, seed = Recipe.from_dict(run.settings["recipe"]), int(run.settings["seed"])
+    recipe = Recipe.from_dict(run.settings["recipe"])
+    seed = int(run.settings["branch"]["seed"])  # of the views, a store's where there is one; the training has its own
     whole = tuple(range(recipe.num_global))
     local = tuple(range(LOCAL, LOCAL + min(recipe.num_local, MOST_LOCAL)))
     sets = [(recipe.global_crops[0].size, whole)]

@@ -93,15 +93,15 @@ def align_regions(tokens: Tensor, regions: Regions, side: int) -> tuple[Tensor, 
     side, side), as that crop is turned, and (B, L, G, side, side) bool, whether a position is wholly within the target's view.
     """
     (images, crops, views), grid = regions.mirrored.shape, tokens.shape[-1]
-    boxes, mirrored = regions.boxes.to(tokens.device), regions.mirrored.to(tokens.device)
-    view = torch.arange(images * views, device=tokens.device).view(images, 1, views, 1)
-    rois = torch.cat([view.expand(images, crops, views, 1), boxes * grid], dim=-1).flatten(0, 2).to(tokens.dtype)
+    # In float64 on the CPU, where the regions are: not every device has it.
+    view = torch.arange(images * views).view(images, 1, views, 1).expand(images, crops, views, 1)
+    rois = torch.cat([view, regions.boxes * grid], dim=-1).flatten(0, 2).to(tokens.dtype).to(tokens.device)
     found = roi_align(tokens.flatten(0, 1), rois, side, 1.0, SAMPLES, aligned=True).unflatten(0, (images, crops, views))
-    left, top, right, bottom = boxes.unbind(-1)
+    left, top, right, bottom = regions.boxes.unbind(-1)
     columns, rows = (_inside(low, high, side) for low, high in ((left, right), (top, bottom)))
-    inside = rows[..., :, None] & columns[..., None, :]
-    turned = mirrored[..., None, None]
-    return torch.where(turned[..., None], found.flip(-1), found), torch.where(turned, inside.flip(-1), inside)
+    inside, turned = rows[..., :, None] & columns[..., None, :], regions.mirrored[..., None, None]
+    inside = torch.where(turned, inside.flip(-1), inside).to(tokens.device)
+    return torch.where(turned[..., None].to(tokens.device), found.flip(-1), found), inside
 
 
 def _inside(low: Tensor, high: Tensor, side: int) -> Tensor:

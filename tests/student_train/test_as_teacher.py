@@ -1,7 +1,6 @@
 """A run's student as the teacher of another: the same embeddings and logits, from a file that says what is in it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from rob.common.errors import MisuseError
 from rob.common.heads import ProjectionHead, Prototypes
 from rob.student_train.as_teacher import export_teacher
-from rob.student_train.checkpoint import load_student, read_checkpoint
+from rob.student_train.checkpoint import load_student, read_checkpoint, save_checkpoint
 from rob.student_train.config import OptimiserConfig
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.student_config import StudentConfig
@@ -122,13 +121,25 @@ def test_what_is_no_teacher_is_refused(data, swav, tmp_path):
     with pytest.raises(MisuseError, match="description of the head is damaged"):
         load_teacher(TeacherConfig(NAME, damaged))
 
+
+def test_a_student_of_a_store_and_heads_that_no_teacher_has(data, swav, tmp_path):
+    path = export_teacher(ExportTeacherConfig(swav, tmp_path / "teacher.safetensors"))
     store = tiny_store(tmp_path / "targets.zarr", data, TeacherConfig(NAME, path))
-    mlp = TrainConfig(
-        data.path, tmp_path / "mlp", StudentConfig(NAME, 32), Cached(store.path),
-        ObjectiveConfig("dino", head="fresh", head_type="mlp", hidden_dim=8),
-        optimiser=OptimiserConfig(warmup_epochs=0), epochs=1, device="cpu", loader=LOADER,
+    config = TrainConfig(
+        data.path, tmp_path / "run", StudentConfig(NAME, 32), Cached(store.path), ObjectiveConfig("dino", hidden_dim=8),
+        optimiser=OptimiserConfig(warmup_epochs=0), epochs=1, local_size=16, device="cpu", loader=LOADER,
     )  # fmt: skip
-    train_student(replace(mlp, local_size=16))
-    with pytest.raises(MisuseError, match=r"biases .*student\.safetensors"):
-        export_teacher(ExportTeacherConfig(mlp.out, tmp_path / "b.safetensors"))
-    assert not (tmp_path / "b.safetensors").exists()
+    train_student(config)
+    exported = export_teacher(ExportTeacherConfig(config.out, tmp_path / "of_store.safetensors"))
+    assert load_teacher(TeacherConfig(NAME, exported)).teacher_temp == 0.02  # the store's: the run was given none
+
+    payload = read_checkpoint(config.out / "checkpoint.pt")
+    for objective, said in (
+        ({"head_type": "mlp"}, "`head_type` mlp"),
+        ({"name": "simreg"}, "`objective` simreg has layers"),
+    ):
+        settings = payload["config"] | {"objective": payload["config"]["objective"] | objective}
+        save_checkpoint(tmp_path / "other" / "checkpoint.pt", payload["state"], settings)
+        with pytest.raises(MisuseError, match=rf"{said}.*take student\.safetensors"):
+            export_teacher(ExportTeacherConfig(tmp_path / "other", tmp_path / "b.safetensors"))
+        assert not (tmp_path / "b.safetensors").exists()

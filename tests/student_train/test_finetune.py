@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from rob.common import timing
 from rob.common.errors import MisuseError
@@ -18,6 +20,7 @@ from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.finetune.classify import finetune_classifier
 from rob.student_train.finetune.config import ClassifyConfig, SegmentConfig
+from rob.student_train.finetune.folder import training_of
 from rob.student_train.finetune.segment import finetune_segmenter
 from rob.student_train.finetune.tuned import load_tuned
 from rob.student_train.students import StudentConfig, build_student, describe_student
@@ -184,6 +187,19 @@ def test_labels_that_cannot_be_are_refused(run, colours, tmp_path):
     with pytest.raises(MisuseError, match=r"holds student\.safetensors, of something else"):
         finetune_classifier(classify(run, colours, run))
     assert not out.exists()
+
+
+def test_biases_norms_and_embeddings_of_a_vit_do_not_decay():
+    model = nn.ModuleDict({"backbone": build_student(StudentConfig("test_vit", 32)), "head": nn.Linear(64, 3)})
+    config = SimpleNamespace(weight_decay=0.05, lr=1e-3, epochs=1, seed=0)
+    start = SimpleNamespace(device=torch.device("cpu"), precision="fp32")
+    groups = training_of(
+        config, start, model, 1, lambda epoch: [], lambda batch: torch.zeros(())
+    ).optimiser.param_groups
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        still = parameter.ndim < 2 or name in ("backbone.pos_embed", "backbone.cls_token")
+        assert decay[id(parameter)] == (0 if still else 0.05), name
 
 
 # ==== segmenters ====

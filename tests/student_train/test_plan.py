@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
@@ -15,7 +16,7 @@ from rob.student_train.plan_warnings import LEAST_STEPS
 from rob.student_train.students import StudentConfig
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
-from rob.student_train.trial import Trial, try_steps
+from rob.student_train.trial import Trial, free_memory, try_steps
 
 
 @pytest.fixture
@@ -103,6 +104,27 @@ def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):
         assert plan.config.optimiser.peak * batch / 256 == pytest.approx(2e-3, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("seconds_of", "batch"),
+    [
+        ({24: 10.0, 12: 6.0, 6: 4.0, 3: 2.9}, 6),  # 1.7 and 1.5 times as many steps, then 1.4 less a little
+        ({24: 10.0, 12: 9.0, 6: 2.0, 3: 1.0}, 24),  # what a quarter would buy plays no part
+        ({24: 1.0, 12: 0.2, 6: 0.1, 3: 0.05}, 12),  # then the steps are enough
+    ],
+)
+def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config, monkeypatch, seconds_of, batch):
+    monkeypatch.setattr(planner_module, "FEWEST", 3)
+    monkeypatch.setattr(planner_module, "EFFORTS", {"minutes": planner_module.Effort(900, 4_000, 1, "")})
+    tried = lambda config, run, _: Trial(seconds_of[config.loader.batch_size], 1, 1)  # noqa: E731
+    monkeypatch.setattr(planner_module, "try_steps", tried)
+    plan = make_plan(open_config)
+    assert (plan.config.loader.batch_size, chosen(plan)["batch_size"]) == (batch, batch)
+    assert plan.trial.seconds == seconds_of[batch]
+    assert plan.config.optimiser.peak * batch / 256 == pytest.approx(2e-3, 1e-3)
+    if batch == 6:
+        assert "2.5 times as many steps" in next(c.reason for c in plan.choices if c.setting == "batch_size")
+
+
 def test_effort_never_takes_fewer_steps_than_a_student_needs(open_config, steps_take):
     steps_take(10.0)
     assert LEAST_STEPS <= make_plan(open_config).steps < 2 * LEAST_STEPS
@@ -186,6 +208,12 @@ def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, da
     )
     assert small.parameters == num_parameters(build_student(full.student))
     assert small.memory_bytes < large.memory_bytes < 3 * small.memory_bytes + 1
+
+
+def test_what_torch_has_cached_on_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 130
 
 
 def test_python_and_the_command_choose_the_same_stem():

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rob.common.store.codec import decode
+from rob.student_train.run_folder import read_log
 from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 
 SCRIPT = """
@@ -33,7 +34,9 @@ class Checking(CachedTargets):
 original = train.Trainer.step
 def step(self, number, crops, target, pair_weights):
     trainers.append(self)
-    return original(self, number, crops, target, pair_weights)
+    health, rate = original(self, number, crops, target, pair_weights)
+    seen[-1]["loss"] = health[0].clone()
+    return health, rate
 trainers, rehearsed = [], []
 train.Trainer.step = step
 class CompilingTrainer(train.Trainer):
@@ -176,6 +179,10 @@ def test_two_ranks_share_the_images_and_agree_on_the_weights(tmp_path: Path) -> 
             column = (number // 4) % 2  # one target view an epoch, in turn
             assert torch.equal(step["embedding"][:, 0], rows[step["ids"], column])
     assert (tmp_path / "run" / "student.safetensors").exists()
+    (line,) = read_log(tmp_path / "run")  # of both ranks' shares
+    shares = torch.tensor([[step["loss"] for step in one["seen"]] for one in found])
+    assert line["loss"] == pytest.approx(shares.mean().item(), rel=1e-5)
+    assert (shares[0] != shares[1]).all()
 
 
 @pytest.mark.slow

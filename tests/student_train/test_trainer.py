@@ -1,6 +1,7 @@
 """Every way to take a step."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig
 from rob.student_train.targets.momentum import Momentum, MomentumTargets
 from rob.student_train.targets.pairing import PairingConfig
-from rob.student_train.targets.space import TargetSpace
+from rob.student_train.targets.space import PatchSpace, TargetSpace
 from rob.student_train.train import train_student
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
@@ -213,6 +214,22 @@ def test_graphs_are_replayed_only_where_that_is_safe(config, changes, device, ra
         return check()
     with pytest.raises(MisuseError, match=reason):
         check()
+
+
+def test_a_student_whose_patches_are_read_is_not_compiled(config, monkeypatch):
+    """Its maps are read past the call that would be: asked for it is refused, as a stored default left out."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: pytest.fail("it is compiled"))
+    monkeypatch.setattr(trainer_module, "stored_settings", lambda device: SimpleNamespace(compile_mode="default"))
+    space = TargetSpace(24, 10, True, 0.05, patches=PatchSpace("grid", 4, 24))
+    config = replace(config, objective=ObjectiveConfig("patch", hidden_dim=16), pairing=PairingConfig("same", 1))
+    assert not build(config, space).compiles
+    with pytest.raises(MisuseError, match=r"`compile` default does nothing for `objective` patch, .* `patch_weight` 0"):
+        build(replace(config, compile="default"), space)
+
+
+def test_an_objective_knows_of_global_crops_beyond_the_targets(config):
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16))
+    assert build(replace(config, pairing=PairingConfig("cross", 1, step_globals=3))).objective.num_global == 3
 
 
 def test_a_replayed_student_says_when_a_step_begins_and_its_copy_is_not_replayed(config, monkeypatch):

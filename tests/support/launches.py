@@ -67,6 +67,7 @@ def launches(monkeypatch, processors: int = 132):
     library = SimpleNamespace(mm=widening("mm"), bmm=widening("bmm"), float32=torch.float32, Tensor=torch.Tensor)
     monkeypatch.setattr(products, "torch", library)  # CPUs have no product of halves with float32 sums
     monkeypatch.setattr(products, "_widens", lambda device, dtype: dtype.itemsize == 2)
-    monkeypatch.setattr(products, "_processors", lambda device: processors)
+    for module in ("products", "triton_kernels"):
+        monkeypatch.setattr(f"rob.student_train.kernels.{module}.processors", lambda device: processors)
     with Operations(found):
         yield found

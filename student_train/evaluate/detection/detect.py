@@ -27,7 +27,7 @@ from ...students import create_student
 from ..config import DetectConfig
 from .data import DetectionData, DetectionTensors, open_detection
 from .model import build_detector
-from .score import AveragePrecision, average_precision
+from .score import AveragePrecision, average_precision, precision_by_class
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
 
     found = find(detector, test, masks, device, progress)
     truth = test.to_coco()
+    box, by_class = precision_by_class(truth, found)
     result = DetectResult(
         info.name,
         config.init,
-        average_precision(truth, found),
+        box,
         average_precision(truth, found, "segm") if masks else None,
-        {name: average_precision(*_of_class(truth, found, test, name)).ap for name in train.classes},
+        {name: by_class.get(name) for name in train.classes},
         len(train.images),
         len(test.images),
     )
@@ -213,12 +214,3 @@ def _to(target: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
 def _pack(mask: Tensor) -> dict[str, Any]:
     packed: Any = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": packed["size"], "counts": packed["counts"].decode()}
-
-
-def _of_class(
-    truth: dict[str, Any], found: list[dict[str, Any]], data: DetectionData, name: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    category = data.category(data.classes.index(name) + 1)
-    objects = [a for a in truth["annotations"] if a["category_id"] == category]
-    kept = [c for c in truth["categories"] if c["id"] == category]
-    return {**truth, "annotations": objects, "categories": kept}, [f for f in found if f["category_id"] == category]

@@ -38,7 +38,7 @@ class Confusion:
 
     def score(self, classes: Sequence[str]) -> SegmentationScore:
         """Intersection over union of each class, and their mean over the whole set."""
-        counts = self.matrix.double().cpu()
+        counts = self.matrix.cpu().double()
         hits = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - hits
         iou = 100 * hits / union  # NaN where there is none

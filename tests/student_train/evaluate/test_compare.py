@@ -67,6 +67,7 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     write_result(second, "knn", {"top1": 58.5, "test_fingerprint": "xyz"})
     write_result(second, "knn-random", {"top1": 20.5, "test_fingerprint": "xyz"})
     write_result(second, "detect", {"box": {"ap": 12.5}, "mask": None})
+    write_result(second, "segment", {"miou": 0.0})
     lines = b"".join(log_line(images_per_second=speed) for speed in (100.0, 300.0, 200.0))
     (first / "metrics.jsonl").write_bytes(lines + b'{"cut')
 
@@ -77,7 +78,7 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
         cli.main()
     assert not ended.value.code
     text = capsys.readouterr().out
-    for expected in ("61.25", "33.50", "47.00", "58.50", "12.50", "detect box AP", "200.00"):
+    for expected in ("61.25", "33.50", "47.00", "58.50", "12.50", "detect box AP", "segment mIoU", "200.00"):
         assert expected in text
     assert text.index("knn %") < text.index("knn-random %") < text.index("lowshot 1 %")  # a task, then its controls
     assert "knn: " in text
@@ -130,6 +131,7 @@ def test_what_stands_for_a_result():
         "detect box AP": 1.0,
         "detect mask AP": 2.0,
     }
+    assert headline("segment", {"miou": 0.0, "pixel_accuracy": 9.0}) == {"segment mIoU": 0.0}
     assert headline("detect", {"box": {"ap": None}, "mask": None}) == {}  # there was nothing to find
 
 

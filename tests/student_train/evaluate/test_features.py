@@ -1,6 +1,8 @@
 """Features by image id, their cache, labels and classes that do not fit."""
 
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from rob.student_train.evaluate.features import (
     cached_features,
     extract_features,
     flatten_pixels,
-    label_features,
+    labels_of,
     same_classes,
 )
 
@@ -111,10 +113,13 @@ def test_weights_hash_sees_names_types_and_values():
 
 
 def test_missing_labels_are_named():
-    with pytest.raises(MisuseError, match="has no labels"):
-        label_features(torch.zeros(3, 2), None)
-    with pytest.raises(MisuseError, match="1 of 3 images have no label, the first is image 1"):
-        label_features(torch.zeros(3, 2), np.array([0, -1, 2]))
+    images = SimpleNamespace(named=Path("a.beton"), manifest=SimpleNamespace(paths=("x.png", "y.png", "z.png")))
+    images.labels = None
+    with pytest.raises(MisuseError, match=r"a\.beton has no labels: pack a folder"):
+        labels_of(images)
+    images.labels = np.array([0, -1, 2])
+    with pytest.raises(MisuseError, match=r"a\.beton: 1 of 3 images have no label, the first is y\.png: .*pack again"):
+        labels_of(images)
 
 
 def test_classes_meet_by_name():

@@ -2,14 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rob.common.errors import MisuseError
+from rob.common.views.loader import LoaderConfig
+from rob.student_train.evaluate import finetune as finetune_module
+from rob.student_train.evaluate.config import FinetuneConfig
 from rob.student_train.evaluate.features import Features
+from rob.student_train.evaluate.labelled import LabelledImages
 from rob.student_train.evaluate.logistic import fit_logistic
 from rob.student_train.evaluate.lowshot import (
     MSN_REGULARISATION,
@@ -19,6 +25,7 @@ from rob.student_train.evaluate.lowshot import (
     lowshot,
     prepared,
 )
+from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.evaluate.subsets import balanced_subset
 from support.gaussians import gaussian_classes
 
@@ -114,3 +121,24 @@ def test_a_list_is_the_same_for_every_seed():
     assert said["labels"] == said["share"]["file"] == "1percent.txt"
     other = Listed("1percent.txt", ids[1:]).to_json()
     assert said["share"]["fingerprint"] != other["fingerprint"]
+
+
+def test_what_was_kept_is_of_both_data_sets(tmp_path, monkeypatch):
+    """An outcome on other test images, or after other training images, is none of this one's."""
+    monkeypatch.setattr(
+        finetune_module, "Beton", lambda path: SimpleNamespace(manifest=SimpleNamespace(fingerprint=path.name))
+    )
+    monkeypatch.setattr(
+        finetune_module, "finetune", lambda network, train, test, *_: 10 * int(train.path.stem) + int(test.path.stem)
+    )
+    network = FrozenNetwork.pixels(8, torch.device("cpu"))
+
+    def top1(train: int, test: int) -> float:
+        one, other = (LabelledImages(Path(f"{n}.beton"), TRAIN, torch.arange(2000), 2000) for n in (train, test))
+        settings = FinetuneConfig(), LoaderConfig("torch", 8, 1), Share(per_class=1)
+        return finetune_module.finetune_lowshot(network, one, other, *settings, (0,), keep_in=tmp_path).mean
+
+    pairs = [(train, test) for train in (1, 2) for test in (3, 4)]
+    assert [top1(*pair) for pair in pairs] == [13, 14, 23, 24]
+    monkeypatch.setattr(finetune_module, "finetune", None)
+    assert [top1(*pair) for pair in pairs] == [13, 14, 23, 24]

@@ -74,12 +74,15 @@ def test_rank_me_counts_the_directions_that_are_filled():
     assert 1 < rank_me(directions * torch.tensor([1.0] + [0.1] * 7)) < 8
 
 
-def test_few_images_or_one_class_say_nothing(data, monkeypatch):
+def test_few_images_one_class_or_missing_labels_say_nothing(data, monkeypatch):
     one = SimpleNamespace(labels=np.zeros(100, np.int64))
     assert usable_labels(one, np.arange(100)) is None
     rare = SimpleNamespace(labels=np.array([0] * 97 + [1] * 3))
     assert usable_labels(rare, np.arange(100)) is None
     assert usable_labels(SimpleNamespace(labels=None), np.arange(100)) is None
+    some = SimpleNamespace(labels=np.arange(100) % 3 - 1)
+    assert usable_labels(some, np.arange(100)) is None
+    assert usable_labels(some, np.flatnonzero(some.labels >= 0)) is not None
     monkeypatch.setattr(module, "FEWEST_IMAGES", 25)
     assert of(data, NO_TEACHER) is None
 

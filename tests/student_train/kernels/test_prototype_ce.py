@@ -220,11 +220,12 @@ def test_gradients_have_their_inputs_dtype():
     assert (loss.dtype, embedding.grad.dtype, prototypes.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
 
 
-def test_cpu_autocast_does_not_lower_the_precision():
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference"])
+def test_cpu_autocast_does_not_lower_the_precision(impl):
     case = make_case("embedding", images=20, dim=64)
     with torch.autocast("cpu", torch.bfloat16):
-        under = call(case)
-    torch.testing.assert_close(under, call(case))
+        under = call(case, impl)
+    torch.testing.assert_close(under, call(case, impl))
 
 
 # ==== arguments ====

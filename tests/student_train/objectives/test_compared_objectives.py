@@ -50,9 +50,10 @@ def copy_rows(step: int) -> Tensor:
     return unit(IMAGES, VIEWS, DIM, seed=30 + step)
 
 
-def build(name: str, space: TargetSpace = SPACE, **settings) -> nn.Module:
+def build(name: str, space: TargetSpace = SPACE, num_global: int | None = None, **settings) -> nn.Module:
     torch.manual_seed(0)
-    objective = build_objective(ObjectiveConfig(name, hidden_dim=16, **settings), FEATURES, space, VIEWS).double()
+    config = ObjectiveConfig(name, hidden_dim=16, **settings)
+    objective = build_objective(config, FEATURES, space, VIEWS, num_global=num_global).double()
     for layer in objective.head.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.5)
@@ -289,18 +290,20 @@ def koleo_by_hand(x: Tensor) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("sinkhorn", ["none", "batch"])
+@pytest.mark.parametrize(("sinkhorn", "num_global"), [("none", VIEWS + 1), ("batch", None)])
 @pytest.mark.parametrize("name", ["dino", "ibot", "swav", "msn"])
-def test_koleo_joins_the_loss_of_prototypes_on_the_global_crops_features(name, sinkhorn):
+def test_koleo_joins_the_loss_of_prototypes_on_the_global_crops_features(name, sinkhorn, num_global):
+    """On all of them, of which there may be more than targets."""
+    crops = num_global or VIEWS
     target = EmbeddingTarget(teacher_rows(0), TEACHER_PROTOTYPES)
     rows = [draw(IMAGES, VIEWS + LOCALS, FEATURES, seed=8).requires_grad_() for _ in range(3)]
-    plain, with_koleo = (build(name, sinkhorn=sinkhorn, koleo=weight) for weight in (None, 0.1))
+    plain, with_koleo = (build(name, SPACE, num_global, sinkhorn=sinkhorn, koleo=k) for k in (None, 0.1))
     loss, more = plain(rows[0], target, RELEASED), with_koleo(rows[1], target, RELEASED)
-    exact = koleo_by_hand(rows[2][:, :VIEWS])
+    exact = koleo_by_hand(rows[2][:, :crops])
     torch.testing.assert_close(more, loss + 0.1 * exact, rtol=1e-10, atol=1e-10)
     (usual, found, part) = (torch.autograd.grad(what, x)[0] for what, x in zip((loss, more, exact), rows, strict=True))
     torch.testing.assert_close(found, usual + 0.1 * part, rtol=1e-10, atol=1e-10)
-    assert part[:, VIEWS:].abs().sum() == 0
+    assert part[:, crops:].abs().sum() == 0
 
 
 @given(st.integers(2, 9), st.integers(1, 3), st.integers(2, 6), st.integers(0, 1000))

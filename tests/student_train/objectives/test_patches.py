@@ -114,6 +114,18 @@ def test_patch_of_regions_is_the_mean_over_pairs_of_what_they_share(monkeypatch)
     assert abs(found.item() - sum(pairs) / len(pairs)) < 1e-10
 
 
+def test_local_crops_that_share_nothing_with_a_target_cost_nothing(monkeypatch):
+    objective = built("patch", PatchSpace("grid", GRID, C), 4, patch_from_region=True)
+    beside = torch.tensor([2.25, 0.5, 2.75, 1.0], dtype=torch.float64).expand(B, 2, G, 4)
+    regions = Regions(beside, torch.zeros(B, 2, G, dtype=torch.bool))
+    monkeypatch.setattr(Placement, "regions", lambda self: regions)
+    monkeypatch.setattr(Placement, "own", [])
+    maps = [rows(B, G, WIDTH, 4, 4, seed=4), rows(B, 2, WIDTH, 2, 2, seed=6)]
+    pooled = EmbeddingTarget(rows(B, G, D, seed=5, unit=True))
+    target = TargetWithPatches(pooled, EmbeddingTarget(rows(B, G * GRID * GRID, C, seed=3)), PLACEMENT)
+    assert objective.patch_loss(maps, None, target) == 0
+
+
 def smoothed(grid: Tensor, row: int, column: int, mirrored: bool) -> Tensor:
     """The mean of four samples of the cell (2 + row, 1 + column), at a quarter of it from its borders."""
     column = 1 - column if mirrored else column

@@ -71,6 +71,7 @@ def folder(teacher, tmp_path_factory) -> Path:
         export_weights(build_student(config), describe_student(config), out / "student.safetensors")
         settings = {
             "student": {"name": student}, "objective": {"name": "dino"}, "data": str(data.path), "seed": 0,
+            "branch": {"seed": 7},
             "targets": str(store.path), "recipe": get_recipe("dino").to_dict(), "versions": {"torch": "1.0"},
             "data_fingerprint": data.manifest.fingerprint,
         }  # fmt: skip
@@ -162,6 +163,7 @@ def test_what_a_run_has_is_shown(page):
     assert "teacher" in page.texts["neighbours"]
     assert "attention" in page.texts["looks"]
     assert "activation" in page.texts["looks"]
+    assert "seed 7, of run" in page.texts["views"]  # that of the views, not of the training
     assert TINY_TEACHER in page.texts["patches"]
     assert "cnn" in page.texts["patches"]
     assert page.texts["settings"].index("student.name") < page.texts["settings"].index("All ")

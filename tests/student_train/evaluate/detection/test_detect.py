@@ -21,7 +21,7 @@ from rob.student_train.evaluate.detection import detect as stage
 from rob.student_train.evaluate.detection.data import DetectionTensors, open_detection
 from rob.student_train.evaluate.detection.detect import DetectConfig, detect
 from rob.student_train.evaluate.detection.model import Pyramid, build_detector
-from rob.student_train.evaluate.detection.score import average_precision
+from rob.student_train.evaluate.detection.score import average_precision, precision_by_class
 from rob.student_train.finetune.tuned import load_tuned
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import coco_shapes, voc_shapes
@@ -195,6 +195,15 @@ def test_average_precision_of_known_detections():
     assert (scores.ap, scores.ap50, scores.ap75) == pytest.approx((30, 100, 0))
     assert average_precision(truth, []).ap == 0
     assert average_precision({**truth, "annotations": []}, exact).ap is None
+
+    # A class as if there were no other: "b" is not found, "c" found where it is not, "d" neither there nor found.
+    truth["categories"] += [{"id": 2, "name": "b"}, {"id": 4, "name": "c"}, {"id": 7, "name": "d"}]
+    truth["annotations"].append({**truth["annotations"][0], "id": 3, "category_id": 2})
+    found = [exact[0], {**exact[0], "category_id": 4}]
+    score, by_class = precision_by_class(truth, found)
+    assert by_class == {"a": pytest.approx(100 * 51 / 101), "b": 0, "c": None, "d": None}
+    assert score.ap == pytest.approx(100 * 51 / 101 / 2)
+    assert precision_by_class(truth, [])[1] == {"a": 0, "b": 0, "c": None, "d": None}
 
 
 # ==== what is refused ====
