@@ -20,7 +20,7 @@ from rob.common.config import Device, Overwrite
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.files import refuse_existing
 from rob.common.options import GroupedCommand, command
-from rob.common.screen import accuracies, bar, console, note, waiting
+from rob.common.screen import bar, console, note, show_table, waiting
 from rob.common.settings import Setting
 from rob.common.signals import end_with_parent
 from rob.student_train.commands.check import check
@@ -115,7 +115,7 @@ def demo(
     summary = run(DemoConfig(out, teacher, device=device), DemoScreen(note, bar))
     linear_top1, knn_top1 = summary["linear_top1"], summary["knn_top1"]
     rows = [(name.replace("_", " "), linear_top1[name], knn_top1[name]) for name in linear_top1]
-    accuracies("Fashion-MNIST, top-1", ("features", "linear %", "k-NN %"), rows, named=True)
+    show_table("Fashion-MNIST, top-1", ("features", "linear %", "k-NN %"), rows, named=True)
     note("  ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items()))
     note(
         f"written to {out}: report.html, curve.png, summary.json, student/student.safetensors and student/student.onnx"

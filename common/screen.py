@@ -50,7 +50,7 @@ def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def accuracies(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], named: bool = False) -> None:
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], named: bool = False) -> None:
     """A table; whole numbers with separators, others with two decimals, texts as they are, None as nothing.
 
     All stand on the right, but for names in the first column of a ``named`` table.

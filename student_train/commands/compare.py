@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from ...common.config import Overwrite
 from ...common.errors import MisuseError
 from ...common.files import refuse_existing
-from ...common.screen import Cell, accuracies, bar, note
+from ...common.screen import Cell, bar, note, show_table
 from ...common.settings import Setting
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ EXPORTED: dict[str, Callable[["ExportedFile"], Cell]] = {
     "agreement": lambda entry: entry.score if entry.score is None else f"{entry.score:.4f}",
 }
 """What is shown of an exported file."""
+FEW = 3
+"""Runs that are columns of the table; more are its rows."""
 
 
 def compare(
@@ -27,7 +29,7 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Runs side by side: results, size, latency, speed."""
-    from ..evaluate.compare import all_tasks, check_comparable, summarise, write_comparison
+    from ..evaluate.compare import all_tasks, check_comparable, names_of, summarise, write_comparison
 
     if out.suffix != ".png":
         raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
@@ -39,22 +41,32 @@ def compare(
             update(len(summaries), len(runs))
     tasks = all_tasks(summaries)
     write_comparison(summaries, out)
-    rows: list[tuple[str, list[Cell]]] = [
+    names = names_of([s.run for s in summaries])
+    measures: list[tuple[str, list[Cell]]] = [
         ("student", [s.student for s in summaries]),
         ("parameters, M", [s.parameters / 1e6 for s in summaries]),
         ("MACs, M", [s.macs / 1e6 for s in summaries]),
         ("CPU ms, one thread", [s.cpu_ms for s in summaries]),
         ("CUDA ms", [s.cuda_ms for s in summaries]),
         ("training images/s", [s.train_images_per_second for s in summaries]),
-        *(
-            (f"{file}, {title}", [value(s.exports[file]) if file in s.exports else None for s in summaries])
-            for file in dict.fromkeys(file for s in summaries for file in s.exports)
-            for title, value in EXPORTED.items()
-        ),
-        *((task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks),
     ]
-    known = [(name, *values) for name, values in rows if any(value is not None for value in values)]
-    accuracies("runs", ("", *(s.run for s in summaries)), known)
+    exports: list[tuple[str, list[Cell]]] = [
+        (f"{file}, {title}", [value(s.exports[file]) if file in s.exports else None for s in summaries])
+        for file in dict.fromkeys(file for s in summaries for file in s.exports)
+        for title, value in EXPORTED.items()
+    ]
+    measures += [] if len(runs) > FEW else exports
+    measures += [
+        (task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks
+    ]
+    measures = [(title, values) for title, values in measures if any(value is not None for value in values)]
+    if len(runs) > FEW:
+        titles, columns = zip(*measures, strict=True)
+        show_table("runs", ("run", *titles), list(zip(names, *columns, strict=True)), named=True)
+        if exports:
+            show_table("exported files", ("file, measure", *names), [(title, *values) for title, values in exports])
+    else:
+        show_table("runs", ("", *names), [(title, *values) for title, values in measures])
     for sentence in check_comparable(summaries):
         note(sentence)
     note(f"drawn to {out}")

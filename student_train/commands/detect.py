@@ -1,6 +1,6 @@
 """``rob eval detect``."""
 
-from ...common.screen import accuracies, bar, note
+from ...common.screen import bar, note, show_table
 from ..evaluate.config import DetectConfig
 from .subject import Out
 
@@ -15,7 +15,7 @@ def detect(config: DetectConfig, out: Out = None) -> None:
     folder = out or (config.run if config.run.is_dir() else None)
     with bar("training", "steps") as training, bar("testing", "images") as testing:
         result = detect(config, folder, DetectProgress(training, testing, note))
-    accuracies(
+    show_table(
         f"detection with {result.student}, {config.init} initialisation, on {result.num_test} images",
         ("", "AP %", "AP50 %", "AP75 %"),
         [

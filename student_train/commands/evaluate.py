@@ -7,7 +7,7 @@ import typer
 
 from ...common.errors import MisuseError
 from ...common.options import refuse
-from ...common.screen import accuracies, bar
+from ...common.screen import bar, show_table
 from ...common.settings import Setting
 from ..evaluate.config import FinetuneConfig, LinearConfig, LowshotConfig
 from .subject import LoadTeacher, Subject, SubjectConfig, Test, Train, What
@@ -36,7 +36,7 @@ def knn(
     subject = Subject(context, what, config, load_teacher)
     train, held_out = subject.images(data, test)
     results = knn_sweep(*brought_to(subject.network.device, train.features, held_out.features), list(k), temperature)
-    accuracies(
+    show_table(
         f"k-NN of {subject.network.title}",
         ("k", "top-1 %", "top-5 %", "train images", "test images"),
         [(r.k, r.top1, r.top5, r.num_train, r.num_test) for r in results],
@@ -78,7 +78,7 @@ def linear(
             )
         else:
             result = linear(*brought_to(network.device, train.features, held_out.features), training, update)
-    accuracies(
+    show_table(
         f"linear classifier on {network.title}",
         ("learning rate", "weight decay", "validation %", "top-1 %", "top-5 %"),
         [
@@ -160,7 +160,7 @@ def lowshot(
                 several = range(1 if isinstance(share, Listed) else seeds)
                 result = frozen_lowshot(*features, share, several, strength, update, logistic.protocol)
         results.append(result)
-    accuracies(
+    show_table(
         f"few labels, {'fine-tuned' if finetune else 'frozen'} {network.title}",
         ("labels", "train images", "top-1 %", "deviation", "seeds"),
         [
@@ -224,7 +224,7 @@ def transfer(
     with bar("training", "steps") as update:
         result = linear(*features, training, update)
     nearest = knn(*features, k=min(20, len(train.features)))
-    accuracies(
+    show_table(
         f"{task} with {subject.network.title}",
         ("", "top-1 %", "top-5 %", "train images", "test images"),
         [

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ...common.screen import Cell, accuracies, bar, note
+from ...common.screen import Cell, bar, note, show_table
 from ..export.config import ExportConfig
 from ..train_config import ExportTeacherConfig
 from .of_runs import at_hand
@@ -19,7 +19,7 @@ def export(config: ExportConfig) -> None:
     with bar("exporting", "files") as update:
         files = export(config, note, update)
     head, scores = _columns(files[0])
-    accuracies(
+    show_table(
         f"{files[0].student}, exported",
         ("file", "MB", "ms, one thread", *head),
         [(entry.file, entry.bytes / 1e6, entry.latency_ms, *scores(entry)) for entry in files],

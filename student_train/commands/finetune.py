@@ -1,6 +1,6 @@
 """``rob finetune classify`` and ``segment``."""
 
-from ...common.screen import accuracies, bar, note, note_slow_loader
+from ...common.screen import bar, note, note_slow_loader, show_table
 from ..finetune.config import ClassifyConfig, SegmentConfig
 
 
@@ -14,7 +14,7 @@ def classify(config: ClassifyConfig) -> None:
     note_slow_loader(config.loader)
     with bar("training", "steps") as training, bar("validating", "images") as validating:
         result = finetune_classifier(config, TuneProgress(training, validating, note))
-    accuracies(
+    show_table(
         f"{result.student}, {config.init}, fine-tuned on {result.num_train:,} images: {len(result.per_class)} classes",
         ("", "top-1 %"),
         [(f"{result.num_val:,} validation images, epoch {result.best_epoch} of {result.epochs}", result.top1)]
@@ -33,7 +33,7 @@ def segment(config: SegmentConfig) -> None:
     refuse_ranks("rob finetune")
     with bar("training", "steps") as training, bar("validating", "images") as validating:
         result = finetune_segmenter(config, TuneProgress(training, validating, note))
-    accuracies(
+    show_table(
         f"{result.student}, {config.init}, fine-tuned: epoch {result.best_epoch} of {result.epochs}, {result.num_train:,} images",
         ("", "IoU %"),
         [(f"mean, of {result.num_val:,} validation images", result.score.miou)]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ...common.options import refuse
-from ...common.screen import accuracies, bar, note
+from ...common.screen import bar, note, show_table
 from ..evaluate.config import SegmentConfig
 from .subject import LoadTeacher, SubjectConfig, What, frozen_network
 
@@ -30,7 +30,7 @@ def segment(
     network = frozen_network(what, subject, load_teacher, config.seed).of(None, subject.interpolation)
     with bar("maps", "images") as maps, bar("training", "steps") as steps, bar("testing", "images") as tested:
         result = segment(network, config, SegmentProgress(maps, steps, tested, note))
-    accuracies(
+    show_table(
         f"segmentation with {network.name} at {network.size} px, {result.positions} x {result.positions} positions, "
         f"{result.num_test} images",
         ("", "%"),

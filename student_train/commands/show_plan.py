@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ...common.screen import accuracies, facts, note
+from ...common.screen import facts, note, show_table
 
 if TYPE_CHECKING:
     from ..evaluate.yardstick import Outcome
@@ -36,7 +36,7 @@ def show_outcome(outcome: "Outcome", said: list[str]) -> None:
     """The student beside its random start, and what to think of it, which is loud where it did not work."""
     rows = [("pixels", outcome.pixels), ("random start", outcome.random), ("student", outcome.student)]
     rows += [("teacher, its cached views", outcome.teacher)] if outcome.teacher is not None else []
-    accuracies(outcome.title, ("features", "%"), rows, named=True)
+    show_table(outcome.title, ("features", "%"), rows, named=True)
     for sentence in said:
         note(f"WARNING: {sentence}.")
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,6 +113,16 @@ def check_comparable(summaries: Sequence[RunSummary]) -> list[str]:
     return found
 
 
+def names_of(runs: Sequence[str]) -> list[str]:
+    """As short as tells the runs apart: the name of the folder, else the path without the folders that all of them are in."""
+    paths = [Path(run).parts for run in runs]
+    last = [parts[-1] if parts else "." for parts in paths]
+    if len(set(last)) == len(last):
+        return last
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    return ["/".join(parts[min(shared, len(parts) - 1) :]) for parts in paths]
+
+
 def all_tasks(summaries: Sequence[RunSummary]) -> list[str]:
     """A task and its controls side by side, and what else is of one task in the order of its first appearance."""
     found = dict.fromkeys(task for summary in summaries for task in summary.scores)
@@ -135,7 +146,8 @@ def write_comparison(summaries: Sequence[RunSummary], out: Path) -> None:
         "CUDA latency, ms": [s.cuda_ms for s in summaries],
         "training images/s": [s.train_images_per_second for s in summaries],
     }
-    names = [f"{shortened(Path(s.run).name, 40)} ({s.student}, {s.image_size} px)" for s in summaries]
+    names = [shortened(name, 40, tail=True) for name in names_of([s.run for s in summaries])]
+    names = [f"{name} ({s.student}, {s.image_size} px)" for name, s in zip(names, summaries, strict=True)]
     figure = compare_plot(names, costs, {task: [s.scores.get(task) for s in summaries] for task in tasks})
     with replacing(out) as file:
         figure.savefig(file, format="png", dpi=110)

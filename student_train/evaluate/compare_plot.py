@@ -1,6 +1,5 @@
 """The plot of ``rob compare``: what runs score, against what they cost."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,17 +11,23 @@ MARKERS = "osD^vP*X"
 ROOM = 2.5
 """Times beyond the dearest run, and below the cheapest, that an axis goes: two of 1, 2, 5, 10 ... are on it, without which
 matplotlib would put numbers side by side until they cover each other."""
+CLOSE = 0.03
+"""Of the range of scores: nearer points share their numbers."""
 
 
 def compare_plot(
     runs: Sequence[str], costs: Mapping[str, Sequence[float | None]], scores: Mapping[str, Sequence[float | None]]
 ) -> Figure:
-    """A panel a cost that some run has, with a point a run and task. Runs have numbers, and are named below: names beside points
-    cover each other.
+    """A panel a cost that some run has, with a point a run and task. Runs have numbers, beside their first task's point, and are
+    named below: names beside points cover each other.
     """
     costs = {name: values for name, values in costs.items() if any(value is not None for value in values)}
     figure = Figure((max(6.4, 3.1 * len(costs)), 4.4 + 0.2 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
+    main = [
+        next((score for score in of_run if score is not None), None) for of_run in zip(*scores.values(), strict=True)
+    ]
+    every = [score for found in scores.values() for score in found if score is not None]
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for panel, (cost, values) in zip(panels, costs.items(), strict=True):
         for n, (task, found) in enumerate(scores.items()):
@@ -31,10 +36,9 @@ def compare_plot(
             if points:
                 costing, scoring = zip(*points, strict=True)
                 panel.plot(costing, scoring, MARKERS[n % len(MARKERS)], color=f"C{n % 10}", label=task, **hollow)
-        for x, (top, numbers) in numbered(values, list(scores.values())).items():
-            panel.annotate(
-                ", ".join(map(str, numbers)), (x, top), (0, 6), textcoords="offset points", ha="center", fontsize=9
-            )
+        for x, y, numbers in numbered(values, main, CLOSE * (max(every) - min(every))):
+            text = ", ".join(map(str, numbers))
+            panel.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
         known = [value for value in values if value is not None]
         panel.set_xscale("log")
         panel.set_xlim(min(known) / ROOM, max(known) * ROOM)
@@ -59,15 +63,18 @@ def is_control(task: str, tasks: Mapping[str, object]) -> bool:
 
 
 def numbered(
-    values: Sequence[float | None], scores: Sequence[Sequence[float | None]]
-) -> dict[float, tuple[float, list[int]]]:
-    """Cost -> the highest score there, and the numbers of the runs from 1 on: runs of one student stand at one place."""
-    found: dict[float, tuple[float, list[int]]] = defaultdict(lambda: (0.0, []))
-    for n, value in enumerate(values):
-        mine = [score for task in scores if (score := task[n]) is not None]
-        if value is None or not mine:
+    costs: Sequence[float | None], scores: Sequence[float | None], close: float
+) -> list[tuple[float, float, list[int]]]:
+    """Cost and score of a place, and the numbers of the runs there, from 1 on: runs whose scores are ``close`` share one, since
+    their numbers would cover each other."""
+    places: list[tuple[float, float, list[int]]] = []
+    for number, (x, y) in enumerate(zip(costs, scores, strict=True), 1):
+        if x is None or y is None:
             continue
-        at = next((x for x in found if 0.95 < x / value < 1.05), value)
-        top, numbers = found[at]
-        found[at] = max(top, *mine), [*numbers, n + 1]
-    return dict(found)
+        for there_x, there_y, numbers in places:
+            if 0.95 < there_x / x < 1.05 and abs(there_y - y) <= close:
+                numbers.append(number)
+                break
+        else:
+            places.append((x, y, [number]))
+    return places

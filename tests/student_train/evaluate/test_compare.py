@@ -1,6 +1,7 @@
 """rob compare: scores by task, costs that are what they say, one plot."""
 
 import json
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,16 @@ from rob import cli
 from rob.common import screen, timing
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
-from rob.student_train.evaluate.compare import check_comparable, headline, latency_ms, summarise, write_comparison
-from rob.student_train.evaluate.compare_plot import compare_plot
+from rob.student_train.commands.compare import compare as compare_command
+from rob.student_train.evaluate.compare import (
+    check_comparable,
+    headline,
+    latency_ms,
+    names_of,
+    summarise,
+    write_comparison,
+)
+from rob.student_train.evaluate.compare_plot import compare_plot, numbered
 from rob.student_train.evaluate.results import read_results, write_result
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
@@ -57,6 +66,31 @@ def test_nothing_of_the_plot_is_cut_or_covered(count):
     assert any(label.get_text() for label in shown)
     for left, right in pairwise(label.get_window_extent() for label in shown):
         assert left.x1 < right.x0
+
+
+def test_runs_that_score_alike_share_a_number_in_the_plot_and_names_are_short():
+    assert numbered([1.0, 1.01, 1.0, 2.0, None], [50.0, 50.2, 60.0, 50.0, 9.0], close=0.5) == [
+        (1.0, 50.0, [1, 2]),
+        (1.0, 60.0, [3]),
+        (2.0, 50.0, [4]),
+    ]
+    assert names_of(["runs/a", "other/b"]) == ["a", "b"]
+    assert names_of(["runs/cnn/dino/0", "runs/cnn/moco/0", "runs/vit/dino/0"]) == [
+        "cnn/dino/0",
+        "cnn/moco/0",
+        "vit/dino/0",
+    ]
+    assert names_of(["s3://mine/runs/a", "s3://mine/old/a"]) == ["runs/a", "old/a"]
+
+
+def test_more_runs_than_columns_are_rows(tmp_path, monkeypatch, capsys):
+    made = make_run(tmp_path / "r0", "test_resnet", 32)
+    write_result(made, "knn", {"top1": 61.25, "test_fingerprint": "abc"})
+    monkeypatch.setattr(screen.console, "_width", 120)
+    runs = [made, *(Path(shutil.copytree(made, tmp_path / f"r{n}")) for n in range(1, 5))]
+    compare_command(runs, tmp_path / "a.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(any(f" r{n} " in line and "61.25" in line for line in lines) for n in range(5)) == 5
 
 
 def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
