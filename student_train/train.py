@@ -25,7 +25,7 @@ from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
-from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, settled
+from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, resolve_loader
 from .begun import read_begun
 from .bottleneck import advise
 from .checkpoint import export_weights
@@ -120,7 +120,9 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
     views_like = branch.geometry if pairing.pairing != "cross" else None
-    view_loading = settled(config.loader, device, views_like)  # the run's settings keep "auto": it may go on elsewhere
+    view_loading = resolve_loader(
+        config.loader, device, views_like
+    )  # the run's settings keep "auto": it may go on elsewhere
     if views_like not in (None, geometry(view_loading)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(view_loading)}: "

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.order import block_shuffled_order
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
-from ..common.views.loader import ViewLoader, settled
+from ..common.views.loader import ViewLoader, resolve_loader
 from .checkpoint import save_checkpoint
 from .config import PairingConfig
 from .crops import Preparation, crop_sets
@@ -96,7 +96,7 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
-    loader = ViewLoader(run.data, branch.recipe, branch.seed, settled(config.loader, device, views_like))
+    loader = ViewLoader(run.data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
     done, kept, began, started, computed = 0, 0, _now(device), None, 0.0
     for epoch in count():
         plan = plan_views(config.pairing, branch.views, epoch)

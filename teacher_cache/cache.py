@@ -12,7 +12,7 @@ from ..common.places import local_path
 from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device
 from ..common.store.manifest import StoreManifest
 from ..common.store.reader import TargetStore
-from ..common.views.loader import check_loader, settled
+from ..common.views.loader import check_loader, resolve_loader
 from .asked import (
     TEMPORARY,
     begun_geometry,
@@ -57,7 +57,7 @@ def cache_teacher(
     allow_fast_arithmetic(device, config.precision)
     config = replace(config, precision=choose_precision(device, config.precision))
     check_loader(config.loader, device)
-    config = replace(config, loader=settled(config.loader, device, begun_geometry(config)))
+    config = replace(config, loader=resolve_loader(config.loader, device, begun_geometry(config)))
     data = Beton(config.data, config.local_dir)
     progress.say("loading the teacher")
     teacher = (teacher or load_teacher(config.teacher)).to(device)

@@ -10,7 +10,7 @@ from ..common.images.beton import Beton
 from ..common.patches import CENTRE, KEPT, ROWS, PatchTargets, fit_pca, grid_rows, has_tokens, refuse_few_tokens
 from ..common.run import autocast
 from ..common.store.codec import encode_patches
-from ..common.store.patches import PatchEncoding, settled
+from ..common.store.patches import PatchEncoding, resolve_patches
 from ..common.views.loader import Batch, ViewLoader, ViewSet
 from .config import CacheConfig
 from .teachers import Teacher
@@ -38,7 +38,7 @@ def patch_encoding(
     prototypes = teacher.patch_prototypes
     width, side = features.shape[1], features.shape[2]
     number = 0 if prototypes is None else len(prototypes)
-    encoding = settled(config.patches, f"teacher {teacher.name}", side, width, teacher.dim, number)
+    encoding = resolve_patches(config.patches, f"teacher {teacher.name}", side, width, teacher.dim, number)
     assert encoding is not None
     if not has_tokens(teacher.backbone):
         note(f"teacher {teacher.name} has no patch tokens: its last feature map, {side} x {side}, stands for them")

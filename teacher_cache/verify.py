@@ -21,7 +21,7 @@ from ..common.store.encodings import Encoding
 from ..common.store.reader import TargetStore
 from ..common.teacher import dense_embedder, embedder
 from ..common.tokens import TOKENS
-from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry, settled
+from ..common.views.loader import Batch, LoaderConfig, ViewLoader, ViewSet, geometry, resolve_loader
 from ..common.views.recipes import Recipe
 from .config import VerifyConfig
 from .teachers import Teacher, load_teacher
@@ -105,7 +105,7 @@ def verify(config: VerifyConfig, progress: VerifyProgress | None = None) -> Veri
 
     if manifest.geometry != "pillow" and geometry(LoaderConfig()) == "pillow":
         raise MisuseError(f"{store.place} was cached with ffcv, which is not installed here: verify it where it is")
-    loading = settled(LoaderConfig("auto", config.batch_size, config.workers), device, manifest.geometry)
+    loading = resolve_loader(LoaderConfig("auto", config.batch_size, config.workers), device, manifest.geometry)
     loader = ViewLoader(data, recipe, manifest.seed, loading)
     tolerance = config.tolerance or max(COMPUTE_ERROR[precision], COMPUTE_ERROR[manifest.precision])
     compare = Comparison(store.encoding, store.prototypes, tolerance)

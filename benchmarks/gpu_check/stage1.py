@@ -18,7 +18,7 @@ from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.teacher import embedder
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, settled
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, resolve_loader
 from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import Teacher, TeacherConfig
@@ -82,7 +82,7 @@ def _compare(
     teacher = random_teacher(name, device, k)
     embed = embedder(teacher, get_recipe(RECIPE), teacher.view_size, device, precision)
     batch_size = section.size(8, 128, 128)
-    loading = settled(LoaderConfig(batch_size=batch_size), device)
+    loading = resolve_loader(LoaderConfig(batch_size=batch_size), device)
     loader = ViewLoader(data, get_recipe(RECIPE), 0, loading)
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
     ready = []

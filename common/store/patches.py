@@ -20,7 +20,7 @@ PATCH_LADDER = (0.04, 0.07)
 
 @dataclass(frozen=True)
 class PatchChoice:
-    """Which patch targets to cache; None of ``patches``: none. What else is None is as ``settled`` has it."""
+    """Which patch targets to cache; None of ``patches``: none. What else is None is as ``resolve_patches`` has it."""
 
     patches: Annotated[
         str | None,
@@ -110,7 +110,7 @@ class PatchEncoding:
         return sum(prod(shape) * ITEM_BYTES[dtype] for shape, dtype in self.layout().values())
 
 
-def settled(
+def resolve_patches(
     choice: PatchChoice, teacher: str, side: int, width: int, dim: int, num_prototypes: int
 ) -> PatchEncoding | None:
     """The encoding that is ``choice`` of a ``teacher`` whose map has ``side`` x ``side`` positions of ``width`` numbers, and

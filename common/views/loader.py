@@ -23,10 +23,10 @@ try:
 except ImportError:  # ffcv is not installed: the plain one still works
     ffcv_backend = None
 
-__all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet", "check_loader", "geometry", "settled"]
+__all__ = ["Batch", "LoaderConfig", "ViewLoader", "ViewSet", "check_loader", "geometry", "resolve_loader"]
 
 
-def settled(config: LoaderConfig, device: torch.device, as_in: str | None = None) -> LoaderConfig:
+def resolve_loader(config: LoaderConfig, device: torch.device, as_in: str | None = None) -> LoaderConfig:
     """``config`` with what ``auto`` stands for on ``device``: gpu on CUDA where ffcv and Triton are, unless ``rob gpu-check``
     found the CPU's views to be faster on this GPU; ffcv or torch elsewhere.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...common.errors import MisuseError
 from ...common.images.beton import Beton
-from ...common.views.loader import LoaderConfig, check_loader, settled
+from ...common.views.loader import LoaderConfig, check_loader, resolve_loader
 from ...common.views.recipes import Crop, Recipe
 from ..epochs import train_epochs
 from ..evaluate.crops import RandomCrops
@@ -73,7 +73,7 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
     """
     progress = progress or TuneProgress()
     start = start_of(config)
-    loader = settled(config.loader, start.device)
+    loader = resolve_loader(config.loader, start.device)
     check_loader(loader, start.device)
     train, val = labelled(config.train), labelled(config.val)
     val = same_classes(train, val)

@@ -13,7 +13,7 @@ from ...common.errors import MisuseError
 from ...common.patches import PatchTargets, has_tokens
 from ...common.run import autocast
 from ...common.settings import check
-from ...common.store.patches import PatchChoice, settled
+from ...common.store.patches import PatchChoice, resolve_patches
 from ...common.teacher import FrozenTeacher, dense_embedder, embedder
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
@@ -103,7 +103,7 @@ class OnlineTargets(TargetBranch):
             features = teacher.with_map(torch.zeros(1, 3, size, size, device=run.device))[1]
         number = 0 if teacher.patch_prototypes is None else len(teacher.patch_prototypes)
         name = f"teacher {teacher.name}"
-        encoding = settled(choice, name, features.shape[2], features.shape[1], teacher.dim, number)
+        encoding = resolve_patches(choice, name, features.shape[2], features.shape[1], teacher.dim, number)
         if encoding is None:
             return None
         if encoding.reduced:

@@ -105,6 +105,6 @@ def test_a_store_goes_on_with_the_views_that_it_began_with(
             stopped.setattr(StoreWriter, "finish", interrupt)
         cache_teacher(config)
     asked = []
-    monkeypatch.setattr(cache, "settled", lambda loader, device, as_in: asked.append(as_in) or loader)
+    monkeypatch.setattr(cache, "resolve_loader", lambda loader, device, as_in: asked.append(as_in) or loader)
     cache_teacher(config)
     assert asked == ["planes"]

@@ -14,7 +14,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.views import loader as loader_module
 from rob.common.views.drawing import LOCAL, view_parameters
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry, settled
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, check_loader, geometry, resolve_loader
 from support.loaders import DINO, SETS, assert_same, needs_ffcv, views_by_image
 
 
@@ -276,28 +276,28 @@ def gpu(monkeypatch):
 
 def test_auto_on_a_gpu_is_the_gpus_views_unless_the_check_found_otherwise(gpu):
     cuda, auto = torch.device("cuda", 0), LoaderConfig(batch_size=7)
-    assert settled(auto, cuda) == LoaderConfig("gpu", batch_size=7)
+    assert resolve_loader(auto, cuda) == LoaderConfig("gpu", batch_size=7)
     for found, backend in (("gpu", "gpu"), ("ffcv", "ffcv"), ("auto", "ffcv")):
         gpu["loader"] = found
-        assert settled(auto, cuda).backend == backend
-    assert settled(auto, torch.device("cpu")).backend == "ffcv"
+        assert resolve_loader(auto, cuda).backend == backend
+    assert resolve_loader(auto, torch.device("cpu")).backend == "ffcv"
 
 
 def test_what_is_asked_for_by_name_is_taken(gpu):
     for backend in ("ffcv", "torch", "gpu"):
-        assert settled(LoaderConfig(backend), torch.device("cuda", 0), "planes-gpu").backend == backend
+        assert resolve_loader(LoaderConfig(backend), torch.device("cuda", 0), "planes-gpu").backend == backend
 
 
 def test_exact_pairs_take_the_loader_of_their_targets(gpu):
     cuda = torch.device("cuda", 0)
     gpu["loader"] = "gpu"
-    assert geometry(settled(LoaderConfig(), cuda, "planes")) == "planes"
+    assert geometry(resolve_loader(LoaderConfig(), cuda, "planes")) == "planes"
     gpu["loader"] = "ffcv"
-    assert geometry(settled(LoaderConfig(), cuda, "planes-gpu")) == "planes-gpu"
-    assert settled(LoaderConfig(), torch.device("cpu"), "planes-gpu").backend == "ffcv"
-    assert geometry(settled(LoaderConfig(), cuda, "pillow")) == "pillow"  # made where ffcv is not installed
+    assert geometry(resolve_loader(LoaderConfig(), cuda, "planes-gpu")) == "planes-gpu"
+    assert resolve_loader(LoaderConfig(), torch.device("cpu"), "planes-gpu").backend == "ffcv"
+    assert geometry(resolve_loader(LoaderConfig(), cuda, "pillow")) == "pillow"  # made where ffcv is not installed
 
 
 def test_without_triton_the_cpu_makes_them(gpu, monkeypatch):
     monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
-    assert settled(LoaderConfig(), torch.device("cuda", 0)).backend == "ffcv"
+    assert resolve_loader(LoaderConfig(), torch.device("cuda", 0)).backend == "ffcv"
