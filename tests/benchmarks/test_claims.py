@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rob.benchmarks import claims, processes
 from rob.benchmarks.claims import prepare, run
 from rob.benchmarks.claims_config import ClaimsConfig, Job
-from rob.benchmarks.claims_rows import GROUPS, ROWS, USES_STORE, chosen
+from rob.benchmarks.claims_rows import GROUPS, ROWS, USES_STORE, Row, chosen
 from rob.benchmarks.claims_run import IMAGE_SIZE, LOCAL_SIZE, one_run, training
 from rob.benchmarks.claims_table import mcnemar, over_seeds
 from rob.common.errors import MisuseError
@@ -94,6 +95,30 @@ def test_stores_are_as_the_rows_say_and_compared_with_what_there_is(config):
 @pytest.mark.parametrize(("pair", "p"), [((0, 0), 1.0), ((10, 10), 1.0), ((1, 9), 22 / 1024), ((6, 0), 2 / 64)])
 def test_mcnemars_exact_test(pair, p):
     assert mcnemar(*pair) == mcnemar(*reversed(pair)) == pytest.approx(p)
+
+
+def of_images(row: str, seed: int, right: str) -> dict:
+    """A run's result by a 1 for every test image that k-NN gets right."""
+    hits = np.array([digit == "1" for digit in right])
+    measured = {"knn_top1": 100 * hits.mean(), "knn_hits": np.packbits(hits).tobytes().hex()}
+    return {"student": "cnn", "row": row, "seed": seed, **measured}
+
+
+def test_rows_are_compared_seed_by_seed():
+    """On the same images. The p is the largest of the seeds', and a seed that only one of the rows has does not count."""
+    runs = [
+        of_images("ours", 0, "1111111011110000"),
+        of_images("theirs", 0, "0000000111110000"),
+        of_images("theirs", 1, "0011110000000000"),
+        of_images("ours", 1, "1111110000000000"),
+        of_images("ours", 2, "1111111111111111"),
+        of_images("theirs", 3, "1111111111111111"),
+    ]
+    rows = [Row("ours", "Ours", None, against="theirs"), Row("theirs", "Theirs", None, against="ours")]
+    ours, theirs = (over_seeds(runs, "cnn", row) for row in rows)
+    assert (ours["seeds"], ours["points"], ours["points_deviation"]) == (3, 25.0, pytest.approx(12.5 * 2**0.5))
+    assert theirs["points"] == -25.0
+    assert ours["p"] == theirs["p"] == max(mcnemar(7, 1), mcnemar(2, 0)) == 0.5
 
 
 @pytest.mark.slow

@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from rob.common.images.beton import Beton
+from rob.common.views.loader import LoaderConfig
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.evaluate import linear_augmented
+from rob.student_train.evaluate.labelled import labelled_images
+from rob.student_train.evaluate.lowshot import Listed, lowshot
 from rob.student_train.evaluate.network import FrozenNetwork
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from support.cli import FAST
-from support.tiny import contents
+from support.tiny import contents, tiny_beton
 
 SMALL_VIT = ("--size", "32", *FAST, "--batch-size", "16")
 
@@ -127,12 +130,15 @@ def test_a_published_subset(rob, made, tmp_path) -> None:
     paths = Beton(made.data).manifest.paths
     names = tmp_path / "1percent.txt"
     names.write_text("\n".join(path.rpartition("/")[2] for path in paths[::3]))
-    lowshot = ("eval", "lowshot", "pixels", made.data, "--test", made.data, "--out", tmp_path)
-    outcome = rob(*lowshot, "--subset", names, *FAST)
+    test = tiny_beton(tmp_path, 40, seed=1).path
+    outcome = rob("eval", "lowshot", "pixels", made.data, "--test", test, "--out", tmp_path, "--subset", names, *FAST)
     assert outcome.code == 0, outcome.err
     (entry,) = result(tmp_path, "lowshot")["results"]
-    assert (entry["labels"], entry["num_train"], entry["seeds"]) == (str(names), 8, [0])
-    assert entry["share"]["file"] == str(names)
+    network = FrozenNetwork.pixels(32, torch.device("cpu"))
+    train, held_out = labelled_images(network, made.data, test, LoaderConfig("torch", 16, 1))
+    expected = lowshot(train.features, held_out.features, Listed(str(names), tuple(range(0, 24, 3))), (0,))
+    assert entry == json.loads(json.dumps(expected.to_json()))
+    assert (entry["labels"], entry["num_train"], entry["num_test"]) == (str(names), 8, 40)
 
 
 @pytest.mark.parametrize("words", [("--features", "cls4"), ("--features", "cls+mean")])

@@ -3,12 +3,13 @@
 import threading
 
 import numpy as np
+import pytest
 import torch
 
 from rob.common import run
 from rob.common.store import prefetch
 from rob.common.store.prefetch import TargetPrefetcher
-from rob.common.views import ffcv_backend, loader
+from rob.common.views import loader
 from rob.common.views.config import LoaderConfig
 from rob.common.views.loader import ViewLoader
 from rob.common.views.recipes import get_recipe
@@ -23,22 +24,21 @@ def test_a_thread_is_put_on_the_run_s_gpu(monkeypatch):
     assert chosen == [torch.device("cuda", 3)]
 
 
-def test_threads_of_targets_and_views_do_so(tmp_path, monkeypatch):
-    used = []
-    here = lambda device: used.append((threading.get_ident(), device))  # noqa: E731
-    data = tiny_beton(tmp_path, 8)
-    store = tiny_store(tmp_path / "targets.zarr", data, tiny_teacher_checkpoint(tmp_path))
-    monkeypatch.setattr(prefetch, "use_device", here)
-    with TargetPrefetcher(store, batch_size=4, threads=2) as prefetcher:
+def test_threads_of_targets_do_so(tmp_path, monkeypatch):
+    used, here = [], torch.device("cpu", 0)  # by default it is no more than ``cpu``
+    store = tiny_store(tmp_path / "targets.zarr", tiny_beton(tmp_path, 8), tiny_teacher_checkpoint(tmp_path))
+    monkeypatch.setattr(prefetch, "use_device", used.append)
+    with TargetPrefetcher(store, batch_size=4, threads=2, device=here) as prefetcher:
         list(prefetcher.epoch(np.arange(8)))
-    assert len(used) == 3  # two readers and what gathers
-    assert {device for _, device in used} == {torch.device("cpu")}
-    if ffcv_backend is None:
-        return
-    used.clear()
-    monkeypatch.setattr(ffcv_backend, "use_device", here)
+    assert used == [here] * 3  # two readers and what gathers
+
+
+def test_threads_of_views_do_so(tmp_path, monkeypatch):
+    ffcv_backend = pytest.importorskip("rob.common.views.ffcv_backend", reason="ffcv is not installed")
+    used = []
+    monkeypatch.setattr(ffcv_backend, "use_device", lambda device: used.append((threading.get_ident(), device)))
     monkeypatch.setattr(ffcv_backend, "current_device", lambda: torch.device("cuda", 3))
-    views = ViewLoader(data, get_recipe("weak"), 0, LoaderConfig("ffcv", 4, 1))
+    views = ViewLoader(tiny_beton(tmp_path, 8), get_recipe("weak"), 0, LoaderConfig("ffcv", 4, 1))
     list(views.epoch(np.arange(8), [loader.ViewSet((0,), 32)]))
     assert {device for _, device in used} == {torch.device("cuda", 3)}
     assert threading.get_ident() not in {thread for thread, _ in used}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
+from rob.common.ranks import Ranks
 from rob.common.timing import Stopwatch
 from rob.student_train.run_folder import RunFolder
 from support import tiny
@@ -53,6 +55,16 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path):
     assert [line.split(" loss")[0] for line in text] == [
         *("epoch 0 step 3/10", "epoch 1 step 6/10", "epoch 1 step 9/10", "epoch 2 step 10/10")
     ]
+
+
+def test_the_speed_is_that_of_all_ranks(tmp_path):
+    """Each of which logs its own images."""
+    config = {**CONFIG, "loader": LOADER}
+    run = RunFolder(tmp_path, config, FACTS, total_steps=10, on_log=lambda line, total: None, ranks=Ranks(0, 2))
+    stopwatch = SimpleNamespace(take=lambda: ({}, 2.0))  # seconds since the last line
+    for step in range(1, 7):
+        run.log(step, 0, torch.ones(2), 0.1, images=4, stopwatch=stopwatch)  # type: ignore[arg-type]
+    assert [line["images_per_second"] for line in logged(tmp_path)] == [3 * 4 * 2 / 2] * 2
 
 
 def test_one_process_trains_in_a_folder(tmp_path):

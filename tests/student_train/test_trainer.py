@@ -1,5 +1,6 @@
 """Every way to take a step."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -68,6 +69,15 @@ def some_step(config: TrainConfig, space: TargetSpace | None = None) -> tuple[Tr
     return trainer, health
 
 
+def steps_on_noise(trainer: Trainer, count: int) -> Iterator[Tensor]:
+    """(loss, gradient norm) of the first ``count`` steps, after each of them."""
+    random = torch.Generator().manual_seed(0)
+    for number in range(count):
+        crops = [torch.randn(4, 1, 3, 32, 32, generator=random)]
+        target = EmbeddingTarget(F.normalize(torch.randn(4, 1, 24, generator=random), dim=-1))
+        yield trainer.step(number, crops, target, torch.ones(1, 1))[0]
+
+
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0"]
 )
@@ -101,14 +111,31 @@ def test_bf16_is_the_same_training_in_fewer_bits(config):
     assert coarse[0] != exact[0]
 
 
-def test_the_average_follows_the_student_at_its_decay(config):
-    trainer, _ = some_step(replace(config, average=0.9))
-    trainer_without, _ = some_step(config)
-    start = build(config).model.backbone.conv1[0].weight
-    now = trainer.model.backbone.conv1[0].weight
-    assert torch.equal(now, trainer_without.model.backbone.conv1[0].weight)  # the average is beside the training
+@pytest.mark.parametrize(("limit", "decay"), [(0.9, 1 - 2 ** (-2 / 3)), (0.2, 0.2)])
+def test_the_average_follows_the_student_at_its_decay(config, limit, decay):
+    """Which grows up to ``limit``, and is 0 in the first two steps."""
+    config = replace(config, optimiser=OptimiserConfig(lr=0.1, warmup_epochs=0))
+    trainer, without = build(replace(config, average=limit)), build(config)
+    seen = [trainer.model.backbone.conv1[0].weight.detach().clone() for _ in steps_on_noise(trainer, 3)]
+    assert (seen[2] - seen[1]).abs().max() > 1e-3
     average = trainer.average.module.conv1[0].weight
-    assert torch.equal(average, now) or (average - start).abs().max() < (now - start).abs().max()
+    torch.testing.assert_close(average, decay * seen[1] + (1 - decay) * seen[2], rtol=0, atol=1e-6)
+    assert len([*steps_on_noise(without, 3)]) == 3
+    assert torch.equal(seen[2], without.model.backbone.conv1[0].weight)  # the average is beside the training
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_a_scaled_loss_is_the_same_training(config, clip):
+    """Gradients are those of the loss itself again before they are clipped and logged."""
+    config, found = replace(config, clip_grad=clip, optimiser=OptimiserConfig(lr=0.1, warmup_epochs=0)), []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        trainer = build(config)
+        trainer.scaler = scaler or trainer.scaler
+        health = torch.stack([*steps_on_noise(trainer, 2)])
+        found.append((health, trainer.model.backbone.conv1[0].weight.detach()))
+    (exact, weight), (scaled, scaled_weight) = found
+    torch.testing.assert_close(scaled, exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled_weight, weight, rtol=0, atol=1e-6)
 
 
 class Scaler:

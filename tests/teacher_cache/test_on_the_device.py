@@ -16,6 +16,9 @@ from rob.teacher_cache.fitted import statistics_of
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from support import tiny
 
+HERE = torch.device("cpu", 0)
+"""Not what a device is by default, which is no more than ``cpu``."""
+
 
 def test_statistics_of_a_chunk():
     embedding, logits = torch.randn(4, 2, 3), torch.randn(4, 2, 5)
@@ -42,18 +45,20 @@ def test_a_chunk_is_encoded_where_the_teacher_left_it(data: Beton, with_head: Te
     monkeypatch.setattr(write, "chunks", watched_chunks)
     monkeypatch.setattr(write, "encode", watched_encode)
     monkeypatch.setattr(write, "use_device", lambda device: threads.append(device))
+    monkeypatch.setattr(cache, "pick_device", lambda name: HERE)
     cache_teacher(CacheConfig(data.path, tmp_path / "store.zarr", with_head, get_recipe("weak"), 2, device="cpu"))
     assert left == reached
-    assert threads == [torch.device("cpu")]
+    assert threads == [HERE]
 
 
 @pytest.mark.parametrize("encoding", ["embedding", "dense"])
 def test_prototypes_are_fitted_on_the_teacher_s_device(data, headless, tmp_path, monkeypatch, encoding):
     devices = []
     fit = fitted.fit_prototypes
+    monkeypatch.setattr(cache, "pick_device", lambda name: HERE)
     monkeypatch.setattr(fitted, "fit_prototypes", lambda *given: devices.append(given[3]) or fit(*given))
     tiny.tiny_store(tmp_path / "store.zarr", data, headless, prototypes=6, encoding=Encoding(encoding))
-    assert devices == [torch.device("cpu")]
+    assert devices == [HERE]
 
 
 def test_a_teacher_that_is_given_is_not_loaded(data, headless, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_the_pillow_path_is_verified_with_pillow(data, headless, tmp_path) -> No
     check(pillow, data, headless)
     if geometry(LoaderConfig()) != "pillow":  # the two resize alike, not the same: the right one was taken
         as_planes = rewritten(replaced(pillow, geometry="planes"), tmp_path / "b.zarr", dict)
-        with pytest.raises(FailureError):
+        with pytest.raises(FailureError, match="views are not what the teacher says"):
             check(as_planes, data, headless)
 
 

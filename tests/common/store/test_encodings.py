@@ -144,8 +144,11 @@ def test_a_broken_teacher_is_a_failure(encoding, bad):
 
 
 def test_unknown_settings_are_misuse():
-    for settings in ({"kind": "top"}, {"kind": "embedding", "dtype": "int4"}, {"kind": "topk", "k": 0}):
-        with pytest.raises(MisuseError):
+    for settings, message in (
+        ({"kind": "top"}, "unknown encoding 'top'"),
+        ({"kind": "embedding", "dtype": "int4"}, "unknown store dtype 'int4'"),
+        ({"kind": "topk", "k": 0}, "`k` is 0, expected at least 1"),
+        ({"kind": "topk", "temps": (0.04, 0.04)}, "the ladder of temperatures must be distinct and positive"),
+    ):
+        with pytest.raises(MisuseError, match=message):
             Encoding(**settings)
-    with pytest.raises(MisuseError, match="ladder"):
-        Encoding("topk", temps=(0.04, 0.04))
