@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rob.benchmarks.pipeline import Side, tolerance_of
+from rob.benchmarks.pipeline import LEAD, Side, tolerance_of
 from rob.benchmarks.report import Report
 from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
@@ -53,8 +53,8 @@ class BranchesConfig:
     prototypes: int = 512
     images: int = 1024
     batch_size: int = 64
-    rounds: int = 4
-    steps: int = 4
+    rounds: int = 6
+    steps: int = 6
     precision: str = "fp32"
     device: str = "auto"
 
@@ -107,7 +107,7 @@ def _run(config: BranchesConfig, device: torch.device, folder: Path) -> Report:
     for _ in range(config.rounds):
         for side in sides.values():
             side.round()
-    first, same = (sides[name].losses[: config.steps] for name in ("cached", "online"))
+    first, same = (sides[name].losses[:LEAD] for name in ("cached", "online"))
     assert np.allclose(first, same, rtol=tolerance_of(device, config.precision)), (
         f"the sides differ: {first} and {same}"
     )

@@ -12,8 +12,7 @@ many cached ones are enough), ``encodings`` (what a byte saved costs) and ``obje
 in the order of its rows' weight, seeds outermost: whatever time there is, the first rows are done. Each run is a process of its
 own and leaves its ``result.json``; killed, stopped by ``--time-limit``, or called with more rows, seeds or students, it goes on.
 
-``p`` in the table is McNemar's exact test on the same test images, those of all seeds together, against the row named there. The
-seeds of a row share test images, so take it with the deviation over seeds beside it.
+``p`` in the table is McNemar's exact test on the same test images against the row named there, of the seed where it is largest.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from typing import Any
 
 from rob.benchmarks.claims_config import ClaimsConfig, Job
 from rob.benchmarks.claims_rows import GROUPS, ROWS, STUDENTS, USES_STORE, Row, chosen
-from rob.benchmarks.claims_run import IMAGE_SIZE, LOCAL_SIZE, measured, one_run, tuned
+from rob.benchmarks.claims_run import IMAGE_SIZE, LOCAL_SIZE, made_of, measured, one_run, tuned
 from rob.benchmarks.claims_table import MEASURES, over_seeds
 from rob.benchmarks.kept import keep_settings
 from rob.benchmarks.processes import do_all
@@ -101,7 +100,7 @@ def cached_store(config: ClaimsConfig, row: Row, teacher: Teacher) -> None:
     temp = config.teacher_temp or teacher.teacher_temp
     if encoding.kind == "topk" and temp:
         encoding = replace(encoding, temps=tuple(sorted({*encoding.temps, temp})))
-    cost, start = path.with_suffix(".json"), perf_counter()
+    cost, start, resumed = path.with_suffix(".json"), perf_counter(), path.exists()
     if cost.exists():
         return
     cache_teacher(
@@ -115,7 +114,11 @@ def cached_store(config: ClaimsConfig, row: Row, teacher: Teacher) -> None:
     )  # fmt: skip
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     with replacing(cost) as file:
-        file.write(json.dumps({"teacher_seconds": perf_counter() - start, "store_mb": size / 1e6}).encode())
+        file.write(
+            json.dumps(
+                {"teacher_seconds": None if resumed else perf_counter() - start, "store_mb": size / 1e6}
+            ).encode()
+        )
 
 
 def all_jobs(config: ClaimsConfig, rows: list[Row]) -> Iterator[Job]:
@@ -132,7 +135,7 @@ def all_jobs(config: ClaimsConfig, rows: list[Row]) -> Iterator[Job]:
 def table(config: ClaimsConfig, rows: list[Row], jobs: list[Job]) -> Report:
     """A row for each student and setting of which there are results, over the seeds; the runs themselves go to ``runs.jsonl``."""
     device = pick_device(config.device)
-    found = [json.loads(job.result(config.out).read_text()) for job in jobs if job.result(config.out).exists()]
+    found = [result_of(config, job) for job in jobs if job.result(config.out).exists()]
     shown: list[dict[str, Any]] = []
     for student in config.students:
         for row in rows:
@@ -158,6 +161,16 @@ def table(config: ClaimsConfig, rows: list[Row], jobs: list[Job]) -> Report:
         "students": {name: STUDENTS.get(name.partition(":")[0], name) for name in config.students},
     }
     return Report.of("claims", device, work, shown, {})
+
+
+def result_of(config: ClaimsConfig, job: Job) -> dict[str, Any]:
+    """MisuseError: it is of a row that was another then."""
+    result = json.loads(job.result(config.out).read_text())
+    if result.get("of", made_of(job)) != made_of(job):
+        raise MisuseError(
+            f"{job.result(config.out)}: row {job.row.name} has changed since: remove the file to run it again"
+        )
+    return result
 
 
 def store_facts(config: ClaimsConfig, rows: list[Row]) -> dict[str, Any]:

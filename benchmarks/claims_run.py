@@ -1,7 +1,7 @@
 """One run of ``claims.py``: trained as its row says, and measured."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +39,7 @@ def one_run(config: ClaimsConfig, job: Job) -> None:
     """Train, measure, and leave ``result.json``."""
     torch.set_num_threads(config.threads)
     device, start = pick_device(config.device), perf_counter()
-    result: dict[str, Any] = {"student": job.student, "row": job.row.name, "seed": job.seed}
+    result: dict[str, Any] = {"student": job.student, "row": job.row.name, "seed": job.seed, "of": made_of(job)}
     if job.row.objective is None:
         networks = {"": FrozenNetwork.random_student(student_config(job.student), job.seed, device)}
     else:
@@ -59,6 +59,13 @@ def one_run(config: ClaimsConfig, job: Job) -> None:
     (job.folder(config.out) / "checkpoint.pt").unlink(missing_ok=True)
     shown = {name: round(value, 2) for name, value in result.items() if isinstance(value, float)}
     print(job, shown, flush=True)
+
+
+def made_of(job: Job) -> dict[str, Any]:
+    """What the row is, as JSON has it: its options and its optimiser."""
+    kind = kind_of(STUDENTS.get(job.student.partition(":")[0], job.student))
+    optimiser = None if job.row.objective is None else asdict(job.row.optimiser(kind))
+    return json.loads(json.dumps({**asdict(job.row), "optimiser": optimiser, "copy_momentum": COPY_MOMENTUM}))
 
 
 def student_config(student: str) -> StudentConfig:

@@ -27,7 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ if __name__ == "__main__":
         from rob.benchmarks.report import Report
 
         totals = {name: sum(row[name] for row in found) for name in ("tried", *BAD)}
-        report = Report.of("faults", torch.device("cpu"), {"left out": left_out}, found, totals)
+        work = {name: value for name, value in asdict(settings).items() if name != "out"}
+        report = Report.of("faults", torch.device("cpu"), work | {"left out": left_out}, found, totals)
         report.show()
         print(report.write())

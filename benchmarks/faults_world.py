@@ -78,7 +78,6 @@ RESUMED = ("train-student", *CACHED, "--out", "run")
 RUN_KNN, PIXELS = ("eval", "knn", "run", *KNN), Command(("eval", "knn", "pixels", *KNN, "--out", "new"))
 EXPORT = ("export", "run", "--to", "onnx", "--data", "data.beton")
 COMPARE = Command(("compare", "run", "--out", "new.png"), ("new.json",))
-TEACHER_OF = ("export-teacher", "run", "new.safetensors")
 
 FILES = {
     "packed images": ("data.beton", PIXELS),

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rob.common.errors import MisuseError
 from rob.common.files import replacing
 from rob.common.views.batch import Batch
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import Recipe
 from rob.common.weights import tensor_file
 from rob.student_train.evaluate.config import FinetuneConfig
+from rob.student_train.evaluate.features import labels_of
 from rob.student_train.evaluate.finetune import fit_classifier
 from rob.student_train.evaluate.labelled import labelled_images
 from rob.student_train.evaluate.network import FrozenNetwork
@@ -48,7 +48,7 @@ class Labels(TargetsConfig):
     recipe: Recipe
 
     def open(self, run: RunContext) -> "LabelTargets":
-        """MisuseError: the images have no labels."""
+        """MisuseError: an image has no label."""
         return LabelTargets(self.recipe, run)
 
 
@@ -60,10 +60,8 @@ class LabelTargets(TargetBranch):
     views = UNLIMITED
 
     def __init__(self, recipe: Recipe, run: RunContext) -> None:
-        if run.data.labels is None:
-            raise MisuseError(f"{run.data.path} has no labels: pack a folder with one sub-folder a class")
         self.recipe, self.seed, self.device = recipe, run.seed, run.device
-        self.labels = torch.from_numpy(run.data.labels).long()
+        self.labels = labels_of(run.data)
         classes = int(self.labels.max()) + 1
         self.space = TargetSpace(classes, classes, has_embedding=False, teacher_temp=1.0)
         self.description = {"kind": self.kind, "classes": classes, "seed": self.seed}

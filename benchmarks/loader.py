@@ -160,7 +160,7 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
 
 def cpu_seconds() -> float:
     """Spent by this process and its workers: what others do on the machine does not count in it."""
-    seconds = time.process_time()
+    seconds = time.process_time() + sum(os.times()[2:4])  # with that of workers that have ended
     for worker in multiprocessing.active_children():
         user, system = Path(f"/proc/{worker.pid}/stat").read_text().rsplit(") ", 1)[1].split()[11:13]
         seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

@@ -135,6 +135,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "teacher": asked.teacher,
         "view_size": asked.view_size,
         "rounds": asked.rounds,
+        "ranks": asked.ranks,
+        "photographs": DISTINCT,
         "cores": len(os.sched_getaffinity(0)),
     }
     report = Report.of("ranks", torch.device("cpu"), work, rows, ratios)

@@ -36,7 +36,8 @@ TeacherName = Annotated[
 Checkpoint = Annotated[
     Path | None,
     Setting(
-        "The teacher's weights: .safetensors, or .pth (read without running code). Default: timm's pretrained ones."
+        "The teacher's weights: .safetensors, or .pth (read without running code). Default: timm's pretrained ones; a "
+        "published teacher with a head needs its file (rob teachers NAME)."
     ),
 ]
 ViewSize = Annotated[

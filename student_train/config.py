@@ -196,8 +196,8 @@ class PairingChoice:
         str | None,
         Setting(
             "same, cross or all: which views meet. same: a global crop meets the target of its own pixels, a local one every "
-            "target, as RoB released it; suits a cache best. Default same for embedding, simreg, seed and disco, cross for the "
-            "others.",
+            "target, as RoB released it; suits a cache best. Default same for embedding, patch, simreg, seed and disco, cross "
+            "for the others.",
             choices=PAIRINGS,
         ),
     ] = None
@@ -211,7 +211,8 @@ class PairingChoice:
     num_local: Annotated[
         int | None,
         Setting(
-            "Local crops of an image in a step; default the recipe's. With same none unless asked for, as in RoB: 8 of 96 px "
+            "Local crops of an image in a step; default the recipe's, or 0 where the plan finds them too dear (on a CPU) or too "
+            "small. With same none unless asked for, as in RoB: 8 of 96 px "
             "add three quarters to the pixels of 2 global ones.",
             low=0,
         ),

@@ -79,7 +79,8 @@ class TrainConfig:
         Setting(
             "With --init RUN: go on with that run, finished or stopped, for so many epochs: student, head, optimiser and "
             "whatever else its checkpoint has, under a new schedule. It is a run of its own, with another --out, that names its "
-            "parent; what is not given is as there, but for the warm-up. A tenth of the --lr disturbs less.",
+            "parent. Student, head, pairing, optimiser and batch are as there unless given; give what belongs to the targets, "
+            "--seed and --precision again. A tenth of the --lr disturbs less.",
             low=1,
         ),
     ] = None

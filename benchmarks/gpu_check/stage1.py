@@ -17,7 +17,7 @@ from rob.common.run import autocast
 from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
-from rob.common.teacher import embedder
+from rob.common.teacher import cast_once
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, resolve_loader
 from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
@@ -80,7 +80,6 @@ def _compare(
 ) -> dict[str, object]:
     device = section.device
     teacher = random_teacher(name, device, k)
-    embed = embedder(teacher, get_recipe(RECIPE), teacher.view_size, device, precision)
     batch_size = section.size(8, 128, 128)
     loading = resolve_loader(LoaderConfig(batch_size=batch_size), device)
     loader = ViewLoader(data, get_recipe(RECIPE), 0, loading)
@@ -88,11 +87,13 @@ def _compare(
     ready = []
     for batch in loader.epoch(np.arange(data.num_images), [ViewSet(tuple(range(views)), teacher.view_size)]):
         scale = teacher.view_size / get_recipe(RECIPE).global_crops[0].size
-        ready.append(batch.to(device).augment(0, scale, mean, std).flatten(0, 1))
+        ready.extend(batch.to(device).augment(0, scale, mean, std).unbind(1))  # caching's batches are of one view
+    network = cast_once(teacher, device, precision)
 
     def bare() -> torch.Tensor:
         with torch.inference_mode(), autocast(device, precision):
-            return torch.cat([teacher(images).float() for images in ready])
+            outputs = [network(images).float() for images in ready]
+        return torch.stack([torch.cat(outputs[view::views]) for view in range(views)], 1).flatten(0, 1)
 
     expected = bare()
     bare_seconds = section.seconds_of(bare, 2, 1)
@@ -104,7 +105,6 @@ def _compare(
     limit = 2e-3 if device.type == "cpu" else 5e-2
     section.check(f"{words}: cached as the bare teacher says", (stored - expected.cpu()).norm(dim=1).max(), limit)
     count = data.num_images * views
-    del embed
     return {
         "loader": loading.backend,
         "views_per_second": count / seconds,

@@ -107,8 +107,9 @@ class PackConfig:
     append: Annotated[
         bool,
         Setting(
-            "Add to the OUT.beton that is there, behind its rows, what of SOURCE it does not have; with the settings that it was "
-            "packed with. Then rob cache-teacher adds the targets of the new rows to its store.",
+            "Add to the OUT.beton that is there, behind its rows, what of SOURCE it does not have. Give --max-resolution, "
+            "--jpeg-quality, --raw, --window and --percentiles as before: others are refused. Then rob cache-teacher adds the "
+            "targets of the new rows to its store.",
             option="--append",
         ),
     ] = False

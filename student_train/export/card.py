@@ -121,18 +121,20 @@ def _measured(facts: Facts) -> str:
 
 def _command(task: str, result: Mapping[str, Any]) -> str:
     """What measures it again; images by the names of their files."""
+    task, start = task.removesuffix("-random"), " --init random" if task.endswith("-random") else ""
+    return f"rob eval {_measurement(task, result)}{start}"
+
+
+def _measurement(task: str, result: Mapping[str, Any]) -> str:
     kind = task.split("-")[0]
-    words = ["rob eval", kind, "RUN"]
     if kind == "transfer":
-        return " ".join([*words, task.removeprefix("transfer-")])
+        return f"transfer RUN {task.removeprefix('transfer-')}"
     if kind == "detect":
-        return " ".join([*words, "DATA"])
-    words += [Path(str(result.get("train"))).name]
-    test = str(result.get("test"))
+        return "detect RUN DATA"
+    train, test = Path(str(result.get("train"))).name, str(result.get("test"))
     if kind == "segment":
-        return " ".join([*words, Path(test).name])
-    words += [] if test.startswith("a fifth of ") else ["--test", Path(test).name]
-    return " ".join(words)
+        return f"segment RUN {train} {Path(test).name}"
+    return f"{kind} RUN {train}" + ("" if test.startswith("a fifth of ") else f" --test {Path(test).name}")
 
 
 def _exported(facts: Facts) -> str:

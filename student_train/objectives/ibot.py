@@ -82,6 +82,11 @@ class IbotObjective(PrototypeObjective, name="ibot"):
             check_temperature(space.ladder, self.teacher_temp, "patches")
         self.patch_weight, self.side = weight, student.side
         self.mask_token = nn.Parameter(torch.zeros(1, student.width))
+        if space.kind == "prototypes" and space.centre is not None and self.centre_targets == "checkpoint":
+            raise MisuseError(
+                "`centre_targets` checkpoint takes the patches' centre off their logits, and the store has those that were the "
+                f"largest before: cache with `patches` embedding, or use `centre_targets` none, {alone}"
+            )
         if not any(isinstance(centre, RunningCentre) for centre in self.centres):
             self.patch_centre = FixedCentre(space.centre if self.centre_targets == "checkpoint" else None)
         elif space.kind == "prototypes":

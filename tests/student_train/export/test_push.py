@@ -35,6 +35,7 @@ def a_run(folder, student=StudentConfig("test_vit", 32)):  # noqa: B008 (frozen)
     }  # fmt: skip
     (folder / "config.json").write_bytes(sealed(settings))
     write_result(folder, "knn", {"top1": 61.25, "train": "/home/me/train.beton", "test": "/home/me/test.beton"})
+    write_result(folder, "knn-random", {"top1": 20.5, "train": "train.beton", "test": "a fifth of train.beton"})
     write_result(folder, "segment", {"miou": 33.5, "train": "/home/me/cells/train", "test": "/home/me/cells/test.json"})
     return folder
 
@@ -54,6 +55,7 @@ def test_a_dry_run_makes_a_folder_that_timm_loads_with_a_card(tmp_path):
         "library_name: timm", "hf-hub:me/tiny", "big_one", "CC-BY-NC-4.0", "61.25 %", "student.pt2",
         "rob eval knn RUN train.beton --test test.beton", "photos.beton",
         "| segment mIoU | 33.50 % | `rob eval segment RUN train test.json` |",
+        "| knn-random | 20.50 % | `rob eval knn RUN train.beton --init random` |",
     ):  # fmt: skip
         assert expected in card
     assert "/home/me" not in card

@@ -1,6 +1,7 @@
 """The losses of patches against their formulas, written plainly in float64, and against iBOT's released criterion."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -344,6 +345,16 @@ def test_a_hidden_patch_is_not_seen():
 def test_targets_that_do_not_serve_are_refused(name, space, tokens, side, sentence):
     with pytest.raises(MisuseError, match=sentence):
         built(name, space, side, tokens, centre_targets="running" if space and space.kind == "prototypes" else None)
+
+
+def test_a_centre_is_not_taken_off_logits_that_were_chosen_without_it():
+    config = ObjectiveConfig("ibot", hidden_dim=16, centre_targets="checkpoint")
+    for kind in ("embedding", "prototypes"):
+        patches = PatchSpace(kind, GRID, D, K, centre=torch.ones(K))
+        space = TargetSpace(D, K, True, 0.07, centre=torch.ones(K), patches=patches)
+        refused = pytest.raises(MisuseError, match="`centre_targets` checkpoint takes the patches' centre off")
+        with refused if kind == "prototypes" else nullcontext():
+            build_objective(config, WIDTH, space, student_map=StudentMap(WIDTH, GRID, True))
 
 
 def test_parts_are_the_whole_batch():
