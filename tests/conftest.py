@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from PIL import Image
 
+from rob.common import timing
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.student_train import trial
@@ -24,6 +25,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same of nohup
 hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
 trial.MOST_STEPS = 3  # of a plan: nobody here goes by the time of a step
+timing.MIN_CALLS, timing.MIN_SECONDS = 1, 0.0  # nor by a latency
 
 
 @pytest.fixture(scope="session")

@@ -23,16 +23,17 @@ def test_nothing_goes_wrong_in_silence_and_it_goes_on_where_it_stopped(tmp_path)
     kinds = ("kill", "damage")
     counts = ("--kills", "1", "--places", "1", "--others", "1", "--small")
     words = [sys.executable, str(SCRIPT), str(tmp_path / "out"), *counts, "--kinds", *kinds]
-    outcomes: dict[str, str] = {}
-    for seconds in ("0", "300"):
+    lines: list[str] = []
+    for subjects in (("--subjects", "manifest of images"), ()):
         done = subprocess.run(
-            [*words, "--seconds", seconds], capture_output=True, text=True, cwd=tmp_path, env={**os.environ}
+            [*words, *subjects, "--seconds", "300"], capture_output=True, text=True, cwd=tmp_path, env={**os.environ}
         )
         assert done.returncode == 0, done.stderr
-        kept = tmp_path / "out" / "trials.jsonl"
-        for line in kept.read_text().splitlines() if kept.exists() else ():
-            outcomes |= json.loads(line)
-    assert len(outcomes) >= 30
+        before, lines = lines, (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+        assert lines[: len(before)] == before
+    outcomes = {name: outcome for line in lines for name, outcome in json.loads(line).items()}
+    assert len(before) == 2
+    assert len(outcomes) == len(lines) >= 30  # none was made twice
     assert {name: outcome for name, outcome in outcomes.items() if outcome in BAD} == {}
     assert Counter(outcomes.values())["told"] >= 10  # it is damage that is done
 

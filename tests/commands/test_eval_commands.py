@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rob import cli
 from rob.common.images.pack import PackConfig, pack
 from rob.common.views.loader import LoaderConfig
 from rob.student_train.checkpoint import export_weights
@@ -26,21 +23,6 @@ from rob.teacher_cache.teachers import load_teacher
 from support.tiny import tiny_teacher_checkpoint
 
 FAST = ("--loader", "torch", "--workers", "1", "--device", "cpu", "--batch-size", "16")
-
-
-@pytest.fixture
-def rob(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
-    """``rob(*arguments)``: the console script, in this process."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["rob", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return run
 
 
 def stripes(folder: Path, classes: tuple[str, ...], n: int, seed: int) -> Path:
@@ -188,14 +170,6 @@ def test_one_clear_sentence(rob, data, run_folder, tmp_path):
     single = tmp_path / "single.beton"
     pack(PackConfig(str(stripes(tmp_path / "single", ("across", "down"), 1, 2)), single, workers=1))
     refused("class 'across' has one image, none is left to train on", run_folder, single)
-
-
-@pytest.mark.parametrize("command", ["knn", "linear", "lowshot", "transfer", "detect"])
-def test_help(rob, command):
-    outcome = rob("eval", command, "--help")
-    assert outcome.code == 0
-    assert "--device" in outcome.out
-    assert command in rob("eval", "--help").out
 
 
 def test_the_same_in_python(data, run_folder):

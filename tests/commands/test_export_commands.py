@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from rob.common import timing
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.cli import FAST
 from support.tiny import TEACHER
 
 READ = ("--loader", "torch", "--workers", "1")
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(timing, "MIN_CALLS", 1)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -2,37 +2,23 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
-COMMANDS = [
-    "",
-    "pack",
-    "cache-teacher",
-    "train-student",
-    "eval",
-    "eval knn",
-    "eval linear",
-    "eval lowshot",
-    "eval transfer",
-    "eval detect",
-    "finetune",
-    "finetune classify",
-    "finetune segment",
-    "compare",
-    "sweep",
-    "views",
-    "inspect",
-    "verify",
-    "check",
-    "demo",
-    "bench",
-    "teachers",
-    "students",
-    "embed",
-    "export",
-    "push",
-]
+from rob import cli
+
+
+def commands(group: Any, words: str = "") -> Iterator[str]:
+    """``group`` and all below it, as they are typed behind ``rob``."""
+    yield words
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{words} {name}".strip())
+
+
+COMMANDS = [*commands(get_command(cli.app))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

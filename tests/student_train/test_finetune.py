@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rob.common import timing
 from rob.common.errors import MisuseError
 from rob.common.images.pack import PackConfig, pack
 from rob.student_train import epochs
@@ -83,12 +82,6 @@ def shapes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(timing, "MIN_CALLS", 1)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
-
-
 def killed_after_an_epoch(monkeypatch, work) -> None:
     save = epochs.save_checkpoint
 
@@ -106,7 +99,7 @@ def killed_after_an_epoch(monkeypatch, work) -> None:
 
 
 @pytest.mark.slow
-def test_a_classifier_learns_goes_on_after_a_kill_and_is_exported(run, colours, tmp_path, monkeypatch, short):
+def test_a_classifier_learns_goes_on_after_a_kill_and_is_exported(run, colours, tmp_path, monkeypatch):
     # Everything that draws: views, erasing, mixing.
     whole = finetune_classifier(classify(run, colours, tmp_path / "whole", augment="heavy"))
     assert whole.top1 == 100
@@ -218,7 +211,7 @@ def test_a_segmenter_learns_and_goes_on_after_a_kill(run, shapes, tmp_path, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "to"), [("test_resnet", "onnx"), ("test_vit", "torch")])
-def test_a_segmenter_is_exported(name, to, shapes, tmp_path, short):
+def test_a_segmenter_is_exported(name, to, shapes, tmp_path):
     run = a_run(tmp_path / "run", StudentConfig(name, 32, small_images=False))
     finetune_segmenter(segment(run, shapes, tmp_path / "out", epochs=1))
     (entry,) = export(ExportConfig(tmp_path / "out", (to,), loader=LOADER))

@@ -34,7 +34,6 @@ else:
     from support.interpreter import scalars_index
     from support.view_cases import (
         JITTERS,
-        JPEGS,
         MEAN,
         RAW_COLOUR,
         STD,
@@ -52,7 +51,8 @@ else:
     def any_triton(monkeypatch):
         scalars_index(monkeypatch)
 
-    WHOLE, SCALED = [(s, 1) for s in STORED], [(s, d) for s in JPEGS for d in (2, 4, 8)]
+    WHOLE = [(stored, 1) for stored in STORED]
+    SCALED = [*(("4:2:0", scale) for scale in (2, 4, 8)), ("4:4:4", 2), ("4:2:2", 4), ("grey", 8)]
 
     @pytest.mark.parametrize(
         ("stored", "scale", "cubic"),

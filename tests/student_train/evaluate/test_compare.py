@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from rob import cli
-from rob.common import screen, timing
+from rob.common import screen
 from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.commands.compare import compare as compare_command
@@ -30,12 +30,6 @@ from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.training import log_line
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(timing, "MIN_CALLS", 2)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 def make_run(folder: Path, name: str, size: int) -> Path:

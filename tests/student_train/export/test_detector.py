@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rob.common import timing
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images.pack import PackConfig, pack
 from rob.student_train.evaluate.detection.model import build_detector
@@ -27,12 +26,6 @@ from support.shapes import CLASSES, coco_shapes
 from support.tiny import contents
 
 MANUAL = Path(__file__).parents[3] / "docs" / "shipping.md"
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(timing, "MIN_CALLS", 1)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

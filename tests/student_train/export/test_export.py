@@ -12,7 +12,6 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
-from rob.common import timing
 from rob.common.errors import FailureError, MisuseError
 from rob.student_train.checkpoint import export_weights, load_student
 from rob.student_train.export import export as module
@@ -39,10 +38,7 @@ WRITTEN: dict[str, bytes] = {}
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(timing, "MIN_CALLS", 1)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
-
+def each_graph_once(monkeypatch):
     def write_once(graph: Graph, path: Path) -> None:
         key = json.dumps(graph.facts, sort_keys=True, default=str)
         if key not in WRITTEN:

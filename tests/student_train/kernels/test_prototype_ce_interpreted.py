@@ -146,10 +146,11 @@ else:
         added = 2  # gradients that were there already
         assert sum(found.values()) - added <= most, found
 
+    EXACT = [("embedding", torch.float32, False), *(("embedding", dtype, True) for dtype in DTYPES)]
+
     @pytest.mark.parametrize(
-        ("dtype", "biased"), [(torch.float32, False), *((dtype, True) for dtype in DTYPES)], ids=str
+        ("kind", "dtype", "biased"), [*EXACT, *((kind, torch.bfloat16, True) for kind in KINDS[1:])], ids=str
     )
-    @pytest.mark.parametrize("kind", KINDS)
     def test_as_exact_as_torch(kind, dtype, biased, form, small_chunks):
         """The slack: p and q are rounded one by one before their product with the values, torch rounds p - q."""
         case = make_case(kind, 12, 3, dim=48, teacher_dim=20, num_prototypes=320, dtype=dtype, biased=biased)

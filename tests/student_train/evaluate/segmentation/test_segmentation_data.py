@@ -134,12 +134,3 @@ def test_mean_iou_is_that_of_scikit_learn():
     assert score.iou["e"] is None
     assert score.miou == pytest.approx(expected.mean())
     assert score.pixel_accuracy == pytest.approx(100 * (found[kept] == labels[kept]).double().mean().item())
-
-
-def test_mean_iou_is_that_of_torchmetrics():
-    metric = pytest.importorskip("torchmetrics", reason="torchmetrics is not installed").JaccardIndex
-    found, labels = drawn_pair()
-    confusion = Confusion(5)
-    confusion.add(found, labels)
-    expected = metric("multiclass", num_classes=5, average="macro", ignore_index=IGNORED)(found, labels)
-    assert confusion.score("abcde").miou == pytest.approx(100 * float(expected))
