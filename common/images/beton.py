@@ -340,6 +340,10 @@ class Beton:
                 progress(image_id + 1, self.num_images)
         return found
 
+    def class_of(self, image_id: int) -> str | None:
+        """By name, or its number where classes have none; None: the image has no label."""
+        return None if self.labels is None else self.manifest.class_name(int(self.labels[image_id]))
+
     def encoded(self, image_id: int) -> np.ndarray:
         """The stored bytes of an image, (size,) uint8: a view of ``memory``."""
         start = int(self.pointers[image_id])

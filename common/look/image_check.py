@@ -31,10 +31,6 @@ class ImageCheck:
     def data(self) -> Beton:
         return self.seen.data
 
-    def class_of(self, row: int) -> str | None:
-        """By name; None: it has none."""
-        return None if self.data.labels is None else self.data.manifest.class_name(int(self.data.labels[row]))
-
     def damaged(self) -> tuple[str, ...]:
         """A sentence for each damaged image."""
         paths = self.data.manifest.paths
@@ -173,7 +169,7 @@ def _repeated(these: ImageCheck, others: ImageCheck, found: Duplicates) -> Itera
 
 def _other_class(these: ImageCheck, row: int, others: ImageCheck, of: int) -> bool:
     """Whether both have a class, by name, and not the same."""
-    one, other = (check.class_of(at) for check, at in ((these, row), (others, of)))
+    one, other = (check.data.class_of(at) for check, at in ((these, row), (others, of)))
     return None not in (one, other) and one != other
 
 

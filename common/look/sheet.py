@@ -143,7 +143,5 @@ def number_of(view_id: int) -> str:
 
 def class_of(data: Beton, image_id: int) -> str | None:
     """In words; None: it has none."""
-    if data.labels is None:
-        return None
-    name = data.manifest.class_name(int(data.labels[image_id]))
+    name = data.class_of(image_id)
     return f"class {name}" if name and name.isdigit() else name

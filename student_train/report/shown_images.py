@@ -36,10 +36,7 @@ class Images:
 
     def class_of(self, row: int) -> str:
         """Of the ``row``-th of these images; empty where it has none."""
-        labels, classes = self.labels, self.data.manifest.classes
-        if labels is None or labels[row] < 0:
-            return ""
-        return classes[labels[row]] if classes else str(labels[row])
+        return self.data.class_of(int(self.ids[row])) or ""
 
     def path_of(self, row: int) -> str:
         return self.data.manifest.paths[self.ids[row]]
