@@ -113,12 +113,9 @@ def cached_store(config: ClaimsConfig, row: Row, teacher: Teacher) -> None:
         teacher=teacher,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    seconds = None if resumed else perf_counter() - start
     with replacing(cost) as file:
-        file.write(
-            json.dumps(
-                {"teacher_seconds": None if resumed else perf_counter() - start, "store_mb": size / 1e6}
-            ).encode()
-        )
+        file.write(json.dumps({"teacher_seconds": seconds, "store_mb": size / 1e6}).encode())
 
 
 def all_jobs(config: ClaimsConfig, rows: list[Row]) -> Iterator[Job]:
@@ -165,8 +162,8 @@ def table(config: ClaimsConfig, rows: list[Row], jobs: list[Job]) -> Report:
 
 def result_of(config: ClaimsConfig, job: Job) -> dict[str, Any]:
     """MisuseError: it is of a row that was another then."""
-    result = json.loads(job.result(config.out).read_text())
-    if result.get("of", made_of(job)) != made_of(job):
+    result, of = json.loads(job.result(config.out).read_text()), made_of(job)
+    if result.get("of", of) != of:
         raise MisuseError(
             f"{job.result(config.out)}: row {job.row.name} has changed since: remove the file to run it again"
         )

@@ -14,8 +14,7 @@ def usable_cores() -> int:
     cgroup (a container's --cpus), shared with the ranks that torchrun started beside it on this machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, math.ceil(min(cores, cgroup_quota())) // ranks)
+    return max(1, math.ceil(min(cores, cgroup_quota())) // _ranks_here())
 
 
 def cgroup_quota() -> float:
@@ -28,8 +27,12 @@ def usable_memory() -> int:
     container's --memory, a job's of Slurm), shared with the ranks that torchrun started beside it on this machine.
     """
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(min([machine, *map(_memory_limit, _own_cgroups("memory"))])) // ranks
+    return int(min([machine, *map(_memory_limit, _own_cgroups("memory"))])) // _ranks_here()
+
+
+def _ranks_here() -> int:
+    """That torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:

@@ -120,9 +120,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
     views_like = branch.geometry if pairing.pairing != "cross" else None
-    view_loading = resolve_loader(
-        config.loader, device, views_like
-    )  # the run's settings keep "auto": it may go on elsewhere
+    # The run's settings keep "auto": it may go on elsewhere.
+    view_loading = resolve_loader(config.loader, device, views_like)
     if views_like not in (None, geometry(view_loading)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(view_loading)}: "

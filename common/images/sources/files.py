@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 from weakref import finalize
 
-from fsspec.utils import glob_translate
-
 from ...errors import MisuseError, some
 from ...files import open_regular
 from ...places import ADDRESS, SCHEMES, Folder, place_of, shown
@@ -211,7 +209,14 @@ def files_named(source: str) -> Files:
 
 def fits(name: str, pattern: str) -> bool:
     """As `glob.glob`, recursive, finds files."""
-    return re.fullmatch(glob_translate(pattern), name) is not None
+    return _expression(pattern).fullmatch(name) is not None
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    from fsspec.utils import glob_translate
+
+    return re.compile(glob_translate(pattern))
 
 
 def _plain_part(name: str) -> str:

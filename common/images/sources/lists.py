@@ -90,9 +90,7 @@ def _rows(files: Files, name: str, config: PackConfig) -> Iterator[Row]:
         text = files.read(name).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MisuseError(f"{where}: not a text file in UTF-8; write the path of an image on each line") from None
-    lines = re.split(
-        r"\r\n|\r|\n", text
-    )  # splitlines() has other ends of lines, which JSON and names of files may hold
+    lines = re.split(r"\r\n|\r|\n", text)  # JSON and names of files may hold what else splitlines() takes for one
     if ending in (".jsonl", ".ndjson"):
         yield from _of_objects(lines, where, config)
     elif ending in (".csv", ".tsv"):
