@@ -50,23 +50,28 @@ def compare(
         ("CUDA ms", [s.cuda_ms for s in summaries]),
         ("training images/s", [s.train_images_per_second for s in summaries]),
     ]
-    exports: list[tuple[str, list[Cell]]] = [
-        (f"{file}, {title}", [value(s.exports[file]) if file in s.exports else None for s in summaries])
-        for file in dict.fromkeys(file for s in summaries for file in s.exports)
-        for title, value in EXPORTED.items()
-    ]
-    measures += [] if len(runs) > FEW else exports
+    if len(runs) <= FEW:
+        measures += [
+            (f"{file}, {title}", [value(s.exports[file]) if file in s.exports else None for s in summaries])
+            for file in dict.fromkeys(file for s in summaries for file in s.exports)
+            for title, value in EXPORTED.items()
+        ]
     measures += [
         (task if task.endswith("%") else f"{task} %", [s.scores.get(task) for s in summaries]) for task in tasks
     ]
     measures = [(title, values) for title, values in measures if any(value is not None for value in values)]
-    if len(runs) > FEW:
+    if len(runs) <= FEW:
+        show_table("runs", ("", *names), [(title, *values) for title, values in measures])
+    else:
         titles, columns = zip(*measures, strict=True)
         show_table("runs", ("run", *titles), list(zip(names, *columns, strict=True)), named=True)
-        if exports:
-            show_table("exported files", ("file, measure", *names), [(title, *values) for title, values in exports])
-    else:
-        show_table("runs", ("", *names), [(title, *values) for title, values in measures])
+        exported = [
+            (f"{name}/{file}", *(value(entry) for value in EXPORTED.values()))
+            for name, s in zip(names, summaries, strict=True)
+            for file, entry in s.exports.items()
+        ]
+        if exported:
+            show_table("exported files", ("file", *EXPORTED), exported, named=True)
     for sentence in check_comparable(summaries):
         note(sentence)
     note(f"drawn to {out}")
