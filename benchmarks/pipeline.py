@@ -8,6 +8,7 @@ before the times count. Cached and in memory again with targets of patches, 7 x 
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ from rob.student_train.students import StudentConfig, describe_student
 from rob.student_train.targets.branch import RunContext
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.online import Online
-from rob.student_train.targets.pairing import PairingConfig, plan_views
+from rob.student_train.targets.pairing import PairingConfig, ViewPlan, plan_views
 from rob.student_train.train import epoch_order, timed
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
@@ -200,33 +201,36 @@ class Side:
         order = epoch_order(self.config, self.data.num_images, self.branch.window_blocks, epoch=0)
         order = order[: size * (count + LEAD)]
         assert len(order) == size * (count + LEAD), "too few images for a round"
+        seen = self._kept(order[: size * count], plan) if self.in_memory else self._loaded(order, plan)
+        for number, (images, target) in enumerate(islice(seen, count), 1):
+            self._train(images, target, pair_weights)
+            if number == LEAD:
+                self.stopwatch.take()
+        self.rounds.append(self.stopwatch.take())
+
+    def _kept(self, order: np.ndarray, plan: ViewPlan) -> list[tuple]:
+        """Views and targets of each batch, in memory."""
+        if not self.kept:
+            crops = crop_sets(self.config, self.branch.recipe, plan)
+            with self.branch.targets(order, self.config.loader.batch_size, plan) as target_of:
+                for batch in self.loader.epoch(order, crops):
+                    batch = batch.to(self.trainer.device)
+                    self.kept.append((self.prepare(batch, crops), target_of(batch)))
+        return self.kept
+
+    def _loaded(self, order: np.ndarray, plan: ViewPlan) -> Iterator[tuple]:
+        """The same, as training has them."""
         crops = crop_sets(self.config, self.branch.recipe, plan)
-        if self.in_memory:
-            if not self.kept:
-                with self.branch.targets(order[: size * count], size, plan) as target_of:
-                    for batch in self.loader.epoch(order[: size * count], crops):
-                        batch = batch.to(self.trainer.device)
-                        self.kept.append((self.prepare(batch, crops), target_of(batch)))
-            for number, (images, target) in enumerate(self.kept, 1):
-                self._train(images, target, pair_weights)
-                if number == LEAD:
-                    self.stopwatch.take()
-            self.rounds.append(self.stopwatch.take())
-            return
         sets = crops + self.branch.view_sets(plan)
-        with self.branch.targets(order, size, plan) as target_of:
-            batches = timed(self.loader.epoch(order, sets), self.stopwatch)
-            for number, batch in enumerate(islice(batches, count), 1):
+        with self.branch.targets(order, self.config.loader.batch_size, plan) as target_of:
+            for batch in timed(self.loader.epoch(order, sets), self.stopwatch):
                 with self.stopwatch("prepare"):
                     batch = batch.to(self.trainer.device)  # as training does it: beside the computation
                     images = self.prepare(batch, crops)
                 with self.stopwatch("target"):
                     self.branch.before_step(self.step)
                     target = target_of(batch, images)
-                self._train(images, target, pair_weights)
-                if number == LEAD:
-                    self.stopwatch.take()
-            self.rounds.append(self.stopwatch.take())
+                yield images, target
 
     def _train(self, images, target, pair_weights) -> None:
         with self.stopwatch("student"):
