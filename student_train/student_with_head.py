@@ -58,7 +58,9 @@ class StudentWithHead(nn.Module):
         it does not see.
         """
         parts = []
-        covered = [None] * self.parts if hidden is None else hidden.to(views.device).chunk(self.parts)
+        covered = (
+            [None] * self.parts if hidden is None else hidden.to(views.device, non_blocking=True).chunk(self.parts)
+        )
         for part, cover in zip(views.chunk(self.parts), covered, strict=False):
             if self.recompute and torch.is_grad_enabled():
                 contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731

@@ -21,7 +21,7 @@ STEP = (
     "student_train/crops.py",
     "student_train/student_with_head.py",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "student_train/objectives").glob("*.py")),
-    *(f"student_train/targets/{name}.py" for name in ("momentum", "online", "with_copy")),
+    *(f"student_train/targets/{name}.py" for name in ("dense", "momentum", "online", "with_copy")),
     *(f"student_train/kernels/{name}.py" for name in ("topk", "target", "sinkhorn", "entropy", "chunked", "triton_ce")),
     *(f"common/views/{name}.py" for name in ("batch", "colours", "kernel")),
     "common/teacher.py",
@@ -35,8 +35,9 @@ ONCE = {
     ("common/teacher.py", "_views"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
+    ("common/views/batch.py", "augment"),
 }
-"""(file, function) that makes constants on the device, once a run."""
+"""(file, function) that makes constants on the device, once a run, or finds there what was copied before."""
 
 
 def places(path: str):
@@ -48,7 +49,9 @@ def places(path: str):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             name, words = node.func.attr, {word.arg for word in node.keywords}
-            if name in WAITING or (name == "tensor" and "device" in words):
+            to_another = any(isinstance(word, ast.Attribute) and word.attr == "device" for word in node.args)
+            copies = name == "to" and to_another and "non_blocking" not in words
+            if name in WAITING or copies or (name == "tensor" and "device" in words):
                 yield function.name, node.lineno
 
 
