@@ -12,7 +12,7 @@ from torch import nn
 from rob.common.pace import Pace
 from rob.student_train.config import OptimiserConfig
 from rob.student_train.kernels.topk import _on_device
-from rob.student_train.optimiser import build_average, build_optimiser
+from rob.student_train.optimiser import build_average, build_optimiser, clip_gradients
 from rob.student_train.targets.momentum import move_towards
 from support.launches import Operations
 
@@ -82,7 +82,7 @@ def test_the_copy_moves_alike_in_one_launch_or_in_many(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-def test_average_and_lars_move_all_weights_in_few_launches():
+def test_average_lars_and_clipping_reach_all_weights_in_few_launches():
     """By what torch does to many tensors at once, which it takes by itself on a GPU."""
     network = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
     average, launched = build_average(network, 0.9), Counter()
@@ -105,6 +105,10 @@ def test_average_and_lars_move_all_weights_in_few_launches():
         assert (launched.total() < 40) == together, launched
         weights.append(torch.cat([parameter.flatten() for parameter in moved.parameters()]))
     torch.testing.assert_close(*weights)
+    launched.clear()
+    with Operations(launched):
+        clip_gradients(moved.parameters(), 1e-3, each=True)
+    assert launched.total() < 10, launched
 
 
 def test_the_host_is_three_steps_ahead_at_most(monkeypatch):
