@@ -1,5 +1,7 @@
 """A frozen network and the pixels it expects: a student, a teacher, or the pixels themselves. What every evaluation measures."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +86,10 @@ class FrozenNetwork:
         """The network that ``info`` describes with random weights."""
         torch.manual_seed(seed)
         backbone = create_student(info).to(device).eval()
-        return cls._of(f"random {info.name}", backbone, size or info.image_size, info.mean, info.std, device)
+        network = cls._of(f"random {info.name}", backbone, size or info.image_size, info.mean, info.std, device)
+        # Networks that differ in strides or normalisation alone begin with the same weights.
+        form = hashlib.sha256(json.dumps(info.to_dict(), sort_keys=True).encode()).hexdigest()
+        return replace(network, source=f"{network.source} {form}")
 
     @classmethod
     def teacher(cls, teacher: TeacherWithBackbone, size: int, device: torch.device) -> "FrozenNetwork":

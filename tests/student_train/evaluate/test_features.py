@@ -21,6 +21,8 @@ from rob.student_train.evaluate.features import (
     labels_of,
     same_classes,
 )
+from rob.student_train.evaluate.network import FrozenNetwork
+from rob.student_train.students import StudentConfig
 
 IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).view(10, 3, 4, 4)
 
@@ -51,6 +53,14 @@ def test_a_module_runs_in_eval_mode_and_keeps_its_own():
 
 def test_a_part_is_counted_from_its_start():
     assert torch.equal(extract_features(flatten_pixels, batches([7, 6, 5]), 5, 8), IMAGES[5:8].flatten(1))
+
+
+def test_untrained_networks_of_equal_weights_and_other_strides_share_no_features():
+    forms = [StudentConfig("mobilenetv2_035", 64, small_images=small) for small in (True, False, True)]
+    small, usual, again = (FrozenNetwork.random_student(form, 0, torch.device("cpu")) for form in forms)
+    weights = [dict(network.embed.state_dict()) for network in (small, usual)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert small.source == again.source != usual.source
 
 
 def test_features_are_extracted_once_for_each_key(tmp_path):
