@@ -25,9 +25,14 @@ from .features import FeatureKey, Features, cached_features, extract_features, f
 from .helpers import ask, help_out, let_go
 
 SEES_ALL_UP_TO = 64
-"""Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
-so that it is the same for every image that it is measured on.
-"""
+"""Pixels a side."""
+
+
+def share_seen(size: int) -> float:
+    """Of an image's shorter side, the middle part that a network of ``size`` pixels sees: all up to ``SEES_ALL_UP_TO``, else 7/8,
+    as usual. It goes by the network, so that it is the same for every image that it is measured on.
+    """
+    return 1.0 if size <= SEES_ALL_UP_TO else 0.875
 
 
 class TeacherWithBackbone(Protocol):
@@ -133,14 +138,9 @@ class FrozenNetwork:
     @property
     def title(self) -> str:
         """For the head of a table."""
-        seen = "the whole square" if self.sees_all else "the middle 7/8"
+        seen = "the whole square" if share_seen(self.size) == 1 else "the middle 7/8"
         tokens = [self.tokens] if self.tokens else []
         return ", ".join((self.name, *tokens, f"{self.interpolation} to {self.size} px", seen))
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether nothing is cut off but what makes an image square."""
-        return self.size <= SEES_ALL_UP_TO
 
     def features(
         self,
@@ -227,7 +227,7 @@ class FrozenNetwork:
 
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""
-        recipe = evaluation_recipe(1.0 if self.sees_all else 0.875, self.interpolation)
+        recipe = evaluation_recipe(share_seen(self.size), self.interpolation)
         return self.batches(ViewLoader(data, recipe, 0, loader), image_ids, 0)
 
     def batches(self, views: ViewLoader, image_ids: np.ndarray, view_id: int) -> Iterator[tuple[Tensor, Tensor]]:
