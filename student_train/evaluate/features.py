@@ -185,6 +185,12 @@ def labels_of(data: Beton) -> Tensor:
     return labels
 
 
+def labels_alone(path: Path) -> Features:
+    """Labels and class names of packed images, with features of no width. MisuseError: an image has no label."""
+    data = Beton(path)
+    return Features(torch.zeros(data.num_images, 0), labels_of(data), data.manifest.classes)
+
+
 def same_classes(train: Features, test: Features) -> Features:
     """``test`` with its labels counted as ``train``'s: by class name where both have names, else by number.
 
