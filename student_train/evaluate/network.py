@@ -185,7 +185,8 @@ class FrozenNetwork:
                 return own(data.named, start, stop)
             return ask(own, data.named, start, stop, loader.batch_size, self.ranks)
 
-        key = FeatureKey(self.source, data.manifest.fingerprint, self.size, self.tokens, self.interpolation)
+        what = (self.tokens, self.interpolation, tuple(self.mean), tuple(self.std))
+        key = FeatureKey(self.source, data.manifest.fingerprint, self.size, *what)
         try:
             features = (
                 cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)

@@ -1,5 +1,6 @@
 """Features by image id, their cache, labels and classes that do not fit."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,15 @@ def test_untrained_networks_of_equal_weights_and_other_strides_share_no_features
     weights = [dict(network.embed.state_dict()) for network in (small, usual)]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
     assert small.source == again.source != usual.source
+
+
+def test_a_teacher_of_the_users_own_with_another_normalisation_has_other_features(tmp_path):
+    (tmp_path / "packed").mkdir()
+    data = packed(tiny_images(tmp_path / "images", 2), tmp_path / "packed")
+    network, loader = FrozenNetwork.pixels(8, torch.device("cpu")), LoaderConfig("torch", 8, 1)
+    before = network.extract(data, loader, tmp_path / "run")
+    mended = replace(network, mean=(0.0,) * 3).extract(data, loader, tmp_path / "run")
+    torch.testing.assert_close(mended, before + 2)  # 0.5 / 0.25
 
 
 def test_labels_that_cannot_be_evaluated_are_told_before_anything_is_extracted(tmp_path, monkeypatch):
