@@ -102,8 +102,8 @@ LENGTHS = FRESH | {"norm_last_layer": False}
 CODES = {"sinkhorn": "batch"}
 """RoB's on SwAV: the batch's codes, without a queue."""
 OWN_MSN = {"sinkhorn": "batch", "mean_entropy": 1.0}
-PLAIN = {"sinkhorn": "none", "mean_entropy": 0.0}
-"""RoB's on MSN: a softmax."""
+PLAIN = {"sinkhorn": "none", "mean_entropy": 0.0, "teacher_temp": 0.025}
+"""RoB's on MSN: a softmax. At the temperature of the other rows it would be RoB on DINO, to the last digit."""
 
 LABELS = {"head": "fresh", "head_type": "mlp", "student_temp": 1.0, "teacher_temp": 1.0}
 """Cross-entropy over classes."""
