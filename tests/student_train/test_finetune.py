@@ -237,6 +237,7 @@ def test_a_segmenter_is_exported(name, to, shapes, tmp_path):
     assert entry.agreement is not None
     assert entry.agreement.same == pytest.approx(1, abs=1e-3)
     assert entry.output["shape"] == ["batch", 3, 64, 64]
+    assert entry.input["crop"] is None  # the whole picture, as in training
     if to == "torch":  # ONNX of a ViT takes seconds, and is tested where features are exported
         return
     session = onnxruntime.InferenceSession(tmp_path / "out" / "segmenter.onnx", providers=["CPUExecutionProvider"])
