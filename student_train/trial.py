@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.order import block_shuffled_order
+from ..common.pace import Pace
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, resolve_loader
@@ -97,6 +98,7 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
+    pace = Pace(device)  # the host runs ahead as it does in the run: steps are waited for at both ends alone
     done, kept, began, started, computed = 0, 0, _now(device), None, 0.0
     for epoch in count():
         plan = plan_views(config.pairing, branch.views, epoch)
@@ -117,12 +119,15 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
                     trainer.step(done, images, target, pair_weights)
                 branch.after_step(done)
                 kept = max(kept, sum(counted.values()))
-                done, now = done + 1, _now(device)
+                pace.step_done()
+                done, now = done + 1, time.perf_counter()
                 if started is None and (done >= WARM_UP or now - began > LONG_STEP):
-                    started, computed = (now, done), time.process_time()
+                    started, computed = (_now(device), done), time.process_time()
                     continue
                 passed, counting = (now - started[0], done - started[1]) if started else (0.0, 0)
                 if counting >= MOST_STEPS or (passed > seconds and counting >= FEWEST) or passed > LONG_STEP + seconds:
+                    assert started is not None
+                    passed = _now(device) - started[0]
                     memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
                     waited = 1 - (time.process_time() - computed) / passed if device.type == "cpu" else 0.0
                     saving = _seconds_of_a_checkpoint(trainer, branch.state)
