@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
 from rob.teacher_cache import asked, cache
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
-from rob.teacher_cache.share import Share
+from rob.teacher_cache.share import Share, together
 from rob.teacher_cache.teachers import TeacherConfig
 from support import tiny
 
@@ -158,6 +160,22 @@ def test_workers_of_other_settings_or_another_split_are_refused(data: Beton, hea
     cache_teacher(config(part="1/2"))  # when they have ended, any split may go on
     cache_teacher(config(part="2/2"))
     assert TargetStore.open(tmp_path / "a.zarr").verify() == []
+
+
+def test_whoever_looks_whether_all_is_done_is_alone(tmp_path):
+    """Else two who leave at the same time might both do what is left for the last."""
+    entering = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_SH | fcntl.LOCK_NB)"
+    found = []
+
+    def done() -> bool:
+        found.append(
+            subprocess.run([sys.executable, "-c", entering, tmp_path / ".t.zarr.lock"], stderr=subprocess.DEVNULL)
+        )
+        return True
+
+    with together(tmp_path / "t.zarr", done, lambda: None):
+        pass
+    assert [process.returncode for process in found] == [1]
 
 
 @pytest.mark.parametrize("part", ["0/4", "5/4", "3", "3/0", "-1/4", "1/2/3", "a/b"])
