@@ -182,9 +182,10 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         option = "accumulate" if parts == config.accumulate else "split_batchnorm"
         raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
     state = trainer.state | branch.state
+    if parent is not None:
+        take_over(state, parent)  # refuses what does not fit, before anything is written
     step = run.resume(state, device)
     if parent is not None:
-        take_over(state, parent)
         run.notes.append(
             f"goes on from step {parent.told['step']} of {parent.run}, for {config.epochs} epochs of a new schedule"
         )
