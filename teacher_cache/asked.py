@@ -104,7 +104,7 @@ def refuse_what_is_in_the_way(path: Path, manifest: StoreManifest, share: Share,
     """MisuseError where the store of ``manifest`` cannot be begun or gone on with at ``path``. Others may finish it any time."""
     try:
         begun_store(place_of(path), manifest, *may_differ)
-    except MisuseError:
+    except (MisuseError, FileNotFoundError):  # also of what lay under pending/ a moment ago
         if share.split is None or not is_complete(path, manifest, *may_differ):
             raise
 

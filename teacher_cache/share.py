@@ -61,7 +61,7 @@ class Share:
         """`StoreWriter.open_or_resume`; None where other workers have finished the store meanwhile."""
         try:
             return StoreWriter.open_or_resume(path, manifest, self.split)
-        except MisuseError:
+        except (MisuseError, FileNotFoundError):  # also of what lay under pending/ a moment ago
             if self.split is None or not place_of(path).exists("zarr.json"):
                 raise
             return None

@@ -23,6 +23,7 @@ from rob.common.store.begun import half_written
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
+from rob.common.store.writer import StoreWriter
 from rob.teacher_cache import asked, cache
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
 from rob.teacher_cache.share import Share, together
@@ -113,6 +114,15 @@ def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: T
     assert tiny.contents(tmp_path / "a.zarr") == tiny.contents(whole.path)
     cache_teacher(config())  # a rank that comes late
     assert tiny.contents(tmp_path / "a.zarr") == tiny.contents(whole.path)
+
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("pending/manifest.json")
+
+    monkeypatch.setattr(asked, "begun_store", gone)  # and one that comes while pending/ is being removed
+    monkeypatch.setattr(StoreWriter, "open_or_resume", gone)
+    rank, manifest = Share.of(None), TargetStore.open(tmp_path / "a.zarr").manifest
+    asked.refuse_what_is_in_the_way(tmp_path / "a.zarr", manifest, rank)
+    assert rank.join(tmp_path / "a.zarr", manifest) is None
 
 
 def test_parts_in_a_bucket(data: Beton, headless: TeacherConfig, tmp_path):
