@@ -44,6 +44,6 @@ class Planes:
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to ``device``, unwaited for: more than 64 KB of memory that is not page-locked are copied by CUDA only when all
+    """From the CPU to ``device``, unwaited for: of memory that is not page-locked more than 64 KB are copied only when all
     that is queued before is done, and the host waits for that."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
