@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, Lock
+from threading import Barrier, Lock, Thread
 from time import sleep
 from typing import Any
 
@@ -373,14 +374,19 @@ def test_a_killed_sweep_takes_its_run_with_it_which_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path):
+def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    with subprocess.Popen(long_sweep(tmp_path, out), stdout=subprocess.PIPE, text=True) as process:
+
+    def stop() -> None:
         wait_for(out / "seed=1" / "metrics.jsonl")
-        process.terminate()
-        printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "stopped: run the same command again to go on from there" in printed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "argv", long_sweep(tmp_path, out)[2:])
+    Thread(target=stop).start()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    assert "stopped: run the same command again to go on from there" in capsys.readouterr().out
     log = (out / "seed=1" / "sweep.log").read_text()
     assert re.search(r"stopped at step \d+ of \d+", log), log
     assert (out / "seed=1" / "checkpoint.pt").exists()

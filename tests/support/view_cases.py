@@ -54,8 +54,8 @@ def photograph() -> np.ndarray:
 
 
 def cases(stored: str, scale: int, cubic: bool = False) -> tuple[Image.Image, list[list[int]], int, Planes]:
-    """A photograph as stored, three crops of it, the size of their views, and its planes decoded at 1/scale. Views of 40 pixels are
-    four tiles, of 20 one."""
+    """A photograph as stored, three crops of it, the size of their views, and its planes decoded at 1/scale. A view of 40 pixels
+    is four tiles, of 20 one."""
     pixels = photograph()[:, : 640 - scale]
     size = 40 if scale < 4 and stored == "4:2:0" else 20
     height, width = pixels.shape[:2]
