@@ -30,7 +30,7 @@ def codec_rows(
     ``arrays`` are an encoding's, of so many ``views`` in all; ``shuffle`` is the one that the store uses for it.
     """
     blosc.use_threads = (
-        False  # as in the writer's and the readers' own threads; those of blosc would not count in a thread's time
+        False  # as on the threads of the writer and the readers; a thread's own time would leave them out
     )
     chosen = SHUFFLES[shuffle]
     settings = [(256, name, codec) for name, codec in _codecs(chosen)]
