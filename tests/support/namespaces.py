@@ -29,15 +29,12 @@ def networks(ranks: int) -> Iterator[list[str] | list[None]]:
     names = [f"rob{os.getpid()}-{rank}" for rank in range(ranks)]
     bridge = f"rob{os.getpid()}"
     made: list[str] = []
+    found: list[str] | list[None] = names
     try:
-        try:
-            for name in (bridge, *names):
-                ip("netns", "add", name)
-                made.append(name)
-                ip("-n", name, "link", "set", "lo", "up")
-        except (OSError, subprocess.CalledProcessError):
-            yield [None] * ranks
-            return
+        for name in (bridge, *names):
+            ip("netns", "add", name)
+            made.append(name)
+            ip("-n", name, "link", "set", "lo", "up")
         ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
         ip("-n", bridge, "link", "set", "bridge", "up")
         for rank, name in enumerate(names):
@@ -45,7 +42,10 @@ def networks(ranks: int) -> Iterator[list[str] | list[None]]:
             ip("-n", bridge, "link", "set", f"to{rank}", "master", "bridge", "up")
             ip("-n", name, "addr", "add", f"10.77.0.{rank + 1}/24", "dev", "net0")
             ip("-n", name, "link", "set", "net0", "up")
-        yield names
+    except (OSError, subprocess.CalledProcessError):
+        found = [None] * ranks
+    try:
+        yield found
     finally:
         for name in made:
             ip("netns", "del", name)
