@@ -15,12 +15,15 @@ What is not as in the papers' code:
   their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
   prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
-  ``--views``, does that too). DINO's and iBOT's rate warms up from 0, there from 1e-5, and SwAV's, there from .3. iBOT has its
-  loss of hidden patches where the targets have patches: online, or from a store that was cached with ``--patches``.
+  ``--views``, does that too). Rate and weight decay move every step, there once an epoch but for SwAV. DINO's and iBOT's crops
+  are bicubic as in those papers' own code, there bilinear (--targets online with ``--interpolation bilinear``). A plain MLP
+  begins as DINO's head does, there as torch's linear layers. iBOT has its loss of hidden patches where the targets have
+  patches: online, or from a store that was cached with ``--patches``.
 - DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is; biases and norms do not decay.
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
-  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1.
+  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1;
+  the limit of the gradient is for backbone and head together, there for each.
 - SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
   there at 1.
 - ViTs: position embeddings and class token are not decayed, there they are.
@@ -178,7 +181,7 @@ ROB_DINO = Preset(
     StudentConfig("vit_tiny_patch16_224", drop_path=0.1),
     ObjectiveConfig("dino", teacher_temp=0.07, head="fresh", head_norm=False, norm_last_layer=False),
     None,
-    replace(ADAMW, warmup_epochs=9.9),
+    replace(ADAMW, warmup_epochs=9.9, warmup_lr=1e-5),
     recipe="rob-dino",
     pairing=PairingChoice("same", step_targets=2, num_local=8),
     epochs=300,
@@ -186,9 +189,9 @@ ROB_DINO = Preset(
 ROB_SWAV = Preset(
     "RoB (2301.09451), facebookresearch/vissl 04788de9: SwAV to ResNet-18",
     StudentConfig("resnet18"),
-    ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True),
+    ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True, norm_last_layer=False),
     None,
-    replace(LARS, lr=0.3, warmup_epochs=10.0, decay_all=True),
+    replace(LARS, lr=0.3, warmup_epochs=10.0, warmup_lr=0.6, decay_all=True),  # .3 for the 512 images of a machine
     recipe="rob-swav",
     pairing=PairingChoice("same", step_targets=1, num_local=4, step_globals=2),
     epochs=100,
@@ -210,9 +213,9 @@ ROB_MSN = Preset(
 ROB_IBOT = Preset(
     "RoB (2301.09451), facebookresearch/vissl 04788de9: iBOT to ViT-Ti",
     StudentConfig("vit_tiny_patch16_224"),
-    ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False),
+    ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False, norm_last_layer=False),
     None,
-    replace(ADAMW, weight_decay_end=0.48, warmup_epochs=10.0),
+    replace(ADAMW, weight_decay_end=0.48, warmup_epochs=10.0, warmup_lr=1e-5),
     recipe="rob-ibot",
     pairing=PairingChoice("same", step_targets=2, num_local=10),
     epochs=100,
@@ -281,7 +284,7 @@ PRESETS: dict[str, Preset] = {
     "rob-swav-teacher-prototypes": replace(
         ROB_SWAV,
         source=ROB_SWAV.source + ", to the teacher's prototypes",
-        objective=replace(ROB_SWAV.objective, head="frozen", head_type="mlp"),
+        objective=replace(ROB_SWAV.objective, head="frozen", head_type="mlp", norm_last_layer=None),
     ),
     "rob-msn": ROB_MSN,
     "rob-ibot": ROB_IBOT,

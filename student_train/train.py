@@ -179,8 +179,11 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     if trainer.average and branch.average is not None:
         raise MisuseError("`average`: the momentum copy is one, and exported as such; leave `average` out")
     if batch_size % (parts := trainer.model.parts):
-        option = "accumulate" if parts == config.accumulate else "split_batchnorm"
-        raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
+        told = f"`accumulate` {parts} does not divide the {batch_size} images that a step has on a rank"
+        if parts != config.accumulate:
+            split, whole = parts * ranks.world_size, batch_size * ranks.world_size
+            told = f"`split_batchnorm` {split} does not divide the {whole} images of a step"
+        raise MisuseError(told)
     state = trainer.state | branch.state
     step = run.resume(state, device)
     if parent is not None:

@@ -104,9 +104,8 @@ def test_a_batch_in_parts_is_resumed_too(stochastic, tmp_path):
     student = replace(STUDENT, name="test_vit", small_images=True, drop_path=0.3, patch_drop=0.3)
     objective = replace(stochastic.objective, name="moco", queue=20)
     pairing = PairingConfig("cross", step_targets=2, num_local=1)
-    parts = replace(
-        stochastic, student=student, objective=objective, pairing=pairing, accumulate=4, log_every=1, epochs=2
-    )
+    steps = {"accumulate": 4, "clip_grad": 0.01, "clip_each": True, "log_every": 1, "epochs": 2}
+    parts = replace(stochastic, student=student, objective=objective, pairing=pairing, **steps)
     train_student(parts)
     halves = replace(parts, out=tmp_path / "halves")
     with pytest.raises(KeyboardInterrupt):
