@@ -19,7 +19,7 @@ def test_a_bench_shows_and_writes_what_it_measured(rob, made, tmp_path, monkeypa
         data: Path | None = made.data
         teacher: TeacherConfig = tiny
         teacher_size: int = 32
-        patch_size: int = 64
+        patch_size: int = 96
         batch_size: int = 2
         rounds: int = 2
         steps: int = 1
