@@ -111,10 +111,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool 
     """Scale gradients down to a norm of ``limit``: that of all together, or ``each`` parameter's own, as DINO's
     ``utils.clip_gradients``. The norm of all together as it was, a scalar that nothing waits for.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not each:
         return nn.utils.clip_grad_norm_(parameters, limit)
-    return torch.stack([nn.utils.clip_grad_norm_(parameter, limit) for parameter in parameters]).norm()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
 
 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:

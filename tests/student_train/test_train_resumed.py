@@ -180,12 +180,16 @@ def killed_in_step(number: int) -> Callable:
 
 
 def test_a_finished_run_is_not_run_again(config, monkeypatch):
+    saved: list[int] = []
+    save = RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda self, state, at: (saved.append(at), save(self, state, at)))
     first = train_student(replace(config, epochs=1))
     weights = load_file(first.weights)
     monkeypatch.setattr(Trainer, "step", killed_in_step(1))
     second = train_student(replace(config, epochs=1))
     assert second == first
     torch.testing.assert_close(load_file(second.weights), weights, rtol=0, atol=0)
+    assert saved == [first.steps]  # once
 
 
 def test_another_teacher_store_or_setting_is_refused_on_resume(config, data, teacher, store, tmp_path):
