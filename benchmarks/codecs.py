@@ -6,7 +6,7 @@ from time import thread_time
 from typing import Any
 
 import numpy as np
-from numcodecs import Blosc, Zstd, blosc
+from numcodecs import Blosc, Zstd, blosc  # type: ignore[attr-defined]
 
 SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
