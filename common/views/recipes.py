@@ -232,6 +232,10 @@ class RecipeOverrides:
     def __post_init__(self) -> None:
         check(self)
 
+    def over(self, usual: "RecipeOverrides") -> "RecipeOverrides":
+        """The ``usual`` ones, but for what is set here."""
+        return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
+
 
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
     """The named recipe with the overrides applied. Raises MisuseError for an unknown name or a value out of range."""
