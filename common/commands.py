@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .config import Overwrite, RecipeName, Seed
-from .errors import BRINGS, FailureError, MisuseError
+from .errors import BRINGS, FailureError, MisuseError, printable
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
@@ -28,7 +28,7 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     with bar("packing", "images") as update:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
-        note(f"skipped {path}: broken")
+        note(f"skipped {printable(path)}: broken")  # in one line, whatever is in it
     size = config.out.stat().st_size
     note(f"{config.out}: {manifest.num_images:,} images, {size / 1e6:,.1f} MB, {len(manifest.classes or ())} classes")
     if config.append:
