@@ -71,6 +71,8 @@ def cache_teacher(
         rows += [("done before", f"{plan.rows_done:,} images")] if plan.rows_done else []
         rows += [("estimated time", f"{plan.seconds:,.0f} s at {plan.views_per_second:,.0f} views/s")]
         facts("plan", rows)
+        if preset is None and (advice := plan.advice()):
+            note(advice)
 
     try:
         with bar("caching", "images") as update, bar("fitting prototypes", "batches") as fitting:

@@ -184,6 +184,10 @@ def test_plan_and_progress(data, with_head, tmp_path) -> None:
     assert plan.batch_size == 8
     of_20 = replace(plan, num_images=20)
     assert of_20.seconds * plan.views_per_second == pytest.approx(24 * VIEWS), "the last batch is filled up"
+    assert plan.advice() is None
+    said = replace(plan, views=16, num_images=800, views_per_second=100.0).advice()
+    assert said is not None
+    assert said.endswith("`views` 4 takes 96 s less")
     assert rows == [(done, IMAGES) for done in range(0, IMAGES + 1, 8)]
 
 
