@@ -147,7 +147,7 @@ BENCHMARKS = {
 
 
 def bench(
-    name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="name")],
+    name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="NAME")],
     out: Annotated[
         Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json, a new one.")
     ] = None,

@@ -13,7 +13,7 @@ from ..common.config import RecipeName
 from ..common.errors import unknown_name
 from ..common.options import given, refuse
 from ..common.places import is_address, place_of, shown
-from ..common.screen import bar, console, facts, note, note_slow_loader, say_waiting
+from ..common.screen import bar, console, facts, note, note_slow_loader, say, say_waiting
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
 from .config import CacheConfig, VerifyConfig
@@ -27,17 +27,18 @@ ViewsOfPreset = Callable[[str], tuple[str, RecipeOverrides, int]]
 
 def cache_teacher(
     context: typer.Context,
+    *,
     config: partial[CacheConfig],
-    overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
     recipe: RecipeName = "dino",
     preset: Annotated[
         str | None,
         Setting(
             "The recipe, its scales and --views as rob train-student --preset wants them: rob-dino, rob-swav, sslight-cnn ... "
-            "What else is given beats it."
+            "What else is given beats it.",
+            group="Views",
         ),
     ] = None,
-    *,
+    overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
     views_of_preset: ViewsOfPreset,
 ) -> None:
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
@@ -87,7 +88,7 @@ def cache_teacher(
 def teachers(
     name: Annotated[
         str | None,
-        Setting("One of them: everything about it, with where to download its file.", argument="name"),
+        Setting("One of them: everything about it, with where to download its file.", argument="NAME"),
     ] = None,
 ) -> None:
     """The published teachers, with their licences."""
@@ -109,9 +110,9 @@ def teachers(
         for row in group:
             table.add_row(*(row[column] for column in columns))
     console.print(table, highlight=False)
-    note("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
-    note("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
-    note(
+    say("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
+    say("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
+    say(
         "Without prototypes the targets are embeddings (of the backbone only, where there is no MLP), or prototypes fitted to "
         "them: rob cache-teacher --prototypes K. Any other timm model is such a teacher."
     )

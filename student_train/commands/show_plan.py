@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ...common.screen import facts, note, show_table
+from ...common.screen import facts, say, show_table
 
 if TYPE_CHECKING:
     from ..evaluate.yardstick import Outcome
@@ -29,7 +29,7 @@ def show_plan(plan: "TrainPlan") -> None:
         ]
         facts("chosen, unless you give it", chosen)
     for warning in plan.warnings:
-        note(f"warning: {warning}.")
+        say(f"warning: {warning}.")
 
 
 def show_outcome(outcome: "Outcome", said: list[str]) -> None:
@@ -38,7 +38,7 @@ def show_outcome(outcome: "Outcome", said: list[str]) -> None:
     rows += [("teacher, its cached views", outcome.teacher)] if outcome.teacher is not None else []
     show_table(outcome.title, ("features", "%"), rows, named=True)
     for sentence in said:
-        note(f"WARNING: {sentence}.")
+        say(f"WARNING: {sentence}.")
 
 
 def in_words(seconds: float) -> str:
