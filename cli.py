@@ -162,13 +162,19 @@ def bench(
     if out is not None:
         refuse_existing(out, overwrite)
     try:
+        from rob.benchmarks.report import shown_by
+
         module = import_module(f"rob.benchmarks.{name}")
     except ModuleNotFoundError as missing:
         raise MisuseError(
             f"bench {name} measures {missing.name}, too, which is not installed here: rob doctor says what brings it"
         ) from missing
     settings = getattr(module, BENCHMARKS[name])
-    with waiting(f"measuring {name}: minutes, and the table comes at the end"):
+    with (
+        waiting(f"preparing {name}; the table comes at the end"),
+        bar(f"measuring {name}", "parts") as update,
+        shown_by(update),
+    ):
         report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
@@ -193,12 +199,18 @@ WIDEST_HELP = 160
 
 
 class WholeSummaries(TyperGroup):
-    """Lists its commands with the whole first sentence of each, on several lines where the terminal is narrow."""
+    """Lists its commands with the whole first sentence of each, on several lines where the terminal is narrow, and offers the
+    nearest ones to a name that is none."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, found.get_short_help_str(limit=1000)) for name, found in commands if found])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise unknown_name("command", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
 
 class InOrder(WholeSummaries):

@@ -62,7 +62,11 @@ def cache_teacher(
     if preset is not None:
         note(f"--preset {preset}: --recipe {full.recipe.name}, --views {full.views}")
 
+    done = total = 0
+
     def show(plan: CachePlan) -> None:
+        nonlocal done
+        done = 0
         meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""
         patches = f", {plan.patch_bytes_per_view:,} of them for patches" if plan.patch_bytes_per_view else ""
         rows = [
@@ -77,7 +81,16 @@ def cache_teacher(
 
     try:
         with bar("caching", "images") as update, bar("fitting prototypes", "batches") as fitting:
-            cache_teacher(full, CacheProgress(show, update, note, fitting, say_waiting))
+
+            def written(rows: int, of: int) -> None:
+                nonlocal done, total
+                done, total = max(done, rows), of
+                update(done, total)
+
+            def seen(images: int) -> None:  # a chunk takes a minute where the teacher is large
+                written(min(done + images, total), total)
+
+            cache_teacher(full, CacheProgress(show, written, seen, note, fitting, say_waiting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise KeyboardInterrupt("told") from None

@@ -79,7 +79,7 @@ class TargetStore:
             return store
         begun = half_written(place)
         if begun is None and isinstance(place, Folder):
-            raise MisuseError(f"{place} is not a target store: it is no Zarr v3 group")
+            raise MisuseError(f"{place} is not a target store: make one with rob cache-teacher")
         if begun is None:
             raise MisuseError(f"there is no target store at {place}: make one with rob cache-teacher")
         done = f"{rows_done(place, begun):,} of {begun.num_images:,} rows are done"

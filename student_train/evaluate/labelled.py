@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
-from .features import Features, same_classes
+from .features import Features, labels_of, same_classes
 from .network import FrozenNetwork
 from .subsets import hold_out
 
@@ -54,6 +55,8 @@ def labelled_images(
         features = network.features(path, loader, keep_in, progress)
         return LabelledImages(path, features, torch.arange(len(features)), len(features))
 
+    if test is not None:
+        labels_of(Beton(test))  # before the features of ``train`` are extracted
     stored = read(train)
     if test is not None:
         held_out = read(test)
