@@ -5,6 +5,7 @@ Stages are imported inside the commands, so that --help is instant.
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
     end_with_parent()
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of matplotlib's: a name's letters become boxes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:
