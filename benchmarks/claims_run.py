@@ -62,10 +62,11 @@ def one_run(config: ClaimsConfig, job: Job) -> None:
 
 
 def made_of(job: Job) -> dict[str, Any]:
-    """What the row is, as JSON has it: its options and its optimiser."""
+    """What the row is, as JSON has it: its options and its optimiser, not the words of the table."""
     kind = kind_of(STUDENTS.get(job.student.partition(":")[0], job.student))
     optimiser = None if job.row.objective is None else asdict(job.row.optimiser(kind))
-    return json.loads(json.dumps({**asdict(job.row), "optimiser": optimiser, "copy_momentum": COPY_MOMENTUM}))
+    row = {name: value for name, value in asdict(job.row).items() if name not in ("title", "besides", "against")}
+    return json.loads(json.dumps({**row, "optimiser": optimiser, "copy_momentum": COPY_MOMENTUM}))
 
 
 def student_config(student: str) -> StudentConfig:

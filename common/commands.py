@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from .config import Overwrite, RecipeName, Seed
-from .errors import FailureError, MisuseError
+from .errors import BRINGS, FailureError, MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
@@ -103,7 +103,7 @@ def doctor() -> None:
 
     Exit code 1 where something that rob cannot do without is missing.
     """
-    from .doctor import BRINGS, extras, installed, machine, paths
+    from .doctor import extras, installed, machine, paths
 
     facts(f"rob {installed('rob') or 'from a checkout that is not installed'}", [*machine(), *paths()])
     found = {extra.name: extra for extra in extras()}
@@ -113,7 +113,7 @@ def doctor() -> None:
     absent = [extra for extra in found.values() if extra.missing]
     if absent:
         facts("not installed, or too old", [(x.name, x.purpose, ", ".join(x.missing)) for x in absent])
-        note(f"{BRINGS.format('NAME')} in the clone brings one of them, by its name in the first column")
+        note(f"{BRINGS.format('NAME')} brings one of them, by its name in the first column")
     if "ffcv" in (extra.name for extra in absent):
         note("make venv brings ffcv with the system libraries that it is compiled with, on Debian and Ubuntu")
     if own is None:

@@ -34,9 +34,6 @@ FOR = {
     "dev": "make test",
 }
 """Extra -> what it is for."""
-BRINGS = "pip install -c constraints.txt -e '.[{}]'"
-"""What installs an extra, in the clone. ffcv wants more than pip: g++, pkg-config, OpenCV's and libjpeg-turbo's headers, which
-``make venv`` brings on Debian and Ubuntu."""
 
 
 @dataclass(frozen=True)

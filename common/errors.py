@@ -32,9 +32,14 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+BRINGS = "in rob's folder, pip install -c constraints.txt -e '.[{}]'"
+"""What installs an extra. ffcv wants more than pip: g++, pkg-config, OpenCV's and libjpeg-turbo's headers, which ``make venv``
+brings on Debian and Ubuntu."""
+
+
 def not_installed(what: str, package: str, extra: str) -> MisuseError:
     """The error for ``what`` needs a package that only one of rob's extras brings."""
-    return MisuseError(f"{what} needs the package {package}, which is not installed: pip install 'rob[{extra}]'")
+    return MisuseError(f"{what} needs the package {package}, which is not installed: {BRINGS.format(extra)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -21,10 +21,8 @@ PICTURES = ("assets/pipeline.svg", "assets/demo.png")
 
 @event_priority(100)  # before mkdocstrings reads them
 def on_config(config: Any) -> Any:
-    """Where mkdocstrings finds the package, and the pages that other work brings."""
+    """Where mkdocstrings finds the package."""
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(_linked)]
-    if (Path(config.docs_dir) / "tutorial.md").exists() and config.nav:
-        config.nav.insert(1, {"Tutorial": "tutorial.md"})
     return config
 
 

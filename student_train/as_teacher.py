@@ -66,7 +66,8 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     }
     if issubclass(kind, PrototypeObjective):
         rows = _rows(student if branch.get("own_prototypes") else teacher)
-        tensors["head.last_layer.weight"] = F.normalize(rows, dim=1) if kind.unit_prototypes else rows
+        unit = kind.unit_prototypes and settings["objective"].get("norm_last_layer") is not False
+        tensors["head.last_layer.weight"] = F.normalize(rows, dim=1) if unit else rows
         if "objective.centres.0.centre" in student:
             tensors["centre"] = student["objective.centres.0.centre"]
         if "objective.patch_centre.centre" in student:

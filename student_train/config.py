@@ -132,8 +132,8 @@ class ObjectiveConfig:
     norm_last_layer: Annotated[
         bool | None,
         Setting(
-            "dino and ibot: the prototypes keep their length (default), or it is learned, as in DINO's smaller ViTs: said "
-            "to be better and less stable.",
+            "dino, ibot and swav: the prototypes keep their length (default), or it is learned, as in DINO's smaller ViTs and "
+            "by RoB: said to be better and less stable.",
             option="--norm-last-layer/--no-norm-last-layer",
             group="Head",
         ),
@@ -330,7 +330,10 @@ class OptimiserConfig:
     min_lr: Annotated[float, Setting("Where the rate's cosine ends; not scaled with the batch.", low=0)] = 1e-6
     warmup_epochs: Annotated[float | None, Setting("Default a tenth of the epochs, at most 10.", low=0)] = None
     warmup_lr: Annotated[
-        float | None, Setting("Where the warm-up begins, default 0; not scaled with the batch. MSN 2e-4.", low=0)
+        float | None,
+        Setting(
+            "Where the warm-up begins, default 0; not scaled with the batch, but never above its peak. MSN 2e-4.", low=0
+        ),
     ] = None
     weight_decay: Annotated[float, Setting("0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.", low=0)] = 0.04
     weight_decay_end: Annotated[

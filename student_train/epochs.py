@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -92,8 +93,6 @@ def train_epochs(
                 seed_step(training.seed, 0, step)
             with autocast(training.device, training.precision):
                 loss = training.loss(batch)
-            if not loss.isfinite():
-                raise FailureError(f"step {step + 1}: the loss is {loss.item():g}; lower `lr`")
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             if training.clip is not None:
@@ -101,7 +100,9 @@ def train_epochs(
                 nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             scaler.step(optimiser)
             scaler.update()
-            losses.append(loss.item())
+            losses.append(loss.item())  # a GPU is waited for here alone, with the whole step under way
+            if not isfinite(losses[-1]):
+                raise FailureError(f"step {step + 1}: the loss is {losses[-1]:g}; lower `lr`")
             progress(step + 1, total, f"loss {losses[-1]:.3f}")
         found = {"loss": sum(losses) / len(losses)}
         if validate:

@@ -66,6 +66,7 @@ class Schedule:
         self.total_steps = steps_per_epoch * epochs
         warmup = config.warmup(epochs)
         warmup_steps = round(steps_per_epoch * warmup)
+        peak = optimiser.param_groups[0]["lr"]
         if warmup_steps >= self.total_steps:
             raise MisuseError(f"a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}")
         self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
@@ -74,7 +75,7 @@ class Schedule:
             t_initial=max(2, self.total_steps - warmup_steps),  # of 1 timm warns, and its rate is the same
             lr_min=config.min_lr,
             warmup_t=warmup_steps,
-            warmup_lr_init=config.warmup_lr or 0.0,
+            warmup_lr_init=min(config.warmup_lr or 0.0, peak),  # that of a small batch may be below it
             warmup_prefix=True,
             t_in_epochs=False,
         )
@@ -110,10 +111,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool 
     """Scale gradients down to a norm of ``limit``: that of all together, or ``each`` parameter's own, as DINO's
     ``utils.clip_gradients``. The norm of all together as it was, a scalar that nothing waits for.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not each:
         return nn.utils.clip_grad_norm_(parameters, limit)
-    return torch.stack([nn.utils.clip_grad_norm_(parameter, limit) for parameter in parameters]).norm()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
 
 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:

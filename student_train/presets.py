@@ -7,20 +7,23 @@ default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, t
 
 What is not as in the papers' code:
 
-- SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072; the rate rises from 0, there from .075
-  (``START_WARMUP``). As there, the queue begins to fill in epoch 15, but for a frozen teacher's targets: those serve at once.
+- SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072. As there, it begins to fill in epoch 15, but for
+  a frozen teacher's targets: those serve at once.
 - MoCo: both global crops are keys, there one of them. MoCo-v2 lowers its rate once an epoch, here every step; SSLight's MoCo
   shuffles the keys over 8 GPUs (``--split-batchnorm 8``).
 - MSN: a step has two target views, there one. The rate warms up in 10 epochs, there in 15; it and the weight decay have run
   their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
   prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
-  ``--views``, does that too). DINO's and iBOT's rate warms up from 0, there from 1e-5, and SwAV's, there from .3. iBOT has its
-  loss of hidden patches where the targets have patches: online, or from a store that was cached with ``--patches``.
-- DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is; biases and norms do not decay.
+  ``--views``, does that too). Rate and weight decay move every step, there once an epoch but for SwAV. DINO's and iBOT's crops
+  are bicubic as in those papers' own code, there bilinear (--targets online with ``--interpolation bilinear``). A plain MLP
+  begins as DINO's head does, there as torch's linear layers. iBOT has its loss of hidden patches where the targets have
+  patches: online, or from a store that was cached with ``--patches``.
+- DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is.
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
-  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1.
+  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1;
+  the limit of the gradient is for backbone and head together, there for each.
 - SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
   there at 1.
 - ViTs: position embeddings and class token are not decayed, there they are.
@@ -91,7 +94,7 @@ class Preset:
 
 LARS = OptimiserConfig("lars", lr=0.48, min_lr=0.0048, weight_decay=1e-6)
 ADAMW = OptimiserConfig("adamw", lr=5e-4, min_lr=1e-5, weight_decay=0.04, weight_decay_end=0.4)
-SGD = OptimiserConfig("sgd", lr=0.03, min_lr=0.0, weight_decay=1e-4, warmup_epochs=0.0)
+SGD = OptimiserConfig("sgd", lr=0.03, min_lr=0.0, weight_decay=1e-4, warmup_epochs=0.0, decay_all=True)
 CNN_AREAS = RecipeOverrides(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14))
 CUBIC = RecipeOverrides(interpolation="bicubic")
 SIX, TEN = PairingChoice(num_local=6), PairingChoice(num_local=10)
@@ -123,7 +126,7 @@ SWAV_CNN = Preset(
     StudentConfig("mobilenetv2_100"),
     ObjectiveConfig("swav", hidden_dim=4096, head_norm=True),
     Momentum(prototypes=3000),
-    replace(LARS, lr=0.3),
+    replace(LARS, lr=0.3, warmup_lr=0.075),
     recipe="swav",
     areas=CUBIC,  # SSLight's code crops all its methods alike
     pairing=SIX,
@@ -144,7 +147,7 @@ MOCO_V2 = Preset(
     StudentConfig("resnet50"),
     ObjectiveConfig("moco", head_norm=False),
     Momentum(copy_momentum=0.999, split_batchnorm=8),
-    replace(SGD, decay_all=True),
+    SGD,
     recipe="moco-v2",
     pairing=PairingChoice(num_local=0),
     batch_size=256,
@@ -178,7 +181,7 @@ ROB_DINO = Preset(
     StudentConfig("vit_tiny_patch16_224", drop_path=0.1),
     ObjectiveConfig("dino", teacher_temp=0.07, head="fresh", head_norm=False, norm_last_layer=False),
     None,
-    replace(ADAMW, warmup_epochs=9.9),
+    replace(ADAMW, warmup_epochs=9.9, warmup_lr=1e-5),
     recipe="rob-dino",
     pairing=PairingChoice("same", step_targets=2, num_local=8),
     epochs=300,
@@ -186,9 +189,9 @@ ROB_DINO = Preset(
 ROB_SWAV = Preset(
     "RoB (2301.09451), facebookresearch/vissl 04788de9: SwAV to ResNet-18",
     StudentConfig("resnet18"),
-    ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True),
+    ObjectiveConfig("swav", teacher_temp=0.03, sinkhorn="batch", head="fresh", head_norm=True, norm_last_layer=False),
     None,
-    replace(LARS, lr=0.3, warmup_epochs=10.0, decay_all=True),
+    replace(LARS, lr=0.3, warmup_epochs=10.0, warmup_lr=0.6, decay_all=True),  # .3 for the 512 images of a machine
     recipe="rob-swav",
     pairing=PairingChoice("same", step_targets=1, num_local=4, step_globals=2),
     epochs=100,
@@ -210,9 +213,9 @@ ROB_MSN = Preset(
 ROB_IBOT = Preset(
     "RoB (2301.09451), facebookresearch/vissl 04788de9: iBOT to ViT-Ti",
     StudentConfig("vit_tiny_patch16_224"),
-    ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False),
+    ObjectiveConfig("ibot", teacher_temp=0.07, head="fresh", head_norm=False, norm_last_layer=False),
     None,
-    replace(ADAMW, weight_decay_end=0.48, warmup_epochs=10.0),
+    replace(ADAMW, weight_decay_end=0.48, warmup_epochs=10.0, warmup_lr=1e-5),
     recipe="rob-ibot",
     pairing=PairingChoice("same", step_targets=2, num_local=10),
     epochs=100,
@@ -281,7 +284,7 @@ PRESETS: dict[str, Preset] = {
     "rob-swav-teacher-prototypes": replace(
         ROB_SWAV,
         source=ROB_SWAV.source + ", to the teacher's prototypes",
-        objective=replace(ROB_SWAV.objective, head="frozen", head_type="mlp"),
+        objective=replace(ROB_SWAV.objective, head="frozen", head_type="mlp", norm_last_layer=None),
     ),
     "rob-msn": ROB_MSN,
     "rob-ibot": ROB_IBOT,

@@ -102,7 +102,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._health: list[Tensor] = []  # of the steps since the last line
         self._images = 0
-        self._lines: int | None = None  # of the log, when the checkpoint was written
+        self._lines = 0  # of the log
         self._unlock = lambda: None
         self._lock: int | None = None
 
@@ -111,7 +111,7 @@ class RunFolder:
 
         MisuseError: it is of other settings, or another process trains here.
         """
-        step = 0
+        step, lines = 0, 0
         alone = self.ranks.world_size == 1
         saved = from_main(lambda: self._locked(device if alone else torch.device("cpu")))
         if saved is not None:
@@ -120,7 +120,7 @@ class RunFolder:
                     part.load_state_dict(saved[name])
                 step = saved["step"]
                 self._health = list(saved["health"].to(device))
-                self._lines = saved.get("lines")
+                lines = saved.get("lines", 0)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
                 raise FailureError(
                     f"{self.checkpoint} is not of this run, or of another rob ({first_line(error)}): delete it to start afresh"
@@ -129,7 +129,7 @@ class RunFolder:
             return step
         with replacing(self.out / "config.json") as file:
             file.write(self._config_json)
-        self._cut_log(step)
+        self._cut_log(step, lines)
         self._saved()  # at an address: refused now where nothing may be written, and not after an epoch
         return step
 
@@ -165,7 +165,7 @@ class RunFolder:
                 with append_to(self.out / name) as file:
                     flush_to_disk(file)
         parts = {name: part.state_dict() for name, part in state.items()}
-        found = {"step": step, "health": health, "lines": len(read_log(self.out))}
+        found = {"step": step, "health": health, "lines": self._lines}
         save_checkpoint(self.checkpoint, parts | found, self._fixed)
         self._saved()
         self._saved_at = time.monotonic()  # from its end: one that takes long must not fill the time
@@ -230,6 +230,7 @@ class RunFolder:
                     file.write(text)
             except OSError as error:
                 raise FailureError(f"cannot write {self.out / name}: {error.strerror or error}") from error
+        self._lines += 1
         self.on_log(line, self.total_steps)
 
     def check_losses(self, step: int) -> Tensor:
@@ -261,12 +262,13 @@ class RunFolder:
         shares = {name: median(x["shares"][name] for x in lines) for name in lines[-1]["shares"]}
         return lines[-1]["loss"], median(x["images_per_second"] for x in lines), shares
 
-    def _cut_log(self, step: int) -> None:
-        """Drop what a killed run logged after its last checkpoint: those steps are run again."""
+    def _cut_log(self, step: int, written: int) -> None:
+        """Drop what a killed run logged after its last checkpoint: those steps are run again. ``written``: lines until then."""
         lines = [line for line in read_log(self.out, unchecked=True) if line["step"] <= step]
-        if self._lines is not None and len(lines) < self._lines:
+        self._lines = len(lines)
+        if len(lines) < written:
             self.notes.append(
-                f"{self.out / 'metrics.jsonl'} has lost {self._lines - len(lines)} of the {self._lines} lines up to step {step}"
+                f"{self.out / 'metrics.jsonl'} has lost {written - len(lines)} of the {written} lines up to step {step}"
             )
         with replacing(self.out / "metrics.jsonl") as file:
             file.write(b"".join(map(sealed, lines)))

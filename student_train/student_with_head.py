@@ -1,8 +1,9 @@
 """The student and its objective as one module."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -34,39 +35,46 @@ class StudentWithHead(nn.Module):
 
     def forward(self, crops: list[Tensor], target: AnyTarget | None, pair_weights: Tensor) -> Tensor:
         """crops: one (B, n, 3, S, S) tensor a crop size, the global ones first. Each size is one forward pass."""
+        if self.objective.norm_by_size:
+            self.objective.views_by_size = [views.shape[1] for views in crops]
         if isinstance(target, TargetWithPatches):
             return self._with_patches(crops, target, pair_weights)
         features = [self.features(views, drop_patches=number == 0) for number, views in enumerate(crops)]
-        if self.objective.norm_by_size:
-            self.objective.views_by_size = [views.shape[1] for views in crops]
         return self.objective(torch.cat(features, dim=1), target, pair_weights)
 
     def features(self, views: Tensor, drop_patches: bool = False) -> Tensor:
         """Of the backbone: (B, n, 3, S, S) -> (B, n, F). ``drop_patches``: in training mode, if it does so at all."""
-        return torch.cat([self._part(part, drop_patches) for part in views.chunk(self.parts)])
+        return torch.cat([self._of_part(self._run, part, drop_patches) for part in views.chunk(self.parts)])
 
     def _with_patches(self, crops: list[Tensor], target: TargetWithPatches, pair_weights: Tensor) -> Tensor:
         hidden = self.objective.hidden_patches(target.placement)
         seen = [self.features_and_map(views, None if number else hidden) for number, views in enumerate(crops)]
         features, maps = torch.cat([pooled for pooled, _ in seen], dim=1), [map_ for _, map_ in seen]
-        if self.objective.norm_by_size:
-            self.objective.views_by_size = [views.shape[1] for views in crops]
         return self.objective.with_patches(features, maps, hidden, target, pair_weights)
 
     def features_and_map(self, views: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of the backbone: (B, n, 3, S, S) -> (B, n, F) and (B, n, C, h, w). ``hidden`` (B, n, h, w) bool: a ViT's patches that
         it does not see.
         """
-        parts = []
-        covered = [None] * self.parts if hidden is None else hidden.to(views.device).chunk(self.parts)
-        for part, cover in zip(views.chunk(self.parts), covered, strict=False):
-            if self.recompute and torch.is_grad_enabled():
-                contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731
-                parts.append(checkpoint(self._run_dense, part, cover, use_reentrant=False, context_fn=contexts))
-            else:
-                parts.append(self._run_dense(part, cover))
-        features, maps = zip(*parts, strict=True)
+        parts = views.chunk(self.parts)
+        covers = (
+            (None,) * len(parts) if hidden is None else hidden.to(views.device, non_blocking=True).chunk(self.parts)
+        )
+        seen = [self._of_part(self._run_dense, part, cover) for part, cover in zip(parts, covers, strict=True)]
+        features, maps = zip(*seen, strict=True)
         return torch.cat(features), torch.cat(maps)
+
+    def _of_part(self, run: Callable[..., Any], *inputs: Any) -> Any:
+        """What ``run`` gives, which the backward pass may run again."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return run(*inputs)
+        contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def _run(self, views: Tensor, drop_patches: bool) -> Tensor:
+        for layer in self._patch_dropouts:
+            layer.train(drop_patches and self.training)
+        return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
     def _run_dense(self, views: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         with (
@@ -74,17 +82,6 @@ class StudentWithHead(nn.Module):
         ):
             features, map_ = pooled_and_map(self.backbone, views.flatten(0, 1), self.objective.patch_layer)
         return features.unflatten(0, views.shape[:2]), map_.unflatten(0, views.shape[:2])
-
-    def _part(self, views: Tensor, drop_patches: bool) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self._run(views, drop_patches)
-        contexts = lambda: (nullcontext(), still_statistics(self.backbone))  # noqa: E731
-        return checkpoint(self._run, views, drop_patches, use_reentrant=False, context_fn=contexts)  # type: ignore
-
-    def _run(self, views: Tensor, drop_patches: bool) -> Tensor:
-        for layer in self._patch_dropouts:
-            layer.train(drop_patches and self.training)
-        return self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
     def compile_backbone(self, replayed: bool = False) -> None:
         """Compile the backbone, once a crop size; its parameters, their names and its copies stay what they are. ``replayed``:

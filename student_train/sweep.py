@@ -29,6 +29,7 @@ from ..common.images.beton import Beton
 from ..common.records import read_record, sealed
 from ..common.signals import PARENT
 from ..common.store.reader import TargetStore
+from .evaluate.features import labels_of
 from .evaluate.results import read_results
 from .run_folder import read_log
 
@@ -209,11 +210,14 @@ def sweep(
     """Run what is not finished yet, and read every result. ``progress`` gets (runs done, all, the latest one).
 
     Writes ``sweep.json`` into ``config.out``. Interrupted, it has the runs save what they have, and waits for them. MisuseError,
-    before any run: an image file or a target store is missing, or a run's folder has the result of another sweep. FailureError:
-    runs failed, after all others were made; it names their logs.
+    before any run: an image file or a target store is missing, an image has no label, or a run's folder has the result of
+    another sweep. FailureError: runs failed, after all others were made; it names their logs.
     """
     cells = config.cells()
     finished = {cell: is_finished(config, cell) for cell in cells}
+    for labelled in (Path(config.arguments[0]), config.test):
+        if labelled is not None:
+            labels_of(Beton(labelled))  # said now, and not once a run has been trained for its k-NN
     config.out.mkdir(parents=True, exist_ok=True)
     places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     gpus = visible_gpus() if config.device == "auto" else []

@@ -149,7 +149,6 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     own = backbone if isinstance(backbone, OwnNetwork) else None
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     loader = ViewLoader(data, branch.recipe, branch.seed, replace(view_loading, batch_size=batch_size))
-    stopwatch, pace = Stopwatch(device), Pace(device)
     facts = {
         "student_info": info.to_dict(),
         "data_fingerprint": data.manifest.fingerprint,
@@ -179,8 +178,11 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     if trainer.average and branch.average is not None:
         raise MisuseError("`average`: the momentum copy is one, and exported as such; leave `average` out")
     if batch_size % (parts := trainer.model.parts):
-        option = "accumulate" if parts == config.accumulate else "split_batchnorm"
-        raise MisuseError(f"`{option}` {parts} does not divide the {batch_size} images that a step has on a rank")
+        told = f"`accumulate` {parts} does not divide the {batch_size} images that a step has on a rank"
+        if parts != config.accumulate:
+            split, whole = parts * ranks.world_size, batch_size * ranks.world_size
+            told = f"`split_batchnorm` {split} does not divide the {whole} images of a step"
+        raise MisuseError(told)
     state = trainer.state | branch.state
     step = run.resume(state, device)
     if parent is not None:
@@ -206,9 +208,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         progress.note(f"of {config.student.name} will be {what_moves(own)}")
     progress.step(step, total_steps)
 
-    unrehearsed = trainer.compiles
-
     # ==== the loop ====
+    stopwatch, pace, unrehearsed = Stopwatch(device), Pace(device), trainer.compiles
     try:
         if ranks.is_main and step < total_steps and not ended:
             loggers = Loggers(config.loggers, config.out, config.to_dict() | facts, read_log(config.out), progress.note)
@@ -254,11 +255,11 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                     ended = from_main(lambda: watch is not None and watch.is_enough)
                     if ended:
                         progress.note(f"ends after epoch {epoch + 1}: {config.patience} measurements were no better")
-            if (epoch + 1) % config.checkpoint_every == 0 or run.is_due:
+            is_last = ended or step == total_steps
+            if (epoch + 1) % config.checkpoint_every == 0 or run.is_due or is_last:
                 run.save(state, step)
 
         # ==== what is left of it ====
-        run.save(state, step)
         if ranks.is_main:
             export_weights(trainer.model.backbone, info, run.weights)
             if own is not None:

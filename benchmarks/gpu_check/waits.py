@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from rob.benchmarks.gpu_check.section import Section
 from rob.common.views.recipes import get_recipe
-from rob.student_train.config import ObjectiveConfig, OptimiserConfig
+from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingChoice
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.student_config import StudentConfig
@@ -25,8 +25,8 @@ from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-GRID = 2
-"""Patches a side of a target."""
+GRID = {"patch": 2, "ibot": 8}
+"""Patches a side of a target; iBOT's are the student's own."""
 
 
 def run(section: Section) -> None:
@@ -64,15 +64,24 @@ def _step(section: Section, name: str) -> None:
     recipe = replace(get_recipe("dino"), num_local=2)
     prototypes = normalize(torch.randn(k, d, device=device), dim=1)
     space = TargetSpace(d, k, has_embedding=True, teacher_temp=0.05, prototypes=prototypes)
+    student = "test_resnet" if section.toy else "resnet18"
     if name == "patch":
-        space = replace(space, patches=PatchSpace("grid", GRID, d))
-    pairing = choose_pairing(name, recipe, 2)
+        space = replace(space, patches=PatchSpace("grid", GRID[name], d))
+    elif name == "ibot":
+        student = "test_vit" if section.toy else "vit_tiny_patch16_224"
+        space = replace(space, patches=PatchSpace("embedding", GRID[name], d, k))
+    pairing = choose_pairing(name, recipe, 2, PairingChoice("same", num_local=2) if space.patches else None)
     config = TrainConfig(
         Path("data.beton"),
         Path("run"),
-        StudentConfig("test_resnet" if section.toy else "resnet18", size, small_images=True),
+        StudentConfig(student, size, small_images=True),
         Cached(Path("targets.zarr")),
-        ObjectiveConfig(name, hidden_dim=32, queue=64 if name in ("moco", "disco", "seed") else None),
+        ObjectiveConfig(
+            name,
+            hidden_dim=32,
+            queue=64 if name in ("moco", "disco", "seed") else None,
+            patch_from_region=True if name == "patch" else None,
+        ),
         pairing,
         OptimiserConfig(lr=1e-3, warmup_epochs=0),
         epochs=10,
@@ -89,10 +98,10 @@ def _step(section: Section, name: str) -> None:
     rows = normalize(torch.randn(images, len(plan.targets), d, device=device), dim=2)
     target = EmbeddingTarget(rows, prototypes)
     if space.patches:
-        tokens = torch.randn(images, len(plan.targets) * GRID**2, d, device=device)
+        tokens = normalize(torch.randn(images, len(plan.targets) * GRID[name] ** 2, d, device=device), dim=2)
         sides = np.full(images, size)
         placement = Placement(np.arange(images), sides, sides, plan, recipe, 0)
-        target = TargetWithPatches(target, EmbeddingTarget(tokens), placement)
+        target = TargetWithPatches(target, EmbeddingTarget(tokens, prototypes), placement)
     for step in range(2):
         trainer.step(step, crops, target, pair_weights)
     section.wait()

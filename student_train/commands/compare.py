@@ -29,7 +29,8 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Runs side by side: results, size, latency, speed."""
-    from ..evaluate.compare import all_tasks, check_comparable, names_of, summarise, write_comparison
+    from ..evaluate.compare import all_tasks, names_of, summarise, write_comparison
+    from ..evaluate.results import not_comparable, read_results
 
     if out.suffix != ".png":
         raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
@@ -72,6 +73,6 @@ def compare(
         ]
         if exported:
             show_table("exported files", ("file", *EXPORTED), exported, named=True)
-    for sentence in check_comparable(summaries):
+    for sentence in not_comparable({name: read_results(run) for name, run in zip(names, runs, strict=True)}):
         note(sentence)
     note(f"drawn to {out}")

@@ -43,6 +43,7 @@ def segment(
         settings = {
             "weights": network.source,
             "image_size": network.size,
+            **network.unusual,
             "train": str(config.train),
             "test": str(config.test),
         }

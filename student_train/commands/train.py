@@ -64,16 +64,14 @@ def train_student(
     load_teacher: LoadTeacher,
 ) -> None:
     """Stage 2: train a student on cached targets."""
-    from ...common.images.beton import Beton
     from ...common.ranks import current_ranks, leave_ranks
     from ...common.run import pick_device
     from ...common.signals import answered, stopped_by_signals
     from ...common.views.config import LoaderConfig
     from ..bottleneck import describe_shares, worst_share
     from ..mirror import Mirror
-    from ..plan import make_plan
+    from ..plan import make_plan, opened
     from ..presets import get_preset
-    from ..targets.branch import USUAL_OVER_PROTOTYPES, RunContext
     from ..targets.pairing import choose_pairing
     from ..train import TrainProgress, train_student
 
@@ -100,11 +98,8 @@ def train_student(
     run = config(
         student=student, targets=source, loader=made(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
-    run_context = RunContext(Beton(run.data, run.local_dir), pick_device(run.device), run.precision, run.seed)
-    if objective is None and targets.kind == "momentum":
-        objective = USUAL_OVER_PROTOTYPES
     asked = None if objective is None else matched(name=objective)
-    branch = source.open(replace(run_context, objective=asked))
+    _, _, branch = opened(replace(run, objective=asked), pick_device(run.device))
     if source.stores and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
         note_other_global_crops(source.stores[0], branch.recipe, preferred, preset if replays else None)
@@ -120,8 +115,7 @@ def train_student(
 
     # ==== the run ====
     note_slow_loader(run.loader)
-    by_hand = run.epochs is not None and batch_size is not None  # or by a preset: the plan has no view to choose
-    run = replace(run, objective=asked, pairing=pairing if by_hand else choice)
+    run = replace(run, objective=asked, pairing=choice)
     if plan_only:
         show_plan(make_plan(run))
         return

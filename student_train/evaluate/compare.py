@@ -103,16 +103,6 @@ def training_speed(run: Path) -> float | None:
     return median(speeds) if speeds else None
 
 
-def check_comparable(summaries: Sequence[RunSummary]) -> list[str]:
-    """Sentences about tasks whose results are of different test images, and so say nothing side by side."""
-    found = []
-    for task in all_tasks(summaries):
-        sets = {s.tested_on[task]: s.run for s in summaries if task in s.tested_on}
-        if len(sets) > 1:
-            found.append(f"{task}: {' and '.join(sets.values())} were tested on different images, do not compare them")
-    return found
-
-
 def names_of(runs: Sequence[str]) -> list[str]:
     """As short as tells the runs apart: the name of the folder, else the path without the folders that all of them are in."""
     paths = [Path(run).parts for run in runs]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ...common.errors import FailureError, MisuseError
@@ -74,10 +75,17 @@ class FeatureKey:
     image_size: int
     features: str | None = None
     interpolation: str = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     def to_dict(self) -> dict[str, Any]:
         """What is usual is left out: features that are older than the choice are found where they are."""
-        usual = (("features", None), ("interpolation", "bilinear"))
+        usual = (
+            ("features", None),
+            ("interpolation", "bilinear"),
+            ("mean", IMAGENET_DEFAULT_MEAN),
+            ("std", IMAGENET_DEFAULT_STD),
+        )
         return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
     def folder(self, run_folder: Path) -> Path:
@@ -183,6 +191,12 @@ def labels_of(data: Beton) -> Tensor:
             f"{data.manifest.paths[missing[0]]}: give them one where they lie, or leave them out, and pack again"
         )
     return labels
+
+
+def labels_alone(path: Path) -> Features:
+    """Labels and class names of packed images, with features of no width. MisuseError: an image has no label."""
+    data = Beton(path)
+    return Features(torch.zeros(data.num_images, 0), labels_of(data), data.manifest.classes)
 
 
 def same_classes(train: Features, test: Features) -> Features:

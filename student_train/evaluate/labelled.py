@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...common.images.beton import Beton
 from ...common.views.loader import LoaderConfig
-from .features import Features, labels_of, same_classes
+from .features import Features, labels_alone, same_classes
 from .network import FrozenNetwork
 from .subsets import hold_out
 
@@ -55,12 +54,12 @@ def labelled_images(
         features = network.features(path, loader, keep_in, progress)
         return LabelledImages(path, features, torch.arange(len(features)), len(features))
 
-    if test is not None:
-        labels_of(Beton(test))  # before the features of ``train`` are extracted
-    stored = read(train)
-    if test is not None:
-        held_out = read(test)
-        features = same_classes(stored.features, held_out.features)
-        return stored, LabelledImages(held_out.path, features, held_out.image_ids, held_out.num_stored)
-    kept, tested = hold_out(stored.features, HELD_OUT, 0, f"add some to {train}, or give `test`")
-    return stored.rows(kept), stored.rows(tested)
+    labels = labels_alone(train)  # what they refuse is said before hours of extraction
+    if test is None:
+        kept, tested = hold_out(labels, HELD_OUT, 0, f"add some to {train}, or give `test`")
+        stored = read(train)
+        return stored.rows(kept), stored.rows(tested)
+    same_classes(labels, labels_alone(test))
+    stored, held_out = read(train), read(test)
+    features = same_classes(stored.features, held_out.features)
+    return stored, LabelledImages(held_out.path, features, held_out.image_ids, held_out.num_stored)

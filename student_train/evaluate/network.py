@@ -1,5 +1,7 @@
 """A frozen network and the pixels it expects: a student, a teacher, or the pixels themselves. What every evaluation measures."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +25,14 @@ from .features import FeatureKey, Features, cached_features, extract_features, f
 from .helpers import ask, help_out, let_go
 
 SEES_ALL_UP_TO = 64
-"""Networks of at most this many pixels a side see images whole; others 7/8 of the shorter side, as usual. It goes by the network,
-so that it is the same for every image that it is measured on.
-"""
+"""Pixels a side."""
+
+
+def share_seen(size: int) -> float:
+    """Of an image's shorter side, the middle part that a network of ``size`` pixels sees: all up to ``SEES_ALL_UP_TO``, else 7/8,
+    as usual. It goes by the network, so that it is the same for every image that it is measured on.
+    """
+    return 1.0 if size <= SEES_ALL_UP_TO else 0.875
 
 
 class TeacherWithBackbone(Protocol):
@@ -84,7 +91,10 @@ class FrozenNetwork:
         """The network that ``info`` describes with random weights."""
         torch.manual_seed(seed)
         backbone = create_student(info).to(device).eval()
-        return cls._of(f"random {info.name}", backbone, size or info.image_size, info.mean, info.std, device)
+        network = cls._of(f"random {info.name}", backbone, size or info.image_size, info.mean, info.std, device)
+        # Networks that differ in strides or normalisation alone begin with the same weights.
+        form = hashlib.sha256(json.dumps(info.to_dict(), sort_keys=True).encode()).hexdigest()
+        return replace(network, source=f"{network.source} {form}")
 
     @classmethod
     def teacher(cls, teacher: TeacherWithBackbone, size: int, device: torch.device) -> "FrozenNetwork":
@@ -128,14 +138,9 @@ class FrozenNetwork:
     @property
     def title(self) -> str:
         """For the head of a table."""
-        seen = "the whole square" if self.sees_all else "the middle 7/8"
+        seen = "the whole square" if share_seen(self.size) == 1 else "the middle 7/8"
         tokens = [self.tokens] if self.tokens else []
         return ", ".join((self.name, *tokens, f"{self.interpolation} to {self.size} px", seen))
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether nothing is cut off but what makes an image square."""
-        return self.size <= SEES_ALL_UP_TO
 
     def features(
         self,
@@ -180,7 +185,8 @@ class FrozenNetwork:
                 return own(data.named, start, stop)
             return ask(own, data.named, start, stop, loader.batch_size, self.ranks)
 
-        key = FeatureKey(self.source, data.manifest.fingerprint, self.size, self.tokens, self.interpolation)
+        what = (self.tokens, self.interpolation, tuple(self.mean), tuple(self.std))
+        key = FeatureKey(self.source, data.manifest.fingerprint, self.size, *what)
         try:
             features = (
                 cached_features(keep_in, key, data.num_images, extract) if keep_in else extract(0, data.num_images)
@@ -222,7 +228,7 @@ class FrozenNetwork:
 
     def centred(self, data: Beton, loader: LoaderConfig, image_ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` of the middle of each image."""
-        recipe = evaluation_recipe(1.0 if self.sees_all else 0.875, self.interpolation)
+        recipe = evaluation_recipe(share_seen(self.size), self.interpolation)
         return self.batches(ViewLoader(data, recipe, 0, loader), image_ids, 0)
 
     def batches(self, views: ViewLoader, image_ids: np.ndarray, view_id: int) -> Iterator[tuple[Tensor, Tensor]]:

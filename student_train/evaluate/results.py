@@ -20,6 +20,8 @@ IDENTITY = {
 """Facts of a result that tell whether it is another one, and their names in a note."""
 
 
+COMPARED = {"test_fingerprint": "test images", "train_fingerprint": "training images", "k": "k"}
+"""Facts of a result that are the same in all that can be compared, and their names in a sentence."""
 AGAIN = "delete it and evaluate again"
 
 
@@ -85,3 +87,19 @@ def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
         except FailureError as problem:
             raise MisuseError(str(problem)) from None
     return results
+
+
+def not_comparable(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Sentences about tasks whose results say nothing side by side. ``results``: run -> task -> what its file says."""
+    found = []
+    for task in sorted({task for tasks in results.values() for task in tasks}):
+        told = {run: tasks[task] for run, tasks in results.items() if task in tasks}
+        for fact, name in COMPARED.items():
+            values = {
+                run: result.get(fact, result.get("test") if name == "test images" else None)
+                for run, result in told.items()
+            }
+            runs = {value: run for run, value in values.items() if value is not None}
+            if len(runs) > 1:
+                found.append(f"{task}: {' and '.join(runs.values())} differ in their {name}: do not compare them")
+    return found

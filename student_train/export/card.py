@@ -14,6 +14,9 @@ from .exported_file import ExportedFile
 from .timm_folder import is_for_timm, lines_without_timm
 
 UNKNOWN = "not known to rob: look it up where its weights are published"
+FLAGS = {"linear-augment": " --augment", "lowshot-finetune": " --finetune", "lowshot-msn": " --protocol msn"}
+"""What makes these tasks of the commands without it."""
+USUAL_K = 20
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,26 @@ def _command(task: str, result: Mapping[str, Any]) -> str:
 def _measurement(task: str, result: Mapping[str, Any]) -> str:
     kind = task.split("-")[0]
     if kind == "transfer":
-        return f"transfer RUN {task.removeprefix('transfer-')}"
+        return f"transfer RUN {task.removeprefix('transfer-')} --root DATA"
     if kind == "detect":
         return "detect RUN DATA"
     train, test = Path(str(result.get("train"))).name, str(result.get("test"))
     if kind == "segment":
         return f"segment RUN {train} {Path(test).name}"
-    return f"{kind} RUN {train}" + ("" if test.startswith("a fifth of ") else f" --test {Path(test).name}")
+    tested = "" if test.startswith("a fifth of ") else f" --test {Path(test).name}"
+    neighbours = f" --k {result['k']}" if result.get("k", USUAL_K) != USUAL_K else ""
+    features = f" --features {result['pooling']}" if "pooling" in result else ""
+    labels = "".join(_share(entry.get("share", {})) for entry in result.get("results", ()))
+    return f"{kind} RUN {train}{tested}{FLAGS.get(task, '')}{labels}{neighbours}{features}"
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    """The option for so many labels."""
+    if share.get("fraction"):
+        return f" --percent {100 * share['fraction']:g}"
+    if share.get("per_class"):
+        return f" --per-class {share['per_class']}"
+    return f" --subset {Path(share['file']).name}" if "file" in share else ""
 
 
 def _exported(facts: Facts) -> str:

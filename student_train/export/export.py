@@ -122,6 +122,7 @@ def _of_images(subject: Subject, config: ExportConfig, folder: Path) -> Callable
             subject.facts(form),
             subject.output,
             subject.classes,
+            subject.crop,
         )
         if form not in reference:
             reference[form] = _torch_features(graph.network, sample.pixels)
@@ -179,6 +180,7 @@ def _write_and_check(
             "form": form,
             "dtype": "uint8" if form == "uint8" else "float32",
             "shape": [kind.batch or "batch", *picture],
+            "crop": graph.crop,
             "mean": list(graph.info.mean),
             "std": list(graph.info.std),
         },

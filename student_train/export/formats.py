@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...common.errors import MisuseError
+from ...common.errors import BRINGS, MisuseError
 from .coreml_file import write_coreml, write_coreml_int8
 from .executorch_file import load_executorch, write_executorch, write_executorch_int8
 from .graph import Graph, Runner, quiet, run_module
@@ -42,14 +42,9 @@ class Format:
         """MisuseError: a package is missing."""
         missing = [module for module in self.needs if find_spec(module) is None]
         if missing:
-            raise MisuseError(
-                f"`to` {name} needs {', '.join(missing)}, not installed here: in rob's folder, "
-                + (
-                    f"and in an environment of its own, pip install -e '.[{self.extra}]'"
-                    if self.alone
-                    else f"pip install -c constraints.txt -e '.[{self.extra}]'"
-                )
-            )
+            alone = f"in rob's folder, and in an environment of its own, pip install -e '.[{self.extra}]'"
+            brings = alone if self.alone else BRINGS.format(self.extra)
+            raise MisuseError(f"`to` {name} needs {', '.join(missing)}, not installed here: {brings}")
 
 
 def write_torch(graph: Graph, path: Path) -> None:

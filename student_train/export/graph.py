@@ -30,6 +30,8 @@ class Graph:
     output: str = "features"
     """The name of what comes out: features, or logits of ``classes``."""
     classes: tuple[str, ...] | None = None
+    crop: float | None = None
+    """As ``Subject.crop``."""
 
     @property
     def example(self) -> Tensor:

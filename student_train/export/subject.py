@@ -12,7 +12,7 @@ from ...common.exported import StudentInfo
 from ...common.run import versions
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
-from ..evaluate.network import SEES_ALL_UP_TO
+from ..evaluate.network import share_seen
 from ..finetune.segmenter import Segmenter
 from ..finetune.tuned import load_tuned, tuned_path
 from ..students import check_input_size, create_student
@@ -40,13 +40,18 @@ class Subject:
         """The name of what comes out."""
         return "features" if self.task is None else "logits"
 
+    @property
+    def crop(self) -> float | None:
+        """Of a picture's shorter side, the middle part that becomes the input; None: the whole picture does, squeezed, as a
+        segmenter sees it in training."""
+        return None if self.task == "segment" else share_seen(self.info.image_size)
+
     def facts(self, form: str, seen: Mapping[str, object] | None = None) -> dict[str, str]:
         """What a file says of itself; ``form`` is that of its input, ``seen`` says what it sees of a picture, where that is not
-        its middle."""
+        ``crop``."""
         info = self.info
         if seen is None:
-            # Of the shorter side, as evaluations look at an image.
-            seen = {"size": info.image_size, "crop": 1.0 if info.image_size <= SEES_ALL_UP_TO else 0.875}
+            seen = {"size": info.image_size, "crop": self.crop}
         facts = {"input": form, **seen, "mean": info.mean, "std": info.std, "student": info.name}
         tuned = {"task": self.task, "classes": self.classes} if self.task else {}
         return {FACTS: json.dumps({**facts, **tuned, "weights": self.weights, **versions("rob")}), **self.told}

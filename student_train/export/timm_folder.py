@@ -12,7 +12,7 @@ from ...common.factories import is_factory
 from ...common.files import replacing
 from ...common.records import sealed
 from ...common.weights import tensor_file
-from ..evaluate.network import SEES_ALL_UP_TO
+from ..evaluate.network import share_seen
 from ..students import VIT_FAMILIES, StudentInfo, model_family
 from .graph import Graph, Runner, quiet, run_module
 
@@ -50,9 +50,8 @@ def write_timm(graph: Graph, folder: Path) -> None:
     """As timm's ``save_for_hf``, with a checksum in each file, which timm passes over."""
     folder.mkdir()
     backbone, info, size = graph.network.backbone, graph.info, graph.network.size
-    whole = size <= SEES_ALL_UP_TO
     data: dict[str, Any] = {"input_size": (3, size, size), "mean": info.mean, "std": info.std}
-    data |= {"interpolation": "bicubic", "crop_pct": 1.0 if whole else 0.875}
+    data |= {"interpolation": "bicubic", "crop_pct": share_seen(size)}
     arguments = dict(info.timm_kwargs) | ({"img_size": size} if "img_size" in info.timm_kwargs else {})
     scratch = folder / "config.json"
     names = {} if graph.classes is None else {"label_names": list(graph.classes)}

@@ -18,7 +18,7 @@ from ...common.views.loader import LoaderConfig, check_loader, resolve_loader
 from ...common.views.recipes import Crop, Recipe
 from ..epochs import train_epochs
 from ..evaluate.crops import RandomCrops
-from ..evaluate.features import Features, extract_features, labels_of, same_classes
+from ..evaluate.features import Features, extract_features, labels_alone, same_classes
 from ..evaluate.logistic import fit_logistic
 from ..evaluate.network import FrozenNetwork
 from ..own_student import OwnClassifier
@@ -75,7 +75,7 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
     start = start_of(config)
     loader = resolve_loader(config.loader, start.device)
     check_loader(loader, start.device)
-    train, val = labelled(config.train), labelled(config.val)
+    train, val = labels_alone(config.train), labels_alone(config.val)
     val = same_classes(train, val)
     classes = train.classes or tuple(map(str, range(train.num_classes)))
     if len(train.labels.unique()) < 2:
@@ -140,12 +140,6 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
         result = ClassifyResult(weights, info.name, top1, per_class, trained.best, config.epochs, len(train), len(val))
         write_outcome(config.out, {"task": "classify", "init": config.init, **result.to_json()})
     return result
-
-
-def labelled(path: Path) -> Features:
-    """Labels and class names of packed images, with features of no width. MisuseError: an image has no label."""
-    data = Beton(path)
-    return Features(torch.zeros(data.num_images, 0), labels_of(data), data.manifest.classes)
 
 
 def begin_with_regression(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import MisuseError
 from ...common.exported import StudentInfo
 from ...common.files import locked, replacing
-from ...common.records import read_record, sealed
+from ...common.records import sealed
 from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_everything, versions
 from ...common.weights import hash_weights
 from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_student
@@ -102,16 +102,6 @@ def write_history(out: Path, history: Sequence[Mapping[str, float]]) -> None:
 def write_outcome(out: Path, outcome: Mapping[str, Any]) -> None:
     with replacing(out / "result.json") as file:
         file.write(sealed(outcome, indent=2))
-
-
-def read_outcome(out: Path) -> dict[str, Any]:
-    """What a finished fine-tuning found. MisuseError: it has not ended, or the file is damaged."""
-    try:
-        return read_record(out / "result.json", dict[str, Any], "fine-tune again with `overwrite`")
-    except OSError:
-        raise MisuseError(f"{out} has no result.json: rob finetune has not ended there") from None
-    except FailureError as problem:
-        raise MisuseError(str(problem)) from None
 
 
 def training_of(

@@ -44,6 +44,10 @@ class _Target:
         """The target of images ``start`` to ``stop``; views of the same memory."""
         return replace(self, **{name: getattr(self, name)[start:stop] for name in self._per_image})  # type: ignore[type-var]
 
+    def take(self, images: Tensor) -> Self:
+        """The target of some images, by number (n,) int64 on its device."""
+        return replace(self, **{name: getattr(self, name).index_select(0, images) for name in self._per_image})  # type: ignore[type-var]
+
     def views(self, start: int, stop: int) -> Self:
         """The target of target views ``start`` to ``stop``; views of the same memory."""
         return replace(self, **{name: getattr(self, name)[:, start:stop] for name in self._per_image})  # type: ignore[type-var]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import BRINGS, FailureError, MisuseError
 from ...common.files import replacing
 from ...common.records import read_record, sealed
 
@@ -54,7 +54,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         spec = find_spec(NEEDS[name])
         if spec is None or spec.origin is None:  # a folder of that name in the working directory is no package
-            raise MisuseError(f"`loggers` {name} is not installed here: in rob's folder, pip install -e '.[{name}]'")
+            raise MisuseError(f"`loggers` {name} is not installed here: {BRINGS.format(name)}")
 
 
 class Loggers:

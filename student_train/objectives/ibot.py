@@ -4,8 +4,8 @@
       + lambda mean_{b,g} 1/|M[b,g]| sum_{p in M[b,g]} H( softmax((t[b,g,p] - c') / tau_t), softmax(s[b,g,p] / tau_s) )
 
 M are the patches that are hidden from the student in its global crop (``masks``), never from the teacher; g is the same view for
-both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. Patches go through the head of the class token,
-and are rows like any others to the loss, with a weight of 0 where they were seen. Temperatures, head (no BatchNorm in iBOT's
+both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. They go through the head of the class token,
+and are rows like any others to the loss. Temperatures, head (no BatchNorm in iBOT's
 ViTs: ``head_norm`` False), its start and centre are DINO's. c' is the patches' own (iBOT's ``center2``): where c is a running
 one c' <- .9 c' + .1 mean(t) over all patches, hidden or not; where c is that of the teacher's file, the file's; else 0. RoB's
 ``head_type`` "mlp" is D-2048-GELU-2048-GELU-K.
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...common.errors import MisuseError
 from ...common.store.encodings import check_temperature
@@ -82,6 +83,7 @@ class IbotObjective(PrototypeObjective, name="ibot"):
             check_temperature(space.ladder, self.teacher_temp, "patches")
         self.patch_weight, self.side = weight, student.side
         self.mask_token = nn.Parameter(torch.zeros(1, student.width))
+        self.head_has_batchnorm = any(isinstance(layer, _BatchNorm) for layer in self.head.modules())
         if space.kind == "prototypes" and space.centre is not None and self.centre_targets == "checkpoint":
             raise MisuseError(
                 "`centre_targets` checkpoint takes the patches' centre off their logits, and the store has those that were the "
@@ -101,24 +103,31 @@ class IbotObjective(PrototypeObjective, name="ibot"):
         return placement.masks(self.side)
 
     def patch_loss(self, maps: Sequence[Tensor], hidden: Tensor | None, target: TargetWithPatches) -> Tensor:
-        """Of the global crops' patches that are ``hidden``."""
+        """Of the global crops' patches that are ``hidden`` (on the CPU, so that they are counted without waiting for a GPU)."""
         assert hidden is not None
-        rows = target.patches.rows
-        centre = self.patch_centre(rows, self.teacher_temp)
-        mine, theirs = (list(places) for places in zip(*target.placement.own, strict=True))
-        positions = target.positions
-        said = self.head(maps[0][:, mine].flatten(3).mT.flatten(0, 2))[:, None]  # (B * pairs * P, 1, D)
-        assert theirs == [*range(target.pooled.num_views)], "every target has its own view among the student's"
-        weights = hidden[:, mine].flatten(2).to(said.device, said.dtype)
-        weights = positions * weights / weights.sum(2, keepdim=True).clamp(min=1)
+        views, targets = target.pooled.num_views, target.patches.rows
+        assert target.placement.plan.num_replayed == views, "every target has its own view among the student's"
+        centre = self.patch_centre(targets, self.teacher_temp)
+        patches = maps[0][:, :views].flatten(3).mT.flatten(0, 2)  # (B * G * P, C)
+        hidden = hidden[:, :views].flatten(2).double()
+        weights = (hidden / hidden.sum(2, keepdim=True).clamp(min=1)).flatten()
+        chosen = weights.nonzero()[:, 0]
+        if not len(chosen):
+            chosen = chosen.new_zeros(1)  # of weight 0: ranks that have some meet this one in the backward pass
+        weights = weights[chosen] * len(chosen) / hidden[:, :, 0].numel()
+        chosen = chosen.to(patches.device, non_blocking=True)
+        if self.head_has_batchnorm:  # which goes by all patches, as in iBOT's code
+            said = self.head(patches).index_select(0, chosen)
+        else:
+            said = self.head(patches.index_select(0, chosen))
         return prototype_cross_entropy(
-            said,
+            said[:, None],
             self.prototypes.matrix(),
-            rows,
+            targets.take(chosen),
             student_temp=self.student_temp,
             teacher_temp=self.teacher_temp,
             centre=centre,
-            pair_weights=weights.view(-1, 1, 1),
+            pair_weights=weights.to(said.dtype).to(said.device, non_blocking=True).view(-1, 1, 1),
             student_bias=self.prototypes.bias,
             impl=self.loss_impl,
             check_finite=False,

@@ -55,12 +55,11 @@ class PatchObjective(EmbeddingObjective, name="patch"):
         wanted = wanted.to(widened(wanted.dtype)).unflatten(1, (target.pooled.num_views, -1))  # (B, G, P, C)
         if self.standardise:
             wanted = F.layer_norm(wanted, wanted.shape[-1:], eps=EPS)
-        own, placement = target.placement.own, target.placement
+        placement = target.placement
         total = pairs = wanted.new_zeros(())
-        if own:
-            mine, theirs = (list(places) for places in zip(*own, strict=True))
-            said = resampled(self.project(maps[0][:, mine]), self.grid).flatten(3).mT
-            apart = distance(said, wanted[:, theirs]).mean(2)
+        if own := placement.plan.num_replayed:
+            said = resampled(self.project(maps[0][:, :own]), self.grid).flatten(3).mT
+            apart = distance(said, wanted[:, :own]).mean(2)
             total, pairs = total + apart.sum(), pairs + apart.numel()
         if self.from_region and placement.plan.locals:
             said = self.project(maps[1])  # (B, L, C, h, w)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.run import exact_products
 from ..kernels.target import Target
 from .moco import MocoObjective
 from .objective import ObjectiveContext
@@ -45,7 +46,8 @@ def similarity_cross_entropy(
 ) -> Tensor:
     """The loss above for unit rows: embedding (B, V, D), keys (B, G, D), others (N, D), pair_weights (V, G)."""
     with torch.autocast(embedding.device.type, enabled=False):
-        similar = torch.cat([(keys * keys).sum(-1, keepdim=True), keys @ others.T], dim=-1)
+        with exact_products():  # what TF32 leaves out of a cosine is half of 1e-4, and that is the temperature
+            similar = torch.cat([(keys * keys).sum(-1, keepdim=True), keys @ others.T], dim=-1)
         q_own, q_others = torch.softmax(similar / teacher_temp, dim=-1).split([1, len(others)], dim=-1)
         own = torch.einsum("bvd,bgd->bvg", embedding, keys) / student_temp
         to_others = embedding @ others.T / student_temp

@@ -10,7 +10,7 @@ released it, codes are of the batch alone, and one view is the target of all cro
 Without a teacher, as ``main_swav.py``: each target view's batch is balanced apart, with a queue of 3840 earlier rows of that
 view, which begins to fill in epoch 15 and is in use once it is full (``sinkhorn`` "queue"): a batch smaller than K cannot be
 spread evenly without. A frozen teacher's rows serve at once. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
-every step.
+every step, unless ``norm_last_layer`` is False: RoB's code has the normalisation as a hook of SwAV's own loss alone.
 """
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.target import Target
+from .objective import ObjectiveContext
 from .prototypes import PrototypeObjective
 from .without_teacher import CopySettings
 
@@ -25,6 +26,7 @@ from .without_teacher import CopySettings
 class SwavObjective(PrototypeObjective, name="swav"):
     """SwAV's head, and the cross-entropy against balanced codes."""
 
+    options = PrototypeObjective.options | {"norm_last_layer"}
     num_layers = 2
     activation = "relu"
     bottleneck = 128
@@ -39,8 +41,13 @@ class SwavObjective(PrototypeObjective, name="swav"):
         prototypes=3000, copy_momentum=None, teacher_temp=0.05, queue_from_epoch=15, freeze_prototypes=1
     )
 
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        last_layer = self.prototypes.bias is not None  # of an MLP
+        self.keeps_lengths = not last_layer and context.config.norm_last_layer is not False
+
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
-        if self.prototypes.bias is None:  # else they are the last layer of an MLP
+        if self.keeps_lengths:
             with torch.no_grad():
                 self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         return super().forward(features, target, pair_weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from markupsafe import Markup
 
-from ...common.errors import MisuseError
+from ...common.errors import BRINGS, MisuseError
 from ...common.files import refuse_existing, replacing
 from ...common.images.beton import Beton
 from ...common.run import pick_device, versions
@@ -27,7 +27,6 @@ from .sheet import sheet
 from .shown_images import Images, examples, look_at, open_images
 from .summary import summary
 
-EXTRA = "in rob's folder, pip install -c constraints.txt -e '.[report]'"
 PACKAGES = ("rob", "torch", "torchvision", "timm", "ffcv", "numpy", "zarr", "plotly")
 
 
@@ -38,7 +37,7 @@ def report(config: ReportConfig, progress: Callable[[int, int, str], None] = lam
     already, or plotly is not installed.
     """
     if find_spec("plotly") is None:
-        raise MisuseError(f"a report needs plotly, not installed here: {EXTRA}")
+        raise MisuseError(f"a report needs plotly, not installed here: {BRINGS.format('report')}")
     refuse_existing(config.out, config.overwrite)
     runs, device = read_runs(config.runs), pick_device(config.device)
     total, done = 2 * len(runs) + 2, 0

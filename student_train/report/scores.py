@@ -1,11 +1,12 @@
 """What the students score, and what the exported files weigh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from ..evaluate.compare import headline
+from ..evaluate.results import not_comparable
 from .page import COLOURS, caption, code, label, missing, plot, style, table
 from .run import Run
 
@@ -41,7 +42,7 @@ def evaluations(runs: Sequence[Run]) -> Markup:
         parts.append(plot("What the features are worth", traces, "", "%", told, showlegend=True, barmode="group"))
         rows = [[task, *(scores[run.name].get(task) for run in runs)] for task in tasks]
         parts.append(table(("task, %", *(run.name for run in runs)), rows))
-        parts += [caption(sentence) for sentence in _other_images(runs)]
+        parts += [caption(f"{sentence}.") for sentence in not_comparable({run.name: run.results for run in runs})]
     without = [run for run in runs if not scores[run.name]]
     for run in without:
         parts.append(
@@ -52,20 +53,6 @@ def evaluations(runs: Sequence[Run]) -> Markup:
             )
         )
     return Markup("\n").join(parts)
-
-
-def _other_images(runs: Sequence[Run]) -> list[str]:
-    """Tasks whose results are of different test images."""
-    found = []
-    for task in dict.fromkeys(task for run in runs for task in run.results):
-        sets = {_tested_on(run.results[task]): run.name for run in runs if task in run.results}
-        if len(sets) > 1:
-            found.append(f"{task}: {' and '.join(sets.values())} were tested on different images; do not compare them.")
-    return found
-
-
-def _tested_on(result: Mapping[str, Any]) -> str:
-    return str(result.get("test_fingerprint") or result.get("test"))
 
 
 def exports(runs: Sequence[Run]) -> Markup:

@@ -56,7 +56,8 @@ SplitBatchnorm = Annotated[
     Setting(
         "With moco and --targets momentum, or disco --with-copy: BatchNorm sees the batch in so many parts (8 for MoCo-v2's "
         "256 images on 8 GPUs), and the keys' parts are of shuffled images, so that a batch's statistics tell no image's key. "
-        "A loss that falls fast while k-NN does not rise wants it. 1, the default: the whole batch, unshuffled.",
+        "A loss that falls fast while k-NN does not rise wants it. 1, the default: the whole batch, unshuffled. Under torchrun a "
+        "multiple of the ranks, which exchange images.",
         low=1,
         group="Without a teacher",
     ),

@@ -42,12 +42,6 @@ class Placement:
     recipe: Recipe
     seed: int
 
-    @property
-    def own(self) -> list[tuple[int, int]]:
-        """The student's global crops (by place among them) that are a target's very own view (by place among the targets)."""
-        plan = self.plan
-        return [(plan.globals.index(view), at) for at, view in enumerate(plan.targets) if view in plan.globals]
-
     def regions(self) -> Regions:
         """Of the local crops, in the targets' views."""
         local, target = (self._geometry(views) for views in (self.plan.locals, self.plan.targets))
@@ -95,13 +89,15 @@ def align_regions(tokens: Tensor, regions: Regions, side: int) -> tuple[Tensor, 
     (images, crops, views), grid = regions.mirrored.shape, tokens.shape[-1]
     # In float64 on the CPU, where the regions are: not every device has it.
     view = torch.arange(images * views).view(images, 1, views, 1).expand(images, crops, views, 1)
-    rois = torch.cat([view, regions.boxes * grid], dim=-1).flatten(0, 2).to(tokens.dtype).to(tokens.device)
+    rois = torch.cat([view, regions.boxes * grid], dim=-1).flatten(0, 2).to(tokens.dtype)
+    rois = rois.to(tokens.device, non_blocking=True)
     found = roi_align(tokens.flatten(0, 1), rois, side, 1.0, SAMPLES, aligned=True).unflatten(0, (images, crops, views))
     left, top, right, bottom = regions.boxes.unbind(-1)
     columns, rows = (_inside(low, high, side) for low, high in ((left, right), (top, bottom)))
     inside, turned = rows[..., :, None] & columns[..., None, :], regions.mirrored[..., None, None]
-    inside = torch.where(turned, inside.flip(-1), inside).to(tokens.device)
-    return torch.where(turned[..., None].to(tokens.device), found.flip(-1), found), inside
+    inside = torch.where(turned, inside.flip(-1), inside).to(tokens.device, non_blocking=True)
+    turned = turned[..., None].to(tokens.device, non_blocking=True)
+    return torch.where(turned, found.flip(-1), found), inside
 
 
 def _inside(low: Tensor, high: Tensor, side: int) -> Tensor:

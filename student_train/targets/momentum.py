@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...common.errors import MisuseError
-from ...common.ranks import current_ranks
+from ...common.ranks import current_ranks, joined
 from ...common.run import autocast
 from ...common.settings import check
 from ...common.views.batch import Batch, ViewSet
@@ -251,11 +251,15 @@ class MomentumTargets(TargetBranch):
         return None if prototypes is None else prototypes.matrix().detach()
 
     def _features(self, copy: StudentWithHead, crops: Tensor) -> Tensor:
-        """(B, G, F) of the copy. With ``split_batchnorm`` its parts are of shuffled images: ShuffleBN (1911.05722, 3.3)."""
+        """(B, G, F) of the copy. With ``split_batchnorm`` its parts are of images of all ranks, shuffled: ShuffleBN (1911.05722,
+        3.3)."""
         if self.settings.split_batchnorm is None:
             return copy.features(crops)
-        order = torch.randperm(len(crops)).to(crops.device, non_blocking=True)
-        return copy.features(crops[order])[order.argsort()]
+        everyone, first = joined(crops), current_ranks().rank * len(crops)
+        mine = slice(first, first + len(crops))
+        order = torch.randperm(len(everyone)).to(crops.device, non_blocking=True)
+        order = joined(order)[: len(everyone)]  # rank 0's
+        return joined(copy.features(everyone[order[mine]]))[order.argsort()[mine]]
 
 
 @torch.no_grad()
@@ -270,18 +274,19 @@ def move_towards(slow: Sequence[Tensor], fast: Sequence[Tensor], momentum: float
 
 
 def shuffled_parts(model: StudentWithHead, parts: int) -> int:
-    """``parts``. MisuseError: the student cannot see its batches in so many."""
+    """A rank's share of ``parts``. MisuseError: the student cannot see its batches in so many."""
+    world_size = current_ranks().world_size
     if not any(isinstance(layer, _BatchNorm) for layer in model.backbone.modules()):
         raise MisuseError(
             "`split_batchnorm` is for a student with BatchNorm, and this one has none: leave it out, or 1"
         )
-    if current_ranks().world_size > 1:
+    if parts % world_size:
         raise MisuseError(
-            "`split_batchnorm` shuffles the keys within one process, and there are several ranks: leave it out, or 1"
+            f"`split_batchnorm` {parts} cannot be shared by {world_size} ranks: take a multiple, or 1 for unshuffled keys"
         )
-    if model.parts > parts:
+    if model.parts > parts // world_size:
         raise MisuseError(
-            f"`split_batchnorm` {parts} makes larger parts than `accumulate` {model.parts}: use {model.parts} for both, or "
-            "less of the latter"
+            f"`split_batchnorm` {parts} makes larger parts than `accumulate` {model.parts}: use {model.parts * world_size} or "
+            "more, or less of the latter"
         )
-    return parts
+    return parts // world_size

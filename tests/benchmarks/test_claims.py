@@ -28,7 +28,7 @@ DIFFERENT = (
         "supervised",
         "supervised-distilled",
         "views-live",
-        "views-1",
+        "views-8",
     ),
     *("topk-16", "dino-cross-teacher", "dino-same-mlp", "swav-same-frozen", "swav-own", "msn-own", "seed", "disco"),
 )

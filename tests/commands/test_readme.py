@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -70,7 +70,7 @@ def test_the_first_path_works_word_for_word(rob, made, tmp_path, monkeypatch):
     shutil.copy(next(Path("photos").rglob("*.jpg")), "photo.jpg")
     assert "(224, 224)" in onnx
     assert "student.int8.onnx" in onnx  # which agrees too little after two steps
-    names |= {"Image": Image, "np": np, "onnxruntime": pytest.importorskip("onnxruntime")}
+    names |= {"Image": Image, "ImageOps": ImageOps, "np": np, "onnxruntime": pytest.importorskip("onnxruntime")}
     exec(onnx.replace("(224, 224)", "(32, 32)").replace(".int8", ""), names)
     assert names["features"].shape == (1, names["backbone"].num_features)
 

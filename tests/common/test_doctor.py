@@ -39,7 +39,7 @@ def test_it_says_what_brings_it_and_fails_without_what_rob_needs(installed, monk
     command()
     said = " ".join(capsys.readouterr().out.split())
     assert "rob 0.1.0" in said and "Pillow in worker processes" in said
-    assert "pip install -c constraints.txt -e '.[NAME]' in the clone" in said
+    assert "in rob's folder, pip install -c constraints.txt -e '.[NAME]' brings one of them" in said
     assert "make venv brings ffcv" in said
     del installed["numpy"]
     with pytest.raises(FailureError, match=r"rob lacks numpy>=2.0: pip install"):

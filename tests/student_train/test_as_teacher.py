@@ -64,6 +64,18 @@ def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
     assert teacher.mean == info.mean
 
 
+@pytest.mark.parametrize(("learned", "length"), [(None, 1.0), (False, 2.0)])
+def test_swavs_prototypes_have_a_length_where_it_is_learned(swav, tmp_path, learned, length):
+    payload = read_checkpoint(swav / "checkpoint.pt")
+    payload["state"]["model"]["objective.prototypes.weight"] *= 2
+    settings = payload["config"] | {"objective": payload["config"]["objective"] | {"norm_last_layer": learned}}
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", payload["state"], settings)
+    path = export_teacher(ExportTeacherConfig(tmp_path / "run", tmp_path / "teacher.safetensors"))
+    teacher = load_teacher(TeacherConfig(NAME, path))
+    assert teacher.prototypes is not None
+    torch.testing.assert_close(teacher.prototypes.norm(dim=1), torch.full((10,), length))
+
+
 def test_the_copy_where_there_is_one(data, tmp_path):
     run = trained(data, tmp_path / "run", ObjectiveConfig("dino", hidden_dim=24), prototypes=12, copy_momentum=0.5)
     teacher = load_teacher(TeacherConfig(NAME, export_teacher(ExportTeacherConfig(run, tmp_path / "t.safetensors"))))

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rob.common.errors import MisuseError
+from rob.common.errors import FailureError, MisuseError
 from rob.common.images.pack import PackConfig, pack
 from rob.student_train import epochs
-from rob.student_train.checkpoint import export_weights
+from rob.student_train.checkpoint import export_weights, load_checkpoint
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.finetune.classify import finetune_classifier
@@ -155,6 +155,25 @@ def test_the_best_epoch_is_kept_and_not_the_last(run, colours, tmp_path, monkeyp
     assert not torch.equal(seen[1], seen[2])
 
 
+def test_a_loss_that_is_no_number_ends_the_training_at_its_step(tmp_path):
+    model, kept = nn.Linear(1, 1), epochs.Kept(tmp_path / "checkpoint.pt", {})
+    training = epochs.Training(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        batches=lambda epoch: [1.0, torch.nan if epoch else 1.0],
+        loss=lambda factor: factor * model(torch.ones(1, 1)).sum(),
+        rate=lambda step, epoch: 1.0,
+        epochs=2,
+        steps_per_epoch=2,
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(FailureError, match=r"^step 4: the loss is nan; lower `lr`"):
+        epochs.train_epochs(training, kept=kept)
+    saved = load_checkpoint(kept.checkpoint, {})
+    assert len(saved["history"]) == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
 def test_it_begins_with_regression_on_the_students_features(run, colours, tmp_path):
     """With a rate of nearly nothing that alone is what is measured; random weights have no such start."""
     nothing = {"lr": 1e-8, "epochs": 1}
@@ -218,6 +237,7 @@ def test_a_segmenter_is_exported(name, to, shapes, tmp_path):
     assert entry.agreement is not None
     assert entry.agreement.same == pytest.approx(1, abs=1e-3)
     assert entry.output["shape"] == ["batch", 3, 64, 64]
+    assert entry.input["crop"] is None  # the whole picture, as in training
     if to == "torch":  # ONNX of a ViT takes seconds, and is tested where features are exported
         return
     session = onnxruntime.InferenceSession(tmp_path / "out" / "segmenter.onnx", providers=["CPUExecutionProvider"])

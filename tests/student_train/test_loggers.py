@@ -127,7 +127,7 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(MisuseError, match=r"`loggers` wandb cannot be opened: ValueError: no API key configured$"):
         Loggers(["wandb"], tmp_path, SETTINGS, [], print)
     monkeypatch.setattr(logger, "find_spec", lambda name: None)
-    with pytest.raises(MisuseError, match=r"pip install -e '\.\[wandb\]'"):
+    with pytest.raises(MisuseError, match=r"pip install -c constraints\.txt -e '\.\[wandb\]'"):
         logger.check_installed(["wandb"])
     (tmp_path / "loggers.json").write_bytes(sealed({"told": {}}).replace(b"told", b"toll"))
     with pytest.raises(Exception, match=r"loggers\.json is damaged"):

@@ -50,6 +50,9 @@ def test_a_warm_up_begins_where_it_is_asked_to():
     optimiser, config = sgd_at(0.1, warmup_epochs=2, warmup_lr=0.02, min_lr=0.0)
     schedule = Schedule(optimiser, config, steps_per_epoch=4, epochs=10)
     assert [schedule.step(step) for step in (0, 4, 8)] == pytest.approx([0.02, 0.06, 0.1])
+    optimiser, config = sgd_at(0.01, warmup_epochs=2, warmup_lr=0.02, min_lr=0.0)  # of a smaller batch
+    schedule = Schedule(optimiser, config, steps_per_epoch=4, epochs=10)
+    assert [schedule.step(step) for step in (0, 4, 8)] == pytest.approx([0.01] * 3)
 
 
 def test_sgd_is_plain_momentum():

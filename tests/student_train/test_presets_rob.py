@@ -47,8 +47,10 @@ class Paper(NamedTuple):
     filter: str
     head: str
     """Its layers, and what the prototypes are."""
-    optimiser: tuple[str, float, float, float, float]
-    """Name, rate for a batch of 256, where it ends, weight decay at first and at last."""
+    optimiser: tuple[str, float, float, float, float, float]
+    """Name, rate for a batch of 256, where its warm-up begins and its cosine ends, weight decay at first and at last."""
+    decays_all: bool
+    """Biases and BatchNorms, too."""
     length: tuple[int, float, int, float]
     """Epochs, warm-up in epochs, images a step, limit of the gradient (0: any)."""
 
@@ -66,7 +68,8 @@ DINO = Paper(
     0.2,
     "bicubic",
     DINO_HEAD + "gain learned",
-    ("adamw", 5e-4, 1e-5, 0.04, 0.4),
+    ("adamw", 5e-4, 1e-5, 1e-5, 0.04, 0.4),
+    False,
     (300, 300 * 0.033, 1024, 0.0),
 )
 SWAV = Paper(
@@ -79,8 +82,9 @@ SWAV = Paper(
     (0.5, 0.5, 0.5),
     0.0,
     "bilinear",
-    "Linear BatchNorm1d ReLU Linear, unit; unit rows",
-    ("lars", 0.3, 0.0048, 1e-6, 1e-6),
+    "Linear BatchNorm1d ReLU Linear, unit; free rows",
+    ("lars", 0.3, 0.3 * 64 * 8 / 256, 0.0048, 1e-6, 1e-6),
+    True,
     (100, 100 * 0.1, 4096, 0.0),
 )
 PAPERS = {
@@ -99,7 +103,8 @@ PAPERS = {
         0.0,
         "bilinear",
         MLP,
-        ("adamw", 2.5e-4, 1e-5, 0.04, 0.4),
+        ("adamw", 2.5e-4, 2e-4, 1e-5, 0.04, 0.4),
+        False,
         (150, 150 * 0.1, 1024, 1.0),
     ),
     "rob-ibot": Paper(
@@ -112,8 +117,9 @@ PAPERS = {
         (1.0, 0.1, 0.5),
         0.2,
         "bicubic",
-        DINO_HEAD + "gain 1",
-        ("adamw", 5e-4, 1e-5, 0.04, 0.48),
+        DINO_HEAD + "gain learned",
+        ("adamw", 5e-4, 1e-5, 1e-5, 0.04, 0.48),
+        False,
         (100, 100 * 0.1, 1024, 0.0),
     ),
 }
@@ -131,9 +137,11 @@ def head_of(objective: Any) -> str:
     if not next(prototypes.parameters()).requires_grad:
         assert not objective.head.unit
         return f"{layers}; frozen"
-    kind = "unit rows"
+    kind = "free rows"
     if prototypes.weight_norm:
         kind = f"weight norm, gain {'learned' if prototypes.weight_g.requires_grad else '1'}"
+    elif objective.keeps_lengths:
+        kind = "unit rows"
     return f"{layers}{', unit' * objective.head.unit}; {kind}"
 
 
@@ -146,8 +154,14 @@ def test_every_value_is_the_papers(name):
     assert (config.student.name, config.student.drop_path, config.student.patch_drop) == paper.student
     assert config.student.image_size == 224
     decay_end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
-    assert (o.name, o.lr, o.min_lr, o.weight_decay, decay_end) == paper.optimiser
+    assert (o.name, o.lr, o.warmup_lr, o.min_lr, o.weight_decay, decay_end) == pytest.approx(paper.optimiser)
     assert (o.momentum, o.trust) == (0.9, None)  # LARC's trust is .001, which is what None is
+    assert bool(o.decay_all) == paper.decays_all
+    assert (config.average, config.clip_each, config.targets) == (
+        None,
+        None,
+        rob.Cached(Path("t.zarr")),
+    )  # no copy, one norm
     length = (config.epochs, o.warmup(config.epochs), config.loader.batch_size, config.clip_grad)
     assert length == pytest.approx(paper.length)
 

@@ -244,6 +244,16 @@ def test_a_log_that_was_cut_is_said_when_the_run_goes_on(tmp_path):
     again.close()
 
 
+def test_a_log_that_is_damaged_during_a_run_costs_no_checkpoint(tmp_path):
+    state, run = {"model": torch.nn.Linear(2, 2)}, open_run(tmp_path)
+    run.resume(state, torch.device("cpu"))
+    advance(run, 2)
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    run.save(state, 2)
+    run.close()
+    assert load_checkpoint(tmp_path / "checkpoint.pt", run._fixed)["lines"] == 2
+
+
 def test_a_checkpoint_of_something_else_is_one_sentence(tmp_path):
     trained(tmp_path)
     with pytest.raises(

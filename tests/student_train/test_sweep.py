@@ -35,7 +35,8 @@ from rob.student_train.sweep import (
     sweep,
     visible_gpus,
 )
-from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
+from support.packing import packed
+from support.tiny import tiny_beton, tiny_images, tiny_store, tiny_teacher_checkpoint
 from support.training import log_line
 
 SIZES, SCALES = Variation.parse("local-size=16,24"), Variation.parse("--local-scale=0.05 0.14, 0.05 0.3")
@@ -174,9 +175,12 @@ def test_other_targets_at_the_same_place_are_refused(tmp_path, data, commands):
     assert sweep(config) == rows  # cached again, to the same targets
 
 
-def test_images_that_are_missing_are_misuse_before_any_training(tmp_path, data, commands):
+def test_images_that_are_missing_or_without_labels_are_misuse_before_any_training(tmp_path, data, commands):
     with pytest.raises(MisuseError, match="no-such"):
         sweep(SweepConfig(tmp_path / "out", (data,), (SIZES,), tmp_path / "no-such.beton", device="cpu"))
+    flat = packed(tiny_images(tmp_path / "images", 4, classes=1) / "class0", tmp_path).path
+    with pytest.raises(MisuseError, match="has no labels"):
+        sweep(SweepConfig(tmp_path / "out", (str(flat),), (SIZES,), device="cpu"))
     assert not commands
 
 

@@ -180,11 +180,12 @@ def test_defaults_are_those_of_the_command(config, store, tmp_path, monkeypatch)
         raise SystemExit
 
     monkeypatch.setattr(train, "train_student", note_down)
-    for objective in ("embedding", "disco"):
+    for objective, planned in (("embedding", ()), ("disco", ("--epochs", 2, "--batch-size", 8))):
         out = tmp_path / objective
         words = [config.data, "--targets", store.path, "--out", out, "--student", "resnet18", "--objective", objective]
-        monkeypatch.setattr(sys, "argv", ["rob", "train-student", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["rob", "train-student", *map(str, words), *map(str, planned)])
         with pytest.raises(SystemExit):
             cli.main()
         said = TrainConfig(config.data, out, StudentConfig("resnet18"), Cached(store.path), ObjectiveConfig(objective))
-        assert given[-1] == replace(said, pairing=PairingChoice())
+        length = {"epochs": 2, "loader": LoaderConfig("auto", 8)} if planned else {}
+        assert given[-1] == replace(said, pairing=PairingChoice(), **length)

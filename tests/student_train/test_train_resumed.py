@@ -107,7 +107,8 @@ def test_a_batch_in_parts_is_resumed_too(stochastic, tmp_path):
     student = replace(STUDENT, name="test_vit", small_images=True, drop_path=0.3, patch_drop=0.3)
     objective = replace(stochastic.objective, name="moco", queue=20)
     pairing = PairingConfig("cross", step_targets=2, num_local=1)
-    parts = replace(stochastic, student=student, objective=objective, pairing=pairing, accumulate=4, log_every=1)
+    steps = {"accumulate": 4, "clip_grad": 0.01, "clip_each": True, "log_every": 1}
+    parts = replace(stochastic, student=student, objective=objective, pairing=pairing, **steps)
     train_student(parts)
     halves = replace(parts, out=tmp_path / "halves")
     with pytest.raises(KeyboardInterrupt):
@@ -182,12 +183,16 @@ def killed_in_step(number: int) -> Callable:
 
 
 def test_a_finished_run_is_not_run_again(config, monkeypatch):
+    saved: list[int] = []
+    save = RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda self, state, at: (saved.append(at), save(self, state, at)))
     first = train_student(replace(config, epochs=1))
     weights = load_file(first.weights)
     monkeypatch.setattr(Trainer, "step", killed_in_step(1))
     second = train_student(replace(config, epochs=1))
     assert second == first
     torch.testing.assert_close(load_file(second.weights), weights, rtol=0, atol=0)
+    assert saved == [first.steps]  # once
 
 
 def test_another_teacher_store_or_setting_is_refused_on_resume(config, data, teacher, store, tmp_path):

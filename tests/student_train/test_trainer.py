@@ -124,10 +124,12 @@ def test_the_average_follows_the_student_at_its_decay(config, limit, decay):
     assert torch.equal(seen[2], without.model.backbone.conv1[0].weight)  # the average is beside the training
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_a_scaled_loss_is_the_same_training(config, clip):
+@pytest.mark.parametrize(
+    "changes", [{"clip_grad": 0.0}, {"clip_grad": 0.01}, {"clip_grad": 1e-3, "clip_each": True, "accumulate": 2}]
+)
+def test_a_scaled_loss_is_the_same_training(config, changes):
     """Gradients are those of the loss itself again before they are clipped and logged."""
-    config, found = replace(config, clip_grad=clip, optimiser=OptimiserConfig(lr=0.1, warmup_epochs=0)), []
+    config, found = replace(config, **changes, optimiser=OptimiserConfig(lr=0.1, warmup_epochs=0)), []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         trainer = build(config)
         trainer.scaler = scaler or trainer.scaler

@@ -12,7 +12,7 @@ from torch import nn
 from rob.common.pace import Pace
 from rob.student_train.config import OptimiserConfig
 from rob.student_train.kernels.topk import _on_device
-from rob.student_train.optimiser import build_average, build_optimiser
+from rob.student_train.optimiser import build_average, build_optimiser, clip_gradients
 from rob.student_train.targets.momentum import move_towards
 from support.launches import Operations
 
@@ -21,7 +21,7 @@ STEP = (
     "student_train/crops.py",
     "student_train/student_with_head.py",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "student_train/objectives").glob("*.py")),
-    *(f"student_train/targets/{name}.py" for name in ("momentum", "online", "with_copy")),
+    *(f"student_train/targets/{name}.py" for name in ("dense", "momentum", "online", "with_copy")),
     *(f"student_train/kernels/{name}.py" for name in ("topk", "target", "sinkhorn", "entropy", "chunked", "triton_ce")),
     *(f"common/views/{name}.py" for name in ("batch", "colours", "kernel")),
     "common/teacher.py",
@@ -35,8 +35,9 @@ ONCE = {
     ("common/teacher.py", "_views"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
+    ("common/views/batch.py", "augment"),
 }
-"""(file, function) that makes constants on the device, once a run."""
+"""(file, function) that makes constants on the device, once a run, or finds there what was copied before."""
 
 
 def places(path: str):
@@ -48,7 +49,9 @@ def places(path: str):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             name, words = node.func.attr, {word.arg for word in node.keywords}
-            if name in WAITING or (name == "tensor" and "device" in words):
+            to_another = any(isinstance(word, ast.Attribute) and word.attr == "device" for word in node.args)
+            copies = name == "to" and to_another and "non_blocking" not in words
+            if name in WAITING or copies or (name == "tensor" and "device" in words):
                 yield function.name, node.lineno
 
 
@@ -79,7 +82,7 @@ def test_the_copy_moves_alike_in_one_launch_or_in_many(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-def test_average_and_lars_move_all_weights_in_few_launches():
+def test_average_lars_and_clipping_reach_all_weights_in_few_launches():
     """By what torch does to many tensors at once, which it takes by itself on a GPU."""
     network = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
     average, launched = build_average(network, 0.9), Counter()
@@ -102,6 +105,10 @@ def test_average_and_lars_move_all_weights_in_few_launches():
         assert (launched.total() < 40) == together, launched
         weights.append(torch.cat([parameter.flatten() for parameter in moved.parameters()]))
     torch.testing.assert_close(*weights)
+    launched.clear()
+    with Operations(launched):
+        clip_gradients(moved.parameters(), 1e-3, each=True)
+    assert launched.total() < 10, launched
 
 
 def test_the_host_is_three_steps_ahead_at_most(monkeypatch):

@@ -17,7 +17,6 @@ from rob.common.errors import MisuseError
 from rob.student_train.checkpoint import export_weights
 from rob.student_train.commands.compare import compare as compare_command
 from rob.student_train.evaluate.compare import (
-    check_comparable,
     headline,
     latency_ms,
     names_of,
@@ -25,7 +24,7 @@ from rob.student_train.evaluate.compare import (
     write_comparison,
 )
 from rob.student_train.evaluate.compare_plot import compare_plot, numbered
-from rob.student_train.evaluate.results import read_results, write_result
+from rob.student_train.evaluate.results import not_comparable, read_results, write_result
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.students import StudentConfig, build_student, describe_student
@@ -109,8 +108,7 @@ def test_the_table_and_the_plot(tmp_path, monkeypatch, capsys):
     for expected in ("61.25", "33.50", "47.00", "58.50", "12.50", "detect box AP", "segment mIoU", "200.00"):
         assert expected in text
     assert text.index("knn %") < text.index("knn-random %") < text.index("lowshot 1 %")  # a task, then its controls
-    assert "knn: " in text
-    assert "tested on different images" in text
+    assert "knn: first and second differ in their test images: do not compare them" in text
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert image.width > image.height > 400
@@ -163,11 +161,22 @@ def test_what_stands_for_a_result():
     assert headline("detect", {"box": {"ap": None}, "mask": None}) == {}  # there was nothing to find
 
 
+def test_results_of_other_images_or_another_k_are_not_compared():
+    first = {"top1": 1.0, "k": 20, "train_fingerprint": "a", "test_fingerprint": "t"}
+    told = {name: not_comparable({"x": {"knn": first}, "y": {"knn": {**first, name: "other"}}}) for name in first}
+    assert told == {
+        "top1": [],
+        "k": ["knn: x and y differ in their k: do not compare them"],
+        "train_fingerprint": ["knn: x and y differ in their training images: do not compare them"],
+        "test_fingerprint": ["knn: x and y differ in their test images: do not compare them"],
+    }
+    assert not not_comparable({"x": {"knn": first}, "y": {"linear": {**first, "k": 9}}, "z": {}})
+
+
 def test_runs_that_cannot_be_compared(tmp_path):
     run = make_run(tmp_path / "run", "test_resnet", 32)
     with pytest.raises(MisuseError, match="none of these runs has been evaluated"):
         write_comparison([summarise(run)], tmp_path / "plot.png")
-    assert not check_comparable([summarise(run)])
     write_result(run, "knn", {})
     (run / "eval" / "knn.json").write_text("{")
     with pytest.raises(MisuseError, match=r"knn\.json is cut or no JSON: delete it and evaluate again"):

@@ -1,5 +1,6 @@
 """Features by image id, their cache, labels and classes that do not fit."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
+from rob.common.views.config import LoaderConfig
 from rob.common.weights import hash_weights
 from rob.student_train.evaluate import features
 from rob.student_train.evaluate.features import (
@@ -21,6 +23,11 @@ from rob.student_train.evaluate.features import (
     labels_of,
     same_classes,
 )
+from rob.student_train.evaluate.labelled import labelled_images
+from rob.student_train.evaluate.network import FrozenNetwork
+from rob.student_train.students import StudentConfig
+from support.packing import packed
+from support.tiny import tiny_images
 
 IMAGES = torch.arange(10 * 3 * 4 * 4, dtype=torch.float32).view(10, 3, 4, 4)
 
@@ -51,6 +58,40 @@ def test_a_module_runs_in_eval_mode_and_keeps_its_own():
 
 def test_a_part_is_counted_from_its_start():
     assert torch.equal(extract_features(flatten_pixels, batches([7, 6, 5]), 5, 8), IMAGES[5:8].flatten(1))
+
+
+def test_untrained_networks_of_equal_weights_and_other_strides_share_no_features():
+    forms = [StudentConfig("mobilenetv2_035", 64, small_images=small) for small in (True, False, True)]
+    small, usual, again = (FrozenNetwork.random_student(form, 0, torch.device("cpu")) for form in forms)
+    weights = [dict(network.embed.state_dict()) for network in (small, usual)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert small.source == again.source != usual.source
+
+
+def test_a_teacher_of_the_users_own_with_another_normalisation_has_other_features(tmp_path):
+    (tmp_path / "packed").mkdir()
+    data = packed(tiny_images(tmp_path / "images", 2), tmp_path / "packed")
+    network, loader = FrozenNetwork.pixels(8, torch.device("cpu")), LoaderConfig("torch", 8, 1)
+    before = network.extract(data, loader, tmp_path / "run")
+    mended = replace(network, mean=(0.0,) * 3).extract(data, loader, tmp_path / "run")
+    torch.testing.assert_close(mended, before + 2)  # 0.5 / 0.25
+
+
+def test_labels_that_cannot_be_evaluated_are_told_before_anything_is_extracted(tmp_path, monkeypatch):
+    monkeypatch.setattr(FrozenNetwork, "extract", lambda *_: pytest.fail("features were extracted"))
+    network, loader = FrozenNetwork.pixels(8, torch.device("cpu")), LoaderConfig("torch", 8, 1)
+    paths = {}
+    for name, classes in (("train", 2), ("other", 3), ("flat", 1)):
+        images = tiny_images(tmp_path / name, 3, classes=classes)
+        (tmp_path / f"{name}-packed").mkdir()
+        paths[name] = packed(images / "class0" if name == "flat" else images, tmp_path / f"{name}-packed").path
+    for test, sentence in (
+        (None, "class 'class1' has one image, none is left to train on"),
+        ("other", "class 'class2' of the test set is not in the training set"),
+        ("flat", "has no labels"),
+    ):
+        with pytest.raises(MisuseError, match=sentence):
+            labelled_images(network, paths["train"], test and paths[test], loader)
 
 
 def test_features_are_extracted_once_for_each_key(tmp_path):

@@ -93,6 +93,7 @@ def test_onnx_computes_what_torch_does_for_any_number_of_images(tmp_path, studen
     assert (entry.file, entry.precision, entry.input["shape"]) == ("student.onnx", "float32", ["batch", 32, 32, 3])
     session = onnxruntime.InferenceSession(run / "student.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == entry.input["shape"]
+    assert entry.input["crop"] == 1.0  # networks up to 64 px see the whole square
     for n in (1, 5):
         close(session.run(None, {"image": pictures(n)})[0], torchs(run, pictures(n)))
     assert entry.agreement is not None

@@ -36,6 +36,9 @@ def a_run(folder, student=StudentConfig("test_vit", 32)):  # noqa: B008 (frozen)
     (folder / "config.json").write_bytes(sealed(settings))
     write_result(folder, "knn", {"top1": 61.25, "train": "/home/me/train.beton", "test": "/home/me/test.beton"})
     write_result(folder, "knn-random", {"top1": 20.5, "train": "train.beton", "test": "a fifth of train.beton"})
+    write_result(folder, "linear-augment-random", {"top1": 30.5, "train": "train.beton", "test": "/home/me/test.beton"})
+    shots = [{"labels": "5 a class", "mean": 12.5, "share": {"fraction": None, "per_class": 5}}]
+    write_result(folder, "lowshot-msn", {"results": shots, "train": "train.beton", "test": "test.beton"})
     write_result(folder, "segment", {"miou": 33.5, "train": "/home/me/cells/train", "test": "/home/me/cells/test.json"})
     return folder
 
@@ -56,6 +59,8 @@ def test_a_dry_run_makes_a_folder_that_timm_loads_with_a_card(tmp_path):
         "rob eval knn RUN train.beton --test test.beton", "photos.beton",
         "| segment mIoU | 33.50 % | `rob eval segment RUN train test.json` |",
         "| knn-random | 20.50 % | `rob eval knn RUN train.beton --init random` |",
+        "| 30.50 % | `rob eval linear RUN train.beton --test test.beton --augment --init random` |",
+        "| 12.50 % | `rob eval lowshot RUN train.beton --test test.beton --protocol msn --per-class 5` |",
     ):  # fmt: skip
         assert expected in card
     assert "/home/me" not in card

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rob.common.errors import MisuseError
 from rob.common.views.loader import ViewLoader, ViewSet
@@ -236,6 +237,28 @@ def test_seed_takes_twins_in_the_queue_for_the_image_itself():
     rows = draw(1, 1, FEATURES, seed=7)
     loss = objective(rows, EmbeddingTarget(1.001 * keys), torch.ones(1, 1, dtype=torch.float64))
     torch.testing.assert_close(loss.item(), math.log(2), rtol=1e-10, atol=0)
+
+
+def test_seeds_similarities_are_exact_whatever_else_may_be_multiplied_as_tf32():
+    """A GPU's TF32 is wrong in the fourth decimal, which is the temperature; the student's may be."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default and args[1].shape == (DIM, QUEUE):
+                found.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    found: list[str] = []
+    objective = build("seed", queue=QUEUE)
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products(), torch.no_grad():
+            objective(draw(IMAGES, VIEWS, FEATURES, seed=7), EmbeddingTarget(teacher_rows(0)), SAME)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    assert found == ["highest", "high"]
 
 
 def test_a_queue_of_seed_is_as_long_as_mocos():

@@ -120,7 +120,7 @@ def test_local_crops_that_share_nothing_with_a_target_cost_nothing(monkeypatch):
     beside = torch.tensor([2.25, 0.5, 2.75, 1.0], dtype=torch.float64).expand(B, 2, G, 4)
     regions = Regions(beside, torch.zeros(B, 2, G, dtype=torch.bool))
     monkeypatch.setattr(Placement, "regions", lambda self: regions)
-    monkeypatch.setattr(Placement, "own", [])
+    monkeypatch.setattr(ViewPlan, "num_replayed", 0)
     maps = [rows(B, G, WIDTH, 4, 4, seed=4), rows(B, 2, WIDTH, 2, 2, seed=6)]
     pooled = EmbeddingTarget(rows(B, G, D, seed=5, unit=True))
     target = TargetWithPatches(pooled, EmbeddingTarget(rows(B, G * GRID * GRID, C, seed=3)), PLACEMENT)
@@ -158,8 +158,8 @@ def released(student_patch: Tensor, teacher_patch: Tensor, mask: Tensor, centre:
 
 
 @pytest.mark.parametrize("centre", ["none", "running"])
-@pytest.mark.parametrize("head", ["projection", "mlp"])
-def test_ibot_is_the_released_criterion(centre, head):
+@pytest.mark.parametrize(("head", "norm"), [("projection", False), ("projection", True), ("mlp", False)])
+def test_ibot_is_the_released_criterion(centre, head, norm):
     settings = {"bottleneck": D} if head == "projection" else {}
     objective = built(
         "ibot",
@@ -167,7 +167,7 @@ def test_ibot_is_the_released_criterion(centre, head):
         GRID,
         centre_targets=centre,
         head_type=head,
-        head_norm=False,
+        head_norm=norm,
         **settings,
     )
     features, maps = rows(B, G, WIDTH, seed=2), rows(B, G, WIDTH, GRID, GRID, seed=4)
@@ -199,6 +199,9 @@ def test_ibot_is_the_released_criterion(centre, head):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    seen = objective.patch_loss([maps], torch.zeros_like(hidden), target)
+    assert seen.item() == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(seen, [*objective.head.parameters()]))
     objective.centres[0].centre = None if centre == "none" else torch.zeros(K, dtype=torch.float64)
     both = objective.with_patches(features, [maps], hidden, target, weights)
     assert both.item() > class_token.item()

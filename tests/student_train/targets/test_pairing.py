@@ -58,6 +58,7 @@ def test_what_is_fresh_never_repeats_and_is_never_a_cached_view(config, more):
     replayed = 0 if config.pairing == "cross" and config.fresh else min(config.step_targets, config.num_global)
     assert len(fresh) == 6 * (config.num_global - replayed)
     for plan in plans:
+        assert plan.num_replayed == replayed
         assert plan.globals[:replayed] == plan.targets[:replayed]
         assert len(plan.globals) == (config.step_globals or config.step_targets)
 

@@ -21,6 +21,7 @@ from rob.student_train.targets.pairing import PairingConfig
 from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import train_student
 from rob.student_train.train_config import TrainConfig
+from support.rank_threads import World
 from support.tiny import tiny_beton
 from support.training import CPU, curve, refused
 
@@ -80,6 +81,29 @@ def test_keys_are_normalised_in_shuffled_parts_and_come_back_in_order():
     assert not torch.allclose(branch.embed(crops).embedding, keys, rtol=1e-3)
 
 
+def test_ranks_exchange_the_images_of_their_keys(monkeypatch):
+    """Two ranks have two of the four parts each, of images of both, in the order that rank 0 draws."""
+    world, crops = World(monkeypatch, 2), torch.randn(IMAGES, 2, 3, 32, 32, dtype=torch.float64)
+    orders = torch.tensor([3, 6, 1, 4, 7, 0, 2, 5]), torch.arange(IMAGES)
+    monkeypatch.setattr(torch, "randperm", lambda number: orders[world.here.rank])
+    started = [branch_of(None) for _ in range(2)]
+
+    def keys_of(rank: int) -> tuple[Tensor, list[Tensor], int]:
+        branch = started[rank]
+        branch.settings = replace(branch.settings, split_batchnorm=PARTS)
+        branch.follow(branch.model, 3, 4)
+        groups = groups_of(branch.copy.backbone)
+        return branch.embed(crops[4 * rank :][:4]).embedding, groups, branch.model.parts
+
+    found = world.run(keys_of)
+    assert [images(groups, crops) for _, groups, _ in found] == [[[3, 6], [1, 4]], [[7, 0], [2, 5]]]
+    assert [parts for *_, parts in found] == [2, 2]
+    keys, plain = torch.cat([keys for keys, *_ in found]), branch_of(None).copy
+    for part in orders[0].view(PARTS, -1).tolist():
+        expected = plain.objective.embed(plain.backbone(crops[part].flatten(0, 1)).unflatten(0, (-1, 2)))
+        torch.testing.assert_close(keys[part], expected, rtol=1e-10, atol=1e-12)
+
+
 def test_the_student_keeps_its_activations_unless_it_accumulates():
     assert (branch_of(4).model.parts, branch_of(4).model.recompute) == (4, False)
     assert (branch_of(4, accumulate=2).model.parts, branch_of(4, accumulate=2).model.recompute) == (4, True)
@@ -94,11 +118,13 @@ def test_what_cannot_be_split_is_refused(monkeypatch):
     assert WithCopy(Momentum(), split_batchnorm=1).settings("disco").split_batchnorm is None
     with pytest.raises(MisuseError, match="`split_batchnorm` is for a student with BatchNorm, and this one has none"):
         branch_of(4, replace(CNN, name="test_vit"))
-    with pytest.raises(MisuseError, match="`split_batchnorm` 2 makes larger parts than `accumulate` 4: use 4 for both"):
+    with pytest.raises(MisuseError, match="`split_batchnorm` 2 makes larger parts than `accumulate` 4: use 4 or more"):
         branch_of(2, accumulate=4)
     monkeypatch.setattr("rob.student_train.targets.momentum.current_ranks", lambda: Ranks(0, 2))
-    with pytest.raises(MisuseError, match="`split_batchnorm` shuffles the keys within one process"):
-        branch_of(4)
+    with pytest.raises(MisuseError, match="`split_batchnorm` 3 cannot be shared by 2 ranks: take a multiple, or 1"):
+        branch_of(3)
+    with pytest.raises(MisuseError, match="`split_batchnorm` 4 makes larger parts than `accumulate` 4: use 8 or more"):
+        branch_of(4, accumulate=4)
 
 
 def test_a_run_with_split_batchnorm_repeats_and_is_another(tmp_path):
