@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def show_plan(plan: "TrainPlan") -> None:
     """What will be done, what was chosen for it and why, and what to think of first."""
     rows = [
-        ("images", f"{plan.num_images:,}, a step {plan.config.loader.batch_size}"),
+        ("images", f"{plan.num_images:,}, {plan.config.loader.batch_size} in a step"),
         ("views of an image a step", plan.views),
         ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epoch{'s' * (plan.config.epochs != 1)}"),
     ]
