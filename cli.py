@@ -7,6 +7,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,6 +92,14 @@ def views_of_preset(name: str) -> "tuple[str, RecipeOverrides, int]":
 
     preset = get_preset(name)
     return preset.recipe, preset.areas, preset.views
+
+
+def crops_of_preset(name: str) -> "tuple[str, RecipeOverrides]":
+    """What stage 2's preset shows the student: the recipe, and what is changed of it."""
+    from rob.student_train.presets import get_preset
+
+    preset = get_preset(name)
+    return preset.recipe, replace(preset.areas, num_local=preset.pairing.num_local)
 
 
 def teacher_licence(name: str) -> str | None:
@@ -258,8 +267,8 @@ evaluate = typer.Typer(
     no_args_is_help=True,
 )
 # In the order of the work, in which --help lists them.
-for function in (pack, views):
-    app.command(cls=GroupedCommand)(command(behind_spinner(function)))
+app.command(cls=GroupedCommand)(command(behind_spinner(pack)))
+app.command(cls=GroupedCommand)(command(behind_spinner(views), crops_of_preset=crops_of_preset))
 app.command(cls=GroupedCommand)(command(behind_spinner(teachers)))
 app.command("cache-teacher", cls=GroupedCommand)(
     command(behind_spinner(cache_teacher), views_of_preset=views_of_preset)

@@ -98,7 +98,7 @@ class Row:
 
 FRESH, MLP = {"head": "fresh"}, {"head": "fresh", "head_type": "mlp"}
 LENGTHS = FRESH | {"norm_last_layer": False}
-"""RoB's on DINO: the prototypes' lengths are learned."""
+"""RoB's on DINO and SwAV: the prototypes' lengths are learned."""
 CODES = {"sinkhorn": "batch"}
 """RoB's on SwAV: the batch's codes, without a queue."""
 OWN_MSN = {"sinkhorn": "batch", "mean_entropy": 1.0}
@@ -172,7 +172,7 @@ _objectives = (
         "swav-same-frozen", "RoB on SwAV, same, mlp to the teacher's prototypes", "swav",
         options={"head": "frozen", "head_type": "mlp", **CODES}, targets_a_step=1,
     ),
-    Row("swav-same", "RoB on SwAV, same, head fresh", "swav", options=FRESH | CODES, targets_a_step=1),
+    Row("swav-same", "RoB on SwAV, same, head fresh, lengths learned", "swav", options=LENGTHS | CODES, targets_a_step=1),
     Row("msn-same-mlp", "RoB on MSN, same, head mlp", "msn", options=MLP | PLAIN),
     Row("msn-same", "RoB on MSN, same, head fresh", "msn", options=FRESH | PLAIN),
     Row("dino-replay", "DINO, cross with the cached crops, head fresh", "dino", "cross", FRESH, replays=True),

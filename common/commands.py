@@ -1,13 +1,17 @@
 """The commands of what both stages share: pack, inspect, views, doctor."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 from .config import Overwrite, RecipeName, Seed
 from .errors import BRINGS, FailureError, MisuseError
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
+from .options import given
 from .places import is_address
 from .screen import bar, facts, note
 from .settings import Setting
@@ -73,14 +77,21 @@ def inspect(
 
 
 def views(
+    context: typer.Context,
     out: Annotated[Path, Setting("The picture to draw.", argument="PREVIEW.png")],
     data: Annotated[Path, Setting("Images packed by rob pack.")],
     overrides: RecipeOverrides,
     recipe: RecipeName = "dino",
+    preset: Annotated[
+        str | None,
+        Setting("The crops of rob train-student --preset: rob-dino, sslight-cnn ... What else is given beats it."),
+    ] = None,
     images: Annotated[int, Setting("Images to draw, spread over the data set; at most 64.", low=1)] = 4,
     image_size: ImageSize = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    *,
+    crops_of_preset: Callable[[str], tuple[str, RecipeOverrides]],
 ) -> None:
     """Draw what a recipe does: crops, how pairs differ.
 
@@ -91,6 +102,10 @@ def views(
     from .look.contact_sheet import contact_sheet
 
     refuse_existing(out, overwrite)
+    if preset is not None:
+        wanted, usual = crops_of_preset(preset)
+        if "recipe" not in given(context):
+            recipe, overrides = wanted, overrides.over(usual)
     drawn = get_recipe(recipe, overrides)
     config = SheetConfig(
         data, out, images=images, spread=True, recipe=drawn, seed=seed, image_size=image_size, ratios=True

@@ -42,12 +42,12 @@ def open_locked(path: Path, shared: bool = False) -> int | None:
         if not lock(descriptor, shared):
             os.close(descriptor)
             return None
-        if _is_at(path, descriptor):
+        if is_at(path, descriptor):
             return descriptor
         os.close(descriptor)  # whoever held it has removed it meanwhile: others lock the next file of this name
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
     """Whether ``path`` is still the file of ``descriptor``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())

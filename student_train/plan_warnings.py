@@ -12,13 +12,14 @@ from .student_config import StudentConfig
 from .students import OWN, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, vit_patch
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
+from .trainer import reads_patches
 from .trial import Trial
 
 LEAST_STEPS = 1_000
 """Below that a student from random weights has been seen no better than they are (benchmarks/first_run.py)."""
 LEAST_STEPS_VIT = 10_000
 """In 2,678 a ViT-Tiny was 26 points of k-NN below its teacher, in 4,029 one of 0.3 M weights 16, where CNNs and a MobileViT were
-at most 2 below it (benchmarks/first_run.py)."""
+at most 2 below it (benchmarks/first_run.py); with targets of patches the one of 0.3 M was 9 below."""
 LEAST_RATE = {"cnn": 2e-3, "vit": 5e-4}
 """Of AdamW in a step, whatever the batch: below it a short run ends where it began."""
 STRIDE = 32
@@ -46,9 +47,12 @@ def warnings_of(
             "More `epochs`, a smaller `batch_size`, or a longer `budget`"
         )
     elif steps < LEAST_STEPS_VIT and model_family(config.student.name) in VIT_FAMILIES:
+        assert config.objective is not None
+        with_patches = ", and so does a ViT from targets of patches (cached with `patches` grid, `objective` patch)"
+        better = "" if reads_patches(config.objective, branch.space) else with_patches
         found.append(
             f"{steps:,} steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, or half of each, such as "
-            "mobilevit_xxs, learns more in them. `effort` hours has more"
+            f"mobilevit_xxs, learns more in them{better}. `effort` hours has more"
         )
     rate, usual = config.optimiser.peak * config.loader.batch_size / LR_BATCH_SIZE, config.optimiser.name == "adamw"
     if usual and rate < LEAST_RATE["vit"] / 2 and config.loader.batch_size < LR_BATCH_SIZE:

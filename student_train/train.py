@@ -184,9 +184,10 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
             told = f"`split_batchnorm` {split} does not divide the {whole} images of a step"
         raise MisuseError(told)
     state = trainer.state | branch.state
+    if parent is not None:
+        take_over(state, parent)  # refuses what does not fit, before anything is written
     step = run.resume(state, device)
     if parent is not None:
-        take_over(state, parent)
         run.notes.append(
             f"goes on from step {parent.told['step']} of {parent.run}, for {config.epochs} epochs of a new schedule"
         )

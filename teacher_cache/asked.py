@@ -9,7 +9,7 @@ from ..common.places import hidden_beside, place_of, shown
 from ..common.run import versions
 from ..common.store.begun import begun_store, drop_leftovers, half_written
 from ..common.store.encodings import Encoding
-from ..common.store.manifest import StoreManifest, differing
+from ..common.store.manifest import StoreManifest
 from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
 from ..common.views.loader import geometry
@@ -91,10 +91,7 @@ def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
     store of something else."""
     if not (place := place_of(path)).exists("zarr.json"):
         return False
-    stored = TargetStore.open(path).manifest.to_json()
-    asked = {k: v for k, v in manifest.to_json().items() if k not in ("versions", *may_differ)}
-    different = "; ".join(differing(stored, asked))
-    if different:
+    if different := TargetStore.open(path).manifest.differences(manifest, *may_differ):
         raise MisuseError(
             f"{shown(path)} is already there and complete, with other settings ({different}): give another path, or delete it "
             "first"
@@ -107,7 +104,7 @@ def refuse_what_is_in_the_way(path: Path, manifest: StoreManifest, share: Share,
     """MisuseError where the store of ``manifest`` cannot be begun or gone on with at ``path``. Others may finish it any time."""
     try:
         begun_store(place_of(path), manifest, *may_differ)
-    except MisuseError:
+    except (MisuseError, FileNotFoundError):  # also of what lay under pending/ a moment ago
         if share.split is None or not is_complete(path, manifest, *may_differ):
             raise
 

@@ -1,7 +1,6 @@
 """The commands of stage 1: cache-teacher, teachers, verify."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Annotated
@@ -49,8 +48,7 @@ def cache_teacher(
         typed = given(context)
         wanted, areas, number = views_of_preset(preset)
         if "recipe" not in typed:
-            changed = {name: value for name, value in vars(overrides).items() if value is not None}
-            recipe, overrides = wanted, replace(areas, **changed)
+            recipe, overrides = wanted, overrides.over(areas)
         views = {} if "views" in typed else {"views": number}
     full = config(recipe=get_recipe(recipe, overrides), **views)
     kind = full.encoding.kind

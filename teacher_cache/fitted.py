@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,14 @@ def _fit(
             f"{config.num}: give another path to cache to"
         )
 
+    pooled = store.pooled()
+
     def read(start: int, stop: int) -> Tensor:
-        return decode(store.encoding, store.pooled().read(start, stop))["embedding"]
+        return decode(store.encoding, pooled.read(start, stop))["embedding"]
 
     note(f"fitting {config.num} prototypes on the cached embeddings")
-    fitted = fit_prototypes(read, store.manifest.num_images, config, device, progress)
+    with ThreadPoolExecutor(store.place.at_once) as pool:
+        fitted = fit_prototypes(read, store.manifest.num_images, config, device, progress, pool.map)
     note(
         f"{fitted.used:.1%} of the prototypes are used, balance {fitted.balance:.2f} of 1, mean cosine {fitted.cohesion:.2f}; "
         f"teacher temperature {fitted.teacher_temp:.3g}"

@@ -125,17 +125,11 @@ def growth_of(path: Path, manifest: StoreManifest, data: PackManifest, prototype
     elif not more_views:
         return None
     may_differ = ("view_ids", *(("num_images", "data_fingerprint") if more_rows else ()))
-    if not _alike(there, manifest, *may_differ):
+    if there.differences(manifest, *may_differ):
         return None
     if not store.place.has_locks:
         _ = store.statistics, store.prototypes  # now, since others may put the grown store in its place at any time
     return Growth(hidden_beside(path, "grown"), manifest, store)
-
-
-def _alike(one: StoreManifest, other: StoreManifest, *may_differ: str) -> bool:
-    left_out = {"versions", *may_differ}
-    values = ({k: v for k, v in manifest.to_json().items() if k not in left_out} for manifest in (one, other))
-    return next(values) == next(values)
 
 
 @contextmanager
@@ -145,7 +139,7 @@ def in_its_place(growth: Growth) -> Iterator[None]:
     grown, place = place_of(growth.path), growth.store.place
 
     def is_whole() -> bool:
-        return grown.exists("zarr.json") and _alike(TargetStore.open(growth.path).manifest, growth.manifest)
+        return grown.exists("zarr.json") and not TargetStore.open(growth.path).manifest.differences(growth.manifest)
 
     def drop_earlier() -> None:
         """What an earlier growth was killed in dropping, too."""

@@ -12,6 +12,7 @@ different images, which is several times larger for a trained projection than fo
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,12 +84,14 @@ def fit_prototypes(
     config: PrototypeConfig,
     device: torch.device = CPU,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    map_in_order: Callable[..., Iterable[Any]] = map,
 ) -> FittedPrototypes:
     """Fit ``config.num`` prototypes, on ``device``, to the embeddings that ``read`` gives, a bounded number in memory at a time.
     What is found is on the CPU.
 
     The same rows and configuration give the same prototypes (on a GPU, which adds up in any order, to rounding). ``progress``
-    is called with (batches done, all). Raises ``MisuseError`` for more prototypes than the embeddings bear.
+    is called with (batches done, all). ``map_in_order`` may be a pool's, where reading takes long. Raises ``MisuseError`` for
+    more prototypes than the embeddings bear.
     """
     views, dim = _unit_rows(read(0, 1)).shape
     refuse_unsuitable(config.num, num_rows * views)
@@ -106,8 +109,9 @@ def fit_prototypes(
         for batch in np.array_split(generator.permutation(blocks)[:blocks_a_pass], num_batches):
             progress(read_before, batches)
             read_before += 1
-            rows = [_unit_rows(read(int(start), int(min(start + BLOCK_ROWS, num_rows)))) for start in batch]
-            yield torch.cat(rows).to(device)
+            stops = np.minimum(batch + BLOCK_ROWS, num_rows)
+            rows = map(_unit_rows, map_in_order(read, batch.tolist(), stops.tolist()))
+            yield torch.cat(list(rows)).to(device)
 
     wanted = max(config.num, SCALE_SAMPLE)
     from_each = 2 * -(-wanted // num_batches)  # twice, because the last block can be short

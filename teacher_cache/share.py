@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from ..common.errors import FailureError, MisuseError
-from ..common.files import lock, open_locked, unlock
+from ..common.files import is_at, lock, open_locked, unlock
 from ..common.places import place_of
 from ..common.store.manifest import StoreManifest
 from ..common.store.writer import StoreWriter
@@ -61,7 +61,7 @@ class Share:
         """`StoreWriter.open_or_resume`; None where other workers have finished the store meanwhile."""
         try:
             return StoreWriter.open_or_resume(path, manifest, self.split)
-        except MisuseError:
+        except (MisuseError, FileNotFoundError):  # also of what lay under pending/ a moment ago
             if self.split is None or not place_of(path).exists("zarr.json"):
                 raise
             return None
@@ -120,7 +120,7 @@ def together(
     out: Path, done: Callable[[], bool], last: Callable[[], None], first: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Inside, any number of workers are at the store ``out``. Who enters while there is nobody else calls ``first``, and the last
-    to leave, if all is ``done``, ``last``."""
+    to leave, if all is ``done``, ``last``; neither is called while somebody else is inside."""
     place = out.with_name(f".{out.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     while (held := open_locked(place, shared=True)) is None:
@@ -132,7 +132,8 @@ def together(
         yield
     finally:
         unlock(held)  # two who leave together would each be kept from an exclusive lock by the other's shared one
-        if done() and lock(held):
+        # Asked with the lock held: whoever left at the same time may have done what was left, and removed the lock's file.
+        if lock(held) and is_at(place, held) and done():
             last()
             place.unlink(missing_ok=True)
         os.close(held)

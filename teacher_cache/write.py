@@ -21,13 +21,15 @@ from .asked import OF_FITTED, is_complete, refuse_what_is_in_the_way
 from .chunks import Chunk, after, chunks, fitting_batch, refuse_not_finite
 from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, views_per_second
 from .fitted import statistics_of
-from .job import StoreJob, Work
+from .job import Arrays, StoreJob, Work
 from .patches import fixed_arrays, with_patches
 
 Embed = Callable[..., Tensor]
 """From a batch, and how many of its images at once, to embeddings (B, V, D)."""
 Dense = Callable[..., tuple[Tensor, Tensor]]
 """The same, to embeddings and maps (B, V, C, h, w)."""
+Targets = tuple[Arrays, Arrays]
+"""Of a chunk: the arrays to store, and its statistics."""
 RunTeacher = Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]]
 """From a batch to the teacher's embeddings (B, V, D), and the arrays of patch targets, if any."""
 
@@ -150,36 +152,40 @@ def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: R
         with closing(chunks(loader, seen, targets_of, manifest, job.new_views, logits_of)) as several:
             yield from several
 
-    def write(chunk: Chunk, made: torch.Event | None) -> bool:
-        """Encode a chunk where it is, so that only what is stored is copied from a GPU. False: another worker has its shard."""
+    def encoded(chunk: Chunk, made: torch.Event | None) -> Targets:
+        """What is stored of a chunk, encoded where it is, so that only that is copied from a GPU; and its statistics."""
         nonlocal dead
-        if writer.claim(chunk.row // len(manifest.rows(0))) != chunk.row:
-            return False
         chunk = chunk.last(job.new_rows(chunk.row))
         embedding, logits = chunk.embedding, chunk.logits
         if embedding is None:
-            writer.append(job.chunk_arrays(chunk.row, {}), job.zero_statistics())
-            return True
+            return {}, job.zero_statistics()
         with after(made, embedding, logits):
             refuse_not_finite(embedding, chunk.row)
             dead += int((~embedding.any(-1)).sum())
-            arrays, statistics = encode(encoding, embedding, logits), statistics_of(embedding, logits)
-        arrays |= chunk.patches
+            return {**encode(encoding, embedding, logits), **chunk.patches}, statistics_of(embedding, logits)
+
+    def write(chunk: Chunk, made: torch.Event | None, targets: Targets | None) -> int | None:
+        """The rows that are safe now; None: another worker has this chunk's shard."""
+        if writer.claim(chunk.row // len(manifest.rows(0))) != chunk.row:
+            return None
+        arrays, statistics = targets or encoded(chunk, made)
         writer.append(job.chunk_arrays(chunk.row, arrays), statistics)
-        return True
+        return writer.rows_done
 
     with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:
         for shards in work.share.runs(writer):
             rows = [np.arange(writer.start(shard), manifest.rows(shard).stop) for shard in shards]
-            writing: Future[bool] | None = None
+            writing: Future[int | None] | None = None
             with closing(chunks_of(np.concatenate([*rows, np.arange(0)]))) as several:
                 for chunk in several:
                     if writing is not None:
-                        if not writing.result():
+                        if (done := writing.result()) is None:
                             break
-                        work.progress.rows(writer.rows_done, work.data.num_images)
+                        work.progress.rows(done, work.data.num_images)
                     made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                    writing = pool.submit(write, chunk, made)
+                    # On a CPU, the OpenMP threads of another thread would slow down the teacher's (as in prefetch.py).
+                    targets = encoded(chunk, made) if device.type == "cpu" else None
+                    writing = pool.submit(write, chunk, made, targets)
             if writing is not None:
                 writing.result()
             if writing is not None or not shards:

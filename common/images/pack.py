@@ -143,8 +143,8 @@ class _Rows:
     @classmethod
     def of(cls, there: PackManifest, source: Source) -> Self:
         """Those of the file that is appended to. What it has skipped may be in ``source`` again, and whole by now."""
-        labels = there.labels or [-1] * there.num_images
-        return cls(list(there.paths), list(labels), [path for path in there.skipped if path not in source.paths])
+        labels, again = there.labels or [-1] * there.num_images, set(source.paths)
+        return cls(list(there.paths), list(labels), [path for path in there.skipped if path not in again])
 
     def add(self, path: str, label: int) -> None:
         self.paths.append(path)

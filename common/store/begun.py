@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import FailureError, MisuseError
 from ..places import Folder, Place
 from ..records import DamagedError, sealed, unsealed
-from .manifest import AGAIN, StoreManifest, differing, read_json
+from .manifest import AGAIN, StoreManifest, read_json
 
 PATIENCE = 5.0
 """Seconds that a worker waits for another one that begins a store."""
@@ -79,9 +79,7 @@ def begun_store(place: Place, manifest: StoreManifest, *may_differ: str) -> Stor
         if place.holds_other({"pending", ".part"}):
             raise MisuseError(f"{place} is already there and is not a target store: give another path")
         return None
-    asked = {name: value for name, value in manifest.to_json().items() if name not in ("versions", *may_differ)}
-    different = "; ".join(differing(begun.to_json(), asked))
-    if different:
+    if different := begun.differences(manifest, *may_differ):
         raise MisuseError(f"{place} was begun with other settings ({different}): give another path, or delete it first")
     return begun
 

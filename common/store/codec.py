@@ -42,10 +42,9 @@ def decode(encoding: Encoding, arrays: Mapping[str, Tensor | np.ndarray]) -> dic
     ``embedding`` gives {embedding}, ``topk`` {ids, logits, tail}, ``dense`` {logits}. Patch targets among them are left alone.
     """
     tensors = {name: torch.as_tensor(values) for name, values in arrays.items() if not name.startswith(PATCHES)}
-    decoded = {name: _widen(values) for name, values in tensors.items() if name != "scale"}
     if "scale" in tensors:
-        decoded["embedding"] *= tensors["scale"].float()[..., None]
-    return decoded
+        return {"embedding": tensors["embedding"] * tensors["scale"].float()[..., None]}
+    return {name: _widen(values) for name, values in tensors.items()}
 
 
 def encode_patches(encoding: PatchEncoding, rows: Tensor | None, logits: Tensor | None = None) -> dict[str, np.ndarray]:
@@ -76,5 +75,5 @@ def _encode_topk(logits: Tensor, encoding: Encoding) -> dict[str, Tensor]:
 
 
 def _widen(values: Tensor) -> Tensor:
-    """float32 for stored floats and int8 steps, int64 for ids."""
+    """float32 for stored floats, int64 for ids."""
     return values.to(torch.int64 if values.dtype in (torch.uint16, torch.uint32) else torch.float32)

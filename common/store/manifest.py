@@ -119,6 +119,12 @@ class StoreManifest:
         plain = json.loads(json.dumps(values, sort_keys=True))
         return plain | {"versions": {CHECKSUM: _checksum(plain), **plain["versions"]}}
 
+    def differences(self, asked: "StoreManifest", *may_differ: str) -> str:
+        """What of it is not as ``asked``, in words; "" where nothing is but library versions and the fields ``may_differ``."""
+        ours, theirs = self.to_json(), asked.to_json()
+        names = [name for name in (theirs | ours) if name not in ("versions", *may_differ)]
+        return "; ".join(differing(ours, {name: theirs.get(name) for name in names}))
+
     @classmethod
     def from_json(cls, path: object, attributes: Any) -> Self:
         """The inverse of `to_json`. MisuseError when ``path`` is no store or of another format version, FailureError when
@@ -165,9 +171,7 @@ def _checksum(attributes: Mapping[str, Any]) -> str:
 
 def differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """A phrase for each value of the manifest fields ``asked`` that a store has otherwise; both as `to_json` has them."""
-    if (
-        "weights_hash" in asked
-    ):  # of the whole manifest, which leaves the usual pooling out: said first, it explains the hash
+    if "weights_hash" in asked:  # said first, the pooling explains the hash
         asked = {"pooling": asked.get("pooling"), **asked}
     found = differences({name: stored.get(name) for name in asked}, dict(asked))
     return [f"{name} is {_short(old)} in the store, not {_short(new)}" for name, old, new in found]

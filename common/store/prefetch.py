@@ -1,5 +1,5 @@
 """Targets ahead of the training step: threads read, check and decompress the chunks that the order needs next, and each
-batch's targets are gathered from them, decoded, and put on the device before the step asks.
+batch's targets are gathered from them before the step asks, and for a GPU put there and decoded.
 
 Chunks live in slots of one preallocated buffer, so memory is bounded by the window whatever the order. A slot is taken in
 the order of first use and given back after the last batch that uses its chunk.
@@ -153,18 +153,22 @@ class _Epoch:
         with self.lock:
             self.batch_ready.wait_for(lambda: self.ready or self.error or self.stopped)
             if self.ready:
-                batch, copied = self.ready.popleft()
+                image_ids, arrays, copied = self.ready.popleft()
                 self.gatherable.notify()
             elif self.error:
                 raise self.error
             else:
                 raise RuntimeError("the prefetcher was closed in the middle of an epoch")
-        if copied is not None:
-            here = torch.cuda.current_stream(self.owner.device)
-            here.wait_event(copied)
-            for values in batch.targets.values():
-                values.record_stream(here)  # allocated on the copying stream
-        return batch
+        if copied is None:
+            # Not by the gathering thread. Its operations would have OpenMP threads of their own, and with more of them than
+            # cores none waits actively any more: every operation of the training step would have to wake some.
+            decoded = self.owner.store.decode(arrays)
+            return TargetBatch(image_ids, {name: values.to(self.owner.device) for name, values in decoded.items()})
+        here = torch.cuda.current_stream(self.owner.device)
+        here.wait_event(copied)
+        for values in arrays.values():
+            values.record_stream(here)  # allocated on the copying stream
+        return TargetBatch(image_ids, arrays)
 
     def stop(self) -> None:
         """End the threads; chunks that the epoch still held are forgotten, unless they are cached."""
@@ -256,18 +260,16 @@ class _Epoch:
                     owner.free.extend(owner.slot_of[done].tolist())
                     owner.slot_of[done] = -1
                     self.slot_freed.notify(len(done))
-            batch = TargetBatch(image_ids, self._decode(stored))
-            copied = None if self.stream is None else self.stream.record_event()
+            arrays, copied = (stored, None) if self.stream is None else self._on_gpu(stored, self.stream)
             with self.lock:
-                self.ready.append((batch, copied))
+                self.ready.append((image_ids, arrays, copied))
                 self.batch_ready.notify()
 
     def _can_gather(self, number: int) -> bool:
         return len(self.ready) < READY_BATCHES and bool(self.arrived[: self.chunks_needed[number]].all())
 
-    def _decode(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.stream is None:
-            return self.owner.store.decode(stored)
-        with torch.cuda.stream(self.stream):  # compact bytes cross the bus, and are widened on the device
+    def _on_gpu(self, stored: dict[str, Tensor], stream: torch.cuda.Stream) -> tuple[dict[str, Tensor], torch.Event]:
+        """Decoded, in ``stream``, and the event behind that."""
+        with torch.cuda.stream(stream):  # compact bytes cross the bus, and are widened on the device
             moved = {name: values.to(self.owner.device, non_blocking=True) for name, values in stored.items()}
-            return self.owner.store.decode(moved)
+            return self.owner.store.decode(moved), stream.record_event()

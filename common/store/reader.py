@@ -14,6 +14,7 @@ A chunk is `chunk_rows` consecutive rows with all their views, compressed, with 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -178,15 +179,20 @@ class TargetStore:
 
     def verify(self, progress: Callable[[int], None] | None = None) -> list[str]:
         """Read every chunk; one sentence for each damaged one. ``progress(n)`` is told of each n chunks read."""
-        buffer = {name: values[0] for name, values in self.empty(1).items()}
-        damaged = []
-        for chunk in range(self.manifest.num_chunks):
+
+        def problem(chunk: int) -> str | None:
             try:
-                self.read_chunk(chunk, buffer)
+                self.read_chunk(chunk, {name: values[0] for name, values in self.empty(1).items()})
             except FailureError as error:
-                damaged.append(str(error))
-            if progress:
-                progress(1)
+                return str(error)
+            return None
+
+        damaged = []
+        with ThreadPoolExecutor(self.place.at_once) as pool:
+            for found in pool.map(problem, range(self.manifest.num_chunks)):
+                damaged += [found] if found else []
+                if progress:
+                    progress(1)
         return damaged
 
     @cached_property

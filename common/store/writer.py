@@ -10,7 +10,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import takewhile
@@ -112,7 +112,7 @@ class StoreWriter:
         found, manifest = names(self.place) | self._journal.keys(), self.manifest
         if not found:  # another worker has finished the store
             return manifest.num_images
-        chunks, missing = 0, set(self.missing())
+        chunks, missing = 0, set(self._missing(found))
         for shard in range(manifest.num_shards):
             of_shard = manifest.chunks(shard)
             whole = shard not in missing
@@ -123,7 +123,10 @@ class StoreWriter:
 
     def missing(self) -> list[int]:
         """The shards that are not done; none, too, when another worker has finished the store, and maybe put it elsewhere."""
-        found = names(self.place)
+        return self._missing(names(self.place))
+
+    def _missing(self, found: Set[str]) -> list[int]:
+        """The same by the ``found`` files under pending/, of which a bucket's list takes its time."""
         if "manifest.json" not in found or self.place.exists("zarr.json"):
             return []
         return [shard for shard in range(self.manifest.num_shards) if statistics_name(shard) not in found]
@@ -157,7 +160,7 @@ class StoreWriter:
         if self.shared:
             self._lock = self._locked(f"shard-{shard:08d}.lock")
         found = names(self.place)
-        if (self.shared and self._lock is None) or shard not in self.missing():
+        if (self.shared and self._lock is None) or shard not in self._missing(found):
             self._release()
             return None
         self._claimed, self._pending = shard, journalled(self.place, self.manifest, shard)

@@ -36,16 +36,13 @@ def apply_colours(
         from .kernel_colours import apply_colours_triton
 
         return apply_colours_triton(images, colour, blur_scale, mean, std, dtype)
-    return _in_torch(images.device.type)(images, colour, blur_scale, mean, std).to(dtype)
+    in_torch = apply_colours_compiled if images.device.type == "cpu" else apply_colours_torch
+    return in_torch(images, colour, blur_scale, mean, std).to(dtype)
 
 
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def _in_torch(kind: str) -> Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]:
-    return apply_colours_compiled if kind == "cpu" else apply_colours_torch
 
 
 def apply_colours_torch(images: Tensor, colour: Tensor, blur_scale: float, mean: Tensor, std: Tensor) -> Tensor:

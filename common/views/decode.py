@@ -11,6 +11,7 @@ file.
 
 import ctypes
 import threading
+from weakref import finalize
 
 import llvmlite.binding
 import numpy as np
@@ -32,6 +33,7 @@ for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
     # By symbol name rather than by address, so that the compiled code can be cached on disk.
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_lib, _name), ctypes.c_void_p).value)
 _lib.tjInitDecompress.restype = ctypes.c_void_p
+_lib.tjDestroy.argtypes = (ctypes.c_void_p,)
 
 _int, _ptr = types.int32, types.uintp
 _decompress_header = types.ExternalFunction(
@@ -44,12 +46,19 @@ _decompress_planes = types.ExternalFunction(
 _thread = threading.local()
 
 
+class _Decompressor:
+    """One of libjpeg-turbo's. It goes with the thread that has it, but not at the end of the process, when some still decode."""
+
+    def __init__(self) -> None:
+        self.handle: int = _lib.tjInitDecompress()
+        finalize(self, _lib.tjDestroy, self.handle).atexit = False
+
+
 def decoder_handle() -> int:
-    """This thread's libjpeg-turbo decompressor: handles are not shared between threads, and live as long as the
-    process."""
-    if not hasattr(_thread, "handle"):
-        _thread.handle = _lib.tjInitDecompress()
-    return _thread.handle
+    """This thread's libjpeg-turbo decompressor: handles are not shared between threads."""
+    if not hasattr(_thread, "decompressor"):
+        _thread.decompressor = _Decompressor()
+    return _thread.decompressor.handle
 
 
 def plane_starts(heights: np.ndarray, widths: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ class ViewFetcher:
             slot.copied.synchronize()
         heights, widths = self.data.heights[image_ids, None], self.data.widths[image_ids, None]
         drawn = view_parameters(self.recipe, self.seed, image_ids[:, None], self.view_ids, heights, widths)
-        slot.colour[: len(image_ids)] = torch.from_numpy(drawn.colour)
+        slot.colour.numpy()[: len(image_ids)] = drawn.colour
         return self._fill(slot, image_ids, drawn.geometry)
 
     def _fill(self, slot: Slot, image_ids: np.ndarray, geometry: np.ndarray) -> Batch:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import drawing
 from .kernel_blur import blur
 from .kernel_formulas import channels_last, coloured, finish, orders_on, places_of
+from .planes import moved
 
 BLOCK, WARPS = 1024, 4
 """Pixels of a resized view that one program makes, and its warps."""
@@ -29,11 +30,11 @@ def apply_colours_triton(
     places, blurred = places_of(colour[:, drawing.SIGMA], device)
     kept = torch.empty(blurred, 3, size, size, dtype=torch.float16, device=device)
     sums = torch.empty(num_views, tiles, dtype=torch.float32, device=device)
-    moved = colour.contiguous().to(device, non_blocking=True)
+    parameters = moved(colour.contiguous(), device)
 
     def launch(measure: bool) -> None:
         colours_kernel[(num_views * tiles,)](
-            images, moved, orders_on(device), places, mean, std, sums, kept, out, size * size,
+            images, parameters, orders_on(device), places, mean, std, sums, kept, out, size * size,
             MEASURE=measure, TILES=triton.next_power_of_2(tiles), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
@@ -42,7 +43,7 @@ def apply_colours_triton(
             launch(measure=True)
         launch(measure=False)
     if blurred:
-        blur(moved, places, mean, std, kept, out.unsqueeze(1), blur_scale, 1, 0)
+        blur(parameters, places, mean, std, kept, out.unsqueeze(1), blur_scale, 1, 0)
     return out
 
 

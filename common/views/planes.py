@@ -40,4 +40,10 @@ class Planes:
         return [self.pixels, self.starts, self.layout, self.geometry, self.colour]
 
     def to(self, device: torch.device) -> "Planes":
-        return Planes(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()), cubic=self.cubic)
+        return Planes(*(moved(tensor, device) for tensor in self.tensors()), cubic=self.cubic)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to ``device``, unwaited for: of memory that is not page-locked more than 64 KB are copied only when all
+    that is queued before is done, and the host waits for that."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

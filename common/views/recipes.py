@@ -238,6 +238,10 @@ class RecipeOverrides:
                     f"`{name}` is {low:g},{high:g}, expected 0 < LOW <= HIGH <= 1: shares of the image's area"
                 )
 
+    def over(self, usual: "RecipeOverrides") -> "RecipeOverrides":
+        """The ``usual`` ones, but for what is set here."""
+        return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
+
 
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
     """The named recipe with the overrides applied. Raises MisuseError for an unknown name or a value out of range."""

@@ -14,6 +14,7 @@ import rob
 from rob.cli import app
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
+from rob.common.look.config import SheetConfig
 from rob.common.store.reader import TargetStore
 from rob.common.views.recipes import Crop, get_recipe
 from rob.student_train.config import PairingConfig
@@ -244,6 +245,18 @@ def cache(data, tmp_path, monkeypatch):
         return store
 
     return cached
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_rob_views_draws_its_crops(name, data, tmp_path, monkeypatch):
+    drawn: list[SheetConfig] = []
+    monkeypatch.setattr("rob.common.look.contact_sheet.contact_sheet", drawn.append)
+    run("views", tmp_path / "v.png", "--data", data.path, "--preset", name)
+    run("views", tmp_path / "v.png", "--data", data.path, "--preset", name, "--num-local", 1, "--colour", 0)
+    usual, changed = (config.recipe for config in drawn)
+    assert (usual.num_global, usual.num_local, usual.interpolation) == (*PAPERS[name].views[1:], PAPERS[name].filter)
+    assert (usual.global_crops[0].scale, usual.local_crop.scale) == PAPERS[name].scales
+    assert (changed.num_local, changed.local_crop.hue, changed.local_crop.scale) == (1, 0, usual.local_crop.scale)
 
 
 @pytest.mark.parametrize("name", PAPERS)

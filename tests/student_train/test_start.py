@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rob.common.errors import MisuseError
 from rob.student_train.config import OptimiserConfig
+from rob.student_train.extension import read_parent
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.start import begin, with_start
 from rob.student_train.students import StudentConfig, build_student, describe_student
@@ -186,6 +187,18 @@ def test_a_run_that_cannot_go_on_with_another_is_a_sentence(config, parent, chan
     settings = {"epochs": None, "extend": 3, **change, "out": out}
     with pytest.raises(MisuseError, match=message):
         train_student(replace(parent, **settings))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(config, parent, monkeypatch):
+    def without_average(*given):
+        found = read_parent(*given)
+        return replace(found, state={name: part for name, part in found.state.items() if name != "average"})
+
+    monkeypatch.setattr("rob.student_train.train.read_parent", without_average)
+    child = replace(parent, out=config.out, student=replace(STUDENT, init=str(parent.out)), epochs=None, extend=3)
+    with pytest.raises(MisuseError, match="has no average in its checkpoint, which this run wants"):
+        train_student(child)
+    assert not child.out.exists()
 
 
 def test_a_changed_setting_says_which_and_what_to_do(config, parent):

@@ -123,8 +123,12 @@ def test_killed_and_gone_on_with_it_is_the_same_store(data, headless, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(killed, CacheProgress(rows=stop))
+    with pytest.raises(MisuseError, match=r"was begun with other settings \(patches is .* in the store, not None\)"):
+        cache_teacher(replace(killed, patches=PatchChoice()))
     monkeypatch.setattr(patches, "fit_pca", None)  # found where the first run left it
     cache_teacher(killed)
+    with pytest.raises(MisuseError, match=r"complete, with other settings \(patches is .* in the store, not None\)"):
+        cache_teacher(replace(killed, patches=PatchChoice()))
     assert tiny.contents(killed.out) == tiny.contents(config.out)
 
 

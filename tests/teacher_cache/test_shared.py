@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from rob.common.store.begun import half_written
 from rob.common.store.encodings import Encoding
 from rob.common.store.manifest import StoreManifest
 from rob.common.store.reader import TargetStore
+from rob.common.store.writer import StoreWriter
 from rob.teacher_cache import asked, cache
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
-from rob.teacher_cache.share import Share
+from rob.teacher_cache.share import Share, together
 from rob.teacher_cache.teachers import TeacherConfig
 from support import tiny
 
@@ -112,6 +115,15 @@ def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: T
     cache_teacher(config())  # a rank that comes late
     assert tiny.contents(tmp_path / "a.zarr") == tiny.contents(whole.path)
 
+    def gone(*_: object) -> None:
+        raise FileNotFoundError("pending/manifest.json")
+
+    monkeypatch.setattr(asked, "begun_store", gone)  # and one that comes while pending/ is being removed
+    monkeypatch.setattr(StoreWriter, "open_or_resume", gone)
+    rank, manifest = Share.of(None), TargetStore.open(tmp_path / "a.zarr").manifest
+    asked.refuse_what_is_in_the_way(tmp_path / "a.zarr", manifest, rank)
+    assert rank.join(tmp_path / "a.zarr", manifest) is None
+
 
 def test_parts_in_a_bucket(data: Beton, headless: TeacherConfig, tmp_path):
     """In another order, one of them killed in the middle and started again; the prototypes are fitted there, too."""
@@ -158,6 +170,22 @@ def test_workers_of_other_settings_or_another_split_are_refused(data: Beton, hea
     cache_teacher(config(part="1/2"))  # when they have ended, any split may go on
     cache_teacher(config(part="2/2"))
     assert TargetStore.open(tmp_path / "a.zarr").verify() == []
+
+
+def test_whoever_looks_whether_all_is_done_is_alone(tmp_path):
+    """Else two who leave at the same time might both do what is left for the last."""
+    entering = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_SH | fcntl.LOCK_NB)"
+    found = []
+
+    def done() -> bool:
+        found.append(
+            subprocess.run([sys.executable, "-c", entering, tmp_path / ".t.zarr.lock"], stderr=subprocess.DEVNULL)
+        )
+        return True
+
+    with together(tmp_path / "t.zarr", done, lambda: None):
+        pass
+    assert [process.returncode for process in found] == [1]
 
 
 @pytest.mark.parametrize("part", ["0/4", "5/4", "3", "3/0", "-1/4", "1/2/3", "a/b"])

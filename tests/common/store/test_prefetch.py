@@ -155,6 +155,22 @@ def test_a_store_larger_than_memory_is_not_cached(store, monkeypatch):
         TargetPrefetcher(store, 8, cache_in_memory=True)
 
 
+def test_no_thread_beside_the_training_step_decodes(store, monkeypatch):
+    """Its OpenMP threads would slow every operation of the step down where the student is on the CPU."""
+    decode, threads = TargetStore.decode, set()
+    monkeypatch.setattr(
+        TargetStore, "decode", lambda *given: (threads.add(threading.current_thread()), decode(*given))[1]
+    )
+    with TargetPrefetcher(store, 16) as prefetcher:
+        list(prefetcher.epoch(np.arange(IMAGES)))
+    assert threads == {threading.current_thread()}
+
+
+def test_targets_arrive_on_a_device_that_is_no_gpu_of_nvidia(store):
+    with TargetPrefetcher(store, 16, device="meta") as prefetcher:
+        assert next(prefetcher.epoch(np.arange(16))).targets["embedding"].is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_targets_arrive_on_the_device(store):
     with TargetPrefetcher(store, 16, device="cuda") as prefetcher:

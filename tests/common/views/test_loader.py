@@ -301,3 +301,16 @@ def test_exact_pairs_take_the_loader_of_their_targets(gpu):
 def test_without_triton_the_cpu_makes_them(gpu, monkeypatch):
     monkeypatch.setattr(loader_module, "find_spec", lambda name: None)
     assert resolve_loader(LoaderConfig(), torch.device("cuda", 0)).backend == "ffcv"
+
+
+@needs_ffcv
+def test_a_threads_decompressor_goes_with_it(monkeypatch):
+    """A loader has threads of its own, and a run of many epochs may make a loader for each."""
+    from rob.common.views import decode
+
+    gone: list[int] = []
+    monkeypatch.setattr(decode, "_lib", SimpleNamespace(tjInitDecompress=lambda: 7, tjDestroy=gone.append))
+    thread = threading.Thread(target=decode.decoder_handle)
+    thread.start()
+    thread.join()
+    assert gone == [7]
