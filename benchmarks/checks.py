@@ -95,12 +95,15 @@ def loader(path: Path) -> None:
     """Seconds of an epoch, of a Beton opened anew and then of the same, for every line that comes in."""
     import numpy as np
 
-    from rob.benchmarks.loader_peers import RECIPE, SEED, VIEWS
+    from rob.benchmarks.loader_peers import SEED, VIEWS
     from rob.common.images.beton import Beton
     from rob.common.views.loader import LoaderConfig, ViewLoader
+    from rob.common.views.recipes import RecipeOverrides, get_recipe
+
+    recipe = get_recipe("dino", RecipeOverrides(interpolation="bilinear"))  # of both sides, whose usual filters differ
 
     def parts() -> dict[str, Callable[[], object]]:
-        views = ViewLoader(Beton(path), RECIPE, SEED, LoaderConfig("ffcv", 16, 1))
+        views = ViewLoader(Beton(path), recipe, SEED, LoaderConfig("ffcv", 16, 1))
         epoch = lambda: [None for _ in views.epoch(np.arange(PHOTOGRAPHS), VIEWS)]  # noqa: E731
         return {"loader, first look": epoch, "loader, later": epoch}
 

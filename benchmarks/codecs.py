@@ -6,7 +6,7 @@ from time import thread_time
 from typing import Any
 
 import numpy as np
-from numcodecs import Blosc, Zstd
+from numcodecs import Blosc, Zstd, blosc  # type: ignore[attr-defined]
 
 SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 
@@ -29,6 +29,9 @@ def codec_rows(
 
     ``arrays`` are an encoding's, of so many ``views`` in all; ``shuffle`` is the one that the store uses for it.
     """
+    blosc.use_threads = (
+        False  # as on the threads of the writer and the readers; a thread's own time would leave them out
+    )
     chosen = SHUFFLES[shuffle]
     settings = [(256, name, codec) for name, codec in _codecs(chosen)]
     settings += [(rows, f"blosc zstd 3, shuffle {chosen}", Blosc("zstd", 3, chosen)) for rows in (64, 1024)]

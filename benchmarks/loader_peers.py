@@ -6,7 +6,7 @@ Each side is a function that makes the same views of every image once and return
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -29,15 +29,17 @@ from rob.common.views.recipes import RecipeOverrides, get_recipe
 VIEWS = (ViewSet((0, 1), 224), ViewSet(tuple(LOCAL + i for i in range(6)), 96))
 VIEW_IDS = np.array([i for s in VIEWS for i in s.ids])
 SIZES = [s.size for s in VIEWS for _ in s.ids]
-RECIPE = get_recipe("dino", RecipeOverrides(interpolation="bilinear"))
-BICUBIC = replace(RECIPE, interpolation="bicubic")
+RECIPES = {name: get_recipe("dino", RecipeOverrides(interpolation=name)) for name in ("bilinear", "bicubic")}
+"""One for each filter, of the same crops; the recipe's own is bicubic."""
 SEED = 0
 
 
 def geometry_of(data: Beton) -> np.ndarray:
     """(images, 8, 5): the crops that every side makes."""
     ids = np.arange(data.num_images)[:, None]
-    return view_parameters(RECIPE, SEED, ids, VIEW_IDS, data.heights[:, None], data.widths[:, None]).geometry
+    return view_parameters(
+        RECIPES["bicubic"], SEED, ids, VIEW_IDS, data.heights[:, None], data.widths[:, None]
+    ).geometry
 
 
 # --- frameworks ---
@@ -99,6 +101,7 @@ def ffcv_side(data: Beton, batch_size: int, threads: int) -> Callable[[], int]:
 class PillowViews(Dataset):
     data: Beton
     geometry: np.ndarray
+    filter: v2.InterpolationMode
 
     def __len__(self) -> int:
         return self.data.num_images
@@ -107,13 +110,13 @@ class PillowViews(Dataset):
         image: Any = Image.open(io.BytesIO(self.data.encoded(i).tobytes())).convert("RGB")
         views = []
         for (top, left, height, width, _), size in zip(self.geometry[i].tolist(), SIZES, strict=True):
-            view = v2.functional.resized_crop(image, top, left, height, width, [size, size])
+            view = v2.functional.resized_crop(image, top, left, height, width, [size, size], self.filter)
             views.append(v2.functional.pil_to_tensor(view))
         return views
 
 
-def torchvision_side(data: Beton, batch_size: int, threads: int) -> Callable[[], int]:
-    dataset = PillowViews(data, geometry_of(data))
+def torchvision_side(data: Beton, batch_size: int, threads: int, filter: v2.InterpolationMode) -> Callable[[], int]:
+    dataset = PillowViews(data, geometry_of(data), filter)
     loader = DataLoader(dataset, batch_size, num_workers=threads, persistent_workers=True)
     return lambda: sum(len(views[0]) for views in loader)
 
@@ -153,9 +156,7 @@ def resize_with_cv2(pixels: np.ndarray, crops: list[list[int]]) -> None:
         cv2.resize(pixels[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_AREA)
 
 
-def resize_with_torchvision(
-    pixels: np.ndarray, crops: list[list[int]], filter: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
-) -> None:
+def resize_with_torchvision(pixels: np.ndarray, crops: list[list[int]], filter: v2.InterpolationMode) -> None:
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels-last, as its fast path wants it
     for (top, left, height, width, _), size in zip(crops, SIZES, strict=True):
         v2.functional.resized_crop(image, top, left, height, width, [size, size], filter, antialias=True)

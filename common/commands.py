@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .config import Overwrite, RecipeName, Seed
-from .errors import BRINGS, FailureError, MisuseError
+from .errors import BRINGS, FailureError, MisuseError, printable
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
@@ -30,7 +30,7 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     with bar("packing", "images") as update:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
-        note(f"skipped {path}: broken")
+        note(f"skipped {printable(path)}: broken")  # in one line, whatever is in it
     size, classes, images = config.out.stat().st_size, len(manifest.classes or ()), manifest.num_images
     classified = f"{classes:,} class{'es' * (classes != 1)}" if classes else "no classes"
     note(f"{config.out}: {images:,} image{'s' * (images != 1)}, {decimal(size)}, {classified}")

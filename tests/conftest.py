@@ -22,7 +22,8 @@ from support.photographs import photograph
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same of nohup
 # Shared machines stall for longer than a deadline; failures are printed as code to paste, so no database is needed.
-hypothesis.settings.register_profile("rob", deadline=None, database=None, print_blob=True)
+# Each run draws examples of its own: over the runs there are many more than in one.
+hypothesis.settings.register_profile("rob", max_examples=40, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("rob")
 trial.MOST_STEPS = 3  # of a plan: nobody here goes by the time of a step
 timing.MIN_CALLS, timing.MIN_SECONDS = 1, 0.0  # nor by a latency

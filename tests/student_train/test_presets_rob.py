@@ -259,7 +259,7 @@ def test_rob_views_draws_its_crops(name, data, tmp_path, monkeypatch):
     assert (changed.num_local, changed.local_crop.hue, changed.local_crop.scale) == (1, 0, usual.local_crop.scale)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", sorted(PAPERS.keys() - {"rob-dino-b16"}))
 def test_two_commands_with_the_same_word(name, data, cache, tmp_path):
     store = cache(name)
     manifest = TargetStore.open(store).manifest

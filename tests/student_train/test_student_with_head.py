@@ -66,9 +66,8 @@ def after_steps(model: StudentWithHead, name: str, own_targets: bool = False) ->
 # ==== parts ====
 
 
-@pytest.mark.parametrize("parts", [2, 6])
 @pytest.mark.parametrize(
-    ("name", "own"), [*((name, False) for name in OF_VIEWS), ("swav", True)], ids=lambda value: str(value)
+    ("name", "own", "parts"), [*((name, False, 2) for name in OF_VIEWS), ("swav", True, 6)], ids=str
 )
 def test_parts_of_a_batch_are_the_batch_for_every_objective(name, own, parts):
     """Losses, gradients, centres and queues over three steps, with BatchNorm in the head, of a student that has none."""

@@ -32,20 +32,18 @@ STUDENTS = [
 ]
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-@pytest.mark.parametrize(("small_images", "sizes"), [(False, (224, 96)), (True, (32, 16))])
-def test_one_student_takes_global_and_local_crops(name, small_images, sizes):
-    backbone = build_student(StudentConfig(name, sizes[0], small_images)).eval()
-    for size in sizes:
+def test_a_vit_takes_global_and_local_crops():
+    backbone = build_student(StudentConfig("vit_tiny_patch16_224", 224)).eval()
+    for size in (224, 96):
         with torch.no_grad():
-            features = backbone(torch.randn(2, 3, size, size))
-        assert features.shape == (2, backbone.num_features)
+            assert backbone(torch.randn(2, 3, size, size)).shape == (2, backbone.num_features)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_small_form_keeps_a_map_of_positions_at_32_px(name):
+def test_small_form_takes_both_crops_and_keeps_a_map_of_positions_at_32_px(name):
     backbone = build_student(StudentConfig(name, 32, small_images=True)).eval()
     with torch.no_grad():
+        assert backbone(torch.randn(2, 3, 16, 16)).shape == (2, backbone.num_features)
         features = backbone.forward_features(torch.randn(1, 3, 32, 32))
     positions = features.shape[1] - 1 if features.ndim == 3 else features.shape[2] * features.shape[3]
     assert positions >= 16

@@ -40,13 +40,9 @@ from support.training import (
     ("objective", "pairing"),
     [
         ("embedding", PairingConfig("same", step_targets=2)),
-        ("dino", PairingConfig("cross", step_targets=2, num_local=1)),
         ("dino", PairingConfig("cross", step_targets=2, fresh=False)),
         ("ibot", PairingConfig("all", step_targets=2)),
-        ("swav", PairingConfig("cross", step_targets=2)),
         ("msn", PairingConfig("cross", step_targets=1, num_local=2)),
-        ("moco", PairingConfig("cross", step_targets=2)),
-        ("disco", PairingConfig("same", step_targets=2)),
     ],
 )
 def test_from_the_cache_the_curve_is_that_of_the_online_teacher(config, teacher, store, tmp_path, objective, pairing):

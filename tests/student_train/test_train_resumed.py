@@ -81,23 +81,20 @@ def test_two_epochs_and_two_are_four(stochastic, tmp_path):
         {"name": "moco", "queue": 20},
         {"name": "swav", "queue": 10},
         {"name": "dino", "centre_targets": "running"},
-        {"name": "disco", "queue": 20},
-        {"name": "seed", "queue": 20},
-        {"name": "msn"},
     ],
     ids=lambda settings: settings["name"],
 )
 def test_what_an_objective_gathers_is_resumed_too(config, tmp_path, settings):
-    """A queue in the middle of its ring, or a running centre, three steps into the second epoch's end."""
+    """A queue in the middle of its ring, or a running centre, in the middle of the second epoch."""
     pairing = PairingConfig(OBJECTIVES[settings["name"]].pairing, step_targets=2)
-    config = replace(config, objective=replace(config.objective, **settings), pairing=pairing)
+    config = replace(config, objective=replace(config.objective, **settings), pairing=pairing, epochs=2)
     halves = replace(config, out=tmp_path / "halves")
     train_student(config)
     with pytest.raises(KeyboardInterrupt):
         train_student(halves, progress=interrupt_at(2 * STEPS_PER_EPOCH - 1))
     train_student(halves)
     assert curve(config.out) == curve(halves.out)
-    assert len(curve(config.out)) == 4 * STEPS_PER_EPOCH
+    assert len(curve(config.out)) == 2 * STEPS_PER_EPOCH
     one, other = (torch.load(out / "checkpoint.pt", weights_only=True)["state"] for out in (config.out, halves.out))
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
@@ -107,7 +104,7 @@ def test_a_batch_in_parts_is_resumed_too(stochastic, tmp_path):
     student = replace(STUDENT, name="test_vit", small_images=True, drop_path=0.3, patch_drop=0.3)
     objective = replace(stochastic.objective, name="moco", queue=20)
     pairing = PairingConfig("cross", step_targets=2, num_local=1)
-    steps = {"accumulate": 4, "clip_grad": 0.01, "clip_each": True, "log_every": 1}
+    steps = {"accumulate": 4, "clip_grad": 0.01, "clip_each": True, "log_every": 1, "epochs": 2}
     parts = replace(stochastic, student=student, objective=objective, pairing=pairing, **steps)
     train_student(parts)
     halves = replace(parts, out=tmp_path / "halves")
@@ -117,7 +114,7 @@ def test_a_batch_in_parts_is_resumed_too(stochastic, tmp_path):
         train_student(replace(halves, accumulate=2))
     train_student(halves)
     same_outcome(parts.out, halves.out)
-    assert len(curve(parts.out)) == 4 * STEPS_PER_EPOCH
+    assert len(curve(parts.out)) == 2 * STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -201,10 +198,7 @@ def test_another_teacher_store_or_setting_is_refused_on_resume(config, data, tea
     other = tiny_teacher_checkpoint(tmp_path, seed=1, prototypes=10)
     other_store = tiny_store(tmp_path / "other.zarr", data, other, loader=LOADER)
     for changed, field in [
-        (replace(config, epochs=2), "epochs = 1, this run has epochs = 2"),
-        (replace(config, seed=1), "seed = 0, this run has seed = 1"),
         (replace(config, optimiser=replace(NO_WARM_UP, lr=1e-3)), r"optimiser\.lr = 0\.0005"),
-        (replace(config, loader=replace(LOADER, batch_size=4)), "batch_size = 8, this run has batch_size = 4"),
         (replace(config, targets=Cached(other_store.path)), r"branch\.weights_hash = "),
     ]:
         with pytest.raises(MisuseError, match=field):

@@ -29,23 +29,18 @@ from support.training import CPU, STEPS_PER_EPOCH
 @pytest.mark.parametrize(
     "changes",
     [
-        {"average": 0.5},
-        {"clip_grad": 0.0},
-        {"clip_each": True},
-        {"accumulate": 4},
-        {"optimiser": OptimiserConfig("sgd", warmup_epochs=0)},
-        {"optimiser": OptimiserConfig("lars", weight_decay=1e-6, warmup_epochs=0)},
+        {"average": 0.5, "clip_grad": 0.0, "precision": "bf16"},
+        {"clip_each": True, "optimiser": OptimiserConfig("sgd", warmup_epochs=0)},
+        {"accumulate": 4, "optimiser": OptimiserConfig("lars", weight_decay=1e-6, warmup_epochs=0)},
         {"optimiser": OptimiserConfig(warmup_epochs=0.5, weight_decay_end=0.4)},
-        {"precision": "bf16"},
-        {"pairing": PairingConfig("all", step_targets=2)},
-        {"targets": {"cache_in_memory": True}},
+        {"pairing": PairingConfig("all", step_targets=2), "targets": {"cache_in_memory": True}},
         {"student": StudentConfig("test_vit", 32, small_images=True)},
     ],
     ids=lambda changes: "-".join(map(str, changes.values()))[:40],
 )
 def test_variants_take_steps(config, changes):
     if "targets" in changes:
-        changes = {"targets": replace(config.targets, **changes["targets"])}
+        changes = changes | {"targets": replace(config.targets, **changes["targets"])}
     before = build(replace(config, **changes)).model.backbone.state_dict()
     train_student(replace(config, **changes, epochs=1))
     after = load_file(config.out / "student.safetensors")

@@ -54,9 +54,10 @@ def photograph() -> np.ndarray:
 
 
 def cases(stored: str, scale: int, cubic: bool = False) -> tuple[Image.Image, list[list[int]], int, Planes]:
-    """A photograph as stored, three crops of it, the size of their views, and its planes decoded at 1/scale."""
+    """A photograph as stored, three crops of it, the size of their views, and its planes decoded at 1/scale. A view of 40 pixels
+    is four tiles, of 20 one."""
     pixels = photograph()[:, : 640 - scale]
-    size = 40 if scale < 4 else 20
+    size = 40 if scale < 4 and stored == "4:2:0" else 20
     height, width = pixels.shape[:2]
     if stored == "grey":  # packed as the loader packs it: three equal channels
         pixels = np.repeat(pixels[..., 1:2], 3, 2)
@@ -69,7 +70,7 @@ def cases(stored: str, scale: int, cubic: bool = False) -> tuple[Image.Image, li
     geometry = [[11, 101, 401, 333, 1] if scale > 2 else [height - side, 101, side, side + 7, 1]]
     geometry += [[0, 0, height, width, 0] if scale > 2 else [33, 57, 2 * scale * size, 2 * scale * size + 9, 0]]
     if scale == 1:
-        geometry += [[33, 57, 21, 30, 0]]  # enlarged
+        geometry += [[33, 57, size // 2 + 1, 3 * size // 4, 0]]  # enlarged
     planes, starts, layout = planes_of(data, mode, height, width, 1 if stored == "raw" else scale)
     arrays = (planes, starts, layout, np.array([geometry], np.int32))
     return image, geometry, size, Planes(*map(torch.from_numpy, arrays), neutral(len(geometry)), cubic)

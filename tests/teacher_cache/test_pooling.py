@@ -1,7 +1,6 @@
-"""What each teacher pools: what its paper calls its embedding, out of ``forward_features``; and what else may be asked for."""
+"""What a teacher pools when it is asked for other features than its paper's, and DINOv3's, which differ from timm's."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,38 +21,10 @@ from rob.teacher_cache.registry import TEACHERS
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from rob.teacher_cache.verify import VerifyConfig, verify
 from support import tiny
-from support.published import SMALL_VIT, TINY
+from support.published import SMALL_VIT
 
 SMALL = {"embed_dim": 48, "depth": 2, "img_size": 32}
 DINOV3 = "vit_small_patch16_dinov3"
-
-
-def pooled_as_published(name: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Of the last norm's tokens, or a CNN's map."""
-    if "resnet" in name:
-        return tokens.mean((2, 3))
-    if "swin" in name:
-        return tokens.mean((1, 2))
-    return tokens[:, 0]
-
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_every_teacher_gives_what_its_paper_pools(name: str, monkeypatch, tmp_path: Path) -> None:
-    arguments = TINY[name].arguments if name in TINY else {**SMALL, "embed_dim": 192}  # rotated in fours, by 16 heads
-    torch.manual_seed(0)
-    entry = TEACHERS[name]
-    backbone = build_backbone(entry.backbone, {**entry.backbone_args, **arguments}).eval()
-    for parameter in backbone.parameters():  # so that no norm or residual branch is idle
-        torch.nn.init.normal_(parameter, std=0.2)
-    path = tmp_path / "teacher.safetensors"
-    save_file(backbone.state_dict(), path)
-    monkeypatch.setitem(TEACHERS, name, replace(entry, head="", num_prototypes=0))  # the backbone alone
-    teacher = load_teacher(TeacherConfig(name, path, arguments))
-    size = TINY[name].size if name in TINY else 32
-    images = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        expected = pooled_as_published(name, backbone.forward_features(images))
-    torch.testing.assert_close(teacher(images), F.normalize(expected, dim=1), rtol=0, atol=1e-6)
 
 
 @pytest.fixture(params=["dinov2_vits14", "dinov3_vits16"])
@@ -157,7 +128,6 @@ def test_features_that_a_teacher_does_not_have(headless, with_head, tmp_path) ->
         replace(headless, teacher_features="cls4")
 
 
-@pytest.mark.parametrize("name", ["swav_resnet50", "swav_resnet50w2", "swav_resnet50w4", "deepclusterv2_resnet50"])
-def test_swavs_red_channel(name: str) -> None:
-    assert TEACHERS[name].std == (0.228, 0.224, 0.225)
-    assert TEACHERS["dino_resnet50"].std == (0.229, 0.224, 0.225)
+def test_swavs_red_channel() -> None:
+    odd = {name for name, entry in TEACHERS.items() if entry.std == (0.228, 0.224, 0.225)}
+    assert odd == {"swav_resnet50", "swav_resnet50w2", "swav_resnet50w4", "deepclusterv2_resnet50"}

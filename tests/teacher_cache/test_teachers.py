@@ -156,8 +156,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "trace").exists()  # the file was live
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("safetensors", 0.0), ("safetensors", 0.99), ("zip", 0.5), ("zip", 0.99), ("legacy", 0.99)]
+)
 def test_a_truncated_file(kind: str, kept: float, resnet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
     if kind == "safetensors":

@@ -207,21 +207,26 @@ def test_damaged_image_is_named(small_beton, tmp_path):
 
 
 def change_row(path: Path, row: int, **values: int) -> None:
-    """Write other values into a row of the file's index."""
+    """Write other values into a row of the file's index, with an allocation that fits, as a forger has it."""
+    header = np.memmap(path, beton.HEADER, "r", 0, (1,))[0]
     rows = np.memmap(path, beton.ROW, "r+", beton.ROWS_AT, (row + 1,))
+    allocations = np.memmap(path, beton.ALLOCATION, "r+", int(header["allocations_at"]), (row + 1,))
     for name, value in values.items():
-        rows[row][name] = value
+        (allocations if name == "size" else rows)[row][name] = value
+    allocations[row]["pointer"] = rows[row]["pointer"]
     rows.flush()
+    allocations.flush()
 
 
 @pytest.mark.parametrize(
     ("what", "row", "values"),
     [
         ("size", 2, {"height": 3000, "width": 3000}),  # its pixels would be read from behind the file
+        ("place in the file", 2, {"height": 3000, "width": 3000, "size": 3 * 3000 * 3000}),
         ("size", 1, {"height": 11}),
         ("side", 0, {"width": 0}),
         ("place in the file", 2, {"pointer": 1 << 50}),
-        ("place in the file", 1, {"pointer": 2**64 - 1}),
+        ("place in the file", 1, {"pointer": 2**64 - 8}),  # all but round the end
         ("place in the file", 0, {"pointer": 10}),  # the header
         ("mode", 1, {"mode": 7}),
         ("label", 2, {"label": 5}),
@@ -237,11 +242,15 @@ def test_a_row_that_cannot_be_is_refused_when_the_file_is_opened(tmp_path, what,
         Beton(tmp_path / "a.beton")
 
 
-def test_a_jpeg_that_is_marked_raw_is_refused(small_beton, tmp_path):
+def test_a_jpeg_that_is_marked_raw_is_refused_and_pixels_marked_jpeg(small_beton, tmp_path):
     path = copy(small_beton, tmp_path)
     change_row(path, 3, mode=beton.RAW)
     with pytest.raises(MisuseError, match="damaged: the size of image 3 cannot be"):
         Beton(path)
+    write(tmp_path / "a.beton", [raw_image(10, 8)])
+    change_row(tmp_path / "a.beton", 0, mode=beton.JPEG)
+    with pytest.raises(FailureError, match=r"a\.beton: image 0 is damaged"):
+        Beton(tmp_path / "a.beton").image(0)
 
 
 def test_nothing_remains_of_a_writer_that_fails(tmp_path):

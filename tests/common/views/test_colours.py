@@ -51,7 +51,7 @@ def implementation(request):
 # --- every operation against torchvision ---
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.2, 0.7, 1.3, 1.8])
+@pytest.mark.parametrize("factor", [0.0, 0.7, 1.8])
 @pytest.mark.parametrize(
     ("column", "operation"),
     [("BRIGHTNESS", tv.adjust_brightness), ("CONTRAST", tv.adjust_contrast), ("SATURATION", tv.adjust_saturation)],
@@ -64,7 +64,7 @@ def test_jitter_is_torchvisions(implementation, column, operation, factor):
     )
 
 
-@pytest.mark.parametrize("shift", [-0.5, -0.2, -0.01, 0.1, 0.4, 0.5])
+@pytest.mark.parametrize("shift", [-0.5, -0.01, 0.1, 0.5])
 def test_hue_is_torchvisions(implementation, shift):
     images = photographs(6)
     expected = torch.stack([tv.adjust_hue(image / 255, shift) for image in images])
@@ -80,7 +80,7 @@ def test_grey_and_solarise_are_torchvisions(implementation):
 
 
 @pytest.mark.parametrize("size", [40, 33])
-@pytest.mark.parametrize("sigma", [0.1, 0.34, 0.9, 1.0, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.9, 2.0])
 def test_blur_is_torchvisions_with_a_kernel_of_three_sigma(implementation, sigma, size):
     images = photographs(6, size)
     side = 2 * int(np.ceil(3 * np.float32(sigma))) + 1
@@ -96,8 +96,7 @@ def test_blur_radii_scale_with_the_size_of_the_view(implementation):
     )
 
 
-@pytest.mark.parametrize("order", range(24))
-def test_the_parts_of_the_jitter_come_in_the_drawn_order(implementation, order):
+def test_the_parts_of_the_jitter_come_in_the_drawn_order(implementation):
     image = photographs(5)[4:]
     operations = (
         lambda x: tv.adjust_brightness(x, 1.4),
@@ -105,11 +104,12 @@ def test_the_parts_of_the_jitter_come_in_the_drawn_order(implementation, order):
         lambda x: tv.adjust_saturation(x, 0.3),
         lambda x: tv.adjust_hue(x, 0.2),
     )
-    expected = image / 255
-    for part in ORDERS[order]:
-        expected = operations[part](expected)
-    colour = neutral(1, BRIGHTNESS=1.4, CONTRAST=1.5, SATURATION=0.3, HUE=0.2, ORDER=order)
-    torch.testing.assert_close(implementation(image, colour, 1.0, *RAW), expected, atol=5e-6, rtol=0)
+    for order in range(24):
+        expected = image / 255
+        for part in ORDERS[order]:
+            expected = operations[part](expected)
+        colour = neutral(1, BRIGHTNESS=1.4, CONTRAST=1.5, SATURATION=0.3, HUE=0.2, ORDER=order)
+        torch.testing.assert_close(implementation(image, colour, 1.0, *RAW), expected, atol=5e-6, rtol=0)
 
 
 def test_what_follows_the_jitter_comes_in_the_papers_order(implementation):

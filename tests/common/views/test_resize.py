@@ -81,8 +81,8 @@ def test_a_crop_that_is_not_resized_is_kept_bit_for_bit(cubic):
 
 
 @CUBIC
-@pytest.mark.parametrize("value", [0, 1, 128, 254, 255])
-@pytest.mark.parametrize("size", [1, 7, 32, 33, 100])
+@pytest.mark.parametrize("value", [0, 1, 255])
+@pytest.mark.parametrize("size", [1, 33, 100])
 def test_a_flat_image_stays_flat(value, size, cubic):
     pixels = np.full((37, 41, 3), value, np.uint8)
     (view,) = views_of(pixels.ravel(), RAW, pixels.shape, [[1, 2, 33, 35, 0]], [size], cubic=cubic)
@@ -110,7 +110,7 @@ def test_the_cubics_overshoot_ends_at_black_and_white():
 
 @CUBIC
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 3)])
-@pytest.mark.parametrize("size", [1, 2, 40])
+@pytest.mark.parametrize("size", [1, 40])
 def test_tiny_images(shape, size, cubic):
     low, high = (64, 192) if cubic else (0, 256)  # as above
     pixels = np.random.default_rng(0).integers(low, high, (*shape, 3), dtype=np.uint8)
@@ -126,7 +126,7 @@ def test_tiny_images(shape, size, cubic):
 
 @CUBIC
 @pytest.mark.parametrize("subsampling", SUBSAMPLING)
-@pytest.mark.parametrize("shape", [(48, 64), (47, 63), (33, 17), (8, 8), (7, 5), (1, 1), (3, 100)])
+@pytest.mark.parametrize("shape", [(47, 63), (33, 17), (7, 5), (1, 1), (3, 100)])
 def test_jpegs_of_any_size_and_subsampling(subsampling, shape, cubic):
     pixels = photograph(1, 48, 100)[: shape[0], : shape[1]]
     stored = jpeg(pixels, subsampling=SUBSAMPLING[subsampling])

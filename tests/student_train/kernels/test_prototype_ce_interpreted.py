@@ -146,21 +146,17 @@ else:
         added = 2  # gradients that were there already
         assert sum(found.values()) - added <= most, found
 
-    EXACT = [("embedding", torch.float32, False), *(("embedding", dtype, True) for dtype in DTYPES)]
+    HALVES = [("embedding", torch.float16), *((kind, torch.bfloat16) for kind in KINDS)]
 
     @pytest.mark.parametrize(
-        ("kind", "dtype", "biased"), [*EXACT, *((kind, torch.bfloat16, True) for kind in KINDS[1:])], ids=str
+        ("kind", "dtype", "biased"), [("embedding", torch.float32, False), *((*half, True) for half in HALVES)], ids=str
     )
     def test_as_exact_as_torch(kind, dtype, biased, form, small_chunks):
         """The slack: p and q are rounded one by one before their product with the values, torch rounds p - q."""
         case = make_case(kind, 12, 3, dim=48, teacher_dim=20, num_prototypes=320, dtype=dtype, biased=biased)
         assert_as_exact_as_torch(form, case, slack=3 if dtype == torch.float16 else 1.5)
 
-    def test_as_exact_as_torch_in_one_chunk(form):
-        case = make_case("embedding", 12, 3, dim=48, num_prototypes=333, dtype=torch.bfloat16, biased=True)
-        assert_as_exact_as_torch(form, case, slack=1.5)
-
-    def test_rows_2048_wide(form):
+    def test_rows_2048_wide_in_one_chunk(form):
         case = make_case("embedding", 5, 2, dim=2048, num_prototypes=60, dtype=torch.bfloat16, biased=True)
         assert_as_exact_as_torch(form, case, slack=1.5)
 
@@ -187,15 +183,14 @@ else:
         for ours, exact in zip(found, truth, strict=True):
             torch.testing.assert_close(ours, exact, rtol=2e-5, atol=2e-5 * scale)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_rows_of_very_different_lengths(dtype, form):
+    def test_rows_of_very_different_lengths(form):
         """Some within the safe bound and some far outside of it, where exponents relative to the bound would all underflow."""
-        case = make_case("embedding", 20, 2, num_prototypes=140, dtype=dtype, student_temp=0.04, teacher_temp=0.04)
-        lengths = torch.logspace(-1, 2.5, 20).view(20, 1, 1)
-        target = type(case.target)((case.target.embedding.float() * lengths).to(dtype), case.target.prototypes)
-        case = case._replace(embedding=(case.embedding.float() * lengths).to(dtype), target=target)
+        case = make_case("embedding", 10, 2, num_prototypes=140, student_temp=0.04, teacher_temp=0.04)
+        lengths = torch.logspace(-1, 2.5, 10).view(10, 1, 1)
+        target = type(case.target)(case.target.embedding * lengths, case.target.prototypes)
+        case = case._replace(embedding=case.embedding * lengths, target=target)
         truth = outcome(reference.prototype_cross_entropy, wide(case))
-        assert max(errors(outcome(form, case), truth)) < (1e-4 if dtype == torch.float32 else 1e-2)
+        assert max(errors(outcome(form, case), truth)) < 1e-4
 
     def test_large_logits_do_not_overflow(form):
         case = make_case("embedding", dtype=torch.float16, student_temp=0.04, teacher_temp=0.04, num_prototypes=140)
@@ -219,11 +214,6 @@ else:
         case = case._replace(prototypes=prototypes, embedding=embedding)
         truth = outcome(reference.prototype_cross_entropy, wide(case))
         assert max(errors(outcome(form, case), truth)) < (1e-4 if dtype == torch.float32 else 1e-2)
-
-    def test_twice_the_same_bits(form, small_chunks):
-        case = make_case("embedding", 6, 3, dim=24, num_prototypes=140, dtype=torch.bfloat16, biased=True)
-        for first, second in zip(outcome(form, case), outcome(form, case), strict=True):
-            assert torch.equal(first, second)
 
     def test_backward_twice_and_only_what_asks(form, small_chunks):
         case = make_case("topk", 6, 3, num_prototypes=140, biased=True)
@@ -253,19 +243,20 @@ else:
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-    def test_a_bad_row_is_a_loss_that_is_not_finite(value, form):
-        case = make_case("embedding", num_prototypes=140)
-        for name in ("embedding", "prototypes"):
-            bad = getattr(case, name).clone()
-            bad.view(-1)[30] = value
-            assert not torch.isfinite(form(*case._replace(**{name: bad})))
-        bad = case.target.embedding.clone()
-        bad[3, 1, 0] = value
-        assert not torch.isfinite(form(*case._replace(target=type(case.target)(bad, case.target.prototypes))))
+    @pytest.mark.parametrize("name", ["embedding", "prototypes", "teacher"])
+    def test_a_bad_row_is_a_loss_that_is_not_finite(name, value, form):
+        case = make_case("embedding", images=2, views=2, num_prototypes=140)
+        bad = (case.target.embedding if name == "teacher" else getattr(case, name)).clone()
+        bad.view(-1)[30] = value
+        if name == "teacher":
+            case = case._replace(target=type(case.target)(bad, case.target.prototypes))
+        else:
+            case = case._replace(**{name: bad})
+        assert not torch.isfinite(form(*case))
 
     def test_float16_gradients_survive_a_gradient_scaler(form):
         """Small gradients are scaled before they are rounded to float16."""
-        case = make_case("embedding", images=16, num_prototypes=140, dtype=torch.float16, biased=True)
+        case = make_case("embedding", images=4, num_prototypes=140, dtype=torch.float16, biased=True)
         weights = case.pair_weights * 1e-5
         exact = outcome(reference.prototype_cross_entropy, wide(case._replace(pair_weights=weights)), upstream=65536.0)
         found = outcome(form, case._replace(pair_weights=weights), upstream=65536.0)

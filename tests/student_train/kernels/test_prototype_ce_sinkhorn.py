@@ -1,6 +1,4 @@
-"""Sinkhorn's offsets: against SwAV's own loop in float64, what balance they reach, and one batch over two ranks."""
-
-from pathlib import Path
+"""Sinkhorn's offsets: against SwAV's own loop in float64, and what balance they reach."""
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from rob.student_train.kernels import DenseTarget, EmbeddingTarget, prototype_cr
 from rob.student_train.kernels.entropy import mean_entropy as fused
 from rob.student_train.kernels.reference import mean_entropy, target_probabilities
 from support.prototype_ce_cases import make_case, topk_target, wide
-from support.ranks import on_ranks
 
 
 def swav(logits: torch.Tensor, temp: float, iterations: int) -> torch.Tensor:
@@ -101,21 +98,6 @@ def test_a_queue_is_further_images():
     assert not torch.allclose(with_queue.column, sinkhorn_offsets(batch, 0.05).column)
     exact = swav((target.embedding @ target.prototypes.T).flatten(0, 1), 0.05, 3)[:20].view(10, 2, 37)
     torch.testing.assert_close(target_probabilities(batch, 0.05, with_queue.centre), exact)
-
-
-def _rank(rank: int, folder: str) -> None:
-    sinkhorn.TILE = 10
-    mine = teacher(images=20).images(10 * rank, 10 * rank + 10)
-    offsets = sinkhorn_offsets(mine, 0.05, log_sum_over_ranks=sinkhorn.over_ranks)
-    torch.save(offsets.column, f"{folder}/{rank}.pt")
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_batch(tmp_path: Path):
-    on_ranks(_rank, tmp_path)
-    column_0, column_1 = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    torch.testing.assert_close(column_0, sinkhorn_offsets(teacher(images=20), 0.05).column)
-    assert torch.equal(column_0, column_1)
 
 
 def test_arguments_that_do_not_fit():

@@ -4,7 +4,6 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,16 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rob.common.errors import MisuseError
-from rob.common.views.loader import ViewLoader, ViewSet
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.objectives import ObjectiveConfig, build_objective
 from rob.student_train.objectives.koleo import koleo
-from rob.student_train.targets.branch import RunContext
-from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.joined import PairTarget
-from rob.student_train.targets.pairing import PairingConfig, plan_views
 from rob.student_train.targets.space import TargetSpace
-from support.training import CPU, LOADER, online
 
 IMAGES, VIEWS, LOCALS, FEATURES, DIM, PROTOTYPES, QUEUE = 5, 2, 8, 12, 6, 9, 14
 SAME = torch.eye(VIEWS, dtype=torch.float64) / VIEWS
@@ -140,23 +134,6 @@ def test_discos_lone_view_is_query_and_key():
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_without_a_copy_disco_is_what_it_was():
-    """The teacher's keys, both ways."""
-    objective = build("disco", queue=QUEUE)
-    queue = OldestOut(objective)
-
-    def formula(z: Tensor, x: Tensor, step: int) -> Tensor:
-        loss, keys = distances(z, step), teacher_rows(step)
-        for b in range(IMAGES):
-            for v, g in ((0, 1), (1, 0)):
-                logits = [dot(z[b, v], keys[b, g]) / 0.2, *(dot(z[b, v], row) / 0.2 for row in queue.rows)]
-                loss = loss - (logits[0] - torch.stack(logits).exp().sum().log()) / IMAGES / 2
-        queue.push(keys)
-        return loss
-
-    agree(objective, formula, lambda step: EmbeddingTarget(teacher_rows(step)), SAME)
-
-
 # ==== seed ====
 
 
@@ -189,38 +166,6 @@ def test_seed(settings, temps, weights):
         return loss
 
     agree(objective, formula, lambda step: EmbeddingTarget(teacher_rows(step)), weights)
-
-
-@pytest.mark.parametrize("made", ["cached", "online"])
-@pytest.mark.parametrize("name", ["seed", "simreg", "disco"])
-def test_the_formulas_hold_on_what_a_branch_gives(name, made, data, teacher, store):
-    """In float64 from the embeddings of a store, and of the teacher itself; theirs are unit rows up to float32."""
-    config = Cached(store.path) if made == "cached" else online(teacher, store)
-    branch = config.open(RunContext(data, CPU, seed=store.manifest.seed))
-    objective = build(name, branch.space, **({} if name == "simreg" else {"queue": QUEUE}))
-    plan = plan_views(PairingConfig("same", VIEWS), branch.views, 0)
-    queue = list(objective.queue.rows.clone()) if name != "simreg" else []
-    loader = ViewLoader(data, branch.recipe, branch.seed, LOADER)
-    sets = branch.view_sets(plan) or (ViewSet(plan.globals, 8),)
-    with branch.targets(np.arange(24), 8, plan) as target_of:
-        for number, batch in enumerate(loader.epoch(np.arange(8), sets)):
-            target = target_of(batch)
-            keys = target.embedding.double()
-            x = 4 * draw(8, VIEWS, FEATURES, seed=number)
-            found = objective(x, EmbeddingTarget(keys), SAME)
-            z = objective.embed(x)
-            # The squared distance of unit rows: those of float32 are so up to 1e-7.
-            expected = sum(2 - 2 * dot(z[b, g], keys[b, g]) for b in range(8) for g in range(VIEWS)) / 8
-            if name == "seed":
-                expected = seed_by_hand(z, F.normalize(keys, dim=-1), queue, SAME, 0.2, 1e-4)
-            elif name == "disco":
-                pairs = [(b, v, 1 - v) for b in range(8) for v in range(VIEWS)]
-                for b, v, g in pairs:
-                    logits = [dot(z[b, v], row) / 0.2 for row in (keys[b, g], *queue)]
-                    expected = expected - (logits[0] - torch.stack(logits).exp().sum().log()) / len(pairs)
-            else:
-                expected = expected / VIEWS
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 def test_seed_at_its_published_temperature_is_infonce_on_the_images_own_key():
@@ -370,10 +315,3 @@ def test_logits_do_not_serve_what_compares_embeddings(name):
         MisuseError, match=f"`objective` {name} needs the teacher's embedding, but the store holds logits"
     ):
         build(name, replace(SPACE, has_embedding=False))
-
-
-def test_only_consistency_has_no_use_for_the_copys_keys():
-    with pytest.raises(
-        MisuseError, match="`with_copy` is for InfoNCE's keys, and `only_consistency` leaves InfoNCE out"
-    ):
-        build("disco", replace(SPACE, has_copy=True), only_consistency=True)

@@ -36,20 +36,18 @@ pytest.importorskip("plotly")
 HOSTILE = "<script>alert(1)<img src=x>"
 """A class, a run, a student."""
 SECTIONS = [
-    *(
-        "runs",
-        "settings",
-        "training",
-        "knn",
-        "evaluation",
-        "views",
-        "neighbours",
-        "map",
-        "looks",
-        "patches",
-        "exports",
-        "versions",
-    ),
+    "runs",
+    "settings",
+    "training",
+    "knn",
+    "evaluation",
+    "views",
+    "neighbours",
+    "map",
+    "looks",
+    "patches",
+    "exports",
+    "versions",
 ]
 MEASURED = {"by_labels": True, "num_images": 60, "student": 40.0, "random": 30.0, "pixels": 35.0, "teacher": 60.0}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -233,15 +231,8 @@ def test_attention_is_a_share_and_activation_is_where_something_is():
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: Debian's package chromium has one")
 def test_a_browser_draws_every_plot_without_a_complaint(page, config, tmp_path):
-    words = [
-        CHROMIUM,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-        "--enable-logging=stderr",
-    ]
-    words += ["--virtual-time-budget=30000", "--dump-dom", config.out.as_uri()]
+    words = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=30000", "--dump-dom", config.out.as_uri()]
     seen = subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(tmp_path)})
     assert "CONSOLE" not in seen.stderr, seen.stderr
     plots = sum(a.get("class") == "plot" for _, a in page.tags)

@@ -62,12 +62,13 @@ def config(tmp_path) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_two_epochs_and_two_are_four(config, name, tmp_path):
+@pytest.mark.parametrize("name", ["dino", "ibot", "swav", "moco"])
+def test_a_run_in_two_halves_is_the_whole_run(config, name, tmp_path):
+    """Stopped in the middle of its second epoch."""
     objective = ObjectiveConfig(
         name, hidden_dim=16, **({"bottleneck": 10, "centre_targets": "running"} if name == "dino" else {})
     )
-    config = replace(config, objective=objective)
+    config = replace(config, objective=objective, epochs=2)
     train_student(config)
 
     def stop(line: dict, total: int) -> None:
@@ -117,7 +118,7 @@ def test_a_run_moves_the_copy_and_its_temperature_in_every_step(config, monkeypa
 
 def test_ctrl_c_while_the_copy_makes_its_targets_waits_for_the_step(config, monkeypatch, tmp_path):
     """Or the copy's BatchNorm would have seen the batch, and would see it again in the run that goes on."""
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10))
+    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10), epochs=2)
     train_student(config)
     halves, embed, calls = replace(config, out=tmp_path / "halves"), MomentumTargets.embed, []
 
@@ -153,7 +154,8 @@ def test_what_needs_a_teacher_or_other_views_is_refused(config):
 
 
 def test_the_copy_is_exported_as_the_students_average(config):
-    config = replace(config, objective=ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre_targets="running"))
+    objective = ObjectiveConfig("dino", hidden_dim=16, bottleneck=10, centre_targets="running")
+    config = replace(config, objective=objective, epochs=1)
     train_student(config)
     (branch,) = config.targets.opened
     average, info = load_student(config.out / "student_average.safetensors")
