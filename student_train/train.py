@@ -243,8 +243,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                             pace.step_done()
                         step += 1
                         progress.step(step, total_steps)
-                        seen, found = len(batch.image_ids), trainer.objective.targets_found
-                        run.log(step, epoch, health, rate, seen, stopwatch, found)
+                        about_targets = trainer.objective.targets_found
+                        run.log(step, epoch, health, rate, len(batch.image_ids), stopwatch, about_targets)
                     if run.is_due and step % steps_per_epoch:
                         run.save(state, step)
             if config.knn_every and (epoch + 1) % config.knn_every == 0:

@@ -82,8 +82,6 @@ class Trainer:
         self.model = StudentWithHead(backbone, self.objective, config.accumulate or 1).to(device).train()
         if self.objective.joined_norm if config.sync_batchnorm is None else config.sync_batchnorm:
             join_batchnorms(self.model)
-        if device.type == "cuda":  # as cuDNN wants them: else it turns every batch around
-            backbone.to(memory_format=torch.channels_last)
         compiled = config.compile or stored_settings(device).compile_mode
         if self.objective.patch_weight:  # its maps are asked for past the call, which is what is compiled
             if config.compile not in (None, "off"):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.order import block_shuffled_order
+from ..common.pace import Pace
 from ..common.run import seed_step
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, resolve_loader
@@ -97,36 +98,41 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
+    pace = Pace(device)  # the host runs ahead as it does in the run: steps are waited for at both ends alone
     done, kept, began, started, computed = 0, 0, _now(device), None, 0.0
     for epoch in count():
         plan = plan_views(config.pairing, branch.views, epoch)
-        crops, weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
+        crops, pair_weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
         for views in crops:
             check_input_size(trainer.model.backbone, views.size)
         order = block_shuffled_order(run.data.num_images, CHUNK_ROWS, branch.window_blocks, config.seed, epoch, 0, 1)[
             : per_epoch * batch
         ]
         with branch.targets(order, batch, plan) as target_of:
-            for views in loader.epoch(order, crops + branch.view_sets(plan)):
+            for loaded in loader.epoch(order, crops + branch.view_sets(plan)):
                 seed_step(config.seed, 0, done)
-                views = views.to(device)
-                images = prepare(views, crops)
+                loaded = loaded.to(device)
+                images = prepare(loaded, crops)
                 branch.before_step(done)
-                target = target_of(views, images)
-                with _counted(trainer) if done == 0 else _uncounted() as counted:
-                    trainer.step(done, images, target, weights)
+                target = target_of(loaded, images)
+                with _counted(trainer) if done == 0 else nullcontext({}) as counted:
+                    trainer.step(done, images, target, pair_weights)
                 branch.after_step(done)
                 kept = max(kept, sum(counted.values()))
-                done, now = done + 1, _now(device)
+                pace.step_done()
+                done, now = done + 1, time.perf_counter()
                 if started is None and (done >= WARM_UP or now - began > LONG_STEP):
-                    started, computed = (now, done), time.process_time()
+                    started, computed = (_now(device), done), time.process_time()
                     continue
                 passed, counting = (now - started[0], done - started[1]) if started else (0.0, 0)
                 if counting >= MOST_STEPS or (passed > seconds and counting >= FEWEST) or passed > LONG_STEP + seconds:
+                    assert started is not None
+                    passed = _now(device) - started[0]
                     memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
                     waited = 1 - (time.process_time() - computed) / passed if device.type == "cpu" else 0.0
-                    saving, weights = _seconds_of_a_checkpoint(trainer, branch.state), trainer.model.backbone
-                    return Trial(passed / counting, memory, num_parameters(weights), saving, max(0.0, waited)), kept
+                    saving = _seconds_of_a_checkpoint(trainer, branch.state)
+                    parameters = num_parameters(trainer.model.backbone)
+                    return Trial(passed / counting, memory, parameters, saving, max(0.0, waited)), kept
     raise AssertionError("epochs do not end")
 
 
@@ -153,11 +159,6 @@ def _counted(trainer: Trainer) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield found
-
-
-@contextmanager
-def _uncounted() -> Iterator[dict[int, int]]:
-    yield {}
 
 
 def _now(device: torch.device) -> float:

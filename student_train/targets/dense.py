@@ -76,11 +76,6 @@ class TargetWithPatches:
     patches: Target
     placement: Placement
 
-    @property
-    def positions(self) -> int:
-        """P."""
-        return self.patches.num_views // self.pooled.num_views
-
 
 def align_regions(tokens: Tensor, regions: Regions, side: int) -> tuple[Tensor, Tensor]:
     """What ``tokens`` (B, G, C, g, g) of the targets' views say at the side x side positions of each local crop: (B, L, G, C,
