@@ -5,6 +5,7 @@ Stages are imported inside the commands, so that --help is instant.
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
     end_with_parent()
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of matplotlib's: a name's letters become boxes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits
     try:
@@ -156,7 +158,7 @@ BENCHMARKS = {
 
 
 def bench(
-    name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="name")],
+    name: Annotated[str, Setting("pipeline, branches, loader, store, cache, precision or loss.", argument="NAME")],
     out: Annotated[
         Path | None, Setting("JSON to write; default benchmarks/results/NAME_DEVICE_DATE.json, a new one.")
     ] = None,
@@ -171,13 +173,19 @@ def bench(
     if out is not None:
         refuse_existing(out, overwrite)
     try:
+        from rob.benchmarks.report import shown_by
+
         module = import_module(f"rob.benchmarks.{name}")
     except ModuleNotFoundError as missing:
         raise MisuseError(
             f"bench {name} measures {missing.name}, too, which is not installed here: rob doctor says what brings it"
         ) from missing
     settings = getattr(module, BENCHMARKS[name])
-    with waiting(f"measuring {name}: minutes, and the table comes at the end"):
+    with (
+        waiting(f"preparing {name}; the table comes at the end"),
+        bar(f"measuring {name}", "parts") as update,
+        shown_by(update),
+    ):
         report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
@@ -202,12 +210,18 @@ WIDEST_HELP = 160
 
 
 class WholeSummaries(TyperGroup):
-    """Lists its commands with the whole first sentence of each, on several lines where the terminal is narrow."""
+    """Lists its commands with the whole first sentence of each, on several lines where the terminal is narrow, and offers the
+    nearest ones to a name that is none."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, found.get_short_help_str(limit=1000)) for name, found in commands if found])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise unknown_name("command", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
 
 class InOrder(WholeSummaries):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rob.benchmarks.pipeline import LEAD, Side, tolerance_of
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
@@ -104,7 +104,7 @@ def _run(config: BranchesConfig, device: torch.device, folder: Path) -> Report:
     sides = {
         name: Side(replace(training, targets=filling), data, device, config.steps) for name, filling in fillings.items()
     }
-    for _ in range(config.rounds):
+    for _ in parts(range(config.rounds)):
         for side in sides.values():
             side.round()
     first, same = (sides[name].losses[:LEAD] for name in ("cached", "online"))

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rob.benchmarks.photographs import make_photographs
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.benchmarks.standin import TEACHER, TEACHER_SIZE
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
@@ -137,7 +137,7 @@ def _compare(case: Case, config: CacheBenchConfig, rounds: int, device: torch.de
         return seconds, decode(found.encoding, found.read(0, data.num_images))["embedding"].flatten(0, 1)
 
     times: dict[str, list[float]] = {"bare": [], "caching": []}
-    for number in range(rounds):
+    for number in parts(range(rounds)):
         if number % 2:
             (bare_seconds, expected), (caching_seconds, cached) = bare(), caching()
         else:

@@ -44,7 +44,7 @@ from rob.benchmarks.loader_peers import (
     torchvision_side,
 )
 from rob.benchmarks.photographs import HEIGHT, WIDTH, make_photographs
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.views.colours import apply_colours
@@ -146,7 +146,7 @@ def compare(data: Beton, config: LoaderBenchConfig) -> list[dict[str, Any]]:
         sides["rob, views on the GPU, bicubic"] = gpu_side(data, config)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + config.rounds):
+    for _ in parts(range(1 + config.rounds)):
         for name, side in sides.items():
             start, start_cpu = time.perf_counter(), cpu_seconds()
             done = side()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.common.run import pick_device
 from rob.student_train.kernels import (
     DenseTarget,
@@ -253,7 +253,7 @@ def run(config: LossConfig = LossConfig()) -> Report:
 
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     rates = []
-    for _ in range(config.rounds):
+    for _ in parts(range(config.rounds)):
         rates.append(matmul_rate(device))
         for name, loss in losses.items():
             seconds[name].append(seconds_of(partial(step, loss, work), device))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.benchmarks.standin import STUDENT, TEACHER
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
@@ -123,7 +123,7 @@ def _run(config: PipelineConfig, device: torch.device, folder: Path) -> Report:
         "cached, patches": Side(patches, data, device, config.steps),
         "student only, patches": Side(patches, data, device, config.steps, in_memory=True),
     }
-    for _ in range(config.rounds):
+    for _ in parts(range(config.rounds)):
         for side in sides.values():
             side.round()
     losses = {name: side.losses for name, side in sides.items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rob.benchmarks.report import Report
+from rob.benchmarks.report import Report, parts
 from rob.benchmarks.standin import TEACHER, TEACHER_SIZE
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
@@ -82,7 +82,7 @@ def _speeds(name: str, network: nn.Module, images: Tensor, config: PrecisionConf
         for precision in ("fp32", "bf16")
     }
     seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
-    for _ in range(config.rounds):
+    for _ in parts(range(config.rounds)):
         for side, work in sides.items():
             work()  # the layout was changed: weights are packed anew
             start = time.perf_counter()

@@ -3,13 +3,14 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import chain, count
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,12 +18,36 @@ from rich.table import Table
 
 from rob.common.run import versions
 
+Item = TypeVar("Item")
 PACKAGES = ("rob", "torch", "torchvision", "timm", "triton", "ffcv", "zarr", "numcodecs", "numba", "numpy")
 
 DEVIATION = "_deviation"
 """Ending of the column with another one's standard deviation, which is shown behind it."""
 WIDEST = 1000
 """Columns that a table in a pipe or a file may take: there no window breaks its cells."""
+
+
+_shown_by: list[Callable[[int, int], None]] = []
+
+
+@contextmanager
+def shown_by(update: Callable[[int, int], None]) -> Iterator[None]:
+    """``update`` is told how many of the ``parts`` of a benchmark are done."""
+    _shown_by.append(update)
+    try:
+        yield
+    finally:
+        _shown_by.remove(update)
+
+
+def parts(items: Sequence[Item]) -> Iterator[Item]:
+    """The items, such as its rounds, while it is shown how many of them are done."""
+    for done, item in enumerate(items):
+        for update in _shown_by:
+            update(done, len(items))
+        yield item
+    for update in _shown_by:
+        update(len(items), len(items))
 
 
 @dataclass(frozen=True)

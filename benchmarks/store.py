@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rob.benchmarks.codecs import codec_rows
 from rob.benchmarks.fidelity import fidelity, restored
-from rob.benchmarks.report import Report, median_of
+from rob.benchmarks.report import Report, median_of, parts
 from rob.benchmarks.store_patches import patch_cases
 from rob.benchmarks.store_speed import Reading, reading_speeds, sequential_speed, speed_ratios, speed_rows
 from rob.common.images.pack import PackConfig, pack
@@ -97,17 +97,17 @@ def run(config: StoreBenchConfig) -> Report:
         reduced = _reduced(embedding, config.bottleneck)
         for name, case in (("pooled", embedding), (f"PCA to {config.bottleneck}", reduced)):
             prototypes = _prototypes(case, config)
-            for encoding in ENCODINGS:
+            for encoding in parts(ENCODINGS):
                 rows.append({"what": f"{name}: {label(encoding)}"} | _encoding_row(case, prototypes, encoding, config))
         prototypes = _prototypes(reduced, config)
-        for encoding in PACKED:
+        for encoding in parts(PACKED):
             some = reduced[:1024]
             arrays = encode(encoding, some, some @ prototypes.T)
             rows += codec_rows(label(encoding), arrays, some[..., 0].numel(), encoding.shuffle, config.rounds)
         demand = _student_images_per_second(config, device)
         rows.append({"what": "ViT-Tiny at 224 px, a training step", "images_per_second": demand})
         how = Reading(device, config.batch_size, config.window_mib, config.threads, config.rounds)
-        for encoding in READ:
+        for encoding in parts(READ):
             arrays = encode(encoding, reduced, reduced @ prototypes.T)
             path = Path(folder) / f"{encoding.kind}.zarr"
             _write(path, encoding, arrays, prototypes, config.rows_read)

@@ -20,6 +20,8 @@ from .views.recipes import RecipeOverrides, get_recipe
 
 def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
     """Pack images into one .beton file."""
+    from rich.filesize import decimal
+
     from .images.pack import pack
 
     if config.append and overwrite:
@@ -29,15 +31,16 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
         manifest = pack(config, update, note=note)
     for path in manifest.skipped:
         note(f"skipped {printable(path)}: broken")  # in one line, whatever is in it
-    size = config.out.stat().st_size
-    note(f"{config.out}: {manifest.num_images:,} images, {size / 1e6:,.1f} MB, {len(manifest.classes or ())} classes")
+    size, classes, images = config.out.stat().st_size, len(manifest.classes or ()), manifest.num_images
+    classified = f"{classes:,} class{'es' * (classes != 1)}" if classes else "no classes"
+    note(f"{config.out}: {images:,} image{'s' * (images != 1)}, {decimal(size)}, {classified}")
     if config.append:
         more = manifest.num_images - manifest.grown[-1][0]
         note(f"{more:,} of them are new; a store of the others is given theirs by the same rob cache-teacher again")
 
 
 def inspect(
-    path: Annotated[Path, Setting("A .beton or a target store.", argument="path")],
+    path: Annotated[Path, Setting("A .beton or a target store.", argument="FILE")],
     sheet: Annotated[
         Path | None,
         Setting(

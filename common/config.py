@@ -59,5 +59,6 @@ RecipeName = Annotated[
         "dino, swav, moco-v2, msn, sslight, sslight-swav, rob-dino, rob-dino-b16, rob-swav, rob-msn, rob-ibot or weak: how views "
         "are drawn.",
         option="--recipe",
+        group="Views",
     ),
 ]

@@ -55,9 +55,11 @@ GROUPS = {
     "RecipeOverrides": "Views",
     "Loader": "Loading",
     "TargetOptions": "Targets",
-    "": "Targets",
+    "": "Options",
 }
 """What a group is called, where that is not the name of its configuration."""
+LAST = ("Without a teacher", "Other")
+"""Groups that come behind all others."""
 
 
 def group_of(owner: str) -> str:
@@ -108,9 +110,7 @@ class GroupedCommand(TyperCommand):
         for option in options:
             title = "Other" if option.name in ("overwrite", "help") else option.rich_help_panel or GROUPS[""]
             groups.setdefault(title, []).append(option)
-        if "targets" not in {option.name for option in options}:
-            groups = {"Options" if title == GROUPS[""] else title: members for title, members in groups.items()}
-        for title, members in groups.items():
+        for title, members in sorted(groups.items(), key=lambda group: group[0] in LAST):
             records = [record for member in members if (record := member.get_help_record(ctx)) is not None]
             if records:
                 with formatter.section(title):
@@ -170,7 +170,7 @@ def _option(what: Described) -> inspect.Parameter:
         SPELLING.setdefault(what.field, setting.argument)
     else:
         names = [setting.option] if setting.option else []
-        panel = group_of(what.owner)
+        panel = setting.group or group_of(what.owner)
         info = typer.Option(
             *names, help=setting.help, min=setting.low, max=setting.high, metavar=metavar, rich_help_panel=panel
         )

@@ -4,13 +4,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from math import ceil
 from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from .errors import printable
 from .options import spelled
@@ -34,6 +37,11 @@ def note(text: str) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
+def say(sentence: str) -> None:
+    """A sentence without a path or command to copy: on a terminal, lines end between words."""
+    console.print(printable(spelled(sentence)), highlight=False, soft_wrap=not console.is_terminal)
+
+
 def note_slow_loader(config: LoaderConfig) -> None:
     """Say so where ffcv is wanted if it is there, and it is not."""
     from .views.loader import geometry
@@ -44,7 +52,8 @@ def note_slow_loader(config: LoaderConfig) -> None:
 
 def facts(title: str, rows: Sequence[Sequence[str]]) -> None:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    _print_title(title)
+    table = Table(show_header=False)
     for row in rows:
         table.add_row(*map(printable, row))
     console.print(table)
@@ -55,7 +64,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]
 
     All stand on the right, but for names in the first column of a ``named`` table.
     """
-    table = Table(title=title, title_justify="left")
+    _print_title(title)
+    table = Table()
     for number, column in enumerate(columns):
         name = number == 0 and named  # whole: student.int8.onnx and student.onnx are not the same
         table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
@@ -69,19 +79,24 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]
     console.print(table)
 
 
+def _print_title(title: str) -> None:
+    """Above a table, which would wrap it at its own width."""
+    console.print(Text(printable(title), style="table.title"))
+
+
 @contextmanager
 def bar(what: str, unit: str) -> Iterator[Update]:
-    """A progress bar, with the rate in ``unit`` a second."""
+    """A progress bar, with the rate in ``unit`` a second, the time that has passed and the time left."""
     columns = (
         TextColumn(what),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     progress = Progress(*columns, console=console, expand=True, disable=console.quiet)
-    task = progress.add_task(what, start=False, total=None, rate="")
+    task = progress.add_task(what, start=False, total=None, rate="", left="")
     counted_from = last = (0, 0.0)
 
     def update(done: int, total: int, text: str | None = None) -> None:
@@ -97,7 +112,8 @@ def bar(what: str, unit: str) -> Iterator[Update]:
         passed = now - counted_from[1]
         rate = (done - counted_from[0]) / passed if passed > 0.5 else 0.0
         said = f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s" if rate else ""
-        progress.update(task, completed=done, total=total, rate=said if text is None else text)
+        left = f"{timedelta(seconds=ceil((total - done) / rate))} left" if rate else ""  # rich's wants two steps for it
+        progress.update(task, completed=done, total=total, rate=said if text is None else text, left=left)
         progress.start()
 
     try:

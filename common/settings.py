@@ -42,6 +42,8 @@ class Setting:
     """What the command line reads, where that is not the field's type."""
     address: bool = False
     """Of a path in ``WRITTEN``: whether it may be one of a bucket."""
+    group: str | None = None
+    """The heading that ``--help`` lists it under, where that is not its configuration's."""
 
 
 WRITTEN = ("out", "sheet")

@@ -190,6 +190,8 @@ def load_student(
     if not path.exists():
         expected = f"no {WEIGHTS_NAME} in {run_or_weights}" if run_or_weights.is_dir() else f"{path}: no such file"
         raise MisuseError(f"{expected}: give a finished run's folder or a weights file")
+    if path.suffix == ".beton":
+        raise MisuseError(f"{path}: packed images, in the place of a finished run's folder or a weights file")
     try:
         tensors, metadata = read_tensor_file(path)
     except NoChecksumError as problem:

@@ -100,6 +100,7 @@ class ObjectiveConfig:
         Setting(
             "The student's prototypes: fresh, teacher (start from the teacher's; dino and ibot do), frozen (and keep them).",
             choices=HEADS,
+            group="Head",
         ),
     ] = None
     head_type: Annotated[
@@ -108,18 +109,23 @@ class ObjectiveConfig:
             "projection: the method's head, unit rows against prototypes (default). mlp: RoB's, straight to the logits of fresh "
             "prototypes with biases, or to the teacher's (--head frozen); --head-norm is its BatchNorm: CNNs yes, ViTs no.",
             choices=HEAD_TYPES,
+            group="Head",
         ),
     ] = None
-    hidden_dim: Annotated[int, Setting("Width of the head's hidden layers.", low=1)] = 2048
+    hidden_dim: Annotated[int, Setting("Width of the head's hidden layers.", low=1, group="Head")] = 2048
     head_norm: Annotated[
         bool | None,
-        Setting("BatchNorm in the head; default yes, and no for moco, disco and seed. DINO's and iBOT's ViTs: no."),
+        Setting(
+            "BatchNorm in the head; default yes, and no for moco, disco and seed. DINO's and iBOT's ViTs: no.",
+            group="Head",
+        ),
     ] = None
     norm_by_size: Annotated[
         bool | None,
         Setting(
             "The head's BatchNorm sees the global and the local crops apart, as in MSN's code; default all crops together.",
             option="--norm-by-size/--no-norm-by-size",
+            group="Head",
         ),
     ] = None
     bottleneck: int | None = None
@@ -129,6 +135,7 @@ class ObjectiveConfig:
             "dino, ibot and swav: the prototypes keep their length (default), or it is learned, as in DINO's smaller ViTs and "
             "by RoB: said to be better and less stable.",
             option="--norm-last-layer/--no-norm-last-layer",
+            group="Head",
         ),
     ] = None
     patch_weight: Annotated[
@@ -137,6 +144,7 @@ class ObjectiveConfig:
             "patch, and ibot where the targets have patches: weight of the patches' loss against the views' (default 1). 0: "
             "views alone. Raise it for detection and segmentation, lower it where k-NN falls.",
             low=0,
+            group="Patches",
         ),
     ] = None
     patch_standardise: Annotated[
@@ -145,13 +153,15 @@ class ObjectiveConfig:
             "patch: the numbers of each target token are brought to mean 0 and deviation 1, as RADIO and lightly-train do; for "
             "teachers some of whose tokens are far larger than others.",
             option="--patch-standardise",
+            group="Patches",
         ),
     ] = None
     patch_layer: Annotated[
         int | None,
         Setting(
             "patch: block or stage of the student whose map meets the targets, from 0, or from the end as -2; default the last. "
-            "An earlier one where the last has fewer positions than the targets."
+            "An earlier one where the last has fewer positions than the targets.",
+            group="Patches",
         ),
     ] = None
     patch_from_region: Annotated[
@@ -159,6 +169,7 @@ class ObjectiveConfig:
         Setting(
             "patch: local crops take part, each against the region of the cached views that it shows.",
             option="--patch-from-region",
+            group="Patches",
         ),
     ] = None
     only_consistency: Annotated[bool | None, Setting("disco without InfoNCE.", option="--only-consistency")] = None

@@ -19,6 +19,7 @@ from .extension import as_parent, settings_of_parent
 from .objectives import OBJECTIVES
 from .plan_warnings import warnings_of
 from .planner import Choice, Planner
+from .run_folder import refuse_what_is_no_run
 from .start import with_start
 from .students import with_usual_patch_drop
 from .targets.branch import RunContext, TargetBranch
@@ -70,6 +71,7 @@ def make_plan(config: TrainConfig) -> TrainPlan:
 
 def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:
     """The targets of ``config``, which then names its objective: the usual one of such targets, where none was asked for."""
+    refuse_what_is_no_run(config.out)
     begun = from_main(lambda: read_begun(config.out))
     if begun is None and config.extend and config.objective is None:
         raise MisuseError("`extend`: name the `objective` of the run that goes on")

@@ -248,9 +248,10 @@ class Planner:
         usual = optimiser.warmup(epochs)
         least = min(LEAST_WARMUP_STEPS / self.steps_per_epoch, epochs / 4)
         if least > usual:
-            self.choices.append(
-                Choice("warmup_epochs", round(least, 2), f"a tenth, but {LEAST_WARMUP_STEPS} steps at least")
-            )
+            reason = f"a tenth, but {LEAST_WARMUP_STEPS} steps at least"
+            if least == epochs / 4:
+                reason = f"a quarter of the epochs, where {LEAST_WARMUP_STEPS} steps would be more"
+            self.choices.append(Choice("warmup_epochs", round(least, 2), reason))
             self._set(optimiser=replace(optimiser, warmup_epochs=round(least, 2)))
 
     # ==== what it is chosen by ====

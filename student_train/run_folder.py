@@ -60,13 +60,21 @@ class LogLine(TypedDict):
     warning: NotRequired[str]
 
 
+def refuse_what_is_no_run(out: Path) -> None:
+    """MisuseError: there is something that no run can be in."""
+    if out.exists() and not out.is_dir():
+        raise MisuseError(f"`out` {out} is a file: give the folder to train in")
+    if (out / "zarr.json").exists():
+        raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
+
+
 class RunFolder:
     """Writes ``config.json``, ``metrics.jsonl``, ``train.log`` and ``checkpoint.pt``; ``student.safetensors`` comes last, with
     ``student_average.safetensors`` where there is one.
 
     ``config`` is the run's configuration as plain values, ``facts`` what else the weights depend on; ``config.json``
     has both. What ``watch`` has to say of a log line becomes its ``warning``; ``saved`` is called after each checkpoint, and once
-    before the first step. Raises MisuseError when ``out`` is no folder.
+    before the first step.
     """
 
     def __init__(
@@ -80,10 +88,6 @@ class RunFolder:
         watch: Callable[[Mapping[str, Any]], str | None] = lambda line: None,
         saved: Callable[[], object] = lambda: None,
     ) -> None:
-        if out.exists() and not out.is_dir():
-            raise MisuseError(f"`out` {out} is a file: give the folder to train in")
-        if (out / "zarr.json").exists():
-            raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
         self.out, self.total_steps, self.on_log, self.ranks, self.watch = out, total_steps, on_log, ranks, watch
         self._saved = saved
         self.log_every: int = config["log_every"]

@@ -102,14 +102,16 @@ class TrainConfig:
         ),
     ] = None
     local_size: Annotated[
-        int | None, Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8)
+        int | None,
+        Setting("Side in pixels of a local crop; default in the recipe's proportion.", low=8, group="Which views meet"),
     ] = None
-    clip_grad: Annotated[float, Setting("Largest gradient norm; 0: no limit.", low=0)] = 3.0
+    clip_grad: Annotated[float, Setting("Largest gradient norm; 0: no limit.", low=0, group="Optimiser")] = 3.0
     clip_each: Annotated[
         bool | None,
         Setting(
             "--clip-grad holds for each weight tensor by itself, as DINO's 3.0 does, not for all of them together.",
             option="--clip-each",
+            group="Optimiser",
         ),
     ] = None
     accumulate: Annotated[
@@ -127,6 +129,7 @@ class TrainConfig:
             "Epochs at the start in which the student's prototypes stay. Default 1 with --targets momentum and "
             "dino, ibot or swav, else 0. A loss that stays at log K: one more.",
             low=0,
+            group="Head",
         ),
     ] = None
     average: Annotated[

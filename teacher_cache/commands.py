@@ -12,7 +12,7 @@ from ..common.config import RecipeName
 from ..common.errors import unknown_name
 from ..common.options import given, refuse
 from ..common.places import is_address, place_of, shown
-from ..common.screen import bar, console, facts, note, note_slow_loader, say_waiting
+from ..common.screen import bar, console, facts, note, note_slow_loader, say, say_waiting
 from ..common.settings import Setting
 from ..common.views.recipes import RecipeOverrides, get_recipe
 from .config import CacheConfig, VerifyConfig
@@ -26,17 +26,18 @@ ViewsOfPreset = Callable[[str], tuple[str, RecipeOverrides, int]]
 
 def cache_teacher(
     context: typer.Context,
+    *,
     config: partial[CacheConfig],
-    overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
     recipe: RecipeName = "dino",
     preset: Annotated[
         str | None,
         Setting(
             "The recipe, its scales and --views as rob train-student --preset wants them: rob-dino, rob-swav, sslight-cnn ... "
-            "What else is given beats it."
+            "What else is given beats it.",
+            group="Views",
         ),
     ] = None,
-    *,
+    overrides: Annotated[RecipeOverrides, OF_GLOBAL_CROPS],
     views_of_preset: ViewsOfPreset,
 ) -> None:
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
@@ -59,7 +60,11 @@ def cache_teacher(
     if preset is not None:
         note(f"--preset {preset}: --recipe {full.recipe.name}, --views {full.views}")
 
+    done = total = 0
+
     def show(plan: CachePlan) -> None:
+        nonlocal done
+        done = 0
         meanwhile = f", and {plan.temporary_bytes_per_view:,} until it is done" if plan.temporary_bytes_per_view else ""
         patches = f", {plan.patch_bytes_per_view:,} of them for patches" if plan.patch_bytes_per_view else ""
         rows = [
@@ -76,7 +81,16 @@ def cache_teacher(
 
     try:
         with bar("caching", "images") as update, bar("fitting prototypes", "batches") as fitting:
-            cache_teacher(full, CacheProgress(show, update, note, fitting, say_waiting))
+
+            def written(rows: int, of: int) -> None:
+                nonlocal done, total
+                done, total = max(done, rows), of
+                update(done, total)
+
+            def seen(images: int) -> None:  # a chunk takes a minute where the teacher is large
+                written(min(done + images, total), total)
+
+            cache_teacher(full, CacheProgress(show, written, seen, note, fitting, say_waiting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise KeyboardInterrupt("told") from None
@@ -87,7 +101,7 @@ def cache_teacher(
 def teachers(
     name: Annotated[
         str | None,
-        Setting("One of them: everything about it, with where to download its file.", argument="name"),
+        Setting("One of them: everything about it, with where to download its file.", argument="NAME"),
     ] = None,
 ) -> None:
     """The published teachers, with their licences."""
@@ -109,9 +123,9 @@ def teachers(
         for row in group:
             table.add_row(*(row[column] for column in columns))
     console.print(table, highlight=False)
-    note("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
-    note("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
-    note(
+    say("rob teachers NAME says where its file is, what its head is made of, and how the file names its parts.")
+    say("MLP: the projection head. K prototypes behind it, whose logits have the temperature in the method's targets.")
+    say(
         "Without prototypes the targets are embeddings (of the backbone only, where there is no MLP), or prototypes fitted to "
         "them: rob cache-teacher --prototypes K. Any other timm model is such a teacher."
     )

@@ -22,11 +22,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """What a caller may show; each may be left out: the plan, the rows done, notes, the batches that prototypes were fitted to,
-    and what is being waited for."""
+    """What a caller may show; each may be left out: the plan, the rows that are written, how many images the teacher has seen
+    since it was last called, notes, the batches that prototypes were fitted to, and what is being waited for."""
 
     plan: Callable[[CachePlan], None] = lambda plan: None
     rows: Callable[[int, int], None] = lambda done, total: None
+    seen: Callable[[int], None] = lambda images: None
     note: Callable[[str], None] = lambda text: None
     fitting: Callable[[int, int], None] = lambda done, total: None
     say: Callable[[str], None] = lambda text: None

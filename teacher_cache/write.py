@@ -141,10 +141,15 @@ def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: R
     encoding = Encoding.from_dict(manifest.encoding)
     loader, logits_of = _loader(work, batch_size), job.logits_of(work.teacher)
 
+    def targets_of(batch: Batch) -> tuple[Tensor, dict[str, np.ndarray]]:
+        made = run_teacher(batch)
+        work.progress.seen(len(batch.image_ids))
+        return made
+
     def chunks_of(rows: np.ndarray) -> Generator[Chunk]:
         yield from map(Chunk, job.chunks_to_copy(rows))
         seen = job.rows_to_run(rows, batch_size)
-        with closing(chunks(loader, seen, run_teacher, manifest, job.new_views, logits_of)) as several:
+        with closing(chunks(loader, seen, targets_of, manifest, job.new_views, logits_of)) as several:
             yield from several
 
     def encoded(chunk: Chunk, made: torch.Event | None) -> Targets:

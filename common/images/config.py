@@ -22,7 +22,7 @@ class PackConfig:
             "A folder of images (flat, or one sub-folder a class); a list of them (.txt, .csv, .jsonl); a .tar, .parquet or "
             ".arrow, a folder of these, or a pattern in quotes ('shards/{000..099}.tar'); any of them at s3://, gs://, az://, "
             "https:// or hf://; or fashion-mnist, cifar10, cifar100 ...",
-            argument="source",
+            argument="SOURCE",
         ),
     ]
     out: Annotated[Path, Setting("The packed file; a manifest goes beside it.", argument="OUT.beton")]

@@ -79,10 +79,10 @@ def pack(
             return BadImage(error.strerror or str(error)), -1
 
     key = key_of(config, source)
-    partial = PartialPack.of(config.out, key) if earlier is None else None
     rows = _Rows() if earlier is None else _Rows.of(earlier.data.manifest, source)
     before = len(rows.paths)
     try:
+        partial = PartialPack.of(config.out, key) if earlier is None else None
         with (
             quiet_pillow(),
             BetonWriter(config.out, before + new) as writer,

@@ -46,6 +46,10 @@ def inspect(path: Path) -> Inspection:
     place = place_of(path)
     if not place.exists("zarr.json") and (begun := half_written(place)):
         return Inspection(path, "half-written target store", tuple(_half_written_rows(place, begun)))
+    if not is_address(path) and not place.exists("zarr.json"):
+        raise MisuseError(
+            f"{path} is not a target store: give one, or a .beton; of a run, rob report shows what there is"
+        )
     return Inspection(path, "target store", tuple(_store_rows(TargetStore.open(path))))
 
 

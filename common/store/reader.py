@@ -80,7 +80,7 @@ class TargetStore:
             return store
         begun = half_written(place)
         if begun is None and isinstance(place, Folder):
-            raise MisuseError(f"{place} is not a target store: it is no Zarr v3 group")
+            raise MisuseError(f"{place} is not a target store: make one with rob cache-teacher")
         if begun is None:
             raise MisuseError(f"there is no target store at {place}: make one with rob cache-teacher")
         done = f"{rows_done(place, begun):,} of {begun.num_images:,} rows are done"
@@ -104,7 +104,12 @@ class TargetStore:
                 f"{self.place} has the first {self.manifest.num_images:,} of the {data.num_images:,} images, as others were "
                 f"appended since: {AGAIN}, which adds their targets"
             )
-        self.check(data_fingerprint=data.fingerprint)
+        if self.manifest.data_fingerprint != data.fingerprint:
+            raise MisuseError(
+                f"{self.place} was cached from another data set: {self.manifest.num_images:,} images of fingerprint "
+                f"{self.manifest.data_fingerprint[:16]}, not these {data.num_images:,} of {data.fingerprint[:16]} (rob inspect "
+                "shows it): give the .beton that it was cached from, or cache again"
+            )
 
     def check(self, **expected: Any) -> None:
         """MisuseError naming what differs between the manifest and the ``expected`` values of its fields, e.g.

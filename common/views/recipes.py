@@ -231,6 +231,12 @@ class RecipeOverrides:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name) or (1.0, 1.0)
+            if not 0.0 < low <= high <= 1.0:
+                raise MisuseError(
+                    f"`{name}` is {low:g},{high:g}, expected 0 < LOW <= HIGH <= 1: shares of the image's area"
+                )
 
     def over(self, usual: "RecipeOverrides") -> "RecipeOverrides":
         """The ``usual`` ones, but for what is set here."""

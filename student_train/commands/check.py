@@ -15,7 +15,7 @@ from ...common.settings import Setting
 
 
 def check(
-    paths: Annotated[list[Path], Setting("Packed images, target stores, run folders, sweeps.", argument="PATH...")],
+    paths: Annotated[list[Path], Setting("Packed images, target stores, run folders, sweeps.", argument="PATH")],
     checksums_only: Annotated[
         bool, Setting("Do not look at the images themselves, which decodes them all.", option="--checksums-only")
     ] = False,

@@ -24,7 +24,7 @@ FEW = 3
 
 
 def compare(
-    runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN...")],
+    runs: Annotated[list[Path], Setting("Run folders that rob eval has measured.", argument="RUN")],
     out: Annotated[Path, Setting("The plot to draw; its numbers go beside it as .json.")] = Path("compare.png"),
     overwrite: Overwrite = False,
 ) -> None:

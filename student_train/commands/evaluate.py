@@ -187,7 +187,7 @@ def transfer(
         Setting(
             "cifar10, cifar100, inaturalist2018, inaturalist2019, inaturalist2021, inaturalist2021-mini, places365, "
             "clevr-count, clevr-dist, or folder: ROOT/train/CLASS and ROOT/test/CLASS (or val).",
-            argument="task",
+            argument="TASK",
         ),
     ],
     root: Annotated[Path, Setting("Where the data lie; a task that is not there says what goes where.")],

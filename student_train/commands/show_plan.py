@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ...common.screen import facts, note, show_table
+from ...common.screen import facts, say, show_table
 
 if TYPE_CHECKING:
     from ..evaluate.yardstick import Outcome
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def show_plan(plan: "TrainPlan") -> None:
     """What will be done, what was chosen for it and why, and what to think of first."""
     rows = [
-        ("images", f"{plan.num_images:,}, a step {plan.config.loader.batch_size}"),
+        ("images", f"{plan.num_images:,}, {plan.config.loader.batch_size} in a step"),
         ("views of an image a step", plan.views),
         ("steps", f"{plan.steps:,} in {plan.config.epochs:,} epoch{'s' * (plan.config.epochs != 1)}"),
     ]
@@ -29,7 +29,7 @@ def show_plan(plan: "TrainPlan") -> None:
         ]
         facts("chosen, unless you give it", chosen)
     for warning in plan.warnings:
-        note(f"warning: {warning}.")
+        say(f"warning: {warning}.")
 
 
 def show_outcome(outcome: "Outcome", said: list[str]) -> None:
@@ -38,7 +38,7 @@ def show_outcome(outcome: "Outcome", said: list[str]) -> None:
     rows += [("teacher, its cached views", outcome.teacher)] if outcome.teacher is not None else []
     show_table(outcome.title, ("features", "%"), rows, named=True)
     for sentence in said:
-        note(f"WARNING: {sentence}.")
+        say(f"WARNING: {sentence}.")
 
 
 def in_words(seconds: float) -> str:

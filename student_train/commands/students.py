@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from ...common.screen import console, note
+from ...common.screen import console, say
 
 WITH_A_TEACHER = {
     "ViT": ("vit_tiny_patch16_224", "5.5", "rob-dino, rob-ibot, rob-msn, dinov3-distilled"),
@@ -36,8 +36,8 @@ def students() -> None:
     for family, (names, weights, presets) in WITH_A_TEACHER.items():
         table.add_row(family, names, weights, presets, ALONE[family])
     console.print(table, highlight=False)
-    note("Without a preset the plan chooses: begin so. A preset is a paper's, for 1.3 million images on 8 GPUs.")
-    note("Any other timm model will do; ViTs and the last three have a form for images up to 64 px (--small-images).")
-    note("A ViT wants more steps than a CNN: for some minutes take a CNN, or a MobileViT, which is half of each.")
-    note("So will torchvision/NAME, and a network of your own: package.module:factory (docs/own.md).")
-    note(f"Without a teacher, on few small images, a MobileNetV2 did best with {FEW_SMALL_IMAGES}.")
+    say("Without a preset the plan chooses: begin so. A preset is a paper's, for 1.3 million images on 8 GPUs.")
+    say("Any other timm model will do; ViTs and the last three have a form for images up to 64 px (--small-images).")
+    say("A ViT wants more steps than a CNN: for some minutes take a CNN, or a MobileViT, which is half of each.")
+    say("So will torchvision/NAME, and a network of your own: package.module:factory (docs/own.md).")
+    say(f"Without a teacher, on few small images, a MobileNetV2 did best with {FEW_SMALL_IMAGES}.")

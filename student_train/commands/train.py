@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ...common.config import Device
 from ...common.errors import MisuseError
 from ...common.options import given, refuse
 from ...common.places import local_path
-from ...common.screen import bar, note, note_slow_loader, say_waiting, waiting
+from ...common.screen import bar, note, note_slow_loader, say, say_waiting, waiting
 from ...common.settings import Setting
 from ...common.views.recipes import Recipe, RecipeOverrides
 from ..config import ObjectiveConfig, PairingChoice
@@ -29,17 +28,6 @@ def train_student(
     context: typer.Context,
     *,
     targets: TargetOptions,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            is_eager=True,
-            callback=use_preset,
-            help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, rob-dino, "
-            "rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
-            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
-        ),
-    ] = None,
     student: StudentConfig,
     objective: Annotated[
         str | None,
@@ -48,18 +36,30 @@ def train_student(
             "moco: InfoNCE alone. seed: similarities to other images. patch: embedding, and patch tokens (a cache with --patches "
             "grid). Over prototypes: dino, ibot (its patches too, with --patches prototypes), swav (Sinkhorn codes), msn (uses "
             "all prototypes). Default dino where the targets have prototypes, else embedding; rob cache-teacher --prototypes K "
-            "fits some to embeddings that are cached already."
+            "fits some to embeddings that are cached already.",
+            group="Objective",
         ),
     ] = None,
     matched: partial[ObjectiveConfig],
     choice: PairingChoice,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=use_preset,
+            rich_help_panel="Run",
+            help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
+            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, rob-dino, "
+            "rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
+            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
+        ),
+    ] = None,
+    plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only", group="Run")] = False,
     config: Annotated[partial[TrainConfig], {"student": None}],
     batch_size: Annotated[
         int | None,
-        Setting("Images a step; default by the plan. Lower it when memory runs out.", low=2),
+        Setting("Images a step; default by the plan. Lower it when memory runs out.", low=2, group="Run"),
     ] = None,
-    plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only")] = False,
-    device: Device = "auto",
     overrides: Annotated[RecipeOverrides, {"num_global": None, "num_local": None}],
     load_teacher: LoadTeacher,
 ) -> None:
@@ -90,7 +90,7 @@ def train_student(
     if paper is not None and paper.momentum is None and targets.kind == "momentum":
         raise MisuseError(f"--preset {preset} has a frozen teacher: give --targets a store, or online")
     targets.refuse_what_does_not_fit(context)
-    source = targets.config(overrides, preferred, load_teacher, device)
+    source = targets.config(overrides, preferred, load_teacher, config.keywords["device"])
 
     # ==== the objective, and the views that meet ====
     loader = config.keywords["loader"]
@@ -139,7 +139,7 @@ def train_student(
     if is_main:
         note(f"{result.weights}: loss {result.loss:.4f}, {result.images_per_second:,.0f} images/s")
         if result.shares:
-            note(f"{describe_shares(result.shares)}. {result.advice}")
+            say(f"{describe_shares(result.shares)}. {result.advice}")
         measure(run, result.steps)
         if mirror is not None:
             mirror.push()

@@ -105,7 +105,7 @@ class DetectConfig:
         Setting(
             "A folder in VOC's layout (ImageSets/Main/NAME.txt, Annotations, JPEGImages) or in COCO's "
             "(annotations/instances_NAME.json, images in NAME/).",
-            argument="data",
+            argument="DATA",
         ),
     ]
     train: Annotated[str, Setting("NAME of the images to train on: train, trainval, train2017 ...")] = "train"

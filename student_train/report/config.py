@@ -15,7 +15,7 @@ class ReportConfig:
     """Which runs, and the images that they are shown on. ``data`` None: where the first run says that its images are."""
 
     runs: Annotated[
-        tuple[Path, ...], Setting("Run folders; the first one's images are the ones shown.", argument="RUN...")
+        tuple[Path, ...], Setting("Run folders; the first one's images are the ones shown.", argument="RUN")
     ]
     out: Annotated[Path, Setting("The file to write.")] = Path("report.html")
     data: Annotated[

@@ -18,11 +18,13 @@ def sheet(run: Run, images: Images, rows: list[int]) -> Markup:
     """A line an image: the image with the boxes of its crops, and the crops, each with its box's number."""
     recipe = Recipe.from_dict(run.settings["recipe"])
     seed = int(run.settings["branch"]["seed"])  # of the views, a store's where there is one; the training has its own
+    size, num_local = int(run.settings["student"]["image_size"]), int(run.settings["pairing"]["num_local"])
     whole = tuple(range(recipe.num_global))
-    local = tuple(range(LOCAL, LOCAL + min(recipe.num_local, MOST_LOCAL)))
-    sets = [(recipe.global_crops[0].size, whole)]
+    local = tuple(range(LOCAL, LOCAL + min(num_local, MOST_LOCAL)))
+    sets = [(size, whole)]
     if recipe.local_crop and local:
-        sets.append((recipe.local_crop.size, local))
+        usual = round(size * recipe.local_crop.size / recipe.global_crops[0].size)
+        sets.append((run.settings.get("local_size") or usual, local))
     ids = images.ids[rows]
     pixels = load_views(images.data, recipe, seed, "auto", ids, sets)
     lines = []

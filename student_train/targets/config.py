@@ -18,6 +18,7 @@ CopyPrototypes = Annotated[
     Setting(
         "With --targets momentum: K; default 4096 for dino, 8192 ibot, 3000 swav, 1024 msn. Fewer for small data.",
         low=2,
+        group="Without a teacher",
     ),
 ]
 CopyMomentum = Annotated[
@@ -28,6 +29,7 @@ CopyMomentum = Annotated[
         "--sinkhorn batch 0.9; with less the targets move on faster than their centre or queue, and the loss stays high.",
         low=0,
         high=1,
+        group="Without a teacher",
     ),
 ]
 BesideTeacher = Annotated[
@@ -36,6 +38,7 @@ BesideTeacher = Annotated[
         "disco, as published: InfoNCE's keys come from a momentum copy of the student beside the teacher. Without it they "
         "are the teacher's, which costs no second forward pass. The copy is exported too.",
         option="--with-copy/--without-copy",
+        group="Without a teacher",
     ),
 ]
 WarmupTeacherTempEpochs = Annotated[
@@ -45,6 +48,7 @@ WarmupTeacherTempEpochs = Annotated[
         "--teacher-temp (one below 0.04 holds from the start). Default 50 (ibot 30): a shorter run ends below, since at 0.07 "
         "a head that is still fresh tends to nearly uniform targets.",
         low=0,
+        group="Without a teacher",
     ),
 ]
 SplitBatchnorm = Annotated[
@@ -55,6 +59,7 @@ SplitBatchnorm = Annotated[
         "A loss that falls fast while k-NN does not rise wants it. 1, the default: the whole batch, unshuffled. Under torchrun a "
         "multiple of the ranks, which exchange images.",
         low=1,
+        group="Without a teacher",
     ),
 ]
 

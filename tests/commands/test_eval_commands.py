@@ -159,6 +159,7 @@ def test_one_clear_sentence(rob, data, run_folder, tmp_path):
     pack(PackConfig(str(stripes(tmp_path / "images", ("across",), 3, 1) / "across"), flat, workers=1))
     tasks = ("knn", "linear", "lowshot")
     refused(r"flat\.beton has no labels", run_folder, flat, "--test", data.test, tasks=tasks)
+    refused("packed images, in the place of a finished run's folder", data.train, run_folder)
     more = tmp_path / "more.beton"
     pack(PackConfig(str(stripes(tmp_path / "more", ("across", "down", "flat"), 2, 2)), more, workers=1))
     refused("class 'flat' of the test set is not in the training set", run_folder, data.train, "--test", more)

@@ -20,7 +20,7 @@ from support.tiny import TEACHER
         ),
         ("--recipe", "dinno", r"unknown recipe 'dinno': did you mean dino or rob-dino\? \(known: dino, moco-v2, "),
         ("--loader", "fcv", r"unknown loader 'fcv': did you mean ffcv\? \(known: auto, ffcv, gpu, torch\)"),
-        ("--global-scale", (0.5, 0.2), "scale is .*expected 0 < low <= high"),
+        ("--global-scale", (0.5, 0.2), "--global-scale is 0.5,0.2, expected 0 < LOW <= HIGH"),
         ("--checkpoint", "nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--encoding", "dense", "dense needs prototype logits, but .* has no head: give a number of --prototypes"),
     ],
@@ -141,6 +141,7 @@ def test_inspect_and_bench_refuse(refused, made, tmp_path, monkeypatch):
     refused(2, "there is nothing at .*nowhere", "inspect", tmp_path / "nowhere")
     refused(2, "not a target store", "inspect", tmp_path)
     refused(2, "unknown benchmark 'pipelines': did you mean pipeline", "bench", "pipelines")
+    refused(2, "unknown command 'train': did you mean train-student", "train", made.data)
     with monkeypatch.context() as without:
         for module in ("rob.benchmarks.loader", "rob.benchmarks.loader_peers"):
             without.delitem(sys.modules, module, raising=False)

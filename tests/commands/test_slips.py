@@ -1,5 +1,6 @@
 """Nothing is lost by a slip: what is there stays, ~ is the home, and what is no folder of images is told what to do."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_parts_of_a_data_set_are_asked_about(rob, refused, tmp_path, parts):
     photos = tmp_path / "photos"
     refused(
         2,
-        rf"photos has .*{parts[0]}/.*, which are parts .* SOURCE \(.*\), or --split all",
+        rf"photos has .*{parts[0]}/.*, named like parts .* SOURCE \(.*\), or --split all",
         "pack",
         photos,
         tmp_path / "a.beton",
@@ -61,8 +62,13 @@ def test_parts_of_a_data_set_are_asked_about(rob, refused, tmp_path, parts):
     outcome = rob("pack", photos, tmp_path / "all.beton", "--split", "all")
     assert outcome.code == 0
     assert f"{2 * len(parts)} images" in outcome.out
-    assert "0 classes" in outcome.out
+    assert "no classes" in outcome.out
     assert "2 classes" in rob("pack", photos / parts[0], tmp_path / "part.beton").out
+    tiny_images(tmp_path / "photos" / "more" / "below", 1)
+    outcome = rob("pack", photos, tmp_path / "deep.beton")
+    assert re.search(
+        r"no classes: they would be folders directly in .*photos, and .*/.*/.* lies elsewhere", outcome.out
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,16 @@ def test_total_and_time_left_are_there_after_the_first_step(terminal, clock):
         update(1, 500)
     assert "1/500" in terminal.file.getvalue()
     assert "0.5 steps/s" in terminal.file.getvalue()
+    assert "0:16:38 left" in terminal.file.getvalue()
+
+
+def test_sentences_end_their_lines_between_words_and_titles_are_as_wide_as_the_terminal(terminal):
+    screen.say("a word " * 20)
+    screen.facts("a title that is wider than its table", [("a", "b")])
+    lines = terminal.file.getvalue().splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert {word for line in lines[:2] for word in line.split()} == {"a", "word"}
+    assert "a title that is wider than its table" in lines[2]
 
 
 def test_a_bar_that_nothing_moves_is_not_seen(terminal):

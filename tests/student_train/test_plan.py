@@ -85,6 +85,9 @@ def test_a_budget_is_filled_and_not_overrun(open_config, steps_take, budget, sec
     steps_take(0.5)
     plan = make_plan(replace(open_config, budget=budget))
     assert 0.9 * seconds < plan.seconds <= seconds
+    (warmup,) = (choice for choice in plan.choices if choice.setting == "warmup_epochs")
+    is_short = warmup.value * plan.steps_per_epoch < 50
+    assert warmup.reason.startswith("a quarter of the epochs" if is_short else "a tenth, but 50 steps")
 
 
 def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):

@@ -174,9 +174,9 @@ def test_one_process_fits_prototypes_to_a_store_at_a_time(data, headless, tmp_pa
 
 
 def test_plan_and_progress(data, with_head, tmp_path) -> None:
-    plans, rows = [], []
+    plans, rows, seen = [], [], []
     config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, with_head)
-    cache_teacher(config, CacheProgress(plan=plans.append, rows=lambda *at: rows.append(at)))
+    cache_teacher(config, CacheProgress(plan=plans.append, rows=lambda *at: rows.append(at), seen=seen.append))
     (plan,) = plans
     assert (plan.num_images, plan.views, plan.bytes_per_view, plan.rows_done) == (IMAGES, VIEWS, 48, 0)
     assert plan.total_bytes == IMAGES * VIEWS * 48
@@ -189,6 +189,7 @@ def test_plan_and_progress(data, with_head, tmp_path) -> None:
     assert said is not None
     assert said.endswith("`views` 4 takes 96 s less")
     assert rows == [(done, IMAGES) for done in range(0, IMAGES + 1, 8)]
+    assert sum(seen) == IMAGES
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_lost(more_data, headless, tmp_path, monkeypatch) -> None:

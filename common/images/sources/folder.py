@@ -50,9 +50,10 @@ def by_folder(
     """Those of the paths that count, the classes that their folders are (None: they are none), and a sentence on the others."""
     parts = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if not whole and parts and all("/" in path for path in paths) and {part.lower() for part in parts} <= PARTS:
+        named = ", ".join(f"{part}/" for part in parts)
         raise MisuseError(
-            f"{where} has {', '.join(f'{part}/' for part in parts)}, which are parts of a data set and no classes: give one of "
-            f"them as SOURCE ({where}/{parts[0]}), or `split` all for all their images in one file without classes"
+            f"{where} has {named}, named like parts of a data set, not like classes: give one of them as SOURCE "
+            f"({where}/{parts[0]}), or `split` all for all their images in one file without classes"
         )
     left_out: tuple[str, ...] = ()
     beside = [path for path in paths if "/" not in path]
@@ -60,7 +61,10 @@ def by_folder(
     if beside and len(parents) > 1 and len(beside) <= max(1, ODD_ONES * len(paths)):
         paths = tuple(path for path in paths if "/" in path)
         left_out = (f"left out {some(beside)}: beside the folders of classes in {where}",)
-    one_level = all(path.count("/") == 1 for path in paths) and not {p.lower() for p in parents} <= PARTS
+    elsewhere = next((path for path in paths if path.count("/") != 1), None)
+    if elsewhere and parents and not {part.lower() for part in parts} <= PARTS:
+        left_out += (f"no classes: they would be folders directly in {where}, and {elsewhere} lies elsewhere",)
+    one_level = elsewhere is None and not {p.lower() for p in parents} <= PARTS
     return paths, tuple(sorted(parents)) if one_level else None, left_out
 
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import resource
 import time
@@ -10,6 +11,7 @@ from PIL import Image
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import MOST_OF_A_TASK, PackConfig, _map_in_order, pack
+from rob.common.images.resume import PartialPack
 from support.packing import PHOTO, jpeg_bytes, packed
 
 # --- the folder: order, labels, subsets ---
@@ -198,6 +200,15 @@ def test_full_disk_is_one_sentence_and_keeps_the_old_file(image_folder, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Beton(tmp_path / "data.beton").manifest == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.beton", "data.beton.json"]
+
+
+def test_a_disk_that_is_only_read_is_one_sentence_about_the_file_to_write(image_folder, tmp_path, monkeypatch):
+    def refused(path, key):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".data.beton.half.rows"))
+
+    monkeypatch.setattr(PartialPack, "of", refused)
+    with pytest.raises(FailureError, match=r"could not write .*/data\.beton: Read-only file system"):
+        packed(image_folder, tmp_path)
 
 
 def test_a_thread_gets_several_images_where_they_take_little_time():

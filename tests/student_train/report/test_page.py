@@ -68,8 +68,8 @@ def folder(teacher, tmp_path_factory) -> Path:
         config, out = StudentConfig(student, 32), folder / name
         export_weights(build_student(config), describe_student(config), out / "student.safetensors")
         settings = {
-            "student": {"name": student}, "objective": {"name": "dino"}, "data": str(data.path), "seed": 0,
-            "branch": {"seed": 7},
+            "student": {"name": student, "image_size": 32}, "objective": {"name": "dino"}, "pairing": {"num_local": 1},
+            "data": str(data.path), "seed": 0, "branch": {"seed": 7},
             "targets": str(store.path), "recipe": get_recipe("dino").to_dict(), "versions": {"torch": "1.0"},
             "data_fingerprint": data.manifest.fingerprint,
         }  # fmt: skip
@@ -162,6 +162,7 @@ def test_what_a_run_has_is_shown(page):
     assert "attention" in page.texts["looks"]
     assert "activation" in page.texts["looks"]
     assert "seed 7, of run" in page.texts["views"]  # that of the views, not of the training
+    assert page.texts["views"].count("local ") == 2  # the run's one of each image, not the recipe's
     assert TINY_TEACHER in page.texts["patches"]
     assert "cnn" in page.texts["patches"]
     assert page.texts["settings"].index("student.name") < page.texts["settings"].index("All ")
