@@ -13,7 +13,6 @@ import rob
 from rob.cli import app
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
-from rob.student_train.config import PairingConfig
 from rob.student_train.crops import crop_sets
 from rob.student_train.objectives import CopySettings, build_objective
 from rob.student_train.presets import PRESETS
@@ -196,7 +195,8 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     (config,) = outcome.exception.args
     run = RunContext(Beton(config.data), torch.device("cpu"), seed=config.seed, objective=config.objective)
     branch = config.targets.open(run)
-    assert isinstance(config.pairing, PairingConfig), "the plan has chosen it"
+    pairing = choose_pairing(config.objective.name, branch.recipe, branch.views, config.pairing, branch.from_student)
+    config = replace(config, pairing=pairing)
     assert paper.source in PRESETS[name].source
 
     o, decay = config.optimiser, config.optimiser.weight_decay

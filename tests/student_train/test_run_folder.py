@@ -12,7 +12,7 @@ from torch import nn
 from rob.common.errors import FailureError, MisuseError
 from rob.common.ranks import Ranks
 from rob.common.timing import Stopwatch
-from rob.student_train.run_folder import RunFolder
+from rob.student_train.run_folder import RunFolder, refuse_what_is_no_run
 from support import tiny
 
 CPU = torch.device("cpu")
@@ -217,5 +217,5 @@ def test_the_whole_runs_medians_survive_a_resume(tmp_path):
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "run").write_text("notes")
     with pytest.raises(MisuseError, match=r"`out` .*run is a file"):
-        open_run(tmp_path / "run")
+        refuse_what_is_no_run(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "notes"
