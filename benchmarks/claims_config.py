@@ -31,7 +31,7 @@ class ClaimsConfig:
     prototypes: int = 512
     teacher_size: int | None = None
     teacher_temp: float | None = None
-    """Of all objectives over prototypes; None: the store's own."""
+    """Of objectives over prototypes whose row has none of its own; None: the store's."""
     linear_epochs: int = 100
     finetune_epochs: int = 10
     """Of the teacher, for supervised distillation."""

@@ -29,9 +29,8 @@ def codec_rows(
 
     ``arrays`` are an encoding's, of so many ``views`` in all; ``shuffle`` is the one that the store uses for it.
     """
-    blosc.use_threads = (
-        False  # as on the threads of the writer and the readers; a thread's own time would leave them out
-    )
+    # As on the threads of the writer and the readers; and a thread's own time would leave blosc's out.
+    blosc.use_threads = False
     chosen = SHUFFLES[shuffle]
     settings = [(256, name, codec) for name, codec in _codecs(chosen)]
     settings += [(rows, f"blosc zstd 3, shuffle {chosen}", Blosc("zstd", 3, chosen)) for rows in (64, 1024)]

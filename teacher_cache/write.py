@@ -28,8 +28,8 @@ Embed = Callable[..., Tensor]
 """From a batch, and how many of its images at once, to embeddings (B, V, D)."""
 Dense = Callable[..., tuple[Tensor, Tensor]]
 """The same, to embeddings and maps (B, V, C, h, w)."""
-Targets = tuple[Arrays, Arrays]
-"""Of a chunk: the arrays to store, and its statistics."""
+Targets = tuple[Arrays, Arrays, int]
+"""Of a chunk: the arrays to store, its statistics, and how many views have an embedding of zeros."""
 RunTeacher = Callable[[Batch], tuple[Tensor, dict[str, np.ndarray]]]
 """From a batch to the teacher's embeddings (B, V, D), and the arrays of patch targets, if any."""
 
@@ -153,23 +153,24 @@ def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: R
             yield from several
 
     def encoded(chunk: Chunk, made: torch.Event | None) -> Targets:
-        """What is stored of a chunk, encoded where it is, so that only that is copied from a GPU; and its statistics."""
-        nonlocal dead
+        """Encoded where the chunk is, so that only what is stored is copied from a GPU."""
         chunk = chunk.last(job.new_rows(chunk.row))
         embedding, logits = chunk.embedding, chunk.logits
         if embedding is None:
-            return {}, job.zero_statistics()
+            return {}, job.zero_statistics(), 0
         with after(made, embedding, logits):
             refuse_not_finite(embedding, chunk.row)
-            dead += int((~embedding.any(-1)).sum())
-            return {**encode(encoding, embedding, logits), **chunk.patches}, statistics_of(embedding, logits)
+            arrays = {**encode(encoding, embedding, logits), **chunk.patches}
+            return arrays, statistics_of(embedding, logits), int((~embedding.any(-1)).sum())
 
     def write(chunk: Chunk, made: torch.Event | None, targets: Targets | None) -> int | None:
         """The rows that are safe now; None: another worker has this chunk's shard."""
+        nonlocal dead
         if writer.claim(chunk.row // len(manifest.rows(0))) != chunk.row:
             return None
-        arrays, statistics = targets or encoded(chunk, made)
+        arrays, statistics, zeros = targets or encoded(chunk, made)
         writer.append(job.chunk_arrays(chunk.row, arrays), statistics)
+        dead += zeros
         return writer.rows_done
 
     with ThreadPoolExecutor(1, "write", partial(use_device, device)) as pool:

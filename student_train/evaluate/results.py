@@ -20,8 +20,8 @@ IDENTITY = {
 """Facts of a result that tell whether it is another one, and their names in a note."""
 
 
-COMPARED = {"test_fingerprint": "test images", "train_fingerprint": "training images", "k": "k"}
-"""Facts of a result that are the same in all that can be compared, and their names in a sentence."""
+COMPARED = {"test images": ("test_fingerprint", "test"), "training images": ("train_fingerprint",), "k": ("k",)}
+"""What is the same in all results that can be compared, and the facts of a result that say it, the first one that is there."""
 AGAIN = "delete it and evaluate again"
 
 
@@ -94,10 +94,9 @@ def not_comparable(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
     found = []
     for task in sorted({task for tasks in results.values() for task in tasks}):
         told = {run: tasks[task] for run, tasks in results.items() if task in tasks}
-        for fact, name in COMPARED.items():
+        for name, facts in COMPARED.items():
             values = {
-                run: result.get(fact, result.get("test") if name == "test images" else None)
-                for run, result in told.items()
+                run: next((result[fact] for fact in facts if fact in result), None) for run, result in told.items()
             }
             runs = {value: run for run, value in values.items() if value is not None}
             if len(runs) > 1:

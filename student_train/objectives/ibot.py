@@ -4,11 +4,11 @@
       + lambda mean_{b,g} 1/|M[b,g]| sum_{p in M[b,g]} H( softmax((t[b,g,p] - c') / tau_t), softmax(s[b,g,p] / tau_s) )
 
 M are the patches that are hidden from the student in its global crop (``masks``), never from the teacher; g is the same view for
-both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. They go through the head of the class token,
-and are rows like any others to the loss. Temperatures, head (no BatchNorm in iBOT's
-ViTs: ``head_norm`` False), its start and centre are DINO's. c' is the patches' own (iBOT's ``center2``): where c is a running
-one c' <- .9 c' + .1 mean(t) over all patches, hidden or not; where c is that of the teacher's file, the file's; else 0. RoB's
-``head_type`` "mlp" is D-2048-GELU-2048-GELU-K.
+both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. Hidden patches go through the head of the class
+token, and are rows like any others to the loss. Temperatures, head (no BatchNorm in iBOT's ViTs: ``head_norm`` False), its start
+and centre are DINO's. c' is the patches' own (iBOT's ``center2``): where c is a running one c' <- .9 c' + .1 mean(t) over all
+patches, hidden or not; where c is that of the teacher's file, the file's; else 0. RoB's ``head_type`` "mlp" is
+D-2048-GELU-2048-GELU-K.
 
 Without targets of patches (a store that has none; without a teacher, a student that is no ViT) it is the class token alone.
 """
