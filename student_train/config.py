@@ -230,7 +230,11 @@ class PairingChoice:
     ] = None
     fresh: Annotated[
         bool | None,
-        Setting("With cross: new global crops every epoch, or the cached ones.", option="--fresh/--replay"),
+        Setting(
+            "With cross: new global crops every epoch, or the cached ones. With --targets momentum: the student and its copy "
+            "each see their own crops (with --step-targets 1 as in MoCo's and MSN's code), or, by default, the same.",
+            option="--fresh/--replay",
+        ),
     ] = None
     global_weight: Annotated[
         float | None,

@@ -68,7 +68,9 @@ class Schedule:
         warmup_steps = round(steps_per_epoch * warmup)
         peak = optimiser.param_groups[0]["lr"]
         if warmup_steps >= self.total_steps:
-            raise MisuseError(f"a warm-up of {warmup:g} epochs leaves nothing of a run of {epochs}")
+            raise MisuseError(
+                f"`warmup_epochs` {warmup:g} leave nothing of a run of `epochs` {epochs}: take less, a tenth of them is usual"
+            )
         self._decayed = [i for i, group in enumerate(optimiser.param_groups) if group["weight_decay"] > 0]
         self._cosine = CosineLRScheduler(
             optimiser,

@@ -76,7 +76,8 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
     if begun is None and config.extend and config.objective is None:
         raise MisuseError("`extend`: name the `objective` of the run that goes on")
     config = replace(config, student=with_start(config.student, begun))
-    run = RunContext(Beton(config.data, config.local_dir), device, config.precision, config.seed, config.objective)
+    data = Beton(config.data, config.local_dir)
+    run = RunContext(data, device, config.precision, config.seed, config.objective, config.student)
     branch = config.targets.open(run)
     objective = config.objective or ObjectiveConfig(branch.usual_objective)
     return replace(config, objective=objective), replace(run, objective=objective), branch

@@ -9,11 +9,10 @@ What is not as in the papers' code:
 
 - SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072. As there, it begins to fill in epoch 15, but for
   a frozen teacher's targets: those serve at once.
-- MoCo: both global crops are keys, there one of them. MoCo-v2 lowers its rate once an epoch, here every step; SSLight's MoCo
-  shuffles the keys over 8 GPUs (``--split-batchnorm 8``).
-- MSN: a step has two target views, there one. The rate warms up in 10 epochs, there in 15; it and the weight decay have run
-  their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay and the limit of the gradient hold for the
-  prototypes too.
+- MoCo-v2 lowers its rate once an epoch, here every step. SSLight's MoCo shuffles the keys over 8 GPUs
+  (``--split-batchnorm 8``).
+- MSN: the rate and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
+  and the limit of the gradient hold for the prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
   ``--views``, does that too). Rate and weight decay move every step, there once an epoch but for SwAV. DINO's and iBOT's crops
   are bicubic as in those papers' own code, there bilinear (--targets online with ``--interpolation bilinear``). A plain MLP
@@ -72,6 +71,7 @@ class Preset:
     epochs: int = 200
     batch_size: int = 1024
     clip_grad: float = 0.0
+    clip_each: bool | None = None
     average: float | None = None
     views: int = 4
     with_copy: bool | None = None
@@ -83,7 +83,8 @@ class Preset:
     def options(self) -> dict[str, Any]:
         """What it sets of ``rob train-student``, by the names of the parameters."""
         named = {"objective": self.objective.name, "recipe": self.recipe, "freeze_prototypes": self.freeze_prototypes}
-        named |= {"epochs": self.epochs, "batch_size": self.batch_size, "clip_grad": self.clip_grad}
+        named |= {"epochs": self.epochs, "batch_size": self.batch_size}
+        named |= {"clip_grad": self.clip_grad, "clip_each": self.clip_each}
         named |= {"targets": None if self.momentum is None else ("momentum",), "average": self.average}
         named |= {"with_copy": self.with_copy}
         for part in (self.student, self.objective, self.momentum, self.optimiser, self.areas, self.pairing):
@@ -98,8 +99,25 @@ SGD = OptimiserConfig("sgd", lr=0.03, min_lr=0.0, weight_decay=1e-4, warmup_epoc
 CNN_AREAS = RecipeOverrides(global_scale=(0.14, 1.0), local_scale=(0.05, 0.14))
 CUBIC = RecipeOverrides(interpolation="bicubic")
 SIX, TEN = PairingChoice(num_local=6), PairingChoice(num_local=10)
+ONE_KEY: dict[str, Any] = {"step_targets": 1, "fresh": True}
+"""The copy sees one global crop, the student another."""
 SSLIGHT_SIX, SSLIGHT_TEN = replace(SIX, global_weight=0.4), replace(TEN, global_weight=0.4)
 
+DINO = Preset(
+    "DINO (2104.14294), facebookresearch/dino: main_dino.py, on the 8 GPUs of README.md",
+    StudentConfig("vit_small_patch16_224", drop_path=0.1),
+    ObjectiveConfig("dino", teacher_temp=0.04, head_norm=False),
+    Momentum(prototypes=65536, copy_momentum=0.996, warmup_teacher_temp_epochs=0),
+    replace(ADAMW, min_lr=1e-6),
+    recipe="dino",
+    areas=RecipeOverrides(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)),
+    pairing=PairingChoice(num_local=8),
+    freeze_prototypes=1,
+    epochs=100,
+    batch_size=512,
+    clip_grad=3.0,
+    clip_each=True,
+)
 DINO_CNN = Preset(
     "SSLight's baseline, saic-fi/SSLight: dino_cnn_baseline.yaml",
     StudentConfig("resnet18"),
@@ -140,7 +158,7 @@ MOCO_CNN = Preset(
     LARS,
     recipe="dino",
     areas=CNN_AREAS,
-    pairing=SIX,
+    pairing=replace(SIX, **ONE_KEY),
 )
 MOCO_V2 = Preset(
     "MoCo-v2 (2003.04297), facebookresearch/moco: README.md",
@@ -149,7 +167,7 @@ MOCO_V2 = Preset(
     Momentum(copy_momentum=0.999, split_batchnorm=8),
     SGD,
     recipe="moco-v2",
-    pairing=PairingChoice(num_local=0),
+    pairing=PairingChoice(**ONE_KEY, num_local=0),
     batch_size=256,
 )
 MSN_VIT = Preset(
@@ -157,9 +175,9 @@ MSN_VIT = Preset(
     StudentConfig("deit_small_patch16_224", patch_drop=0.15),
     ObjectiveConfig("msn", head_norm=True, norm_by_size=True),
     Momentum(prototypes=1024, copy_momentum=0.996),
-    replace(ADAMW, lr=2.5e-4, min_lr=1e-6, warmup_lr=2e-4),
+    replace(ADAMW, lr=2.5e-4, min_lr=1e-6, warmup_epochs=15.0, warmup_lr=2e-4),
     recipe="msn",
-    pairing=PairingChoice(step_targets=2, num_local=10),
+    pairing=replace(TEN, **ONE_KEY),
     freeze_prototypes=0,
     epochs=800,
     clip_grad=3.0,
@@ -264,6 +282,7 @@ def sslight(baseline: Preset, file: str, recipe: str, pairing: PairingChoice) ->
 
 
 PRESETS: dict[str, Preset] = {
+    "dino": DINO,
     "dino-cnn": DINO_CNN,
     "dino-vit": DINO_VIT,
     "sslight-cnn": sslight(DINO_CNN, "dino_cnn_sslight.yaml", "sslight", SSLIGHT_SIX),
@@ -271,7 +290,7 @@ PRESETS: dict[str, Preset] = {
     "swav-cnn": SWAV_CNN,
     "sslight-swav-cnn": sslight(SWAV_CNN, "swav_cnn_sslight.yaml", "sslight-swav", SSLIGHT_SIX),
     "moco-cnn": MOCO_CNN,
-    "sslight-moco-cnn": sslight(MOCO_CNN, "moco_cnn_sslight.yaml", "sslight", SSLIGHT_SIX),
+    "sslight-moco-cnn": sslight(MOCO_CNN, "moco_cnn_sslight.yaml", "sslight", replace(SSLIGHT_SIX, **ONE_KEY)),
     "moco-v2": MOCO_V2,
     "msn-vit": MSN_VIT,
     "disco": DISCO,
@@ -323,6 +342,7 @@ def preset(
         optimiser=found.optimiser,
         epochs=found.epochs,
         clip_grad=found.clip_grad,
+        clip_each=found.clip_each,
         average=found.average,
         freeze_prototypes=found.freeze_prototypes,
         loader=LoaderConfig(batch_size=found.batch_size),

@@ -10,7 +10,7 @@ from rich.table import Table
 from ...common.options import GroupedCommand, given
 from ...common.screen import console, say_waiting
 
-OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm", "step_targets")
+OF_THE_COPY = ("prototypes", "copy_momentum", "warmup_teacher_temp_epochs", "split_batchnorm", "step_targets", "fresh")
 """Options of a preset that are for ``--targets momentum`` alone."""
 OF_ITS_OWN_VIEWS = ("recipe", "global_scale", "interpolation")
 """Those that a store of targets has settled already."""
@@ -57,6 +57,9 @@ def unused_options(context: typer.Context) -> dict[str, str]:
         reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
         if OBJECTIVES[objective].beside_teacher is None or values["only_consistency"]:
             reasons["with_copy"] = "nothing asks for its keys"
+        copied = OBJECTIVES[objective].published
+        if targets == "momentum" and copied is not None and copied.copy_momentum is None:
+            reasons |= dict.fromkeys(("step_targets", "fresh"), f"{objective} makes its targets of the student's views")
     preset = get_preset(values["preset"])
     if targets != "momentum" and preset.momentum is not None:
         reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
@@ -65,6 +68,9 @@ def unused_options(context: typer.Context) -> dict[str, str]:
         recipe = None
     if "recipe" in typed and values["recipe"] != preset.recipe:
         reasons |= dict.fromkeys(OF_ITS_RECIPE, f"recipe {values['recipe']} has its own")
+    warmup, epochs = preset.optimiser.warmup_epochs, values["epochs"]
+    if warmup and epochs is not None and epochs <= warmup:
+        reasons["warmup_epochs"] = "the run is no longer than that: a tenth of it"
     # a preset whose own pairing is same says what local crops it has
     same = (values["pairing"] or usual_pairing) == "same" != preset.pairing.pairing
     if same or values["num_local"] == 0 or (recipe and recipe.local_crop is None):

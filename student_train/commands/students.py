@@ -13,7 +13,7 @@ WITH_A_TEACHER = {
 }
 """Family -> a small one of it, its weights in millions without a classifier, presets for a store of targets."""
 ALONE = {
-    "ViT": "dino-vit, sslight-vit, msn-vit",
+    "ViT": "dino, dino-vit, sslight-vit, msn-vit",
     "MobileViT": "",
     "ResNet": "dino-cnn, sslight-cnn, moco-v2",
     "MobileNet": "swav-cnn, sslight-swav-cnn, moco-cnn, sslight-moco-cnn",

@@ -48,10 +48,10 @@ def train_student(
             is_eager=True,
             callback=use_preset,
             rich_help_panel="Run",
-            help="A paper's settings in one word, printed at the start: dino-cnn, dino-vit, sslight-cnn, sslight-vit, swav-cnn, "
-            "sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, rob-dino, "
-            "rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. They are made "
-            "for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
+            help="A paper's settings in one word, printed at the start: dino, dino-cnn, dino-vit, sslight-cnn, sslight-vit, "
+            "swav-cnn, sslight-swav-cnn, moco-cnn, sslight-moco-cnn, moco-v2, msn-vit, disco, seed, simreg, dinov3-distilled, "
+            "rob-dino, rob-dino-b16, rob-swav, rob-swav-teacher-prototypes, rob-msn, rob-ibot. What else is given beats it. "
+            "They are made for ImageNet on 8 GPUs: fewer images want fewer --prototypes and a smaller --batch-size.",
         ),
     ] = None,
     plan_only: Annotated[bool, Setting("Print the plan and leave.", option="--plan-only", group="Run")] = False,

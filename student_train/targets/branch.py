@@ -15,7 +15,7 @@ the branch that comes of it, which says which views the student's targets belong
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from ...common.views.recipes import Recipe
 from ..config import ObjectiveConfig
 from ..kernels.target import Target
 from ..objectives import OBJECTIVES
+from ..student_config import StudentConfig
 from ..student_with_head import StudentWithHead
 from .dense import TargetWithPatches
 from .joined import AnyTarget
@@ -40,13 +41,14 @@ USUAL_OVER_PROTOTYPES = "dino"
 @dataclass(frozen=True, eq=False)
 class RunContext:
     """What a branch has to know of the run: ``seed`` is also that of the views, unless a store has its own. ``objective`` None:
-    the usual one."""
+    the usual one. ``student``: what a copy of it is to see."""
 
     data: Beton
     device: torch.device
     precision: str = "fp32"
     seed: int = 0
     objective: ObjectiveConfig | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
 
     @property
     def reads_patches(self) -> bool:

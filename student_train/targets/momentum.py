@@ -11,8 +11,9 @@ swav        the student itself, without gradient        .05                     
 moco        a copy, momentum .999                                                   2003.04297, DisCo's .999
 ==========  ==========================================  ==========================  =================================
 
-The objectives are those of distillation and do not notice. Both branches see the same views of a step, new in every epoch, and
-a view never meets itself. The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
+The objectives are those of distillation and do not notice. Views are new in every epoch. Both branches see the same global crops,
+and none meets itself; with ``fresh`` each has its own, as MSN's and MoCo's code: one target view and one key of an image
+(``step_targets`` 1). The copy is exported as ``student_average.safetensors``: DINO evaluates that one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...common.errors import MisuseError
 from ...common.ranks import current_ranks, joined
-from ...common.run import autocast
+from ...common.run import autocast, pixel_dtype
 from ...common.settings import check
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
@@ -34,6 +35,7 @@ from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
 from ..optimiser import cosine_decay
 from ..student_with_head import StudentWithHead
+from ..students import describe_student
 from .branch import USUAL_OVER_PROTOTYPES, RunContext, TargetBranch
 from .cached import placed
 from .config import CopyMomentum, CopyPrototypes, SplitBatchnorm, TargetsConfig, WarmupTeacherTempEpochs
@@ -122,8 +124,8 @@ class MomentumTargets(TargetBranch):
     def __init__(self, recipe: Recipe, settings: CopySettings, objective: ObjectiveConfig, run: RunContext) -> None:
         self.settings = replace(settings, teacher_temp=objective.teacher_temp or settings.teacher_temp)
         self.recipe, self.seed, self.device, self.precision = recipe, run.seed, run.device, run.precision
-        self.data = run.data
-        self.queue = objective.queue
+        self.data, self.student = run.data, run.student
+        self.objective, self.queue = objective.name, objective.queue
         self.space = TargetSpace(
             OBJECTIVES[objective.name].embedding_dim(objective),
             self.settings.prototypes,
@@ -143,19 +145,31 @@ class MomentumTargets(TargetBranch):
     # ==== as every branch ====
 
     def view_sets(self, plan: ViewPlan) -> tuple[ViewSet, ...]:
-        if plan.globals != plan.targets:
-            raise MisuseError(
-                "with `targets` momentum both branches see the same views: leave out `fresh` and `step_globals`"
-            )
-        if plan.pair_weights.diagonal().any():
+        if plan.num_replayed and plan.pair_weights.diagonal().any():
             raise MisuseError(
                 "with `targets` momentum a view that meets itself has nothing to learn: leave out `pairing`, which is cross"
             )
-        return ()
+        if plan.globals == plan.targets:
+            return ()
+        if plan.num_replayed:
+            raise MisuseError(
+                "with `targets` momentum both branches see the same views: leave out `step_globals`, or use `fresh` and each has "
+                "its own"
+            )
+        if self.settings.copy_momentum is None:
+            raise MisuseError(
+                f"`fresh` is for a copy's own views, and `objective` {self.objective} makes its targets of the student's: leave "
+                "it out"
+            )
+        return (ViewSet(plan.targets, self.student.image_size),)
 
     @contextmanager
     def targets(self, order: np.ndarray, batch_size: int, plan: ViewPlan) -> Iterator[Callable[..., AnyTarget | None]]:
+        own = bool(self.view_sets(plan))
+
         def target(batch: Batch, crops: Sequence[Tensor] = ()) -> AnyTarget | None:
+            if own:
+                return self.embed(self.own_views(batch))
             if not self.model.objective.patch_weight:
                 return self.target(batch, crops)
             return self.embed_with_patches(crops[0], placed(batch.image_ids, self.data, plan, self.recipe, self.seed))
@@ -164,6 +178,13 @@ class MomentumTargets(TargetBranch):
 
     def target(self, batch: Batch, crops: Sequence[Tensor] = ()) -> Target | None:
         return self.embed(crops[0])
+
+    def own_views(self, batch: Batch) -> Tensor:
+        """(B, G, 3, S, S): the last of the batch's sets as the student would see it."""
+        info, last = describe_student(self.student), len(batch.colour) - 1
+        mean, std = (torch.tensor(values, device=self.device) for values in (info.mean, info.std))
+        scale = self.student.image_size / self.recipe.global_crops[0].size
+        return batch.augment(last, scale, mean, std, pixel_dtype(self.device, self.precision))
 
     # ==== beside the training ====
 

@@ -37,7 +37,7 @@ def test_cache_teacher_refuses(refused, made, tmp_path, option, value, message):
         (("--precision", "fp16"), "fp16 needs a GPU: on a CPU use fp32"),
         (("--batch-size", 25), "--batch-size 25 is more than the 24 images"),
         (("--step-targets", 3), "holds 2 views .* --step-targets 2"),
-        (("--warmup-epochs", 1), "leaves nothing of a run of 1"),
+        (("--warmup-epochs", 1), "`?--warmup-epochs`? 1 leave nothing of a run of"),
         (("--trust", 0.02), "--trust is for --optimiser lars, and it is adamw"),
         (("--objective", "dino"), "the teacher has no head: fit prototypes"),
         (("--objective", "disco", "--pairing", "cross"), "disco compares the same views: leave out --pairing"),

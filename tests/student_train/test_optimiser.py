@@ -146,7 +146,7 @@ def test_misuse_is_one_sentence():
     with pytest.raises(MisuseError, match=r"`trust` is 0, expected a value above 0"):
         build_optimiser(nn.Linear(2, 2), OptimiserConfig("lars", trust=0), 256)
     optimiser, config = sgd_at(1.0, warmup_epochs=10)
-    with pytest.raises(MisuseError, match="warm-up of 10 epochs"):
+    with pytest.raises(MisuseError, match="`warmup_epochs` 10 leave nothing"):
         Schedule(optimiser, config, 5, 10)
 
 

@@ -48,8 +48,10 @@ def test_sslight_changes_the_views_and_their_weight_and_nothing_else():
 
 
 def test_what_papers_set_beside_the_usual_options():
-    """DisCo's copy, MoCo's shuffled keys, MSN's dropped patches, its warm-up and its head's BatchNorm, SGD's decay of all."""
+    """DINO's limit for each gradient, DisCo's copy, MoCo's shuffled keys, MSN's dropped patches, its warm-up and its head's
+    BatchNorm, SGD's decay of all."""
     assert {name for name, preset in PRESETS.items() if preset.with_copy} == {"disco"}
+    assert {name for name, preset in PRESETS.items() if preset.clip_each} == {"dino"}
     assert PRESETS["moco-v2"].momentum.split_batchnorm == 8
     assert PRESETS["msn-vit"].student.patch_drop == 0.15
     assert PRESETS["msn-vit"].objective.norm_by_size
@@ -111,6 +113,13 @@ def test_an_option_beats_the_preset_on_either_side_of_it(train):
         config, _ = train(*options, "--recipe", "dino")
         assert config["pairing"]["num_local"] == 1
         assert config["optimiser"]["name"] == "sgd"
+
+
+def test_a_warm_up_as_long_as_the_run_gives_way_to_a_tenth_of_it(tmp_path):
+    arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", "msn-vit"]
+    for epochs, told in (("15", "15 │ not used"), ("16", "15 │ │")):
+        output = CliRunner().invoke(app, [*arguments, "--epochs", epochs]).output
+        assert f"--warmup-epochs │ {told}" in " ".join(output.split())
 
 
 def test_another_recipe_is_not_changed_by_the_presets_scales(train):

@@ -101,10 +101,10 @@ MOCO_V2 = Paper(  # github.com/facebookresearch/moco: main_moco.py with README.m
     alpha=1.0,
 )
 # github.com/facebookresearch/msn: configs/pretrain/msn_vits16.yaml, 64 images on each of README.md's 16 GPUs; the copy in
-# src/msn_train.py; .1 sharpened by .25 is .025. The warm-up is 15 there, and ends elsewhere: presets.py names what differs.
+# src/msn_train.py; .1 sharpened by .25 is .025. The schedules end elsewhere there: presets.py names what differs.
 MSN_VIT = Paper(
     "facebookresearch/msn: msn_vits16.yaml",
-    optimiser=("adamw", 0.001 * 256 / (64 * 16), 1e-6, 10, 0.04, 0.4),
+    optimiser=("adamw", 0.001 * 256 / (64 * 16), 1e-6, 15, 0.04, 0.4),
     length=(800, 64 * 16, 3.0),
     copy=(0.996, 0.9992),
     student_temp=0.1,
@@ -113,7 +113,20 @@ MSN_VIT = Paper(
     crops=((0.3, 1.0), 10, 96, (0.05, 0.3)),
     alpha=1 / 11,
 )
+# github.com/facebookresearch/dino: main_dino.py, 64 images on each of README.md's 8 GPUs
+DINO = DINO_VIT._replace(
+    source="facebookresearch/dino: main_dino.py",
+    optimiser=("adamw", 0.0005, 1e-6, 10, 0.04, 0.4),
+    length=(100, 512, 3.0),
+    teacher_temp=(0.04, 0.04, 0),
+    head=(65536, 2048, False, False, 1),
+    crops=((0.4, 1.0), 8, 96, (0.05, 0.4)),
+    alpha=1 / 9,
+)
+ONE_GLOBAL = {"seed", "simreg", "moco-v2", "moco-cnn", "sslight-moco-cnn", "msn-vit"}
+"""The student sees one global crop: that of the target, or with a copy another one."""
 PAPERS = {
+    "dino": DINO,
     "dino-cnn": DINO_CNN,
     "dino-vit": DINO_VIT,
     # dino/dino_cnn_sslight.yaml, with the crops and LAMBDAS of moco/moco_cnn_sslight.yaml
@@ -229,13 +242,17 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
 
     plan = plan_views(config.pairing, branch.views, 0)
     sides = [crops.size for crops in crop_sets(config, branch.recipe, plan)]
-    assert (len(plan.globals), sides[0]) == (1 if name in ("seed", "simreg") else 2, 224)
+    assert (len(plan.globals), sides[0]) == (1 if name in ONE_GLOBAL else 2, 224)
+    assert len(plan.targets) == len(plan.globals)
+    assert (plan.targets == plan.globals) == (
+        (branch.from_student and name not in ONE_GLOBAL) or config.pairing.replays
+    )
     assert {crop.scale for crop in branch.recipe.global_crops} == {paper.crops[0]}
     if plan.locals:
         assert (len(plan.locals), sides[1], branch.recipe.local_crop.scale) == paper.crops[1:]
     else:
         assert not paper.crops[1:]
-    assert plan.pair_weights[:2].sum().item() == pytest.approx(paper.alpha, abs=1e-6)
+    assert plan.pair_weights[: len(plan.globals)].sum().item() == pytest.approx(paper.alpha, abs=1e-6)
 
     in_python = rob.preset(name, config.data, config.out, config.targets if taught else None)
     paired = choose_pairing(config.objective.name, branch.recipe, branch.views, in_python.pairing, branch.from_student)

@@ -11,17 +11,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rob.common.errors import MisuseError
-from rob.common.views.loader import LoaderConfig
+from rob.common.images.beton import Beton
+from rob.common.ranks import ALONE
+from rob.common.views.batch import ViewSet
+from rob.common.views.loader import LoaderConfig, ViewLoader
 from rob.common.views.recipes import get_recipe
 from rob.student_train.checkpoint import load_student
+from rob.student_train.crops import Preparation
 from rob.student_train.objectives import OBJECTIVES, CopySettings, ObjectiveConfig
 from rob.student_train.objectives.centre import RunningCentre
 from rob.student_train.optimiser import OptimiserConfig
-from rob.student_train.students import StudentConfig
+from rob.student_train.student_config import StudentConfig
+from rob.student_train.students import describe_student
 from rob.student_train.targets.branch import RunContext
-from rob.student_train.targets.momentum import Momentum, MomentumTargets
+from rob.student_train.targets.momentum import UNBOUNDED, Momentum, MomentumTargets
 from rob.student_train.targets.pairing import PairingConfig
-from rob.student_train.train import TrainProgress, train_student
+from rob.student_train.train import TrainProgress, epoch_order, train_student
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
 from support.tiny import tiny_beton
@@ -143,14 +148,50 @@ def test_what_needs_a_teacher_or_other_views_is_refused(config):
     for name in OBJECTIVES.keys() - PUBLISHED.keys():
         with pytest.raises(MisuseError, match=f"`objective` {name} needs a teacher"):
             train_student(replace(config, objective=ObjectiveConfig(name)))
-    config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 2))
-    with pytest.raises(MisuseError, match="both branches see the same views: leave out `fresh`"):
+    fresh = replace(config, objective=ObjectiveConfig("swav"), pairing=PairingConfig("cross", 2))
+    with pytest.raises(MisuseError, match="`objective` swav makes its targets of the student's: leave it out"):
+        train_student(fresh)
+    config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 1, 1, False, None, 2))
+    with pytest.raises(MisuseError, match="both branches see the same views: leave out `step_globals`, or use `fresh`"):
         train_student(config)
     for pairing in ("same", "all"):
         config = replace(config, pairing=PairingConfig(pairing, 2))
         with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out `pairing`"):
             train_student(config)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("name", ["moco", "msn"])
+def test_with_fresh_views_the_copy_sees_one_crop_and_the_student_another(config, name, monkeypatch):
+    """MoCo's key and MSN's target are of a view that the student does not see; both are drawn and normalised alike."""
+    seen: dict[str, list[Tensor]] = {"copy": [], "student": []}
+    embed, take_step = MomentumTargets.embed, Trainer.step
+
+    def embedded(branch: MomentumTargets, crops: Tensor):
+        seen["copy"].append(crops.clone())
+        return embed(branch, crops)
+
+    def stepped(trainer: Trainer, number: int, images: list[Tensor], *rest):
+        seen["student"].append(images[0].clone())
+        return take_step(trainer, number, images, *rest)
+
+    monkeypatch.setattr(MomentumTargets, "embed", embedded)
+    monkeypatch.setattr(Trainer, "step", stepped)
+    objective = ObjectiveConfig(name, hidden_dim=16, **({"queue": 6} if name == "moco" else {}))
+    config = replace(config, objective=objective, epochs=1, student=replace(config.student, mean=(0.2, 0.5, 0.7)))
+    train_student(replace(config, pairing=PairingConfig("cross", step_targets=1, num_local=1)))
+    assert [crops.shape for crops in seen["copy"]] == [(8, 1, 3, 32, 32)] * 3
+    (branch,) = config.targets.opened
+    data = Beton(config.data)
+    order = epoch_order(config, data.num_images, branch.window_blocks, 0, ALONE)
+    loader = ViewLoader(data, branch.recipe, branch.seed, config.loader)
+    info = describe_student(config.student)
+    prepare = Preparation(branch.recipe, info.mean, info.std, CPU)
+    ids = {"copy": 0, "student": UNBOUNDED}
+    for who, view in ids.items():
+        sets = (ViewSet((view,), 32),)
+        expected = [prepare(batch, sets)[0].clone() for batch in loader.epoch(order, sets)]
+        torch.testing.assert_close(seen[who], expected, rtol=0, atol=0)
 
 
 def test_the_copy_is_exported_as_the_students_average(config):
