@@ -21,6 +21,7 @@ from rob.common.commands import doctor, inspect, pack, views
 from rob.common.config import Device, Overwrite
 from rob.common.errors import FailureError, MisuseError, is_out_of_memory, printable, unknown_name
 from rob.common.files import refuse_existing
+from rob.common.heap import keep_freed_memory
 from rob.common.options import GroupedCommand, command
 from rob.common.screen import bar, console, note, show_table, waiting
 from rob.common.settings import Setting
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Entry point: one sentence and exit code 2 for misuse, 1 for a failed run, 130 for Ctrl-C."""
     end_with_parent()
+    keep_freed_memory()
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of matplotlib's: a name's letters become boxes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for the name of a file that no encoding fits

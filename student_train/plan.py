@@ -79,8 +79,12 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
     data = Beton(config.data, config.local_dir)
     run = RunContext(data, device, config.precision, config.seed, config.objective, config.student)
     branch = config.targets.open(run)
-    objective = config.objective or ObjectiveConfig(branch.usual_objective)
-    return replace(config, objective=objective), replace(run, objective=objective), branch
+    if config.objective is None:
+        config = replace(config, objective=ObjectiveConfig(branch.usual_objective))
+        run = replace(run, objective=config.objective)
+        if run.reads_patches:  # which nobody had asked for until now
+            branch = config.targets.open(run)
+    return config, run, branch
 
 
 def plan_run(

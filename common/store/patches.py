@@ -25,9 +25,10 @@ class PatchChoice:
     patches: Annotated[
         str | None,
         Setting(
-            "Patch targets too, for detection and segmentation. grid: the teacher's last patch tokens, averaged to --patch-grid, "
-            "cut to --patch-dim by a PCA, int8; for --objective patch. prototypes, embedding: a teacher's own prototypes of "
-            "every patch, the largest logits or what goes into them; for ibot. Mind the plan's bytes. Default none.",
+            "Patch targets too, for detection, segmentation and a ViT in few steps. grid: the teacher's last patch tokens, "
+            "averaged to --patch-grid, cut to --patch-dim by a PCA, int8; for --objective patch. prototypes, embedding: a "
+            "teacher's own prototypes of every patch, the largest logits or what goes into them; for ibot. Mind the plan's "
+            "bytes. Default none.",
             choices=KINDS,
         ),
     ] = None

@@ -105,8 +105,9 @@ def train_student(
         note_other_global_crops(source.stores[0], branch.recipe, preferred, preset if replays else None)
     if asked is None:
         asked = matched(name=branch.usual_objective)
-        found = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
-        note(f"--objective {asked.name}, since {'it has a use for the copy' if targets.with_copy else found}")
+        has_prototypes = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
+        reasons = {"disco": "it has a use for the copy", "patch": "the targets have a grid of patches"}
+        note(f"--objective {asked.name}, since {reasons.get(asked.name, has_prototypes)}")
     pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)
     if choice.num_local is None and {"local_size", "local_scale"} & given(context):
         choice = replace(choice, num_local=pairing.num_local)  # who shapes local crops wants some

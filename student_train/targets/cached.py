@@ -83,6 +83,7 @@ class CachedTargets(TargetBranch):
         self.config, self.device = config, run.device
         self.store, self.data = TargetStore.open(config.path), run.data
         self.store.check_data(run.data.manifest)
+        self.has_grid = self.store.patches is not None and self.store.patches.kind == "grid"
         self.reads_patches = self.store.patches is not None and run.reads_patches
         if not self.reads_patches:
             self.store = self.store.pooled()
@@ -108,6 +109,10 @@ class CachedTargets(TargetBranch):
             "seed": self.seed,
             "window_mib": config.window_mib,
         }
+
+    @property
+    def usual_objective(self) -> str:
+        return "patch" if self.has_grid and self.space.has_embedding else super().usual_objective
 
     @contextmanager
     def targets(

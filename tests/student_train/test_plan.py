@@ -12,7 +12,7 @@ from rob.student_train import plan as plan_module
 from rob.student_train import planner as planner_module
 from rob.student_train.config import PUBLISHED_LR, OptimiserConfig, PairingChoice
 from rob.student_train.plan import make_plan
-from rob.student_train.plan_warnings import LEAST_STEPS
+from rob.student_train.plan_warnings import LEAST_STEPS, LEAST_STEPS_VIT
 from rob.student_train.students import StudentConfig
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
@@ -126,6 +126,13 @@ def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config,
     assert plan.config.optimiser.peak * batch / 256 == pytest.approx(2e-3, 1e-3)
     if batch == 6:
         assert "2.5 times as many steps" in next(c.reason for c in plan.choices if c.setting == "batch_size")
+
+
+def test_a_vit_is_given_more_steps(open_config, steps_take):
+    steps_take(0.001)
+    vit = replace(open_config, student=replace(open_config.student, name="test_vit"))
+    for config, enough in ((open_config, 4_000), (vit, LEAST_STEPS_VIT)):
+        assert enough <= make_plan(replace(config, effort="minutes")).steps < enough + 100
 
 
 def test_effort_never_takes_fewer_steps_than_a_student_needs(open_config, steps_take):

@@ -103,6 +103,18 @@ def test_ibot_without_a_teacher_has_its_patches_and_goes_on(config, tmp_path):
     assert tensors["objective.mask_token"].abs().max() > 0
 
 
+def test_targets_with_a_grid_of_patches_are_usually_for_patch(config, data, grid_store, vit_teacher, tmp_path):
+    """Also for prototypes; what is stored of logits alone has no embedding to regress."""
+    config = replace(config, targets=Cached(grid_store.path), objective=None, pairing=None, epochs=1)
+    train_student(config)
+    train_student(replace(config, objective=ObjectiveConfig("patch"), out=tmp_path / "asked"))
+    assert curve(config.out) == curve(tmp_path / "asked")
+    settings = {"loader": LOADER, "patches": PatchChoice("grid")}
+    topk = tiny_store(tmp_path / "t.zarr", data, vit_teacher, encoding=Encoding("topk", k=4), **settings)
+    plan = make_plan(replace(config, targets=Cached(topk.path), out=tmp_path / "other"))
+    assert plan.config.objective.name == "dino"
+
+
 def test_what_is_left_unread_is_said(config, grid_store):
     plan = make_plan(replace(config, targets=Cached(grid_store.path), objective=ObjectiveConfig("embedding")))
     assert any("does not read the patches of" in warning and "patch does" in warning for warning in plan.warnings)
