@@ -76,7 +76,7 @@ def cache_teacher(
         rows += [("done before", f"{plan.rows_done:,} images")] if plan.rows_done else []
         rows += [("estimated time", f"{plan.seconds:,.0f} s at {plan.views_per_second:,.0f} views/s")]
         facts("plan", rows)
-        if preset is None and (advice := plan.advice()):
+        for advice in plan.advice() if preset is None else ():
             note(advice)
 
     try:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.places import is_address
+from ..common.store.encodings import Encoding
 from ..common.views.loader import Batch, ViewLoader, ViewSet
 
 TRIAL_VIEWS = 32
 """In a batch whose time is taken, about."""
 TRIALS, TRIAL_SECONDS = 5, 4.0
 """One batch alone was seen to promise a quarter of the speed; the teacher without the loader 1.4 times of it."""
+MUCH = 10**9
+"""Bytes of a store, above which it is said how it could be smaller."""
 ENOUGH_VIEWS = 4
 """Students of 1 to 16 views were not told apart after nine passes over the images, nor from the live teacher's; from 4 on
 they were within .6 points of it (benchmarks/claims.py, rows views)."""
@@ -47,6 +50,9 @@ class CachePlan:
     """Of each image, in a store that is given more."""
     batch_size: int = 1
     """That the last batch, too, is filled up to, with images that are thrown away."""
+    smaller: Encoding | None = None
+    """Of targets, than the one asked for; ``spared_bytes_per_view`` before compression."""
+    spared_bytes_per_view: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -58,15 +64,20 @@ class CachePlan:
         rows = ceil((self.num_images - self.rows_done) / self.batch_size) * self.batch_size
         return rows * (self.views - self.views_done) / self.views_per_second / self.workers
 
-    def advice(self) -> str | None:
+    def advice(self) -> list[str]:
         """What would cost less and was measured to teach as much."""
-        if self.views <= ENOUGH_VIEWS or self.views_done:
-            return None
-        spared = self.seconds * (1 - ENOUGH_VIEWS / self.views)
-        return (
-            f"in nine passes over the images {ENOUGH_VIEWS} views taught students as well as 16 and as the live teacher: "
-            f"`views` {ENOUGH_VIEWS} takes {spared:,.0f} s less"
-        )
+        found = []
+        if self.views > ENOUGH_VIEWS and not self.views_done:
+            spared = self.seconds * (1 - ENOUGH_VIEWS / self.views)
+            found.append(
+                f"in nine passes over the images {ENOUGH_VIEWS} views taught students as well as 16 and as the live teacher: "
+                f"`views` {ENOUGH_VIEWS} takes {spared:,.0f} s less"
+            )
+        if self.smaller is not None and self.total_bytes > MUCH and not self.rows_done and not self.views_done:
+            how = "`store_dtype` int8" if self.smaller.kind == "embedding" else f"`encoding` topk with {self.smaller.k}"
+            spared = self.num_images * self.views * self.spared_bytes_per_view
+            found.append(f"{how} taught students as well in 234 steps: it takes {decimal(spared)} less")
+        return found
 
 
 def refuse_what_will_not_fit(out: Path, bytes_when_done: Mapping[Path, int]) -> None:

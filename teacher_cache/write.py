@@ -118,6 +118,8 @@ def _teacher_run(
 def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], speed: float) -> CachePlan:
     manifest, done = job.manifest, writer.rows_done
     own, *beside = sizes
+    encoding = Encoding.from_dict(manifest.encoding)
+    smaller, of = encoding.smaller, (manifest.dim, manifest.num_prototypes)
     return CachePlan(
         num_images=work.data.num_images,
         views=len(manifest.view_ids),
@@ -130,6 +132,8 @@ def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], spee
         workers=work.share.parts,
         views_done=job.views_there,
         batch_size=fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
+        smaller=smaller,
+        spared_bytes_per_view=0 if smaller is None else encoding.bytes_per_view(*of) - smaller.bytes_per_view(*of),
     )
 
 

@@ -66,6 +66,13 @@ class Encoding:
         return self.kind != "embedding"
 
     @property
+    def smaller(self) -> "Encoding | None":
+        """One that took fewer bytes and was measured to teach as much (benchmarks/claims.py, rows encodings; one seed)."""
+        if self.kind == "dense":
+            return Encoding("topk", k=64, temps=self.temps)
+        return Encoding("embedding", "int8") if self.kind == "embedding" and self.dtype != "int8" else None
+
+    @property
     def shuffle(self) -> Literal["noshuffle", "bitshuffle"]:
         """What Blosc should do to the arrays before compressing: bit planes hide the few values that int8 steps and pooled
         features take most often (benchmarks/store.py: 210 bytes a view without, 252 with), but suit logits and ids.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.filesize import decimal
 from torch import Tensor
 
 from rob.common.errors import FailureError, MisuseError
@@ -184,10 +185,14 @@ def test_plan_and_progress(data, with_head, tmp_path) -> None:
     assert plan.batch_size == 8
     of_20 = replace(plan, num_images=20)
     assert of_20.seconds * plan.views_per_second == pytest.approx(24 * VIEWS), "the last batch is filled up"
-    assert plan.advice() is None
-    said = replace(plan, views=16, num_images=800, views_per_second=100.0).advice()
-    assert said is not None
-    assert said.endswith("`views` 4 takes 96 s less")
+    assert plan.advice() == []
+    (of_views,) = replace(plan, views=16, num_images=800, views_per_second=100.0).advice()
+    assert of_views.endswith("`views` 4 takes 96 s less")
+    large = replace(plan, num_images=10**9 // (VIEWS * 48) + 1)
+    (of_bytes,) = large.advice()
+    assert of_bytes.startswith("`store_dtype` int8 taught students as well")
+    assert of_bytes.endswith(f"it takes {decimal(large.num_images * VIEWS * (48 - 26))} less")
+    assert replace(large, rows_done=8).advice() == []
     assert rows == [(done, IMAGES) for done in range(0, IMAGES + 1, 8)]
     assert sum(seen) == IMAGES
 
