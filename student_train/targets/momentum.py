@@ -19,6 +19,7 @@ and none meets itself; with ``fresh`` each has its own, as MSN's and MoCo's code
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -181,10 +182,14 @@ class MomentumTargets(TargetBranch):
 
     def own_views(self, batch: Batch) -> Tensor:
         """(B, G, 3, S, S): the last of the batch's sets as the student would see it."""
-        info, last = describe_student(self.student), len(batch.colour) - 1
-        mean, std = (torch.tensor(values, device=self.device) for values in (info.mean, info.std))
         scale = self.student.image_size / self.recipe.global_crops[0].size
-        return batch.augment(last, scale, mean, std, pixel_dtype(self.device, self.precision))
+        last = len(batch.colour) - 1
+        return batch.augment(last, scale, *self._mean_and_std, pixel_dtype(self.device, self.precision))
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        info = describe_student(self.student)
+        return torch.tensor(info.mean, device=self.device), torch.tensor(info.std, device=self.device)
 
     # ==== beside the training ====
 
