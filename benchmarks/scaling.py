@@ -35,8 +35,8 @@ class Costs:
     """Views/s."""
     decode: float = 1e3 / 0.4505
     """Images/s a core: loader_cpu_20261121, decode only, planes (photographs of 500 x 375 px)."""
-    encode: float = 0.9e6
-    """Views/s a core: the first `rob bench store`, embedding int8, blosc zstd 3."""
+    encode: float = 0.68e6
+    """Views/s a core: store_cpu_20261127, embedding int8, blosc zstd 3."""
     image_bytes: float = 110e3
     """Of a JPEG: ImageNet's mean."""
     view_bytes: float = 200.0
