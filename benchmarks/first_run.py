@@ -1,10 +1,11 @@
 """A first user's run: plain commands on small sets of real photographs, and what makes such a run fail.
 
     python benchmarks/first_run.py runs/first --data ../shared/data [--only signdigits cells cifar10] [--students resnet18 ...]
-        [--causes] [--view-size 96]
+        [--causes] [--view-size 96] [--patches]
 
 For each data set and student: ``rob pack``, ``rob cache-teacher`` with the stand-in, ``rob train-student --image-size 64`` with
-no option more, and ``rob eval knn`` of pixels, the random start, the student, and the teacher at the size of its views.
+no option more, and ``rob eval knn`` of pixels, the random start, the student, and the teacher at the size of its views. With
+``--patches`` the store is cached with ``--patches grid``, which the training then reads by default.
 ``cells`` are BCCD's, cut out by their boxes, at most 400 of a class. ``--causes`` is another table, one row a cause:
 MobileNetV3-Small on ``signdigits`` in 10 passes over the images, each row with one thing as it was in a run that ended below its
 random start.
@@ -93,11 +94,10 @@ def cut_cells(voc: Path, out: Path) -> None:
                 image.crop((corners[0], corners[1], corners[2], corners[3])).save(path)
 
 
-def cached(packed: Packed, store: Path, view_size: int | None, prototypes: int = 0) -> Path:
+def cached(packed: Packed, store: Path, view_size: int | None, *words: object) -> Path:
     """The stand-in's targets; a store that is complete is left as it is."""
     size = ("--view-size", view_size) if view_size else ()
-    fitted = ("--prototypes", prototypes) if prototypes else ()
-    rob("cache-teacher", packed.train, store, "--teacher", STAND_IN, *size, *fitted)
+    rob("cache-teacher", packed.train, store, "--teacher", STAND_IN, *size, *words)
     return store
 
 
@@ -135,18 +135,19 @@ def train(run: Path, packed: Packed, store: Path, *words: object) -> dict[str, A
 
 
 def first_runs(
-    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None
+    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None, patches: bool
 ) -> list[dict[str, Any]]:
     """A row a data set and student."""
-    rows = []
+    rows, words = [], ("--patches", "grid") if patches else ()
     for name in names:
         packed = prepare(name, data, out)
-        store = cached(packed, out / f"{name}-{view_size or 'own'}.zarr", view_size)
+        kind = f"{name}-{view_size or 'own'}" + ("-patches" if patches else "")
+        store = cached(packed, out / f"{kind}.zarr", view_size, *words)
         size = json.loads((store / "zarr.json").read_text())["attributes"]["view_size"]
         pixels = knn("pixels", packed, out / f"{name}-pixels")
         teacher = knn("teacher", packed, out / f"{name}-teacher-{size}", "--teacher", STAND_IN, "--size", size)
         for student in students:
-            found = train(out / f"{name}-{view_size or 'own'}-{student}", packed, store, "--student", student)
+            found = train(out / f"{kind}-{student}", packed, store, "--student", student)
             worked = found["student"] >= found["random"] + ABOVE_RANDOM and found["student"] >= teacher - BELOW_TEACHER
             rows.append(
                 {"data": name, "network": student, "pixels": pixels, **found, "teacher": teacher, "views_px": size}
@@ -164,7 +165,7 @@ def causes(data: Path, out: Path) -> list[dict[str, Any]]:
         if "--small-images" not in words:
             words.append("--no-small-images")
         if "PROTOTYPES" in words:
-            words[words.index("PROTOTYPES")] = str(cached(packed, fitted, 96, 512))
+            words[words.index("PROTOTYPES")] = str(cached(packed, fitted, 96, "--prototypes", 512))
         rows.append({"cause": name, **train(out / f"cause-{number}", packed, store, *words)})
     return rows
 
@@ -176,16 +177,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     parser.add_argument("--students", nargs="+", default=list(STUDENTS))
     parser.add_argument("--view-size", type=int, help="of the teacher; default its own")
+    parser.add_argument("--patches", action="store_true", help="targets of patches, too")
     parser.add_argument("--causes", action="store_true", help="the other table: what makes a run fail")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    name, size, patches = "first_run", arguments.view_size, arguments.patches
     if arguments.causes:
-        rows = causes(arguments.data, out)
+        name, rows = "first_run_causes", causes(arguments.data, out)
     else:
-        rows = first_runs(arguments.data, out, arguments.only, arguments.students, arguments.view_size)
-    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": arguments.view_size, "k": 20}
-    report = Report.of("first_run_causes" if arguments.causes else "first_run", torch.device("cpu"), work, rows, {})
+        name += "_patches" if patches else ""
+        rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, patches)
+    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "patches": patches, "k": 20}
+    report = Report.of(name, torch.device("cpu"), work, rows, {})
     report.show()
     print(f"written to {report.write()}")
 
