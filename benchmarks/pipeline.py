@@ -179,7 +179,9 @@ class Side:
         in_memory: bool = False,
     ):
         steps_per_epoch = data.num_images // config.loader.batch_size
-        branch = config.targets.open(RunContext(data, device, config.precision, config.seed, config.objective))
+        branch = config.targets.open(
+            RunContext(data, device, config.precision, config.seed, config.objective, config.student)
+        )
         self.trainer = Trainer(config, branch.space, steps_per_epoch, device)
         assert config.epochs is not None, "a benchmark says how long"
         branch.follow(self.trainer.model, steps_per_epoch, config.epochs)

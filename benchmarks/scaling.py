@@ -40,7 +40,7 @@ class Costs:
     image_bytes: float = 110e3
     """Of a JPEG: ImageNet's mean."""
     view_bytes: float = 200.0
-    """Of a view in the store: store_cpu_20261126, int8 of 256 numbers."""
+    """Of a view in the store: store_cpu_20261127, int8 of 256 numbers."""
     start: float = 30.0
     """Seconds until the first batch: imports, compiled views, the teacher's file."""
 

@@ -1,9 +1,16 @@
 """Memory that a process frees and takes again."""
 
 import ctypes
+from ctypes import Structure, c_size_t
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
+
+
+class Mallinfo2(Structure):
+    """Of glibc's malloc.h, from 2.33 on."""
+
+    _fields_ = [(f"_{number}", c_size_t) for number in range(8)] + [("fordblks", c_size_t), ("_9", c_size_t)]
 
 
 def keep_freed_memory() -> bool:
@@ -15,3 +22,12 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def kept_bytes() -> int:
+    """That were freed and are this process's still, for what it takes next; 0 where the C library does not say."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = Mallinfo2
+    return mallinfo2().fordblks

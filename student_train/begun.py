@@ -25,6 +25,12 @@ def read_begun(out: Path) -> dict[str, Any] | None:
     )
 
 
+def begun_objective(begun: dict[str, Any] | None) -> str | None:
+    """The name of its objective, where there is a run that has one."""
+    objective = (begun or {}).get("objective")
+    return objective.get("name") if isinstance(objective, dict) else None
+
+
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     """``config`` with what it leaves open as the run in its folder has it."""
     student, optimiser, loader, pairing = config.student, config.optimiser, config.loader, config.pairing

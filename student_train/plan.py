@@ -13,7 +13,7 @@ from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.ranks import ALONE, Ranks, from_main
 from ..common.run import choose_precision, pick_device
-from .begun import as_begun, read_begun
+from .begun import as_begun, begun_objective, read_begun
 from .config import ObjectiveConfig, PairingConfig
 from .extension import as_parent, settings_of_parent
 from .objectives import OBJECTIVES
@@ -80,7 +80,7 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
     run = RunContext(data, device, config.precision, config.seed, config.objective, config.student)
     branch = config.targets.open(run)
     if config.objective is None:
-        config = replace(config, objective=ObjectiveConfig(branch.usual_objective))
+        config = replace(config, objective=ObjectiveConfig(begun_objective(begun) or branch.usual_objective))
         run = replace(run, objective=config.objective)
         if run.reads_patches:  # which nobody had asked for until now
             branch = config.targets.open(run)

@@ -10,7 +10,7 @@ What is not as in the papers' code:
 - SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072. As there, it begins to fill in epoch 15, but for
   a frozen teacher's targets: those serve at once.
 - MoCo-v2 lowers its rate once an epoch, here every step. SSLight's MoCo shuffles the keys over 8 GPUs
-  (``--split-batchnorm 8``).
+  (``--split-batchnorm 8``), and its key is always of the first of the two kinds of global crops, here of both in turn.
 - MSN: the rate and the weight decay have run their cosines when the run ends, there four fifths of them (to 1e-4 and .37). Decay
   and the limit of the gradient hold for the prototypes too.
 - RoB: a store gives the same few target views again and again, there they are new in every epoch (--targets online, with many
@@ -326,6 +326,9 @@ def preset(
     MisuseError: an unknown name, or a paper that has a teacher, without ``targets``.
     """
     found = get_preset(name)
+    pairing = found.pairing
+    if targets is not None and found.momentum is not None:
+        pairing = replace(pairing, step_targets=None, fresh=None)  # the copy's
     if targets is None:
         if found.momentum is None:
             raise MisuseError(f"preset {name} needs `targets`: give Cached(path), or Online(teacher)")
@@ -338,7 +341,7 @@ def preset(
         student=found.student,
         targets=targets,
         objective=found.objective,
-        pairing=found.pairing,
+        pairing=pairing,
         optimiser=found.optimiser,
         epochs=found.epochs,
         clip_grad=found.clip_grad,

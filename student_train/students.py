@@ -201,7 +201,9 @@ def map_shape(backbone: nn.Module, size: int, layer: int | None, name: str) -> t
         found = pooled_and_map(backbone.eval(), black, layer)[1]
     except (AttributeError, AssertionError, IndexError, ValueError, MisuseError) as error:
         which = "its last layer" if layer is None else f"`patch_layer` {layer}"
-        raise MisuseError(f"student {name} gives no map of features at {which} ({error}): take another") from None
+        raise MisuseError(
+            f"student {name} gives no map of features at {which} ({error}): take another, or `objective` embedding"
+        ) from None
     finally:
         backbone.train(training)
     return found.shape[1], found.shape[2]

@@ -110,7 +110,7 @@ class TrainConfig:
         bool | None,
         Setting(
             "--clip-grad holds for each weight tensor by itself, as DINO's 3.0 does, not for all of them together.",
-            option="--clip-each",
+            option="--clip-each/--no-clip-each",
             group="Optimiser",
         ),
     ] = None

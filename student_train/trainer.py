@@ -69,7 +69,9 @@ class Trainer:
         backbone = build_student(config.student)
         self.began = begin(backbone, config.student) if fresh and config.student.init else ""
         features: int = backbone.num_features  # type: ignore[assignment]
-        student_map = student_map_of(config, backbone) if reads_patches(config.objective, space) else None
+        student_map = (
+            student_map_of(config, backbone, space.of_student) if reads_patches(config.objective, space) else None
+        )
         self.objective = build_objective(
             config.objective,
             features,
@@ -161,8 +163,9 @@ def reads_patches(objective: ObjectiveConfig, space: TargetSpace) -> bool:
     return space.patches is not None and bool(OBJECTIVES[objective.name].patch_kinds_of(objective))
 
 
-def student_map_of(config: TrainConfig, backbone: nn.Module) -> StudentMap:
-    """What the student of ``config`` says of its patches. MisuseError: it has no map, or drops patches of it."""
+def student_map_of(config: TrainConfig, backbone: nn.Module, of_student: bool) -> StudentMap:
+    """What the student of ``config`` says of its patches. ``of_student``: its copy makes the targets. MisuseError: it has no map,
+    or drops patches of it."""
     assert config.objective is not None
     if config.student.patch_drop:
         raise MisuseError(
@@ -173,9 +176,10 @@ def student_map_of(config: TrainConfig, backbone: nn.Module) -> StudentMap:
     assert isinstance(pairing, PairingConfig)
     regions = config.objective.patch_from_region and pairing.num_local
     if not (pairing.replays and pairing.num_global >= pairing.step_targets) and not regions:
+        instead = "leave out `fresh`" if of_student else "use `pairing` same without fewer `step_globals`"
         raise MisuseError(
-            f"`objective` {name} compares patches of the very view that the teacher saw, and the student is shown others: use "
-            "`pairing` same without fewer `step_globals`, or `patch_weight` 0"
+            f"`objective` {name} compares patches of the very view that the teacher saw, and the student is shown others: "
+            f"{instead}, or `patch_weight` 0"
         )
     width, side = map_shape(backbone, config.student.image_size, config.objective.patch_layer, config.student.name)
     return StudentMap(width, side, has_tokens(backbone))

@@ -74,9 +74,10 @@ class CachePlan:
                 f"`views` {ENOUGH_VIEWS} takes {spared:,.0f} s less"
             )
         if self.smaller is not None and self.total_bytes > MUCH and not self.rows_done and not self.views_done:
-            how = "`store_dtype` int8" if self.smaller.kind == "embedding" else f"`encoding` topk with {self.smaller.k}"
             spared = self.num_images * self.views * self.spared_bytes_per_view
-            found.append(f"{how} taught students as well in 234 steps: it takes {decimal(spared)} less")
+            found.append(
+                f"`store_dtype` {self.smaller.dtype} taught students as well in 234 steps: it takes {decimal(spared)} less"
+            )
         return found
 
 

@@ -67,9 +67,7 @@ class Encoding:
 
     @property
     def smaller(self) -> "Encoding | None":
-        """One that took fewer bytes and was measured to teach as much (benchmarks/claims.py, rows encodings; one seed)."""
-        if self.kind == "dense":
-            return Encoding("topk", k=64, temps=self.temps)
+        """One that takes fewer bytes and was measured to teach as much (benchmarks/claims.py, rows encodings; one seed)."""
         return Encoding("embedding", "int8") if self.kind == "embedding" and self.dtype != "int8" else None
 
     @property

@@ -57,10 +57,11 @@ def unused_options(context: typer.Context) -> dict[str, str]:
         reasons |= dict.fromkeys(_unread_by(objective), f"{objective} does not read it")
         if OBJECTIVES[objective].beside_teacher is None or values["only_consistency"]:
             reasons["with_copy"] = "nothing asks for its keys"
-        copied = OBJECTIVES[objective].published
-        if targets == "momentum" and copied is not None and copied.copy_momentum is None:
-            reasons |= dict.fromkeys(("step_targets", "fresh"), f"{objective} makes its targets of the student's views")
     preset = get_preset(values["preset"])
+    if preset.momentum is not None and objective != preset.objective.name:
+        reasons |= dict.fromkeys(("step_targets", "fresh"), f"they are {preset.objective.name}'s")
+    if not values["clip_grad"]:
+        reasons["clip_each"] = "there is no limit"
     if targets != "momentum" and preset.momentum is not None:
         reasons |= dict.fromkeys(OF_THE_COPY, "there is no copy")
     if targets not in ("momentum", "online"):

@@ -35,8 +35,8 @@ def train_student(
             "embedding: regress the teacher's embedding. simreg: the same behind a deeper head. disco: embedding and InfoNCE. "
             "moco: InfoNCE alone. seed: similarities to other images. patch: embedding, and patch tokens (a cache with --patches "
             "grid). Over prototypes: dino, ibot (its patches too, with --patches prototypes), swav (Sinkhorn codes), msn (uses "
-            "all prototypes). Default dino where the targets have prototypes, else embedding; rob cache-teacher --prototypes K "
-            "fits some to embeddings that are cached already.",
+            "all prototypes). Default dino where the targets have prototypes, else patch where they have a grid of patches, else "
+            "embedding; rob cache-teacher --prototypes K fits some to embeddings that are cached already.",
             group="Objective",
         ),
     ] = None,
@@ -99,12 +99,13 @@ def train_student(
         student=student, targets=source, loader=made(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
     asked = None if objective is None else matched(name=objective)
-    _, _, branch = opened(replace(run, objective=asked), pick_device(run.device))
+    settled, _, branch = opened(replace(run, objective=asked), pick_device(run.device))
     if source.stores and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
         note_other_global_crops(source.stores[0], branch.recipe, preferred, preset if replays else None)
     if asked is None:
-        asked = matched(name=branch.usual_objective)
+        assert settled.objective is not None
+        asked = matched(name=settled.objective.name)
         has_prototypes = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
         reasons = {"disco": "it has a use for the copy", "patch": "the targets have a grid of patches"}
         note(f"--objective {asked.name}, since {reasons.get(asked.name, has_prototypes)}")

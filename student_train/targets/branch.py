@@ -15,7 +15,7 @@ the branch that comes of it, which says which views the student's targets belong
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,18 +41,18 @@ USUAL_OVER_PROTOTYPES = "dino"
 @dataclass(frozen=True, eq=False)
 class RunContext:
     """What a branch has to know of the run: ``seed`` is also that of the views, unless a store has its own. ``objective`` None:
-    the usual one. ``student``: what a copy of it is to see."""
+    the usual one. ``student``: whose copy may see views of its own; None: none does."""
 
     data: Beton
     device: torch.device
     precision: str = "fp32"
     seed: int = 0
     objective: ObjectiveConfig | None = None
-    student: StudentConfig = field(default_factory=StudentConfig)
+    student: StudentConfig | None = None
 
     @property
     def reads_patches(self) -> bool:
-        """Whether the objective has a use for targets of patches; the usual ones have none."""
+        """Whether the objective has a use for targets of patches; not known yet of the usual one."""
         return self.objective is not None and bool(OBJECTIVES[self.objective.name].patch_kinds_of(self.objective))
 
 
@@ -62,7 +62,7 @@ class TargetBranch:
     kind: ClassVar[str]
     """As the command line has it: cached, online or momentum."""
     from_student: ClassVar[bool] = False
-    """Whether the targets are made of the student's own crops: both branches then see the same views."""
+    """Whether the targets are the student's own or its copy's: by default both branches then see the same views."""
 
     recipe: Recipe
     seed: int
@@ -83,7 +83,7 @@ class TargetBranch:
 
     @property
     def usual_objective(self) -> str:
-        """What did best in benchmarks/claims.py with such targets, by name."""
+        """By name, what to learn of such targets where nothing else was asked for: see benchmarks/claims.py."""
         return USUAL_OVER_PROTOTYPES if self.space.num_prototypes else "embedding"
 
     @property

@@ -112,7 +112,7 @@ class CachedTargets(TargetBranch):
 
     @property
     def usual_objective(self) -> str:
-        return "patch" if self.has_grid and self.space.has_embedding else super().usual_objective
+        return "patch" if self.has_grid and not self.space.num_prototypes else super().usual_objective
 
     @contextmanager
     def targets(

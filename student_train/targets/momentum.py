@@ -45,8 +45,9 @@ from .joined import AnyTarget
 from .pairing import ViewPlan
 from .space import PatchSpace, TargetSpace
 
-UNBOUNDED = 1 << 20
-"""Target views that there are of an image: more than any training uses."""
+UNBOUNDED = (1 << 20) + 1
+"""Target views that there are of an image: more than any training uses. Odd: where a recipe has two kinds of global crops, which
+ids take in turn, the copy's own view is of the one and the student's of the other."""
 
 
 def published(objective: str) -> CopySettings:
@@ -114,7 +115,7 @@ class Momentum(TargetsConfig):
 
 
 class MomentumTargets(TargetBranch):
-    """Targets from the student's global crops, by a momentum copy of it or by itself."""
+    """Targets by a momentum copy of the student, from the student's global crops or its own, or by the student itself."""
 
     kind = source = "momentum"
     from_student = True
@@ -153,15 +154,16 @@ class MomentumTargets(TargetBranch):
         if plan.globals == plan.targets:
             return ()
         if plan.num_replayed:
+            or_fresh = "" if self.settings.copy_momentum is None else ", or use `fresh`, with which each has its own"
             raise MisuseError(
-                "with `targets` momentum both branches see the same views: leave out `step_globals`, or use `fresh` and each has "
-                "its own"
+                f"with `targets` momentum both branches see the same views: leave out `step_globals`{or_fresh}"
             )
         if self.settings.copy_momentum is None:
             raise MisuseError(
                 f"`fresh` is for a copy's own views, and `objective` {self.objective} makes its targets of the student's: leave "
                 "it out"
             )
+        assert self.student is not None
         return (ViewSet(plan.targets, self.student.image_size),)
 
     @contextmanager
@@ -182,12 +184,14 @@ class MomentumTargets(TargetBranch):
 
     def own_views(self, batch: Batch) -> Tensor:
         """(B, G, 3, S, S): the last of the batch's sets as the student would see it."""
+        assert self.student is not None
         scale = self.student.image_size / self.recipe.global_crops[0].size
         last = len(batch.colour) - 1
         return batch.augment(last, scale, *self._mean_and_std, pixel_dtype(self.device, self.precision))
 
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        assert self.student is not None
         info = describe_student(self.student)
         return torch.tensor(info.mean, device=self.device), torch.tensor(info.std, device=self.device)
 

@@ -29,8 +29,8 @@ def choose_pairing(
     """What the ``choice`` leaves open as the objective's paper has it.
 
     ``views`` is what the branch has of an image: where it has fewer than the paper uses in a step, all of them are used. Targets
-    ``from_student`` are of the very crops that the student sees. Local crops, and the weight of the pairs without one, are the
-    recipe's. MisuseError: settings that contradict each other.
+    ``from_student`` are of the very crops that the student sees, unless ``fresh`` gives each its own. Local crops, and the weight
+    of the pairs without one, are the recipe's. MisuseError: settings that contradict each other.
     """
     paper, choice = OBJECTIVES[objective], choice or PairingChoice()
     pairing, fresh = choice.pairing or paper.pairing, choice.fresh

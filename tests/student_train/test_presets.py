@@ -115,6 +115,17 @@ def test_an_option_beats_the_preset_on_either_side_of_it(train):
         assert config["optimiser"]["name"] == "sgd"
 
 
+def test_what_a_preset_sets_for_its_objective_or_its_limit_goes_with_them(tmp_path):
+    arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset"]
+    for words, gone in (
+        (["moco-v2", "--objective", "dino"], ("--step-targets │ 1 │ not used", "--fresh │ yes │ not used")),
+        (["dino", "--clip-grad", "0"], ("--clip-each │ yes │ not used",)),
+    ):
+        outcome = CliRunner().invoke(app, [*arguments, *words])
+        assert "nowhere.beton" in str(outcome.exception)
+        assert all(text in " ".join(outcome.output.split()) for text in gone), outcome.output
+
+
 def test_a_warm_up_as_long_as_the_run_gives_way_to_a_tenth_of_it(tmp_path):
     arguments = ["train-student", "nowhere.beton", "--out", str(tmp_path / "run"), "--preset", "msn-vit"]
     for epochs, told in (("15", "15 │ not used"), ("16", "15 │ │")):

@@ -260,6 +260,13 @@ def test_a_run_is_set_to_the_papers_values(name, tmp_path, monkeypatch):
     assert taught or in_python.targets == config.targets
 
 
+@pytest.mark.parametrize("name", sorted(name for name, preset in PRESETS.items() if preset.momentum))
+def test_a_store_has_no_copy_whose_views_a_preset_could_set(name):
+    pairing = rob.preset(name, targets=rob.Cached("t.zarr")).pairing
+    assert (pairing.step_targets, pairing.fresh) == (None, None)
+    assert pairing.num_local == PRESETS[name].pairing.num_local
+
+
 def test_dinov3s_distillation_balances_spreads_and_averages(tmp_path):
     """What its row above does not say: the same yaml."""
     config = PRESETS["dinov3-distilled"]

@@ -1,5 +1,6 @@
 """Training with targets of patches: from the store as online, beside local crops, and without a teacher."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,9 @@ from rob.student_train.students import StudentConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.momentum import Momentum
 from rob.student_train.targets.pairing import PairingConfig
-from rob.student_train.train import train_student
+from rob.student_train.train import TrainProgress, train_student
 from rob.teacher_cache.teachers import TeacherConfig
-from support.tiny import tiny_store
+from support.tiny import tiny_store, tiny_teacher_checkpoint
 from support.training import LOADER, curve, log_of, online, refused
 
 VIT = StudentConfig("test_vit", 32, small_images=True)
@@ -103,16 +104,24 @@ def test_ibot_without_a_teacher_has_its_patches_and_goes_on(config, tmp_path):
     assert tensors["objective.mask_token"].abs().max() > 0
 
 
-def test_targets_with_a_grid_of_patches_are_usually_for_patch(config, data, grid_store, vit_teacher, tmp_path):
-    """Also for prototypes; what is stored of logits alone has no embedding to regress."""
-    config = replace(config, targets=Cached(grid_store.path), objective=None, pairing=None, epochs=1)
-    train_student(config)
-    train_student(replace(config, objective=ObjectiveConfig("patch"), out=tmp_path / "asked"))
-    assert curve(config.out) == curve(tmp_path / "asked")
-    settings = {"loader": LOADER, "patches": PatchChoice("grid")}
-    topk = tiny_store(tmp_path / "t.zarr", data, vit_teacher, encoding=Encoding("topk", k=4), **settings)
-    plan = make_plan(replace(config, targets=Cached(topk.path), out=tmp_path / "other"))
-    assert plan.config.objective.name == "dino"
+def test_a_grid_of_patches_is_usually_for_patch_where_there_are_no_prototypes(config, data, grid_store, tmp_path):
+    settings = {"loader": LOADER, "patches": PatchChoice("grid", patch_dim=0)}
+    plain = tiny_store(tmp_path / "plain.zarr", data, tiny_teacher_checkpoint(tmp_path), **settings)
+    config = replace(config, targets=Cached(plain.path), pairing=None, epochs=2)
+    asked, left = replace(config, objective=ObjectiveConfig("patch")), replace(config, objective=None)
+    train_student(replace(asked, out=tmp_path / "asked"))
+    train_student(replace(left, out=tmp_path / "left"))
+    assert curve(tmp_path / "left") == curve(tmp_path / "asked")
+    assert make_plan(replace(left, targets=Cached(grid_store.path))).config.objective.name == "dino"
+
+    # a run that was begun with another one, before this was the usual one, goes on with that
+    def stop(line: dict, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_student(replace(config, objective=ObjectiveConfig("embedding")), TrainProgress(log=stop))
+    train_student(left)
+    assert json.loads((config.out / "config.json").read_text())["objective"]["name"] == "embedding"
 
 
 def test_what_is_left_unread_is_said(config, grid_store):

@@ -29,7 +29,7 @@ def test_settings_that_cannot_be_leave_no_folder(config, teacher, store):
     refused(replace(config, student=vit), "cannot take images of 30 x 30 px")
     local = replace(config, student=replace(vit, image_size=32), local_size=14, pairing=PairingConfig(num_local=1))
     refused(local, "cannot take images of 14 x 14 px")
-    refused(replace(config, optimiser=OptimiserConfig(warmup_epochs=4)), "warm-up of 4 epochs leaves nothing")
+    refused(replace(config, optimiser=OptimiserConfig(warmup_epochs=4)), "`warmup_epochs` 4 leave nothing")
     refused(replace(config, accumulate=3), "`accumulate` 3 does not divide the 8 images that a step has on a rank")
     patches = StudentConfig("resnet18", 32, small_images=True, patch_drop=0.1)
     refused(replace(config, student=patches), r"`patch_drop` 0\.1: resnet18 has no patches to drop")

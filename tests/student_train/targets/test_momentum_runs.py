@@ -154,6 +154,9 @@ def test_what_needs_a_teacher_or_other_views_is_refused(config):
     config = replace(config, objective=ObjectiveConfig("moco"), pairing=PairingConfig("cross", 1, 1, False, None, 2))
     with pytest.raises(MisuseError, match="both branches see the same views: leave out `step_globals`, or use `fresh`"):
         train_student(config)
+    vit = replace(config, student=StudentConfig("test_vit", 32), objective=ObjectiveConfig("ibot", head_norm=False))
+    with pytest.raises(MisuseError, match="the student is shown others: leave out `fresh`, or `patch_weight` 0"):
+        train_student(replace(vit, pairing=PairingConfig("cross", 1)))
     for pairing in ("same", "all"):
         config = replace(config, pairing=PairingConfig(pairing, 2))
         with pytest.raises(MisuseError, match="a view that meets itself has nothing to learn: leave out `pairing`"):
@@ -188,6 +191,7 @@ def test_with_fresh_views_the_copy_sees_one_crop_and_the_student_another(config,
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, CPU)
     ids = {"copy": 0, "student": UNBOUNDED}
+    assert UNBOUNDED % len(get_recipe("dino").global_crops) != 0, "of the two kinds of crops each sees another"
     for who, view in ids.items():
         sets = (ViewSet((view,), 32),)
         expected = [prepare(batch, sets)[0].clone() for batch in loader.epoch(order, sets)]
