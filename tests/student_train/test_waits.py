@@ -32,6 +32,7 @@ WAITING = {"item", "tolist", "cpu", "new_tensor", "numpy"}
 ONCE = {
     ("student_train/crops.py", "__init__"),
     ("common/teacher.py", "_views"),
+    ("student_train/targets/momentum.py", "_mean_and_std"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
     ("common/views/batch.py", "augment"),
