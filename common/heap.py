@@ -1,7 +1,9 @@
 """Memory that a process frees and takes again."""
 
 import ctypes
+import sys
 from ctypes import Structure, c_size_t
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
@@ -20,14 +22,19 @@ def keep_freed_memory() -> bool:
     zero each of its pages again for the next layer. A teacher's feature maps are such blocks: on a CPU that took longer than the
     layers (``benchmarks/heap.py``). The process then keeps until its end the most that it had.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_glibc("mallopt")
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def kept_bytes() -> int:
     """That were freed and are this process's still, for what it takes next; 0 where the C library does not say."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo2 = _of_glibc("mallinfo2")
     if mallinfo2 is None:
         return 0
     mallinfo2.restype = Mallinfo2
     return mallinfo2().fordblks
+
+
+def _of_glibc(name: str) -> Any:
+    """The function; None: this system's C library is another one, or an older one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
