@@ -21,7 +21,7 @@ from .plan_warnings import warnings_of
 from .planner import Choice, Planner
 from .run_folder import refuse_what_is_no_run
 from .start import with_start
-from .students import with_usual_patch_drop
+from .students import build_student, map_shape, with_usual_patch_drop
 from .targets.branch import RunContext, TargetBranch
 from .train_config import LoaderByPlan, TrainConfig
 from .trial import Trial, free_memory
@@ -80,11 +80,31 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
     run = RunContext(data, device, config.precision, config.seed, config.objective, config.student)
     branch = config.targets.open(run)
     if config.objective is None:
-        config = replace(config, objective=ObjectiveConfig(begun_objective(begun) or branch.usual_objective))
+        name = begun_objective(begun) or usual_objective(config, branch)
+        config = replace(config, objective=ObjectiveConfig(name))
         run = replace(run, objective=config.objective)
         if run.reads_patches:  # which nobody had asked for until now
             branch = config.targets.open(run)
     return config, run, branch
+
+
+def usual_objective(config: TrainConfig, branch: TargetBranch) -> str:
+    """The name of what such a student learns from such targets, where nothing is asked for."""
+    usual = branch.usual_objective
+    return "embedding" if usual == "patch" and not can_learn_patches(config) else usual
+
+
+def can_learn_patches(config: TrainConfig) -> bool:
+    """Whether the student has a map of more than one position, and what else is asked for leaves it whole: see ``Trainer``."""
+    student, pairing = config.student, config.pairing
+    other_views = pairing is not None and (pairing.pairing not in (None, "same") or pairing.step_globals is not None)
+    if other_views or student.patch_drop or config.compile not in (None, "off"):
+        return False
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return map_shape(build_student(student), student.image_size, None, student.name)[1] > 1
+    except MisuseError:
+        return False
 
 
 def plan_run(

@@ -100,7 +100,7 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
     """What is to be said of targets of patches."""
     assert config.objective is not None
     space, objective, name = branch.space.patches, OBJECTIVES[config.objective.name], config.objective.name
-    if space is not None and not objective.patch_kinds_of(config.objective):
+    if space is not None and space.kind != "grid" and not objective.patch_kinds_of(config.objective):
         readers = ", ".join(reader for reader, one in OBJECTIVES.items() if space.kind in one.patch_kinds)
         return [f"`objective` {name} does not read the patches of {branch.source}: {readers} does"]
     if space is None and "prototypes" in objective.patch_kinds and config.objective.patch_weight != 0:
@@ -108,10 +108,10 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
             "ibot learns from the class token alone: its other half reads what `patches` prototypes caches of a ViT's"
         ]
     side = config.student.image_size // stride_of(config.student)
-    if space is not None and side < space.grid and config.objective.patch_layer is None:
+    if space is not None and side <= 1 < space.grid and config.objective.patch_layer is None:
         return [
-            f"the student's map of {side} x {side} positions is smaller than the targets' {space.grid} x {space.grid} and is "
-            f"enlarged: a larger `image_size`, an earlier `patch_layer`, or a cache with `patch_grid` {max(1, side)}"
+            f"the student's map is a single position, which says nothing of the targets' {space.grid} x {space.grid}: a larger "
+            "`image_size`, an earlier `patch_layer`, or `objective` embedding"
         ]
     return []
 

@@ -25,14 +25,20 @@ TEMPORARY = Encoding("embedding", dtype="float16")
 
 
 def begun_geometry(config: CacheConfig) -> str | None:
-    """Of the views in what is there already, whole or begun: it goes on as it began."""
+    """Of the views in what is there already."""
+    begun = begun_manifest(config)
+    return begun and begun.geometry
+
+
+def begun_manifest(config: CacheConfig) -> StoreManifest | None:
+    """Of what is there already, whole or begun: it goes on as it began."""
     for path in (config.out, temporary_store(config)):
         if path is None:
             continue
         if (place := place_of(path)).exists("zarr.json"):
-            return TargetStore.open(path).manifest.geometry
+            return TargetStore.open(path).manifest
         if begun := half_written(place):
-            return begun.geometry
+            return begun
     return None
 
 

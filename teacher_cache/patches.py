@@ -1,17 +1,21 @@
 """A teacher's patch targets on their way into the store: what is asked for, the PCA that they are cut by, and their arrays."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
+from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.patches import CENTRE, KEPT, ROWS, PatchTargets, fit_pca, grid_rows, has_tokens, refuse_few_tokens
 from ..common.run import autocast
 from ..common.store.codec import encode_patches
-from ..common.store.patches import PatchEncoding, resolve_patches
+from ..common.store.patches import AUTO, NONE, USUAL_GRID, PatchChoice, PatchEncoding, resolve_patches
 from ..common.views.loader import Batch, ViewLoader, ViewSet
+from .asked import begun_manifest
 from .config import CacheConfig
 from .teachers import Teacher
 
@@ -19,6 +23,9 @@ CALIBRATION_IMAGES = 1024
 """One view each of the first images, which are in random order unless the pack kept theirs: 50,000 tokens of a 7 x 7 grid."""
 LOGIT_BYTES = 64 << 20
 """Of patch logits at a time: a batch has thousands of patches."""
+
+AUTO_BYTES = 10**9
+"""Of patch targets that nobody asked for: a hundred thousand views."""
 
 DenseEmbed = Callable[[Batch], tuple[Tensor, Tensor]]
 
@@ -30,8 +37,10 @@ def patch_encoding(
 
     MisuseError: the teacher has no map, or not what is asked for, or the images have fewer patches than a PCA needs.
     """
-    if config.patches.patches is None:
+    if config.patches.patches == NONE:
         return None
+    if config.patches.patches == AUTO:
+        return _usual_encoding(config, data, teacher, note)
     device, size = next(teacher.parameters()).device, config.view_size or teacher.view_size
     with autocast(device, config.precision):
         features = teacher.with_map(torch.zeros(1, 3, size, size, device=device))[1]
@@ -45,6 +54,31 @@ def patch_encoding(
     if encoding.reduced:
         refuse_few_tokens(encoding.dim, calibration_images(data) * encoding.positions)
     return encoding
+
+
+def _usual_encoding(
+    config: CacheConfig, data: Beton, teacher: Teacher, note: Callable[[str], None]
+) -> PatchEncoding | None:
+    """A grid where students learn more from one in few steps (``benchmarks/first_run.py``) and it costs little; what is there
+    already stays as it is."""
+    if (begun := begun_manifest(config)) is not None:
+        return begun.patch_encoding
+    if config.encoding.kind != "embedding" or config.prototypes or teacher.num_prototypes:
+        return None  # students learn from prototypes then
+    grid = replace(config, patches=PatchChoice("grid"))
+    try:
+        found = patch_encoding(grid, data, teacher, lambda text: None)
+    except MisuseError:  # a teacher without a map, or too few images for a PCA
+        return None
+    assert found is not None
+    if found.grid < USUAL_GRID:
+        return None
+    size = data.num_images * config.views * found.bytes_per_view
+    if size > AUTO_BYTES:
+        note(f"without targets of patches, which would take {decimal(size)} more: `patches` grid caches them")
+        return None
+    note("with targets of patches, from which students learn more in few steps: `patches` none leaves them out")
+    return found
 
 
 def calibration_images(data: Beton) -> int:

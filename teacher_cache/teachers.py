@@ -124,6 +124,8 @@ class Teacher(nn.Module):
             with self._sizes_named(images):
                 pooled, features = self.backbone.with_map(images)
             return self._projected(pooled), features
+        if not hasattr(backbone, "forward_features"):
+            raise MisuseError(f"teacher {self.name} is no network of timm's and gives no map: do without `patches`")
         with self._sizes_named(images):
             features = backbone.forward_features(images)
             pooled = of_tokens(backbone, features, self.pooling) if self.pooling else backbone.forward_head(features)

@@ -13,6 +13,7 @@ from ..settings import Setting, check
 from .encodings import ITEM_BYTES, PATCHES, Encoding
 
 KINDS = ("grid", "prototypes", "embedding")
+AUTO, NONE = "auto", "none"
 USUAL_GRID, USUAL_DIM, USUAL_K = 7, 128, 8
 PATCH_LADDER = (0.04, 0.07)
 """Temperatures of a patch's tail: iBOT's warm-up begins at the one and ends at the other."""
@@ -20,18 +21,18 @@ PATCH_LADDER = (0.04, 0.07)
 
 @dataclass(frozen=True)
 class PatchChoice:
-    """Which patch targets to cache; None of ``patches``: none. What else is None is as ``resolve_patches`` has it."""
+    """Which patch targets to cache. What is None is as ``resolve_patches`` has it."""
 
     patches: Annotated[
-        str | None,
+        str,
         Setting(
-            "Patch targets too, for detection, segmentation and a ViT in few steps. grid: the teacher's last patch tokens, "
-            "averaged to --patch-grid, cut to --patch-dim by a PCA, int8; for --objective patch. prototypes, embedding: a "
-            "teacher's own prototypes of every patch, the largest logits or what goes into them; for ibot. Mind the plan's "
-            "bytes. Default none.",
-            choices=KINDS,
+            "Patch targets too, for short runs, detection and segmentation. grid: the teacher's last patch tokens, averaged to "
+            "--patch-grid, cut to --patch-dim by a PCA, int8; for --objective patch. prototypes, embedding: a teacher's own "
+            "prototypes of every patch, the largest logits or what goes into them; for ibot. none. auto: grid beside embeddings "
+            "without prototypes, where the teacher's map has 7 x 7 positions and they take up to 1 GB. Mind the plan's bytes.",
+            choices=(AUTO, NONE, *KINDS),
         ),
-    ] = None
+    ] = AUTO
     patch_grid: Annotated[
         int | None,
         Setting("Positions a side of --patches grid; default 7, or the teacher's own where those are fewer.", low=1),
@@ -51,8 +52,9 @@ class PatchChoice:
         check(self)
         for name, kind in {"patch_grid": "grid", "patch_dim": "grid", "patch_topk": "prototypes"}.items():
             if vars(self)[name] is not None and self.patches != kind:
-                now = f"and it is {self.patches}" if self.patches else "which was not asked for"
-                raise MisuseError(f"`{name}` is for `patches` {kind}, {now}: leave `{name}` out")
+                raise MisuseError(
+                    f"`{name}` is for `patches` {kind}, and it is {self.patches}: leave `{name}` out, or give `patches` {kind}"
+                )
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def resolve_patches(
 
     MisuseError: a larger grid or more components than the teacher has, or no prototypes.
     """
-    if choice.patches is None:
+    assert choice.patches != AUTO, "that goes by more than the teacher"
+    if choice.patches == NONE:
         return None
     if choice.patches != "grid":
         if not num_prototypes:

@@ -99,7 +99,7 @@ def train_student(
         student=student, targets=source, loader=made(loader.backend, batch_size or USUAL_BATCH, loader.workers)
     )
     asked = None if objective is None else matched(name=objective)
-    settled, _, branch = opened(replace(run, objective=asked), pick_device(run.device))
+    settled, _, branch = opened(replace(run, objective=asked, pairing=choice), pick_device(run.device))
     if source.stores and preferred is not None:
         replays = paper is not None and paper.pairing.pairing == choice.pairing == "same"
         note_other_global_crops(source.stores[0], branch.recipe, preferred, preset if replays else None)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from rob.common.heads import ProjectionHead, Prototypes
 from rob.common.store.encodings import Encoding
 from rob.common.store.patches import PatchChoice
+from rob.student_train.config import PairingChoice
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.plan import make_plan
 from rob.student_train.students import StudentConfig
@@ -110,6 +111,13 @@ def test_a_grid_of_patches_is_usually_for_patch_where_there_are_no_prototypes(co
     config = replace(config, targets=Cached(plain.path), pairing=None, epochs=2)
     asked, left = replace(config, objective=ObjectiveConfig("patch")), replace(config, objective=None)
     train_student(replace(asked, out=tmp_path / "asked"))
+    for instead in (
+        {"student": replace(left.student, small_images=False)},  # a map of one position
+        {"student": replace(VIT, patch_drop=0.2)},
+        {"pairing": PairingChoice("cross")},
+        {"compile": "default"},
+    ):
+        assert make_plan(replace(left, **instead)).config.objective.name == "embedding", instead
     train_student(replace(left, out=tmp_path / "left"))
     assert curve(tmp_path / "left") == curve(tmp_path / "asked")
     assert make_plan(replace(left, targets=Cached(grid_store.path))).config.objective.name == "dino"
@@ -124,13 +132,11 @@ def test_a_grid_of_patches_is_usually_for_patch_where_there_are_no_prototypes(co
     assert json.loads((config.out / "config.json").read_text())["objective"]["name"] == "embedding"
 
 
-def test_what_is_left_unread_is_said(config, grid_store):
-    plan = make_plan(replace(config, targets=Cached(grid_store.path), objective=ObjectiveConfig("embedding")))
-    assert any("does not read the patches of" in warning and "patch does" in warning for warning in plan.warnings)
+def test_patches_that_cannot_be_learned_are_warned_of_or_refused(config, grid_store):
     small = replace(config, targets=Cached(grid_store.path), objective=ObjectiveConfig("patch"))
-    assert any(
-        "map of 4 x 4 positions is smaller than the targets' 7 x 7" in warning for warning in make_plan(small).warnings
-    )
+    assert "single position" not in " ".join(make_plan(small).warnings)
+    whole = replace(small, student=replace(small.student, small_images=False))
+    assert any("map is a single position, which says nothing" in warning for warning in make_plan(whole).warnings)
     dropped = replace(small, student=replace(VIT, patch_drop=0.2))
     refused(dropped, "leaves no whole map for the patches of `objective` patch")
     refused(

@@ -124,12 +124,42 @@ def test_killed_and_gone_on_with_it_is_the_same_store(data, headless, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(killed, CacheProgress(rows=stop))
     with pytest.raises(MisuseError, match=r"was begun with other settings \(patches is .* in the store, not None\)"):
-        cache_teacher(replace(killed, patches=PatchChoice()))
+        cache_teacher(replace(killed, patches=PatchChoice("none")))
     monkeypatch.setattr(patches, "fit_pca", None)  # found where the first run left it
-    cache_teacher(killed)
+    cache_teacher(replace(killed, patches=PatchChoice()))  # as it began
     with pytest.raises(MisuseError, match=r"complete, with other settings \(patches is .* in the store, not None\)"):
-        cache_teacher(replace(killed, patches=PatchChoice()))
+        cache_teacher(replace(killed, patches=PatchChoice("none")))
     assert tiny.contents(killed.out) == tiny.contents(config.out)
+
+
+def test_what_nobody_asked_for_is_cached_where_it_is_cheap(data, headless, with_head, tmp_path, monkeypatch):
+    """The tiny CNN has 7 x 7 positions at 224 px, and its PCA wants more tokens than 40 images of 2 x 2 have."""
+    monkeypatch.setattr(patches, "USUAL_GRID", 2)
+    few_numbers = {"patch_dim": 24}
+    monkeypatch.setattr(patches, "PatchChoice", lambda kind: PatchChoice(kind, **few_numbers))
+
+    def cached(name, teacher=headless, **changes):
+        notes: list[str] = []
+        config = config_of(tmp_path / name, data, teacher, PatchChoice(), **changes)
+        return cache_teacher(config, CacheProgress(note=notes.append)).patch_encoding, " ".join(notes)
+
+    encoding, notes = cached("usual.zarr")
+    assert encoding is not None
+    assert (encoding.kind, encoding.grid) == ("grid", 2)
+    assert "`patches` none leaves them out" in notes
+    assert cached("usual.zarr") == (encoding, f"{tmp_path / 'usual.zarr'} is complete already: nothing to do")
+    assert cached("head.zarr", with_head)[0] is None
+    assert cached("fitted.zarr", prototypes=6)[0] is None
+    assert cached("small_map.zarr", view_size=32)[0] is None
+    few_numbers["patch_dim"] = 200
+    assert cached("few_images.zarr")[0] is None
+    few_numbers["patch_dim"] = 24
+    monkeypatch.setattr(patches, "AUTO_BYTES", data.num_images * 2 * encoding.bytes_per_view - 1)
+    without, notes = cached("dear.zarr")
+    assert without is None
+    assert "`patches` grid caches them" in notes
+    monkeypatch.setattr(patches, "AUTO_BYTES", 10**9)
+    assert cached("dear.zarr")[0] is None  # as it began
 
 
 def test_fitted_prototypes_leave_the_patches_as_they_are(data, headless, tmp_path):
@@ -162,7 +192,10 @@ def test_the_map_of_a_vit_is_its_patch_tokens():
             "`patch_dim` 200 is more components than can be found in 160 patch tokens",
         ),
         ({"patches": "prototypes"}, "`patches` prototypes is for a teacher with prototypes of its own"),
-        ({"patch_dim": 8}, "`patch_dim` is for `patches` grid, which was not asked for"),
+        (
+            {"patch_dim": 8},
+            "`patch_dim` is for `patches` grid, and it is auto: leave `patch_dim` out, or give `patches` grid",
+        ),
         ({"patches": "embedding", "patch_topk": 8}, "`patch_topk` is for `patches` prototypes, and it is embedding"),
     ],
 )
