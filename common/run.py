@@ -70,6 +70,12 @@ def choose_precision(device: torch.device, precision: str) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE else "fp32"
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor computes with bfloat16 (AVX-512 or AMX)."""
+    has = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def pixel_dtype(device: torch.device, precision: str) -> torch.dtype:
     """What views are written in: on CUDA what autocast would turn them into before the first layer, else float32."""
     return PRECISIONS[choose_precision(device, precision)] or torch.float32 if device.type == "cuda" else torch.float32

@@ -65,7 +65,7 @@ class TrainPlan:
 def make_plan(config: TrainConfig) -> TrainPlan:
     """The plan of ``config``, as ``train_student`` would follow it. MisuseError as there."""
     device = pick_device(config.device)
-    config = replace(config, precision=choose_precision(device, config.precision))
+    choose_precision(device, config.precision)  # refuses an unknown one
     return plan_run(*opened(config, device), measured=True)
 
 
@@ -77,7 +77,8 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
         raise MisuseError("`extend`: name the `objective` of the run that goes on")
     config = replace(config, student=with_start(config.student, begun))
     data = Beton(config.data, config.local_dir)
-    run = RunContext(data, device, config.precision, config.seed, config.objective, config.student)
+    precision = choose_precision(device, config.precision)
+    run = RunContext(data, device, precision, config.seed, config.objective, config.student)
     branch = config.targets.open(run)
     if config.objective is None:
         name = begun_objective(begun) or usual_objective(config, branch)

@@ -106,10 +106,9 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     autocast(device, config.precision)  # refuses what this device does not have
     allow_fast_arithmetic(device, config.precision)
     use_what_is_known(device)
-    if config.precision == "auto":
+    if config.precision == "auto" and device.type == "cuda":
         config = replace(config, precision=choose_precision(device, config.precision))
-        if device.type == "cuda":
-            progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
+        progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
     check_installed(config.loggers)
     config, context, branch = opened(config, device)

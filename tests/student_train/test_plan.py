@@ -128,6 +128,31 @@ def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config,
         assert "2.5 times as many steps" in next(c.reason for c in plan.choices if c.setting == "batch_size")
 
 
+def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypatch):
+    def steps_take(fp32: float, bf16: float, has: bool = True) -> None:
+        tried = lambda config, run, _: Trial({"fp32": fp32, "bf16": bf16}[config.precision], 1, 1)  # noqa: E731
+        monkeypatch.setattr(planner_module, "try_steps", tried)
+        monkeypatch.setattr(planner_module, "has_bfloat16", lambda device: has)
+
+    config = replace(open_config, precision="auto", budget="20m")
+    for machine, precision in (
+        ((1.0, 0.6), "bf16"),
+        ((1.0, 0.9), "fp32"),  # within what a trial can tell
+        ((0.1, 0.06), "fp32"),  # there is time enough
+        ((1.0, 0.6, False), "fp32"),
+    ):
+        steps_take(*machine)
+        plan = make_plan(config)
+        assert (plan.config.precision, plan.trial.seconds) == (precision, machine[precision == "bf16"]), machine
+        assert chosen(plan).get("precision", "fp32") == precision
+    steps_take(1.0, 0.6)
+    assert make_plan(replace(config, precision="fp32")).config.precision == "fp32"
+    steps_take(100.0, 60.0)
+    train_student(config)
+    steps_take(100.0, 60.0, has=False)  # it goes on as it began
+    assert make_plan(config).config.precision == "bf16"
+
+
 def test_a_vit_is_given_more_steps(open_config, steps_take):
     steps_take(0.001)
     vit = replace(open_config, student=replace(open_config.student, name="test_vit"))
