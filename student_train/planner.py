@@ -12,7 +12,7 @@ from ..common.run import choose_precision, has_bfloat16
 from ..common.views.config import LoaderConfig
 from .config import PUBLISHED_LR, PairingChoice, PairingConfig
 from .optimiser import LR_BATCH_SIZE
-from .plan_warnings import LEAST_RATE, LEAST_STEPS, LEAST_STEPS_VIT, stride_of
+from .plan_warnings import LEAST_RATE, LEAST_STEPS, stride_of
 from .students import SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
 from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import check_pairing, choose_pairing
@@ -30,7 +30,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    "minutes": Effort(15 * 60, 4_000, 1, "at most 15 minutes"),
+    "minutes": Effort(15 * 60, 10_000, 1, "at most 15 minutes"),
     "hours": Effort(4 * 3600, 40_000, 10, "at most 4 hours"),
     "full": Effort(None, 100_000, 100, "100 epochs or more"),
 }
@@ -178,8 +178,8 @@ class Planner:
         if config.student.small_images is None:
             self._choose_stem(short)
         if short:
-            self._choose_precision(short, self._enough(effort))
-            self._halve_batch(short, self._enough(effort))
+            self._choose_precision(short, effort.steps)
+            self._halve_batch(short, effort.steps)
         if config.epochs is None:
             self._choose_epochs(config.effort or device_has, seconds)
 
@@ -241,14 +241,10 @@ class Planner:
                 scaled = f"x {half}/{LR_BATCH_SIZE} = {optimiser.peak * loader.batch_size / LR_BATCH_SIZE:g} in a step"
                 self.choices[chosen["lr"]] = Choice("lr", lr, scaled)
 
-    def _enough(self, effort: Effort) -> int:
-        """Steps; a ViT learns more slowly."""
-        return max(effort.steps, LEAST_STEPS_VIT) if self.family in VIT_FAMILIES else effort.steps
-
     def _choose_epochs(self, name: str, seconds: float | None) -> None:
         """As many as are enough, or as there is time for: that of the plan itself is taken off."""
         config, per_epoch, effort = self.config, self.steps_per_epoch, EFFORTS[name]
-        wanted = max(effort.epochs, ceil(self._enough(effort) / per_epoch))
+        wanted = max(effort.epochs, ceil(effort.steps / per_epoch))
         reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({effort.words})"
         if seconds and self.trial:
             trial = self._try(min(MOST_TO_TRY, SHARE_TO_TRY * seconds))
