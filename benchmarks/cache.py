@@ -28,6 +28,7 @@ from rob.common.images.pack import PackConfig, pack
 from rob.common.run import autocast, pick_device
 from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
+from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
 from rob.common.views.colours import apply_colours
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
@@ -125,6 +126,7 @@ def _compare(case: Case, config: CacheBenchConfig, rounds: int, device: torch.de
             recipe,
             config.views,
             encoding=Encoding("embedding", "float32"),
+            patches=PatchChoice("none"),
             view_size=case.view_size,
             precision=config.precision,
             device=config.device,

@@ -1,11 +1,11 @@
 """A first user's run: plain commands on small sets of real photographs, and what makes such a run fail.
 
     python benchmarks/first_run.py runs/first --data ../shared/data [--only signdigits cells cifar10] [--students resnet18 ...]
-        [--causes] [--view-size 96] [--patches]
+        [--causes] [--view-size 96] [--pooled]
 
 For each data set and student: ``rob pack``, ``rob cache-teacher`` with the stand-in, ``rob train-student --image-size 64`` with
-no option more, and ``rob eval knn`` of pixels, the random start, the student, and the teacher at the size of its views. With
-``--patches`` the store is cached with ``--patches grid``, which the training then reads by default.
+no option more, and ``rob eval knn`` of pixels, the random start, the student, and the teacher at the size of its views.
+``--pooled`` caches with ``--patches none``, as it was once by default: then students learn from embeddings alone.
 ``cells`` are BCCD's, cut out by their boxes, at most 400 of a class. ``--causes`` is another table, one row a cause:
 MobileNetV3-Small on ``signdigits`` in 10 passes over the images, each row with one thing as it was in a run that ended below its
 random start.
@@ -135,13 +135,13 @@ def train(run: Path, packed: Packed, store: Path, *words: object) -> dict[str, A
 
 
 def first_runs(
-    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None, patches: bool
+    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None, pooled: bool
 ) -> list[dict[str, Any]]:
     """A row a data set and student."""
-    rows, words = [], ("--patches", "grid") if patches else ()
+    rows, words = [], ("--patches", "none") if pooled else ()
     for name in names:
         packed = prepare(name, data, out)
-        kind = f"{name}-{view_size or 'own'}" + ("-patches" if patches else "")
+        kind = f"{name}-{view_size or 'own'}" + ("" if pooled else "-patches")
         store = cached(packed, out / f"{kind}.zarr", view_size, *words)
         size = json.loads((store / "zarr.json").read_text())["attributes"]["view_size"]
         pixels = knn("pixels", packed, out / f"{name}-pixels")
@@ -159,7 +159,10 @@ def first_runs(
 def causes(data: Path, out: Path) -> list[dict[str, Any]]:
     """A row a cause."""
     packed, rows = prepare("signdigits", data, out), []
-    store, fitted = cached(packed, out / "signdigits-96.zarr", 96), out / "signdigits-96-prototypes.zarr"
+    store, fitted = (
+        cached(packed, out / "signdigits-96.zarr", 96, "--patches", "none"),
+        out / "signdigits-96-prototypes.zarr",
+    )
     for number, (name, options) in enumerate(CAUSES.items()):
         words = ["--student", "mobilenetv3_small_100", *options.split()]
         if "--small-images" not in words:
@@ -177,18 +180,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     parser.add_argument("--students", nargs="+", default=list(STUDENTS))
     parser.add_argument("--view-size", type=int, help="of the teacher; default its own")
-    parser.add_argument("--patches", action="store_true", help="targets of patches, too")
+    parser.add_argument("--pooled", action="store_true", help="no targets of patches")
     parser.add_argument("--causes", action="store_true", help="the other table: what makes a run fail")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    name, size, patches = "first_run", arguments.view_size, arguments.patches
+    name, size, pooled = "first_run", arguments.view_size, arguments.pooled
     if arguments.causes:
         name, rows = "first_run_causes", causes(arguments.data, out)
     else:
-        name += "_patches" if patches else ""
-        rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, patches)
-    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "patches": patches, "k": 20}
+        name += "_pooled" if pooled else ""
+        rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, pooled)
+    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "pooled": pooled, "k": 20}
     report = Report.of(name, torch.device("cpu"), work, rows, {})
     report.show()
     print(f"written to {report.write()}")

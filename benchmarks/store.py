@@ -181,7 +181,7 @@ def _cache(config: StoreBenchConfig, folder: Path, patches: PatchChoice | None =
     out, encoding = folder / "teacher.zarr", Encoding("embedding", "float32")
     caching = CacheConfig(data, out, config.teacher, get_recipe("dino"), config.views, encoding=encoding)
     caching = replace(caching, view_size=config.view_size, device=config.device)
-    cache_teacher(caching if patches is None else replace(caching, patches=patches))
+    cache_teacher(replace(caching, patches=patches or PatchChoice("none")))
     return out
 
 

@@ -16,6 +16,7 @@ from rob.common.images.beton import Beton
 from rob.common.run import autocast
 from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
+from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
 from rob.common.teacher import cast_once
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, resolve_loader
@@ -69,7 +70,8 @@ def cache(
     told: list[float] = []
     config = CacheConfig(
         data.path, out, TeacherConfig(teacher.name), get_recipe(RECIPE), views, encoding=Encoding("embedding", "float16"),
-        precision=precision, device=str(section.device), loader=LoaderConfig(batch_size=section.size(8, 128, 128)),
+        patches=PatchChoice("none"), precision=precision,
+        device=str(section.device), loader=LoaderConfig(batch_size=section.size(8, 128, 128)),
     )  # fmt: skip
     cache_teacher(config, CacheProgress(rows=lambda done, total: told.append(time.perf_counter())), teacher)
     return told[-1] - told[0], time.perf_counter() - told[-1]
