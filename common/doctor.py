@@ -103,7 +103,7 @@ def paths() -> list[tuple[str, str]]:
     import torch
 
     from .device_settings import settings_path, stored_settings
-    from .run import choose_precision
+    from .run import choose_precision, has_bfloat16
 
     rows, on_gpu = [("images to views", _loader())], torch.cuda.is_available()
     if on_gpu:
@@ -123,7 +123,11 @@ def paths() -> list[tuple[str, str]]:
         if find_spec("triton") and not any(map(shutil.which, ("gcc", "cc", "clang"))):
             rows += [("a C compiler", "none, and Triton wants one: apt-get install gcc")]
     else:
-        rows += [("loss over prototypes", "in tiles of torch, as on every CPU"), ("precision", "fp32, as on every CPU")]
+        half = has_bfloat16(torch.device("cpu"))
+        rows += [("loss over prototypes", "in tiles of torch, as on every CPU")]
+        rows += [
+            ("precision", "fp32, or bf16 where a plan finds it faster" if half else "fp32: no bfloat16 arithmetic")
+        ]
     return rows
 
 

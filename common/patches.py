@@ -28,9 +28,10 @@ def feature_map(network: nn.Module, features: Tensor, name: str = "the network")
     A ViT's patch tokens, behind its last norm, without class token and registers; a CNN's last stage. MisuseError: it has no map.
     """
     model: Any = network
-    if features.ndim == 4:
+    dims = features.ndim if isinstance(features, Tensor) else 0  # a few of timm's give a list, of several scales
+    if dims == 4:
         return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-    if features.ndim == 3:
+    if dims == 3:
         if not isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity):
             features = model.fc_norm(features)  # those that pool the mean have their last norm behind it
         prefix = getattr(model, "num_prefix_tokens", int(getattr(model, "cls_token", None) is not None))

@@ -72,8 +72,10 @@ def choose_precision(device: torch.device, precision: str) -> str:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the processor computes with bfloat16 (AVX-512 or AMX)."""
+    if device.type != "cpu":
+        return False
     has = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def pixel_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -46,7 +46,6 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
         if pairing is None or (isinstance(pairing, PairingChoice) and pairing.num_local is None):
             pairing = replace(pairing or PairingChoice(), num_local=begun["pairing"]["num_local"])
         epochs = config.epochs or begun["epochs"]
-        precision = begun["precision"] if config.precision == "auto" else config.precision
     except (KeyError, TypeError):  # not what a run writes: the checkpoint will say so
         return config
     return replace(
@@ -56,7 +55,6 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
         loader=loader,
         pairing=pairing,
         epochs=epochs,
-        precision=precision,
         effort=None,
         budget=None,
     )

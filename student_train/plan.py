@@ -4,6 +4,7 @@
 or a preset gives them, the run is planned already: the rest is as published, and only its cost is measured.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import torch
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.ranks import ALONE, Ranks, from_main
-from ..common.run import choose_precision, pick_device
+from ..common.run import PRECISIONS, autocast, choose_precision, pick_device
 from .begun import as_begun, begun_objective, read_begun
 from .config import ObjectiveConfig, PairingConfig
 from .extension import as_parent, settings_of_parent
@@ -65,7 +66,6 @@ class TrainPlan:
 def make_plan(config: TrainConfig) -> TrainPlan:
     """The plan of ``config``, as ``train_student`` would follow it. MisuseError as there."""
     device = pick_device(config.device)
-    choose_precision(device, config.precision)  # refuses an unknown one
     return plan_run(*opened(config, device), measured=True)
 
 
@@ -76,6 +76,9 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
     if begun is None and config.extend and config.objective is None:
         raise MisuseError("`extend`: name the `objective` of the run that goes on")
     config = replace(config, student=with_start(config.student, begun))
+    if config.precision == "auto" and begun is not None and begun.get("precision") in PRECISIONS:
+        config = replace(config, precision=begun["precision"])
+    autocast(device, config.precision)  # refuses what this device does not have
     data = Beton(config.data, config.local_dir)
     precision = choose_precision(device, config.precision)
     run = RunContext(data, device, precision, config.seed, config.objective, config.student)
@@ -96,11 +99,15 @@ def usual_objective(config: TrainConfig, branch: TargetBranch) -> str:
 
 
 def can_learn_patches(config: TrainConfig) -> bool:
-    """Whether the student has a map of more than one position, and what else is asked for leaves it whole: see ``Trainer``."""
-    student, pairing = config.student, config.pairing
-    other_views = pairing is not None and (pairing.pairing not in (None, "same") or pairing.step_globals is not None)
-    if other_views or student.patch_drop or config.compile not in (None, "off"):
+    """Whether the student has a map of more than one position, with timm's stem if the plan gives it that, and what else is asked
+    for leaves it whole: see ``Trainer``."""
+    student, pairing = replace(config.student, small_images=bool(config.student.small_images)), config.pairing
+    if student.patch_drop or config.compile not in (None, "off"):
         return False
+    if pairing is not None:
+        fresh = pairing.pairing == "cross" and pairing.fresh is not False
+        if fresh or (pairing.step_globals or math.inf) < (pairing.step_targets or 2):
+            return False
     try:
         with torch.random.fork_rng(devices=[]):
             return map_shape(build_student(student), student.image_size, None, student.name)[1] > 1

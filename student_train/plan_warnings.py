@@ -108,7 +108,8 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
             "ibot learns from the class token alone: its other half reads what `patches` prototypes caches of a ViT's"
         ]
     side = config.student.image_size // stride_of(config.student)
-    if space is not None and side <= 1 < space.grid and config.objective.patch_layer is None:
+    reads = reads_patches(config.objective, branch.space) and config.objective.patch_layer is None
+    if space is not None and reads and side <= 1 < space.grid:
         return [
             f"the student's map is a single position, which says nothing of the targets' {space.grid} x {space.grid}: a larger "
             "`image_size`, an earlier `patch_layer`, or `objective` embedding"

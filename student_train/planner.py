@@ -13,7 +13,7 @@ from ..common.views.config import LoaderConfig
 from .config import PUBLISHED_LR, PairingChoice, PairingConfig
 from .optimiser import LR_BATCH_SIZE
 from .plan_warnings import LEAST_RATE, LEAST_STEPS, stride_of
-from .students import SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
+from .students import OWN, SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
 from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import check_pairing, choose_pairing
 from .train_config import USUAL_BATCH, LoaderByPlan, TrainConfig, seconds_of
@@ -75,13 +75,15 @@ class Planner:
     ) -> None:
         self.config = replace(config, precision=choose_precision(run.device, config.precision))
         self.run, self.branch, self.ranks, self.say = run, branch, ranks, say
-        of_store = branch.kind == "cached"  # whose targets do not come from the student
-        self.may_take_bfloat16 = config.precision == "auto" and of_store and has_bfloat16(run.device)
         self.choices: list[Choice] = []
         self.trial: Trial | None = None
         self.began = time.monotonic()
         self.on_cpu = run.device.type == "cpu"
         self.family = model_family(config.student.name)
+        of_store = branch.kind == "cached" and not branch.space.has_copy  # no other network passes in a step
+        self.may_take_bfloat16 = (
+            config.precision == "auto" and of_store and self.family != OWN and has_bfloat16(run.device)
+        )
 
     # ==== as published ====
 
@@ -208,7 +210,7 @@ class Planner:
         self._set(precision="bf16")
         gain = full.seconds / self._try(SECONDS_TO_CHOOSE).seconds
         if gain >= WORTH_BFLOAT16:
-            reason = f"the time is short, and makes {gain:.1f} times as many steps in bfloat16"
+            reason = f"the time is short, and bfloat16 makes {gain:.1f} times as many steps of it"
             self.choices.append(Choice("precision", "bf16", reason))
         else:
             self._set(precision="fp32")
@@ -245,7 +247,8 @@ class Planner:
         """As many as are enough, or as there is time for: that of the plan itself is taken off."""
         config, per_epoch, effort = self.config, self.steps_per_epoch, EFFORTS[name]
         wanted = max(effort.epochs, ceil(effort.steps / per_epoch))
-        reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({effort.words})"
+        words = effort.words if self.trial or seconds is None else "their time was not measured"
+        reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({words})"
         if seconds and self.trial:
             trial = self._try(min(MOST_TO_TRY, SHARE_TO_TRY * seconds))
             beside, first = (trial.seconds_of_run(config, self.run.data.num_images, epochs) for epochs in (0, 1))

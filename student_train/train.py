@@ -21,7 +21,7 @@ from ..common.own_network import OwnNetwork
 from ..common.pace import Pace
 from ..common.places import local_path
 from ..common.ranks import ALONE, Ranks, from_main, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
-from ..common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_step, versions
+from ..common.run import allow_fast_arithmetic, autocast, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
@@ -104,14 +104,13 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     # ==== what is trained, and against what ====
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuses what this device does not have
-    allow_fast_arithmetic(device, config.precision)
     use_what_is_known(device)
-    if config.precision == "auto" and device.type == "cuda":
-        config = replace(config, precision=choose_precision(device, config.precision))
-        progress.note(f"`precision` {config.precision}, since this is {torch.cuda.get_device_name(device)}")
     check_loader(config.loader, device)
     check_installed(config.loggers)
     config, context, branch = opened(config, device)
+    allow_fast_arithmetic(device, config.precision)
+    if config.precision == "auto" and device.type == "cuda":
+        progress.note(f"`precision` {context.precision}, since this is {torch.cuda.get_device_name(device)}")
     data = context.data
     freeze = branch.freeze_prototypes if config.freeze_prototypes is None else config.freeze_prototypes
     config = replace(config, freeze_prototypes=freeze)

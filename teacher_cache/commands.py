@@ -14,6 +14,7 @@ from ..common.options import given, refuse
 from ..common.places import is_address, place_of, shown
 from ..common.screen import bar, console, facts, note, note_slow_loader, say, say_waiting
 from ..common.settings import Setting
+from ..common.store.patches import NONE, PatchChoice
 from ..common.views.recipes import RecipeOverrides, get_recipe
 from .config import CacheConfig, VerifyConfig
 
@@ -43,14 +44,15 @@ def cache_teacher(
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
     from .cache import CachePlan, CacheProgress, cache_teacher
 
-    views = {}
+    views, patches = {}, {}
     if preset is not None:
         typed = given(context)
         wanted, areas, number = views_of_preset(preset)
         if "recipe" not in typed:
             recipe, overrides = wanted, overrides.over(areas)
         views = {} if "views" in typed else {"views": number}
-    full = config(recipe=get_recipe(recipe, overrides), **views)
+        patches = {} if "patches" in typed else {"patches": PatchChoice(NONE)}  # no preset's objective reads a grid
+    full = config(recipe=get_recipe(recipe, overrides), **views, **patches)
     kind = full.encoding.kind
     if kind != "topk":
         refuse(context, ("topk",), f"is for --encoding topk, and this is {kind}")

@@ -28,8 +28,9 @@ class PatchChoice:
         Setting(
             "Patch targets too, for short runs, detection and segmentation. grid: the teacher's last patch tokens, averaged to "
             "--patch-grid, cut to --patch-dim by a PCA, int8; for --objective patch. prototypes, embedding: a teacher's own "
-            "prototypes of every patch, the largest logits or what goes into them; for ibot. none. auto: grid beside embeddings "
-            "without prototypes, where the teacher's map has 7 x 7 positions and they take up to 1 GB. Mind the plan's bytes.",
+            "prototypes of every patch, the largest logits or what goes into them; for ibot. none: no patches. auto: grid beside "
+            "embeddings without prototypes, where the teacher's map has 7 x 7 positions or more and they take up to 1 GB; with "
+            "--preset, none. Mind the plan's bytes.",
             choices=(AUTO, NONE, *KINDS),
         ),
     ] = AUTO

@@ -13,7 +13,7 @@ from ...common.errors import MisuseError
 from ...common.patches import PatchTargets, has_tokens
 from ...common.run import autocast
 from ...common.settings import check
-from ...common.store.patches import PatchChoice, resolve_patches
+from ...common.store.patches import AUTO, PatchChoice, resolve_patches
 from ...common.teacher import FrozenTeacher, dense_embedder, embedder
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import Recipe, get_recipe
@@ -94,7 +94,7 @@ class OnlineTargets(TargetBranch):
         assert run.objective is not None
         kinds = OBJECTIVES[run.objective.name].patch_kinds_of(run.objective)
         choice = config.patches
-        if choice is None:
+        if choice is None or choice.patches == AUTO:
             if "grid" not in kinds and (teacher.patch_prototypes is None or not has_tokens(teacher.backbone)):
                 return None  # the class token alone
             choice = PatchChoice("grid", patch_dim=0) if "grid" in kinds else PatchChoice("embedding")

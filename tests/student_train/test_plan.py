@@ -10,13 +10,15 @@ from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
 from rob.student_train import plan as plan_module
 from rob.student_train import planner as planner_module
-from rob.student_train.config import PUBLISHED_LR, OptimiserConfig, PairingChoice
-from rob.student_train.plan import make_plan
+from rob.student_train.config import PUBLISHED_LR, ObjectiveConfig, OptimiserConfig, PairingChoice
+from rob.student_train.plan import make_plan, opened
 from rob.student_train.plan_warnings import LEAST_STEPS, LEAST_STEPS_VIT
 from rob.student_train.students import StudentConfig
+from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
 from rob.student_train.trial import Trial, free_memory, try_steps
+from support.training import CPU
 
 
 @pytest.fixture
@@ -151,6 +153,12 @@ def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypat
     train_student(config)
     steps_take(100.0, 60.0, has=False)  # it goes on as it began
     assert make_plan(config).config.precision == "bf16"
+    assert opened(config, CPU)[1].precision == "bf16"
+
+    steps_take(1.0, 0.6)
+    with_copy = WithCopy(config.targets)
+    disco = replace(config, targets=with_copy, objective=ObjectiveConfig("disco"), out=config.out / "copy")
+    assert make_plan(disco).config.precision == "fp32"
 
 
 def test_minutes_are_as_many_steps_as_a_vit_needs(open_config, steps_take):
@@ -232,7 +240,6 @@ def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, da
     from rob.student_train.plan import make_plan
     from rob.student_train.students import build_student, num_parameters
     from rob.student_train.targets.branch import RunContext
-    from support.training import CPU
 
     full = make_plan(config).config
     small, large = (

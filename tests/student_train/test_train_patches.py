@@ -109,10 +109,12 @@ def test_a_grid_of_patches_is_usually_for_patch_where_there_are_no_prototypes(co
     settings = {"loader": LOADER, "patches": PatchChoice("grid", patch_dim=0)}
     plain = tiny_store(tmp_path / "plain.zarr", data, tiny_teacher_checkpoint(tmp_path), **settings)
     config = replace(config, targets=Cached(plain.path), pairing=None, epochs=2)
+    config = replace(config, student=replace(config.student, small_images=True))
     asked, left = replace(config, objective=ObjectiveConfig("patch")), replace(config, objective=None)
     train_student(replace(asked, out=tmp_path / "asked"))
     for instead in (
         {"student": replace(left.student, small_images=False)},  # a map of one position
+        {"student": replace(left.student, small_images=None)},  # and so may the plan's
         {"student": replace(VIT, patch_drop=0.2)},
         {"pairing": PairingChoice("cross")},
         {"compile": "default"},
@@ -137,6 +139,8 @@ def test_patches_that_cannot_be_learned_are_warned_of_or_refused(config, grid_st
     assert "single position" not in " ".join(make_plan(small).warnings)
     whole = replace(small, student=replace(small.student, small_images=False))
     assert any("map is a single position, which says nothing" in warning for warning in make_plan(whole).warnings)
+    pooled = replace(whole, objective=ObjectiveConfig("embedding"))
+    assert "single position" not in " ".join(make_plan(pooled).warnings)
     dropped = replace(small, student=replace(VIT, patch_drop=0.2))
     refused(dropped, "leaves no whole map for the patches of `objective` patch")
     refused(

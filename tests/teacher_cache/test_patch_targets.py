@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
+from rob.common.patches import feature_map
 from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
@@ -180,6 +181,12 @@ def test_the_map_of_a_vit_is_its_patch_tokens():
     torch.testing.assert_close(embedding, teacher(images))
     tokens = vit.forward_features(images)[:, vit.num_prefix_tokens :]
     torch.testing.assert_close(features[1, :, 2, 3], tokens[1, 2 * 4 + 3])
+
+
+def test_a_network_of_several_maps_has_none():
+    """As crossvit's ``forward_features``: caching such a teacher goes without patches."""
+    with pytest.raises(MisuseError, match="the network gives no square map of features"):
+        feature_map(torch.nn.Identity(), [torch.zeros(1, 3, 7, 7)])
 
 
 @pytest.mark.parametrize(
