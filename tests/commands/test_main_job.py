@@ -89,6 +89,20 @@ def test_the_usual_objective_follows_from_the_targets(rob, made, tmp_path):
     assert json.loads((tmp_path / "usual" / "config.json").read_text())["objective"]["name"] == "dino"
 
 
+def test_targets_of_patches_are_cached_and_learned_from_unless_a_preset_is_asked_for(rob, made, tmp_path):
+    at_224 = ("--view-size", 224, "--views", 1)  # where the tiny teacher has a map of 7 x 7
+    for name, words in {"usual": (), "disco": ("--preset", "disco")}.items():
+        store = tmp_path / f"{name}.zarr"
+        outcome = rob("cache-teacher", made.data, store, *made.cache, *at_224, *words)
+        assert outcome.code == 0, outcome.err
+        patches = json.loads((store / "zarr.json").read_text())["attributes"].get("patches")
+        assert (patches is None) == (name == "disco")
+    words = ("--out", tmp_path / "run", "--image-size", 64, "--no-small-images")
+    outcome = rob("train-student", *made.train_on(tmp_path / "usual.zarr"), *words)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"]["name"] == "patch"
+
+
 def test_momentum_targets_need_no_teacher(rob, made, tmp_path):
     dino = ("--objective", "dino", "--prototypes", 8, "--num-local", 1)
     outcome = rob("train-student", *made.train_on("momentum"), "--out", tmp_path / "run", *dino)
