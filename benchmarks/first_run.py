@@ -159,10 +159,8 @@ def first_runs(
 def causes(data: Path, out: Path) -> list[dict[str, Any]]:
     """A row a cause."""
     packed, rows = prepare("signdigits", data, out), []
-    store, fitted = (
-        cached(packed, out / "signdigits-96.zarr", 96, "--patches", "none"),
-        out / "signdigits-96-prototypes.zarr",
-    )
+    store = cached(packed, out / "signdigits-96.zarr", 96, "--patches", "none")
+    fitted = out / "signdigits-96-prototypes.zarr"
     for number, (name, options) in enumerate(CAUSES.items()):
         words = ["--student", "mobilenetv3_small_100", *options.split()]
         if "--small-images" not in words:

@@ -4,7 +4,6 @@
 or a preset gives them, the run is planned already: the rest is as published, and only its cost is measured.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,9 +21,11 @@ from .plan_warnings import warnings_of
 from .planner import Choice, Planner
 from .run_folder import refuse_what_is_no_run
 from .start import with_start
-from .students import build_student, map_shape, with_usual_patch_drop
+from .students import build_student, with_usual_patch_drop
 from .targets.branch import RunContext, TargetBranch
+from .targets.pairing import choose_pairing
 from .train_config import LoaderByPlan, TrainConfig
+from .trainer import student_map_of
 from .trial import Trial, free_memory
 
 WORTH_MEASURING = 50
@@ -95,22 +96,21 @@ def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunC
 def usual_objective(config: TrainConfig, branch: TargetBranch) -> str:
     """The name of what such a student learns from such targets, where nothing is asked for."""
     usual = branch.usual_objective
-    return "embedding" if usual == "patch" and not can_learn_patches(config) else usual
+    return "embedding" if usual == "patch" and not can_learn_patches(config, branch) else usual
 
 
-def can_learn_patches(config: TrainConfig) -> bool:
-    """Whether the student has a map of more than one position, with timm's stem if the plan gives it that, and what else is asked
-    for leaves it whole: see ``Trainer``."""
-    student, pairing = replace(config.student, small_images=bool(config.student.small_images)), config.pairing
-    if student.patch_drop or config.compile not in (None, "off"):
+def can_learn_patches(config: TrainConfig, branch: TargetBranch) -> bool:
+    """Whether the student has a map of more than one position, with timm's stem if the plan gives it that, and nothing else that
+    is asked for stands against it."""
+    if config.compile not in (None, "off"):
         return False
-    if pairing is not None:
-        fresh = pairing.pairing == "cross" and pairing.fresh is not False
-        if fresh or (pairing.step_globals or math.inf) < (pairing.step_targets or 2):
-            return False
+    student, pairing = replace(config.student, small_images=bool(config.student.small_images)), config.pairing
     try:
+        if not isinstance(pairing, PairingConfig):
+            pairing = choose_pairing("patch", branch.recipe, branch.views, pairing, branch.from_student)
+        asked = replace(config, student=student, objective=ObjectiveConfig("patch"), pairing=pairing)
         with torch.random.fork_rng(devices=[]):
-            return map_shape(build_student(student), student.image_size, None, student.name)[1] > 1
+            return student_map_of(asked, build_student(student), branch.space.of_student).side > 1
     except MisuseError:
         return False
 

@@ -21,7 +21,7 @@ from ..common.own_network import OwnNetwork
 from ..common.pace import Pace
 from ..common.places import local_path
 from ..common.ranks import ALONE, Ranks, from_main, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
-from ..common.run import allow_fast_arithmetic, autocast, pick_device, seed_step, versions
+from ..common.run import allow_fast_arithmetic, pick_device, seed_step, versions
 from ..common.signals import interrupted_once
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
@@ -103,7 +103,6 @@ def train_student(config: TrainConfig, progress: TrainProgress | None = None) ->
 def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainResult:
     # ==== what is trained, and against what ====
     device = pick_device(config.device)
-    autocast(device, config.precision)  # refuses what this device does not have
     use_what_is_known(device)
     check_loader(config.loader, device)
     check_installed(config.loggers)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -44,15 +44,15 @@ def cache_teacher(
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
     from .cache import CachePlan, CacheProgress, cache_teacher
 
-    views, patches = {}, {}
+    of_preset: dict[str, Any] = {}
     if preset is not None:
         typed = given(context)
         wanted, areas, number = views_of_preset(preset)
         if "recipe" not in typed:
             recipe, overrides = wanted, overrides.over(areas)
-        views = {} if "views" in typed else {"views": number}
-        patches = {} if "patches" in typed else {"patches": PatchChoice(NONE)}  # no preset's objective reads a grid
-    full = config(recipe=get_recipe(recipe, overrides), **views, **patches)
+        usual = {"views": number, "patches": PatchChoice(NONE)}  # no preset's objective reads a grid
+        of_preset = {name: value for name, value in usual.items() if name not in typed}
+    full = config(recipe=get_recipe(recipe, overrides), **of_preset)
     kind = full.encoding.kind
     if kind != "topk":
         refuse(context, ("topk",), f"is for --encoding topk, and this is {kind}")

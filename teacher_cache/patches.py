@@ -25,7 +25,7 @@ LOGIT_BYTES = 64 << 20
 """Of patch logits at a time: a batch has thousands of patches."""
 
 AUTO_BYTES = 10**9
-"""Of patch targets that nobody asked for: a hundred thousand views."""
+"""Of patch targets that nobody asked for: some 150,000 views of 7 x 7 x 128."""
 
 DenseEmbed = Callable[[Batch], tuple[Tensor, Tensor]]
 

@@ -78,6 +78,9 @@ def test_ibot_from_the_store_is_as_online(config, data, vit_teacher, tmp_path):
         train_student(replace(config, targets=Cached(store.path), out=tmp_path / name))
         losses = torch.tensor(curve(tmp_path / name))[:, 2]
         torch.testing.assert_close(losses, expected, rtol=5e-3, atol=1e-6)
+    unread = replace(config, objective=ObjectiveConfig("dino"), targets=Cached(stores["prototypes"].path))
+    warnings = make_plan(replace(unread, out=tmp_path / "unread")).warnings
+    assert any("does not read the patches of" in warning and "ibot does" in warning for warning in warnings)
     class_token = replace(config, objective=replace(config.objective, patch_weight=0.0), out=tmp_path / "class")
     train_student(replace(class_token, targets=Cached(stores["prototypes"].path)))
     assert log_of(tmp_path / "class")[0]["loss"] < expected[0] - 0.5  # about log K less
