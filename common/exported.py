@@ -20,6 +20,8 @@ TIMM_KWARGS = frozenset(("num_classes", "img_size", "dynamic_img_size", "patch_s
 """All that ``describe_student`` has timm called with; nothing else in a file's description is."""
 LARGEST_SIDE = 1 << 14
 """Pixels a side of an image that a description may name."""
+OUTPUT_STRIDES = (8, 16)
+"""That ``adapt_stem`` can give a CNN."""
 TORCHVISION = "torchvision/"
 """Begins the name of a student that is torchvision's."""
 
@@ -34,7 +36,8 @@ class StudentInfo:
     """All that a weights file needs beside its tensors: how to rebuild the network, and the pixels it expects.
 
     ``mean`` and ``std`` (RGB, in units of 1) normalise its input. ``features`` is the layer that is pooled of a network that is
-    not timm's; None: what it returns. Written into the weights file as JSON.
+    not timm's; None: what it returns. ``output_stride`` is the one that ``adapt_stem`` gives a CNN in its small-image form; None:
+    8. Written into the weights file as JSON.
     """
 
     name: str
@@ -44,6 +47,7 @@ class StudentInfo:
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     features: str | None = None
+    output_stride: int | None = None
 
     @property
     def is_own(self) -> bool:
@@ -51,15 +55,15 @@ class StudentInfo:
         return is_own(self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """``features`` is left out where there are none, as in files from before there were."""
-        return {name: value for name, value in asdict(self).items() if name != "features" or value is not None}
+        """What is None is left out, as in files from before there was such a thing."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
         """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
         which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
-        kwargs, features = values.get("timm_kwargs", {}), values.get("features")
-        values = {**values, "features": features}
+        values = {"features": None, "output_stride": None, **values}
+        kwargs, features, stride = values.get("timm_kwargs", {}), values["features"], values["output_stride"]
         unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
         if unknown:
             raise ValueError(f"no student has {', '.join(sorted(unknown))}")
@@ -69,6 +73,7 @@ class StudentInfo:
             (not kwargs and not values["small_images"]) if is_own(values["name"]) else kwargs.get("num_classes") == 0
         )
         sound &= features is None or (isinstance(features, str) and is_own(values["name"]))
+        sound &= stride is None or (stride in OUTPUT_STRIDES and values["small_images"])
         sound &= all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
         sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
         if not sound:
@@ -102,14 +107,19 @@ def described_in(metadata: Mapping[str, str], path: Path) -> StudentInfo | None:
         ) from error
 
 
-def adapt_stem(backbone: nn.Module) -> nn.Module:
-    """Give a timm CNN its small-image form, in place: an output stride of 8 rather than 32. A ViT is left as it is."""
+def adapt_stem(backbone: nn.Module, output_stride: int | None = None) -> nn.Module:
+    """Give a timm CNN its small-image form, in place: an output stride of 8 (None, too) or 16 rather than 32. A ViT is left as it
+    is.
+    """
+    keep_first = output_stride == 16
     if isinstance(backbone, (EfficientNet, MobileNetV3)):
-        for layer in _halving_layers(backbone)[:2]:
+        for layer in _halving_layers(backbone)[keep_first:2]:
             for conv in layer:
                 conv.stride = (1, 1)
     elif isinstance(backbone, ResNet):
         backbone.maxpool = nn.Identity()
+        if keep_first:
+            return backbone
         if isinstance(backbone.conv1, nn.Conv2d):
             stem = nn.Conv2d(3, backbone.conv1.out_channels, kernel_size=3, padding=1, bias=False)
             nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet

@@ -9,7 +9,7 @@ from .config import PairingConfig
 from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
 from .student_config import StudentConfig
-from .students import OWN, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, vit_patch
+from .students import OWN, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, output_stride, vit_patch
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trainer import reads_patches
@@ -22,9 +22,6 @@ LEAST_STEPS_VIT = 10_000
 at most 2 below it (benchmarks/first_run.py); with targets of patches the one of 0.3 M was 9 below, and level after 10,094."""
 LEAST_RATE = {"cnn": 2e-3, "vit": 5e-4}
 """Of AdamW in a step, whatever the batch: below it a short run ends where it began."""
-STRIDE = 32
-"""Of an ordinary CNN; an eighth of it would be 4."""
-STRIDE_SMALL = 8
 BUSY = 0.25
 """Share of a step's time in which none of its threads ran."""
 
@@ -63,8 +60,8 @@ def warnings_of(
     side = config.student.image_size
     if is_small(config.student) and side > SMALL_SIDE:
         found.append(
-            f"the form for images up to {SMALL_SIDE} px, at {side} px, takes up to 16 times the memory and the time of the "
-            "network as timm has it (a ResNet-18 with 64 images: 23 GB): leave `small_images` out"
+            f"the form for images up to {SMALL_SIDE} px, at {side} px, takes two to four times the time and the memory of the "
+            "network as timm has it: leave `small_images` out"
         )
     if trial and free_bytes and trial.memory_bytes > 0.9 * free_bytes:
         found.append(
@@ -124,7 +121,7 @@ def stride_of(config: StudentConfig) -> int:
         return 1  # nobody knows
     if family in VIT_FAMILIES:
         return vit_patch(config)
-    return STRIDE_SMALL if is_small(config) else STRIDE
+    return output_stride(config)
 
 
 def parameters_of(name: str) -> int | None:

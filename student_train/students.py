@@ -6,18 +6,19 @@ multi-crop recipe (224 and 96, 32 and 16) with the same weights.
 Small images (<= 64 px). A network made for 224 px reduces its input 32-fold and ends with one position at 32 px. The
 small form ends with 4 x 4 positions (ViT: 8 x 8 tokens) instead, as usual on CIFAR:
 
-=============================  ==========================================================  ====================
-family                         change                                                      made by
-=============================  ==========================================================  ====================
-ViT, DeiT                      patches of 4 px up to 32 px, of 8 px up to 64               timm arguments alone
-ResNet                         3x3 stem with stride 1, no max-pool                         ``adapt_stem``
-MobileNet, EfficientNet        stride 1 in the stem and in the first stage that halves     ``adapt_stem``
-=============================  ==========================================================  ====================
+=============================  ===============================  =======================================  ====================
+family                         up to 32 px                      up to 64 px                              made by
+=============================  ===============================  =======================================  ====================
+ViT, DeiT                      patches of 4 px                  patches of 8 px                          timm arguments alone
+ResNet                         3x3 stem of stride 1, no pool    no max-pool                              ``adapt_stem``
+MobileNet, EfficientNet        stride 1 in the stem and in the  stride 1 in the first stage that halves  ``adapt_stem``
+                               first stage that halves
+=============================  ===============================  =======================================  ====================
 
 Weights of an ordinary student and of any ViT load with timm alone: ``timm.create_model(info.name,
 **info.timm_kwargs).load_state_dict(load_file(path))``. timm has no argument for the strides of a CNN, so a small CNN
-takes one more call, ``adapt_stem(model)``, between the two; ``checkpoint.load_student(path)`` serves every case. Students that
-are not timm's are in ``own_student.py``.
+takes one more call, ``adapt_stem(model, info.output_stride)``, between the two; ``checkpoint.load_student(path)`` serves every
+case. Students that are not timm's are in ``own_student.py``.
 """
 
 from dataclasses import replace
@@ -81,7 +82,10 @@ def describe_student(config: StudentConfig) -> StudentInfo:
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
         if small:
             kwargs["patch_size"] = vit_patch(config)
-    return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
+        return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
+    # 8 goes without saying: so files from before there was a choice, and those of today, say the same.
+    half = small and output_stride(config) == 16
+    return StudentInfo(config.name, kwargs, config.image_size, small, **normalised, output_stride=16 if half else None)
 
 
 def is_small(config: StudentConfig) -> bool:
@@ -94,6 +98,11 @@ def is_small(config: StudentConfig) -> bool:
 def vit_patch(config: StudentConfig) -> int:
     """Pixels a side of a ViT student's patch. Small images have 8 x 8 of them at 32 px and at 64."""
     return VIT_PATCH if not is_small(config) else 4 if config.image_size <= SMALL_SIDE // 2 else 8
+
+
+def output_stride(config: StudentConfig) -> int:
+    """Pixels a side of the student's images that become one position of a CNN's map, as usual networks have it."""
+    return 32 if not is_small(config) else 8 if config.image_size <= SMALL_SIDE // 2 else 16
 
 
 def build_student(config: StudentConfig) -> nn.Module:
@@ -130,7 +139,7 @@ def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float 
     if patch_drop and not patch_dropouts(backbone):
         raise MisuseError(no_patches)
     if info.small_images:
-        adapt_stem(backbone)
+        adapt_stem(backbone, info.output_stride)
     start_residuals_at_zero(backbone)
     # timm counts MobileNetV3's features before the last layer of its head; a projection head wants what comes out.
     backbone.num_features = backbone.head_hidden_size

@@ -176,6 +176,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("rob-ibot", **_dino((0.25, 1.0), (0.05, 0.25), 96, 0.4, num_local=10)),
         Recipe("rob-swav", **_swav((0.14, 1.0), (0.05, 0.14), 96, 1.0, num_local=4)),
         Recipe("rob-msn", **_swav((0.3, 1.0), (0.05, 0.3), 96, 1.0, num_local=10)),
+        # For a teacher's targets: no colours and no extreme crops, as a student will see images later. Ours.
+        Recipe("mild", (Crop(224, (0.5, 1.0)),), Crop(96, (0.1, 0.5)), interpolation="bicubic"),
         Recipe("weak", (Crop(224, centre=0.875),), num_global=1),
     )
 }

@@ -200,7 +200,7 @@ def test_what_will_not_work_is_said(config, steps_take):
         assert expected in said
     large = replace(config, student=replace(config.student, image_size=96, small_images=True))
     (told,) = (warning for warning in make_plan(large).warnings if "small_images" in warning)
-    assert told.startswith("the form for images up to 64 px, at 96 px, takes up to 16 times the memory")
+    assert told.startswith("the form for images up to 64 px, at 96 px, takes two to four times the time and the memory")
     assert "1.56e-05" not in said  # two digits are enough
     steps_take(0.1)
     fine = replace(config, epochs=400, optimiser=OptimiserConfig(lr=0.02), pairing=PairingChoice("cross", num_local=0))

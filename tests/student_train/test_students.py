@@ -49,18 +49,49 @@ def test_small_form_takes_both_crops_and_keeps_a_map_of_positions_at_32_px(name)
     assert positions >= 16
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d", "mobilenetv2_050", "mobilenetv3_small_100", "mixnet_m"])
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_small_form_of_a_cnn_ends_with_four_positions_a_side(name, side):
+    backbone = build_student(StudentConfig(name, side, small_images=True)).eval()
+    with torch.no_grad():
+        assert backbone.forward_features(torch.randn(1, 3, side, side)).shape[-2:] == (4, 4)
+
+
+def test_a_small_cnn_from_before_there_were_two_forms_is_rebuilt_as_it_was():
+    told = describe_student(StudentConfig("mobilenetv3_small_100", 64, small_images=True)).to_dict()
+    assert told.pop("output_stride") == 16
+    backbone = create_student(StudentInfo.from_dict(told)).eval()
+    with torch.no_grad():
+        assert backbone.forward_features(torch.randn(1, 3, 64, 64)).shape[-2:] == (8, 8)
+
+
+@pytest.mark.parametrize("wrong", [4, "16", {"small_images": False}])
+def test_a_made_up_output_stride_is_refused(wrong):
+    told = describe_student(StudentConfig("resnet18", 64, small_images=True)).to_dict()
+    with pytest.raises(ValueError, match="none that a student has"):
+        StudentInfo.from_dict(told | (wrong if isinstance(wrong, dict) else {"output_stride": wrong}))
+
+
 @pytest.mark.parametrize(
-    ("name", "small_images"), [("vit_tiny_patch16_224", True), ("resnet18", True), ("mobilenetv3_small_100", False)]
+    ("name", "side", "small_images"),
+    [
+        ("vit_tiny_patch16_224", 32, True),
+        ("resnet18", 32, True),
+        ("resnet18", 64, True),
+        ("mobilenetv2_050", 64, True),
+        ("mobilenetv3_small_100", 32, False),
+    ],
 )
-def test_timm_alone_rebuilds_it_from_the_description(name, small_images):
+def test_timm_alone_rebuilds_it_from_the_description(name, side, small_images):
     """The documented lines: timm's name and arguments, and ``adapt_stem`` for the CNNs' small form."""
-    backbone = build_student(StudentConfig(name, 32, small_images)).eval()
-    info = StudentInfo.from_dict(describe_student(StudentConfig(name, 32, small_images)).to_dict())
+    config = StudentConfig(name, side, small_images)
+    backbone = build_student(config).eval()
+    info = StudentInfo.from_dict(describe_student(config).to_dict())
     rebuilt = timm.create_model(info.name, **info.timm_kwargs)
     if small_images and not name.startswith("vit"):
-        adapt_stem(rebuilt)
+        adapt_stem(rebuilt, info.output_stride)
     rebuilt.load_state_dict(backbone.state_dict())
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         torch.testing.assert_close(rebuilt.eval()(images), backbone(images), rtol=1e-4, atol=1e-5)
 
