@@ -56,8 +56,8 @@ LocalDir = Annotated[
 RecipeName = Annotated[
     str,
     Setting(
-        "How views are drawn: mild (large crops and flips), weak (the middle, and flips), or a paper's: dino, swav, moco-v2, msn, "
-        "sslight, sslight-swav, rob-dino, rob-dino-b16, rob-swav, rob-msn or rob-ibot.",
+        "How views are drawn: mild (large crops and flips), weak (the middle, and flips), or a paper's: dino, swav, moco-v2, "
+        "msn, sslight, sslight-swav, rob-dino, rob-dino-b16, rob-swav, rob-msn or rob-ibot.",
         option="--recipe",
         group="Views",
     ),
