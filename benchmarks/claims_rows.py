@@ -152,6 +152,7 @@ _claims = (
     _without("moco", "dino", "MoCo"),
     _without("dino", "dino", "DINO"),
     Row("embedding-dino-views", "embedding, same, views of dino", "embedding", recipe="dino", against="embedding"),
+    Row("embedding-mild-views", "embedding, same, views of mild", "embedding", recipe="mild", against="embedding"),
 )  # fmt: skip
 _views = (
     Row("views-live", "embedding, the live teacher", "embedding", one_crop=True, kind="online", besides=OF_TEACHER),
