@@ -15,7 +15,7 @@ from .options import given
 from .places import is_address
 from .screen import bar, facts, note
 from .settings import Setting
-from .views.recipes import RecipeOverrides, get_recipe
+from .views.recipes import USUAL_RECIPE, RecipeOverrides, get_recipe
 
 
 def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
@@ -48,7 +48,7 @@ def inspect(
         ),
     ] = None,
     data: Annotated[Path | None, Setting("With --sheet for a store: the .beton it was cached from.")] = None,
-    recipe: RecipeName = "dino",
+    recipe: RecipeName = USUAL_RECIPE,
     images: Images = 4,
     overwrite: Overwrite = False,
 ) -> None:
@@ -81,7 +81,7 @@ def views(
     out: Annotated[Path, Setting("The picture to draw.", argument="PREVIEW.png")],
     data: Annotated[Path, Setting("Images packed by rob pack.")],
     overrides: RecipeOverrides,
-    recipe: RecipeName = "dino",
+    recipe: RecipeName = USUAL_RECIPE,
     preset: Annotated[
         str | None,
         Setting("The crops of rob train-student --preset: rob-dino, sslight-cnn ... What else is given beats it."),

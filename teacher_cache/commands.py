@@ -15,7 +15,7 @@ from ..common.places import is_address, place_of, shown
 from ..common.screen import bar, console, facts, note, note_slow_loader, say, say_waiting
 from ..common.settings import Setting
 from ..common.store.patches import NONE, PatchChoice
-from ..common.views.recipes import RecipeOverrides, get_recipe
+from ..common.views.recipes import USUAL_RECIPE, RecipeOverrides, get_recipe
 from .config import CacheConfig, VerifyConfig
 
 OF_GLOBAL_CROPS = {"num_global": None, "num_local": None, "local_scale": None}
@@ -29,7 +29,7 @@ def cache_teacher(
     context: typer.Context,
     *,
     config: partial[CacheConfig],
-    recipe: RecipeName = "dino",
+    recipe: RecipeName = USUAL_RECIPE,
     preset: Annotated[
         str | None,
         Setting(

@@ -13,7 +13,7 @@ from ..common.settings import Setting, check
 from ..common.store.encodings import Encoding
 from ..common.store.patches import PatchChoice
 from ..common.views.config import LoaderConfig
-from ..common.views.recipes import Recipe, get_recipe
+from ..common.views.recipes import USUAL_RECIPE, Recipe, get_recipe
 
 TEACHER_FEATURES = ("cls", "mean", "cls+mean")
 OF_ITS_OWN = ("mean", "std", "size")
@@ -109,7 +109,7 @@ class CacheConfig:
         ),
     ]
     teacher: TeacherConfig
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    recipe: Recipe = field(default_factory=lambda: get_recipe(USUAL_RECIPE))
     views: Annotated[
         int,
         Setting(

@@ -7,7 +7,7 @@ from typing import Annotated
 from ..config import Seed
 from ..errors import MisuseError
 from ..settings import Setting, check
-from ..views.recipes import Recipe, get_recipe
+from ..views.recipes import USUAL_RECIPE, Recipe, get_recipe
 
 Images = Annotated[int, Setting("Images on the sheet, at most 64.", low=1, high=64)]
 """A picture of more is too tall to be drawn or looked at."""
@@ -45,7 +45,7 @@ class SheetConfig:
     store: Path | None = None
     images: Images = 4
     spread: bool = False
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    recipe: Recipe = field(default_factory=lambda: get_recipe(USUAL_RECIPE))
     seed: Seed = 0
     views: Count = 2
     neighbours: Count = 6

@@ -10,7 +10,7 @@ from ...common.config import Checkpoint, ViewSize
 from ...common.errors import MisuseError
 from ...common.options import refuse
 from ...common.settings import Setting
-from ...common.views.recipes import Recipe, RecipeOverrides, get_recipe
+from ...common.views.recipes import USUAL_ALONE, USUAL_RECIPE, Recipe, RecipeOverrides, get_recipe
 from ..targets.config import (
     BesideTeacher,
     CacheInMemory,
@@ -63,7 +63,10 @@ class TargetOptions:
     split_batchnorm: SplitBatchnorm = None
     recipe: Annotated[
         str | None,
-        Setting("With --targets online or momentum: the views' recipe (default dino). A store has its own."),
+        Setting(
+            "With --targets online or momentum: the views' recipe; default mild with online, dino with momentum. A store has "
+            "its own."
+        ),
     ] = None
 
     @property
@@ -121,7 +124,7 @@ class TargetOptions:
 
         if self.kind == "momentum":
             return Momentum(
-                get_recipe(self.recipe or "dino", overrides),
+                get_recipe(self.recipe or USUAL_ALONE, overrides),
                 self.prototypes,
                 self.copy_momentum,
                 self.warmup_teacher_temp_epochs,
@@ -131,7 +134,7 @@ class TargetOptions:
         if self.kind == "online":
             assert self.teacher is not None, "refuse_what_does_not_fit asks for it"
             teacher = load_teacher(self.teacher, self.checkpoint).to(pick_device(device))
-            filling = Online(teacher, get_recipe(self.recipe or "dino", overrides), self.views, self.view_size)
+            filling = Online(teacher, get_recipe(self.recipe or USUAL_RECIPE, overrides), self.views, self.view_size)
         else:
             window = max(1, self.window_mib / len(self.targets))
             stores = tuple(

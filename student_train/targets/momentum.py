@@ -31,7 +31,7 @@ from ...common.ranks import current_ranks, joined
 from ...common.run import autocast, pixel_dtype
 from ...common.settings import check
 from ...common.views.batch import Batch, ViewSet
-from ...common.views.recipes import Recipe, get_recipe
+from ...common.views.recipes import USUAL_ALONE, Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES, CopySettings, MocoObjective, ObjectiveConfig
 from ..optimiser import cosine_decay
@@ -76,7 +76,7 @@ class Momentum(TargetsConfig):
     """No teacher. What is None is as the objective's paper has it: the number of ``prototypes`` K, the ``copy_momentum`` at the
     start, and the epochs in which the teacher's temperature rises (0: it is what it is from the start)."""
 
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    recipe: Recipe = field(default_factory=lambda: get_recipe(USUAL_ALONE))
     prototypes: CopyPrototypes = None
     copy_momentum: CopyMomentum = None
     warmup_teacher_temp_epochs: WarmupTeacherTempEpochs = None

@@ -16,7 +16,7 @@ from ...common.settings import check
 from ...common.store.patches import AUTO, PatchChoice, resolve_patches
 from ...common.teacher import FrozenTeacher, dense_embedder, embedder
 from ...common.views.batch import Batch, ViewSet
-from ...common.views.recipes import Recipe, get_recipe
+from ...common.views.recipes import USUAL_RECIPE, Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
 from ..objectives import OBJECTIVES
 from .branch import RunContext, TargetBranch
@@ -38,7 +38,7 @@ class Online(TargetsConfig):
     """
 
     teacher: FrozenTeacher
-    recipe: Recipe = field(default_factory=lambda: get_recipe("dino"))
+    recipe: Recipe = field(default_factory=lambda: get_recipe(USUAL_RECIPE))
     views: Views = 4
     view_size: ViewSize = None
     patches: PatchChoice | None = None

@@ -17,6 +17,7 @@ from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig
 from support.photographs import photograph
@@ -79,6 +80,7 @@ def tiny_teacher_checkpoint(folder: Path, seed: int = 0, prototypes: int = 0, di
 def tiny_cache_config(out: Path, data: Beton, teacher: TeacherConfig, **changes: Any) -> CacheConfig:
     """Two 32 px views an image, embeddings in half precision, on the CPU; ``changes`` are CacheConfig's fields."""
     settings = {
+        "recipe": get_recipe("dino"),
         "views": 2,
         "view_size": 32,
         "device": "cpu",
