@@ -191,6 +191,19 @@ def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):
     assert "50 times as many steps" in next(c.reason for c in plan.choices if c.setting == "small_images")
 
 
+def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
+    def tried(config, run, _):
+        of_small = {"fp32": 2.0, "bf16": 1.0}[config.precision]
+        return Trial(of_small if config.student.small_images else 0.2, 1, 1)
+
+    monkeypatch.setattr(planner_module, "try_steps", tried)
+    monkeypatch.setattr(planner_module, "has_bfloat16", lambda device: True)
+    config = replace(open_config, precision="auto", budget="20m")
+    found = chosen(make_plan(config))
+    assert (found["small_images"], found["precision"]) == (True, "bf16")
+    assert chosen(make_plan(replace(config, precision="fp32")))["small_images"] is False
+
+
 def test_what_will_not_work_is_said(config, steps_take):
     steps_take(0.1, memory=1 << 50)
     config = replace(config, pairing=PairingChoice("cross", num_local=2), optimiser=OptimiserConfig())
