@@ -167,7 +167,7 @@ class World:
         path = self.folder / f"{name}.zarr"
         if not path.exists():
             teacher, *options = STORES[name].split()
-            usual = ("--view-size", 32, "--loader", "ffcv", "--workers", 1, "--device", "cpu")
+            usual = ("--recipe", "dino", "--view-size", 32, "--loader", "ffcv", "--workers", 1, "--device", "cpu")
             checkpoint = ("--teacher", TEACHER, "--checkpoint", self.teachers[teacher])
             rob("cache-teacher", self.data("training"), path, *checkpoint, *usual, *options)
         return path
@@ -201,7 +201,7 @@ FIELDS = ("step", "epoch", "loss", "gradient_norm", "lr", "target_entropy", "mea
 
 # ==== trainings ====
 
-ONLINE = f"--targets online --teacher {TEACHER} --checkpoint file:headed --view-size 32"
+ONLINE = f"--targets online --teacher {TEACHER} --checkpoint file:headed --view-size 32 --recipe dino"
 RATE = "--lr 0.02"
 FEW = "--num-local 2"
 

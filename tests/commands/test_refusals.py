@@ -18,7 +18,11 @@ from support.tiny import TEACHER
             "test_efficientnet_gm",
             r"unknown teacher 'test_efficientnet_gm': did you mean .*test_efficientnet_gn",
         ),
-        ("--recipe", "dinno", r"unknown recipe 'dinno': did you mean dino or rob-dino\? \(known: dino, moco-v2, "),
+        (
+            "--recipe",
+            "dinno",
+            r"unknown recipe 'dinno': did you mean dino or rob-dino\? \(known: dino, mild, moco-v2, ",
+        ),
         ("--loader", "fcv", r"unknown loader 'fcv': did you mean ffcv\? \(known: auto, ffcv, gpu, torch\)"),
         ("--global-scale", (0.5, 0.2), "--global-scale is 0.5,0.2, expected 0 < LOW <= HIGH"),
         ("--checkpoint", "nowhere.pth", "checkpoint nowhere.pth does not exist"),

@@ -83,7 +83,7 @@ SCREEN = 1080
 
 def test_sheet_of_packed_images(data, tmp_path, drawn) -> None:
     """At most a screen tall; boxes of global and of local crops on images of their own, with the numbers of their views."""
-    sheet, png = drawn(SheetConfig(data.path, tmp_path / "new" / "sheet.png"))
+    sheet, png = drawn(SheetConfig(data.path, tmp_path / "new" / "sheet.png", recipe=get_recipe("dino")))
     assert_nothing_is_cut(sheet)
     assert png.shape[0] <= SCREEN
     np.testing.assert_allclose(png.shape[:2], (sheet.height * DPI, sheet.width * DPI), atol=1)
