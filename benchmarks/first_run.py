@@ -159,14 +159,15 @@ def first_runs(
 def causes(data: Path, out: Path) -> list[dict[str, Any]]:
     """A row a cause."""
     packed, rows = prepare("signdigits", data, out), []
-    store = cached(packed, out / "signdigits-96.zarr", 96, "--patches", "none")
+    usual_then = ("--patches", "none", "--recipe", "dino")
+    store = cached(packed, out / "signdigits-96.zarr", 96, *usual_then)
     fitted = out / "signdigits-96-prototypes.zarr"
     for number, (name, options) in enumerate(CAUSES.items()):
         words = ["--student", "mobilenetv3_small_100", *options.split()]
         if "--small-images" not in words:
             words.append("--no-small-images")
         if "PROTOTYPES" in words:
-            words[words.index("PROTOTYPES")] = str(cached(packed, fitted, 96, "--prototypes", 512))
+            words[words.index("PROTOTYPES")] = str(cached(packed, fitted, 96, "--prototypes", 512, *usual_then))
         rows.append({"cause": name, **train(out / f"cause-{number}", packed, store, *words)})
     return rows
 
