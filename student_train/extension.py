@@ -12,6 +12,7 @@ from ..common.files import first_difference
 from ..common.weights import hash_weights
 from .begun import as_begun, read_begun
 from .checkpoint import read_checkpoint
+from .students import describe_student
 from .train_config import TrainConfig
 
 OWN_START = ("init", "init_prefix", "mean", "std")
@@ -60,6 +61,11 @@ def as_parent(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
                 f"`extend` goes on with {config.student.init}, whose {part} has {name} = {was}, and this run has {now}: take the "
                 "same, or leave `extend` out to begin a new run with its weights"
             )
+    if (settings.get("student_info") or {}).get("output_stride") != describe_student(config.student).output_stride:
+        raise MisuseError(
+            f"`extend` goes on with {config.student.init}, which an earlier rob began with other strides: leave `extend` out to "
+            "begin a new run with its weights"
+        )
     return config
 
 

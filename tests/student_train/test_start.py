@@ -189,6 +189,17 @@ def test_a_run_that_cannot_go_on_with_another_is_a_sentence(config, parent, chan
         train_student(replace(parent, **settings))
 
 
+def test_a_parent_of_other_strides_is_refused(config, parent):
+    """Of a MobileNet the tensors would fit."""
+    told = json.loads((parent.out / "config.json").read_text())
+    told["student_info"]["output_stride"] = 16
+    del told["crc32c"]
+    (parent.out / "config.json").write_text(json.dumps(told))
+    child = replace(parent, out=config.out, student=replace(STUDENT, init=str(parent.out)), epochs=None, extend=3)
+    with pytest.raises(MisuseError, match="which an earlier rob began with other strides"):
+        train_student(child)
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(config, parent, monkeypatch):
     def without_average(*given):
         found = read_parent(*given)
