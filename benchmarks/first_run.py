@@ -1,11 +1,11 @@
 """A first user's run: plain commands on small sets of real photographs, and what makes such a run fail.
 
     python benchmarks/first_run.py runs/first --data ../shared/data [--only signdigits cells cifar10] [--students resnet18 ...]
-        [--causes] [--view-size 96] [--pooled]
+        [--causes] [--view-size 96] [--caching "--patches none"]
 
 For each data set and student: ``rob pack``, ``rob cache-teacher`` with the stand-in, ``rob train-student --image-size 64`` with
 no option more, and ``rob eval knn`` of pixels, the random start, the student, and the teacher at the size of its views.
-``--pooled`` caches with ``--patches none``, as it was once by default: then students learn from embeddings alone.
+``--caching "--patches none --recipe dino"`` is what was once the default of ``rob cache-teacher``.
 ``cells`` are BCCD's, cut out by their boxes, at most 400 of a class. ``--causes`` is another table, one row a cause:
 MobileNetV3-Small on ``signdigits`` in 10 passes over the images, each row with one thing as it was in a run that ended below its
 random start.
@@ -135,14 +135,14 @@ def train(run: Path, packed: Packed, store: Path, *words: object) -> dict[str, A
 
 
 def first_runs(
-    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None, pooled: bool
+    data: Path, out: Path, names: list[str], students: list[str], view_size: int | None, caching: list[str]
 ) -> list[dict[str, Any]]:
     """A row a data set and student."""
-    rows, words = [], ("--patches", "none") if pooled else ()
+    rows = []
     for name in names:
         packed = prepare(name, data, out)
-        kind = f"{name}-{view_size or 'own'}" + ("" if pooled else "-patches")
-        store = cached(packed, out / f"{kind}.zarr", view_size, *words)
+        kind = "-".join([name, str(view_size or "own"), *(word.strip("-") for word in caching)])
+        store = cached(packed, out / f"{kind}.zarr", view_size, *caching)
         size = json.loads((store / "zarr.json").read_text())["attributes"]["view_size"]
         pixels = knn("pixels", packed, out / f"{name}-pixels")
         teacher = knn("teacher", packed, out / f"{name}-teacher-{size}", "--teacher", STAND_IN, "--size", size)
@@ -179,18 +179,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
     parser.add_argument("--students", nargs="+", default=list(STUDENTS))
     parser.add_argument("--view-size", type=int, help="of the teacher; default its own")
-    parser.add_argument("--pooled", action="store_true", help="no targets of patches")
+    parser.add_argument("--caching", default="", help="options of rob cache-teacher, in one string")
     parser.add_argument("--causes", action="store_true", help="the other table: what makes a run fail")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    name, size, pooled = "first_run", arguments.view_size, arguments.pooled
+    name, size = "first_run", arguments.view_size
     if arguments.causes:
         name, rows = "first_run_causes", causes(arguments.data, out)
     else:
-        name += "_pooled" if pooled else ""
-        rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, pooled)
-    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "pooled": pooled, "k": 20}
+        rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, arguments.caching.split())
+    work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "caching": arguments.caching, "k": 20}
     report = Report.of(name, torch.device("cpu"), work, rows, {})
     report.show()
     print(f"written to {report.write()}")

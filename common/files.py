@@ -220,11 +220,14 @@ def _reason(error: BaseException) -> str:
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted name and both values of every field that differs, also in objects of a list, which go by their number.
 
-    A field that is missing is None: an option added since has None for what was always done.
+    A field that is missing is None: an option added since has None for what was always done. Of two things with other names, such
+    as recipes, the names are all that is said.
     """
     if isinstance(old, list) and isinstance(new, list) and any(isinstance(entry, dict) for entry in (*old, *new)):
         old, new = ({str(number): entry for number, entry in enumerate(entries)} for entries in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
+        if old.get("name") != new.get("name"):
+            old, new = ({"name": named.get("name")} for named in (old, new))
         for key in [*new, *(key for key in old if key not in new)]:
             yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:

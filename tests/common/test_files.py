@@ -72,6 +72,10 @@ def test_what_differs_is_named_by_its_place():
     ]
     assert first_difference(old, new) == ("crops.0.blur", 1.0, 0.5)
     assert first_difference(old, old) is None
+    dino, mild = (
+        {"recipe": {"size": size, "blur": blur, "name": n}} for n, size, blur in (("dino", 9, 1), ("mild", 8, 0))
+    )
+    assert list(differences(dino, mild)) == [("recipe.name", "dino", "mild")]
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
