@@ -84,8 +84,8 @@ def describe_student(config: StudentConfig) -> StudentInfo:
             kwargs["patch_size"] = vit_patch(config)
         return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
     # 8 goes without saying: so files from before there was a choice, and those of today, say the same.
-    half = small and output_stride(config) == 16
-    return StudentInfo(config.name, kwargs, config.image_size, small, **normalised, output_stride=16 if half else None)
+    stride = 16 if output_stride(config) == 16 else None
+    return StudentInfo(config.name, kwargs, config.image_size, small, **normalised, output_stride=stride)
 
 
 def is_small(config: StudentConfig) -> bool:
