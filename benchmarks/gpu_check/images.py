@@ -15,6 +15,8 @@ from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
 from rob.common.views.recipes import get_recipe
 
 DONE, FAILED = "done", "failed"
+FEW, MANY, COPIES = "photographs.beton", "often.beton", 4
+"""The photographs, and each of them ``COPIES`` times: for a network that is through with them in a moment."""
 LONGEST_WAIT = 120
 """Seconds that a section waits for the photographs."""
 
@@ -24,10 +26,15 @@ def make(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         make_photographs(folder / "photographs", count)
-        pack(PackConfig(str(folder / "photographs"), folder / "photographs.beton"))
+        pack(PackConfig(str(folder / "photographs"), folder / FEW))
+        (folder / "often").mkdir()
+        for copy in range(COPIES):
+            for photograph in (folder / "photographs").iterdir():
+                (folder / "often" / f"{copy}-{photograph.name}").symlink_to(photograph)
+        pack(PackConfig(str(folder / "often"), folder / MANY))
         sets = (ViewSet((0, 1), 32), ViewSet((LOCAL,), 16))
         for recipe in ("dino", "rob-dino"):
-            loader = ViewLoader(Beton(folder / "photographs.beton"), get_recipe(recipe), 0, LoaderConfig(batch_size=8))
+            loader = ViewLoader(Beton(folder / FEW), get_recipe(recipe), 0, LoaderConfig(batch_size=8))
             for batch in loader.epoch(np.arange(8), sets):
                 batch.augment(0, 1.0, *_plain())
     except Exception as error:
@@ -42,9 +49,9 @@ def _plain():
     return torch.zeros(3), torch.ones(3)
 
 
-def photographs(section: Section) -> Beton:
-    """The packed photographs, once they are there; the wait is not of the section's time. NotHere: they cannot be made on this
-    machine."""
+def photographs(section: Section, packed: str = FEW) -> Beton:
+    """The packed photographs (``FEW`` or ``MANY``), once they are there; the wait is not of the section's time. NotHere: they
+    cannot be made on this machine."""
     waited_from = time.perf_counter()
     while not (section.data / DONE).exists():
         if (section.data / FAILED).exists():
@@ -53,7 +60,7 @@ def photographs(section: Section) -> Beton:
             raise NotHere("the photographs were not ready in time")
         time.sleep(0.2)
     section.started += time.perf_counter() - waited_from
-    return Beton(section.data / "photographs.beton")
+    return Beton(section.data / packed)
 
 
 if __name__ == "__main__":

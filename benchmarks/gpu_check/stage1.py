@@ -10,7 +10,7 @@ import timm.data
 import torch
 from torch.nn.functional import normalize
 
-from rob.benchmarks.gpu_check.images import photographs
+from rob.benchmarks.gpu_check.images import MANY, photographs
 from rob.benchmarks.gpu_check.section import Section
 from rob.common.images.beton import Beton
 from rob.common.run import autocast
@@ -28,7 +28,7 @@ RECIPE, VIEWS, MOST_VIEWS = "dino", 2, 4
 
 
 def run(section: Section) -> None:
-    data = photographs(section)
+    few, many_images = photographs(section), photographs(section, MANY)
     small, large = section.size(
         ("test_vit", "test_vit"),
         ("vit_small_patch16_224",) * 2,
@@ -44,7 +44,10 @@ def run(section: Section) -> None:
     for name, precision, k, views in cases:
         words = f"{name}, {precision}, K {k}"
         section.measure(
-            words, lambda n=name, p=precision, k=k, v=views, w=words: _compare(section, data, n, p, k, v, w)
+            words,
+            lambda n=name, p=precision, k=k, v=views, w=words: _compare(
+                section, many_images if n == small else few, n, p, k, v, w
+            ),
         )
     for row in section.rows:
         if "error" in row:
@@ -109,6 +112,7 @@ def _compare(
     count = data.num_images * views
     return {
         "loader": loading.backend,
+        "images": data.num_images,
         "views_per_second": count / seconds,
         "bare_views_per_second": count / bare_seconds,
         "of_bare": bare_seconds / seconds,
