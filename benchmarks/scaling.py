@@ -58,8 +58,8 @@ class Machines:
 WORKERS = (
     Costs("ViT-S/16, 224 px, H200", teacher=18_914),  # gpu_check_nvidia_h200_20261126, the bare teacher, bf16
     Costs("ViT-L/16, 224 px, H200", teacher=3_084),
-    Costs("ViT-S/16, as measured", teacher=3_152),  # of all stages together, 16 cores
-    Costs("ViT-L/16, as measured", teacher=968),  # with logits of 65,536 prototypes
+    Costs("ViT-S/16, as measured", teacher=12_328),  # gpu_check_nvidia_h200_20261127, of all stages together, 16 cores
+    Costs("ViT-L/16, as measured", teacher=2_819),  # both with 65,536 prototypes
 )
 
 

@@ -16,6 +16,9 @@ from .errors import MisuseError, unknown_name
 DEVICES = ("auto", "cpu", "cuda", "mps")
 AMPERE = 8, 0
 """The compute capability from which on a GPU multiplies bfloat16 fast."""
+ALGORITHMS = 3
+"""That cuDNN tries for a shape, the likeliest first. With torch's ten, a MobileNet's first steps took tens of seconds on an H200,
+in which the CPU had little to do."""
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,12 +87,24 @@ def pixel_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def allow_fast_arithmetic(device: torch.device, precision: str) -> None:
-    """On CUDA: cuDNN tries its algorithms once a shape, of which a run has few; and unless fp32 was asked for by name, what is
-    left in float32 beside a network in half precision may be multiplied as TF32."""
+    """On CUDA: cuDNN tries its likeliest algorithms once a shape, of which a run has few; and unless fp32 was asked for by name,
+    what is left in float32 beside a network in half precision may be multiplied as TF32."""
     if device.type != "cuda":
         return
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, ALGORITHMS
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+@contextmanager
+def tuning(allowed: bool) -> Iterator[None]:
+    """Inside, where it is not ``allowed``, cuDNN takes the algorithm that it expects to be fastest and tries none: for shapes
+    that do not come again."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before and allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def float64(x: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Planner:
         self.run, self.branch, self.ranks, self.say = run, branch, ranks, say
         self.choices: list[Choice] = []
         self.trial: Trial | None = None
+        self.tuned = False
         self.began = time.monotonic()
         self.on_cpu = run.device.type == "cpu"
         self.family = model_family(config.student.name)
@@ -186,6 +187,8 @@ class Planner:
             self._halve_batch(short, effort.steps)
         if config.epochs is None:
             self._choose_epochs(config.effort or device_has, seconds)
+        if self.trial and not self.tuned and not self.on_cpu:
+            self._try(SECONDS_TO_CHOOSE, tuned=True)
 
     def _choose_stem(self, seconds: float | None) -> None:
         """timm's stem in the place of that for small images, where the time would be too short with it."""
@@ -252,7 +255,7 @@ class Planner:
         words = effort.words if self.trial or seconds is None else "their time was not measured"
         reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({words})"
         if seconds and self.trial:
-            trial = self._try(min(MOST_TO_TRY, SHARE_TO_TRY * seconds))
+            trial = self._try(min(MOST_TO_TRY, SHARE_TO_TRY * seconds), tuned=True)
             beside, first = (trial.seconds_of_run(config, self.run.data.num_images, epochs) for epochs in (0, 1))
             left = seconds - (time.monotonic() - self.began) - beside
             possible, least = max(1, int(left / (first - beside))), ceil(LEAST_STEPS / per_epoch)
@@ -286,17 +289,19 @@ class Planner:
     def _set(self, **values: Any) -> None:
         self.config = replace(self.config, **values)
 
-    def _try(self, seconds: float) -> Trial:
-        """Steps of the configuration as it is now, for so long."""
-        self.say(f"trying steps of {self.config.student.name}")
+    def _try(self, seconds: float, tuned: bool = False) -> Trial:
+        """Steps of the configuration as it is now, for so long; ``tuned`` as the run makes them, when all is chosen."""
+        slowly = ", for which cuDNN chooses its algorithms: up to a minute" if tuned and not self.on_cpu else ""
+        self.say(f"trying steps of {self.config.student.name}{slowly}")
+        self.tuned = tuned
         # a budget and epochs exclude each other, and the trial has epochs of its own
-        self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds)
+        self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds, tuned)
         return self.trial
 
     def measure(self) -> None:
         """Try a step, where none was tried yet and one process has them to itself."""
         if self.trial is None and self.ranks.world_size == 1:
-            self._try(SECONDS_TO_CHOOSE)
+            self._try(SECONDS_TO_CHOOSE, tuned=True)
 
     @property
     def steps_per_epoch(self) -> int:

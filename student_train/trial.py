@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.heap import kept_bytes
 from ..common.order import block_shuffled_order
 from ..common.pace import Pace
-from ..common.run import seed_step
+from ..common.run import seed_step, tuning
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, resolve_loader
 from .checkpoint import save_checkpoint
@@ -68,18 +68,20 @@ class Trial:
         return steps + checkpoints * self.checkpoint_seconds + compared
 
 
-def try_steps(config: TrainConfig, run: RunContext, seconds: float) -> Trial:
+def try_steps(config: TrainConfig, run: RunContext, seconds: float, tuned: bool = False) -> Trial:
     """Tries steps of ``config``, which leaves nothing open but ``epochs``, on the images and targets of ``run``, for about
-    ``seconds``.
+    ``seconds``. ``tuned``: on CUDA as the run makes them, after cuDNN has chosen its algorithms, which takes up to a minute.
 
     MisuseError as the run itself.
     """
     batch = config.loader.batch_size
     few = min(batch, FEW_IMAGES * (config.accumulate or 1))
-    found, kept = _steps(config, run, few, seconds / 4 if few < batch else seconds)
+    with tuning(tuned and few == batch):
+        found, kept = _steps(config, run, few, seconds / 4 if few < batch else seconds)
     memory = found.memory_bytes + kept * (batch - few) // few
     if few < batch and found.seconds * batch / few < LONG_STEP and memory < _free(run.device):
-        found, _ = _steps(config, run, batch, seconds)
+        with tuning(tuned):
+            found, _ = _steps(config, run, batch, seconds)
     else:
         found = replace(found, seconds=found.seconds * batch / few)
     return replace(found, memory_bytes=memory)

@@ -29,6 +29,12 @@ trial.MOST_STEPS = 3  # of a plan: nobody here goes by the time of a step
 timing.MIN_CALLS, timing.MIN_SECONDS = 1, 0.0  # nor by a latency
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from tests that would take it because it is there: they assert what a CPU does, to the last digit."""
+    if "gpu" not in config.getoption("-m"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 JPEG photographs of several sizes in three classes. Not to be changed."""

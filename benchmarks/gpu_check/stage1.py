@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from rob.benchmarks.gpu_check.images import MANY, photographs
 from rob.benchmarks.gpu_check.section import Section
 from rob.common.images.beton import Beton
-from rob.common.run import autocast
+from rob.common.run import allow_fast_arithmetic, autocast
 from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.patches import PatchChoice
@@ -84,6 +84,7 @@ def _compare(
     section: Section, data: Beton, name: str, precision: str, k: int, views: int, words: str
 ) -> dict[str, object]:
     device = section.device
+    allow_fast_arithmetic(device, precision)  # as caching does: fp32 is TF32 for neither side
     teacher = random_teacher(name, device, k)
     batch_size = section.size(8, 128, 128)
     loading = resolve_loader(LoaderConfig(batch_size=batch_size), device)

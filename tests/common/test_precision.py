@@ -5,7 +5,7 @@ import timm
 import torch
 
 from rob.common.errors import MisuseError
-from rob.common.run import allow_fast_arithmetic, autocast, choose_precision
+from rob.common.run import allow_fast_arithmetic, autocast, choose_precision, tuning
 from rob.common.teacher import cast_once, half_products
 from rob.teacher_cache.teachers import Teacher
 
@@ -36,6 +36,10 @@ def test_fast_arithmetic_is_for_gpus_that_were_not_asked_for_fp32():
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == kept
         allow_fast_arithmetic(CUDA, "auto")
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+        for allowed in (False, True):
+            with tuning(allowed):
+                assert torch.backends.cudnn.benchmark == allowed
+        assert torch.backends.cudnn.benchmark
         allow_fast_arithmetic(CUDA, "fp32")
         assert torch.get_float32_matmul_precision() == "highest"
     finally:

@@ -34,7 +34,7 @@ def steps_take(monkeypatch):
     """``steps_take(seconds, small=...)``: without trying any, of 24 images; one of the form for small images takes ``small``."""
 
     def take(seconds: float, small: float | None = None, memory: int = 1 << 20) -> None:
-        def tried(config, run, _):
+        def tried(config, run, seconds, tuned=False):
             is_small = config.student.small_images and small is not None
             return Trial((small if is_small else seconds) * config.loader.batch_size / 24, memory, 1000)
 
@@ -98,7 +98,7 @@ def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):
         monkeypatch.setattr(
             planner_module,
             "try_steps",
-            lambda config, run, seconds, of_16=of_16: Trial(
+            lambda config, run, seconds, tuned=False, of_16=of_16: Trial(
                 of_16 if config.loader.batch_size == 16 else 1.0, 1, 1, waited=0.4
             ),
         )
@@ -120,7 +120,7 @@ def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):
 def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config, monkeypatch, seconds_of, batch):
     monkeypatch.setattr(planner_module, "FEWEST", 3)
     monkeypatch.setattr(planner_module, "EFFORTS", {"minutes": planner_module.Effort(900, 4_000, 1, "")})
-    tried = lambda config, run, _: Trial(seconds_of[config.loader.batch_size], 1, 1)  # noqa: E731
+    tried = lambda config, run, _, tuned=False: Trial(seconds_of[config.loader.batch_size], 1, 1)  # noqa: E731
     monkeypatch.setattr(planner_module, "try_steps", tried)
     plan = make_plan(open_config)
     assert (plan.config.loader.batch_size, chosen(plan)["batch_size"]) == (batch, batch)
@@ -132,7 +132,7 @@ def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config,
 
 def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypatch):
     def steps_take(fp32: float, bf16: float, has: bool = True) -> None:
-        tried = lambda config, run, _: Trial({"fp32": fp32, "bf16": bf16}[config.precision], 1, 1)  # noqa: E731
+        tried = lambda config, run, _, tuned=False: Trial({"fp32": fp32, "bf16": bf16}[config.precision], 1, 1)  # noqa: E731
         monkeypatch.setattr(planner_module, "try_steps", tried)
         monkeypatch.setattr(planner_module, "has_bfloat16", lambda device: has)
 
@@ -159,6 +159,21 @@ def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypat
     with_copy = WithCopy(config.targets)
     disco = replace(config, targets=with_copy, objective=ObjectiveConfig("disco"), out=config.out / "copy")
     assert make_plan(disco).config.precision == "fp32"
+
+
+def test_a_gpu_tunes_the_last_of_the_trials_alone(open_config, monkeypatch):
+    """Each of them has another batch or form, and cuDNN would try its algorithms for all of their shapes."""
+    seen = []
+
+    def tried(config, run, seconds, tuned=False):
+        seen.append((config.loader.batch_size, config.student.small_images, tuned))
+        return Trial(1.0, 1, 1)
+
+    monkeypatch.setattr(planner_module, "try_steps", tried)
+    plan = make_plan(replace(open_config, budget="20m"))
+    assert len(seen) > 2
+    assert [tuned for *_, tuned in seen] == [False] * (len(seen) - 1) + [True]
+    assert seen[-1][:2] == (plan.config.loader.batch_size, plan.config.student.small_images)
 
 
 def test_minutes_are_as_many_steps_as_a_vit_needs(open_config, steps_take):
@@ -192,7 +207,7 @@ def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):
 
 
 def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
-    def tried(config, run, _):
+    def tried(config, run, seconds, tuned=False):
         of_small = {"fp32": 2.0, "bf16": 1.0}[config.precision]
         return Trial(of_small if config.student.small_images else 0.2, 1, 1)
 

@@ -171,7 +171,8 @@ def test_targets_arrive_on_a_device_that_is_no_gpu_of_nvidia(store):
         assert next(prefetcher.epoch(np.arange(16))).targets["embedding"].is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu")
 def test_targets_arrive_on_the_device(store):
     with TargetPrefetcher(store, 16, device="cuda") as prefetcher:
         for batch in prefetcher.epoch(np.random.default_rng(0).permutation(IMAGES)):

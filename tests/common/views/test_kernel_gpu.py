@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton", reason="triton is a Linux package")
 pytest.importorskip("rob.common.views.decode", reason="ffcv is not installed")
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and pytest -m gpu", allow_module_level=True)
 
 from rob.common.views.colours import apply_colours
 from rob.common.views.drawing import LOCAL
@@ -19,6 +19,7 @@ from rob.common.views.reference import views_from_planes as reference
 from support.view_cases import JITTERS, MEAN, STD, batch_of_two, neutral, stored_photograph
 
 CUDA = torch.device("cuda")
+pytestmark = pytest.mark.gpu
 
 
 def both(planes: Planes, first: int, size: int, colour: torch.Tensor, dtype: torch.dtype):

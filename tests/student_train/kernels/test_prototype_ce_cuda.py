@@ -9,9 +9,10 @@ from rob.student_train.kernels import choice, chunked, prototype_cross_entropy, 
 from support.prototype_ce_cases import KINDS, Case, errors, make_case, outcome, wide
 
 if not torch.cuda.is_available():
-    pytest.skip("torch finds no CUDA device here", allow_module_level=True)
+    pytest.skip("needs a CUDA device, and pytest -m gpu", allow_module_level=True)
 
 triton_ce = pytest.importorskip("rob.student_train.kernels.triton_ce")
+pytestmark = pytest.mark.gpu
 
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of errors relative to the truth's norm, given the operands as they are rounded: TF32's, bfloat16's and float16's own."""
