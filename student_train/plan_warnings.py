@@ -8,8 +8,7 @@ import torch
 from .config import PairingConfig
 from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
-from .student_config import StudentConfig
-from .students import OWN, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, output_stride, vit_patch
+from .students import SMALL_SIDE, VIT_FAMILIES, is_small, model_family, stride_of
 from .targets.branch import TargetBranch
 from .train_config import TrainConfig
 from .trainer import reads_patches
@@ -112,16 +111,6 @@ def patch_warnings(config: TrainConfig, branch: TargetBranch) -> list[str]:
             "`image_size`, an earlier `patch_layer`, or `objective` embedding"
         ]
     return []
-
-
-def stride_of(config: StudentConfig) -> int:
-    """How many pixels a side become one position, of the usual network of the student's family."""
-    family = model_family(config.name)
-    if family == OWN:
-        return 1  # nobody knows
-    if family in VIT_FAMILIES:
-        return vit_patch(config)
-    return output_stride(config)
 
 
 def parameters_of(name: str) -> int | None:

@@ -12,8 +12,8 @@ from ..common.run import choose_precision, has_bfloat16
 from ..common.views.config import LoaderConfig
 from .config import PUBLISHED_LR, PairingChoice, PairingConfig
 from .optimiser import LR_BATCH_SIZE
-from .plan_warnings import LEAST_RATE, LEAST_STEPS, stride_of
-from .students import OWN, SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family
+from .plan_warnings import LEAST_RATE, LEAST_STEPS
+from .students import OWN, SMALL_IMAGE_FAMILIES, SMALL_SIDE, VIT_FAMILIES, is_small, model_family, stride_of
 from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import check_pairing, choose_pairing
 from .train_config import USUAL_BATCH, LoaderByPlan, TrainConfig, seconds_of

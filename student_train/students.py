@@ -105,6 +105,16 @@ def output_stride(config: StudentConfig) -> int:
     return 32 if not is_small(config) else 8 if config.image_size <= SMALL_SIDE // 2 else 16
 
 
+def stride_of(config: StudentConfig) -> int:
+    """The same of any student: of a ViT its patch."""
+    family = model_family(config.name)
+    if family == OWN:
+        return 1  # nobody knows
+    if family in VIT_FAMILIES:
+        return vit_patch(config)
+    return output_stride(config)
+
+
 def build_student(config: StudentConfig) -> nn.Module:
     """A freshly initialised student, ``(B, 3, S, S) float -> (B, num_features)``, from torch's global generator.
 

@@ -44,8 +44,8 @@ BYTES_A_PARAMETER = 16
 @dataclass(frozen=True)
 class Trial:
     """What a step of the run's batch takes: ``memory_bytes`` of weights, optimiser and what the backward pass keeps.
-    ``parameters`` are the student's, without its head. ``waited`` is the share of the time in which no thread of this process ran
-    since other work had the CPU.
+    ``parameters`` are the student's, without its head. ``waited`` is the share of the time in which this thread could have run
+    and other work had its core.
     """
 
     seconds: float
@@ -102,7 +102,7 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     views_like = branch.geometry if config.pairing.pairing != "cross" else None
     loader = ViewLoader(run.data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
     pace = Pace(device)  # the host runs ahead as it does in the run: steps are waited for at both ends alone
-    done, kept, began, started, computed = 0, 0, _now(device), None, 0.0
+    done, kept, began, started, queued = 0, 0, _now(device), None, 0.0
     for epoch in count():
         plan = plan_views(config.pairing, branch.views, epoch)
         crops, pair_weights = crop_sets(config, branch.recipe, plan), plan.pair_weights.to(device)
@@ -125,17 +125,17 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
                 pace.step_done()
                 done, now = done + 1, time.perf_counter()
                 if started is None and (done >= WARM_UP or now - began > LONG_STEP):
-                    started, computed = (_now(device), done), time.process_time()
+                    started, queued = (_now(device), done), seconds_queued()
                     continue
                 passed, counting = (now - started[0], done - started[1]) if started else (0.0, 0)
                 if counting >= MOST_STEPS or (passed > seconds and counting >= FEWEST) or passed > LONG_STEP + seconds:
                     assert started is not None
                     passed = _now(device) - started[0]
                     memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
-                    waited = 1 - (time.process_time() - computed) / passed if device.type == "cpu" else 0.0
+                    waited = (seconds_queued() - queued) / passed if device.type == "cpu" else 0.0
                     saving = _seconds_of_a_checkpoint(trainer, branch.state)
                     parameters = num_parameters(trainer.model.backbone)
-                    return Trial(passed / counting, memory, parameters, saving, max(0.0, waited)), kept
+                    return Trial(passed / counting, memory, parameters, saving, waited), kept
     raise AssertionError("epochs do not end")
 
 
@@ -162,6 +162,16 @@ def _counted(trainer: Trainer) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield found
+
+
+def seconds_queued() -> float:
+    """For how long this thread was ready to run, and others had its core; 0 where the system does not say (all but Linux). A
+    thread that spins until another one gets a core looks busy, but sooner or later it loses its own."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _now(device: torch.device) -> float:

@@ -31,6 +31,7 @@ def test_an_unknown_one_is_refused_and_auto_is_listed():
 
 def test_fast_arithmetic_is_for_gpus_that_were_not_asked_for_fp32():
     kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    limit = torch.backends.cudnn.benchmark_limit
     try:
         allow_fast_arithmetic(CPU, "auto")
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == kept
@@ -44,7 +45,7 @@ def test_fast_arithmetic_is_for_gpus_that_were_not_asked_for_fp32():
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(kept[0])
-        torch.backends.cudnn.benchmark = kept[1]
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = kept[1], limit
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])

@@ -1,7 +1,10 @@
 """The plan of a run: what is left open is chosen for images and machine, what is given stays, what will not work is said."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +279,24 @@ def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, da
     )
     assert small.parameters == num_parameters(build_student(full.student))
     assert small.memory_bytes < large.memory_bytes < 3 * small.memory_bytes + 1
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system does not say")
+def test_a_thread_whose_core_others_have_is_seen_to_wait():
+    """Beside another process on the same core about half of the time."""
+    script = """
+import os, subprocess, sys, time
+os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+from rob.student_train.trial import seconds_queued
+other = subprocess.Popen([sys.executable, "-c", "print(flush=True)\\nwhile True: pass"], stdout=subprocess.PIPE)
+other.stdout.read(1)
+before, began = seconds_queued(), time.perf_counter()
+while time.perf_counter() < began + 1: pass
+print((seconds_queued() - before) / (time.perf_counter() - began))
+other.kill()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0.25 < float(done.stdout) <= 1
 
 
 def test_what_torch_has_cached_on_a_gpu_is_free(monkeypatch):
