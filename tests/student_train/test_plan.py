@@ -37,7 +37,7 @@ def steps_take(monkeypatch):
     """``steps_take(seconds, small=...)``: without trying any, of 24 images; one of the form for small images takes ``small``."""
 
     def take(seconds: float, small: float | None = None, memory: int = 1 << 20) -> None:
-        def tried(config, run, seconds, tuned=False):
+        def tried(config, run, _, tuned=False):
             is_small = config.student.small_images and small is not None
             return Trial((small if is_small else seconds) * config.loader.batch_size / 24, memory, 1000)
 
@@ -168,7 +168,7 @@ def test_a_gpu_tunes_the_last_of_the_trials_alone(open_config, monkeypatch):
     """Each of them has another batch or form, and cuDNN would try its algorithms for all of their shapes."""
     seen = []
 
-    def tried(config, run, seconds, tuned=False):
+    def tried(config, run, _, tuned=False):
         seen.append((config.loader.batch_size, config.student.small_images, tuned))
         return Trial(1.0, 1, 1)
 
@@ -210,7 +210,7 @@ def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):
 
 
 def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
-    def tried(config, run, seconds, tuned=False):
+    def tried(config, run, _, tuned=False):
         of_small = {"fp32": 2.0, "bf16": 1.0}[config.precision]
         return Trial(of_small if config.student.small_images else 0.2, 1, 1)
 
