@@ -43,8 +43,10 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
             optimiser = replace(optimiser, warmup_epochs=begun["optimiser"]["warmup_epochs"])
         if isinstance(loader, LoaderByPlan):
             loader = LoaderConfig(loader.backend, begun["loader"]["batch_size"], loader.workers)
-        if pairing is None or (isinstance(pairing, PairingChoice) and pairing.num_local is None):
-            pairing = replace(pairing or PairingChoice(), num_local=begun["pairing"]["num_local"])
+        if pairing is None or isinstance(pairing, PairingChoice):
+            pairing = pairing or PairingChoice()
+            open_views = [name for name in ("num_local", "step_targets") if getattr(pairing, name) is None]
+            pairing = replace(pairing, **{name: begun["pairing"][name] for name in open_views})
         epochs = config.epochs or begun["epochs"]
     except (KeyError, TypeError):  # not what a run writes: the checkpoint will say so
         return config

@@ -84,6 +84,13 @@ def test_a_small_batch_keeps_its_rate_and_a_cpu_makes_no_local_crops(open_config
     assert plan.config.optimiser.peak * 8 / 256 >= 5e-4
 
 
+@pytest.mark.parametrize(("name", "rate"), [("mobilenetv2_050", 5e-3), ("test_resnet", 2e-3), ("test_vit", 5e-4)])
+def test_a_short_run_has_the_rate_of_its_family(open_config, steps_take, name, rate):
+    steps_take(0.01)
+    optimiser = make_plan(replace(open_config, student=StudentConfig(name, 32))).config.optimiser
+    assert optimiser.peak * 24 / 256 == pytest.approx(rate, 1e-3)
+
+
 @pytest.mark.parametrize(("budget", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2 hours", 7200)])
 def test_a_budget_is_filled_and_not_overrun(open_config, steps_take, budget, seconds):
     assert seconds_of(budget) == seconds
@@ -162,6 +169,33 @@ def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypat
     with_copy = WithCopy(config.targets)
     disco = replace(config, targets=with_copy, objective=ObjectiveConfig("disco"), out=config.out / "copy")
     assert make_plan(disco).config.precision == "fp32"
+
+
+def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
+    def steps_take(two: float, one: float) -> None:
+        tried = lambda config, run, _, tuned=False: Trial({2: two, 1: one}[config.pairing.step_targets], 1, 1)  # noqa: E731
+        monkeypatch.setattr(planner_module, "try_steps", tried)
+
+    asked = replace(open_config, objective=ObjectiveConfig("embedding"), budget="20m")
+    for seconds, views in (((1.0, 0.6), 1), ((1.0, 0.8), 2), ((0.1, 0.05), 2)):
+        steps_take(*seconds)
+        plan = make_plan(asked)
+        assert (plan.config.pairing.step_targets, plan.trial.seconds) == (views, seconds[views == 1])
+        assert chosen(plan).get("step_targets", 2) == views
+    steps_take(1.0, 0.01)
+    assert make_plan(replace(asked, budget=None, effort="minutes")).steps >= 20_000  # for as many views as in two
+    steps_take(1.0, 0.6)
+    for other in (
+        replace(asked, pairing=PairingChoice(step_targets=2)),
+        replace(asked, pairing=PairingChoice(num_local=2)),
+        replace(asked, student=StudentConfig("test_vit", 32)),
+        replace(asked, objective=ObjectiveConfig("dino")),  # whose views meet each other
+    ):
+        assert make_plan(other).config.pairing.step_targets == 2
+    steps_take(100.0, 60.0)
+    train_student(asked)
+    steps_take(100.0, 99.0)  # it goes on as it began
+    assert make_plan(asked).config.pairing.step_targets == 1
 
 
 def test_a_gpu_tunes_the_last_of_the_trials_alone(open_config, monkeypatch):
