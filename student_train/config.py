@@ -215,7 +215,8 @@ class PairingChoice:
     step_targets: Annotated[
         int | None,
         Setting(
-            "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and swav with a teacher.",
+            "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and swav with a teacher, and "
+            "for CNNs where the plan finds the time short.",
             low=1,
         ),
     ] = None
