@@ -176,7 +176,8 @@ def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
         tried = lambda config, run, _, tuned=False: Trial({2: two, 1: one}[config.pairing.step_targets], 1, 1)  # noqa: E731
         monkeypatch.setattr(planner_module, "try_steps", tried)
 
-    asked = replace(open_config, objective=ObjectiveConfig("embedding"), budget="20m")
+    student = StudentConfig("mobilenetv3_small_050", 32)
+    asked = replace(open_config, student=student, objective=ObjectiveConfig("embedding"), budget="20m")
     for seconds, views in (((1.0, 0.6), 1), ((1.0, 0.8), 2), ((0.1, 0.05), 2)):
         steps_take(*seconds)
         plan = make_plan(asked)
@@ -188,7 +189,7 @@ def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
     for other in (
         replace(asked, pairing=PairingChoice(step_targets=2)),
         replace(asked, pairing=PairingChoice(num_local=2)),
-        replace(asked, student=StudentConfig("test_vit", 32)),
+        *(replace(asked, student=StudentConfig(name, 32)) for name in ("test_vit", "test_resnet")),
         replace(asked, objective=ObjectiveConfig("dino")),  # whose views meet each other
     ):
         assert make_plan(other).config.pairing.step_targets == 2
