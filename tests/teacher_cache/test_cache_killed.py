@@ -101,7 +101,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_peak_memory_does_not_grow_with_the_data(tmp_path) -> None:
     peaks = []
-    for num_images in (500, 5_000):
+    for num_images in (2_000, 8_000):
         path = tmp_path / f"{num_images}.beton"
         pixels = np.random.default_rng(0).integers(0, 256, (num_images, 8 * 8 * 3), dtype=np.uint8)
         with BetonWriter(path, capacity=num_images) as writer:
@@ -114,4 +114,4 @@ def test_peak_memory_does_not_grow_with_the_data(tmp_path) -> None:
         script = [sys.executable, "-c", PEAK_OF_CACHING, str(path), str(tmp_path / f"{num_images}.zarr")]
         peaks.append(int(subprocess.run(script, check=True, capture_output=True, text=True).stdout))
     small, large = peaks
-    assert large < 1.1 * small, peaks  # all embeddings at once would be a sixth more
+    assert large < 1.1 * small, peaks  # all embeddings at once would be a fifth more; a shard of them is held in int8
