@@ -207,39 +207,24 @@ class Planner:
             self._choose_one_view(short, effort.steps)
         if config.epochs is None:
             self._choose_epochs(config.effort or device_has, seconds)
-        if self.trial and not self.tuned and not self.on_cpu:
-            self._try(SECONDS_TO_CHOOSE, tuned=True)
 
     def _choose_stem(self, seconds: float | None) -> None:
         """timm's stem in the place of that for small images, where the time would be too short with it."""
-        slow, student = self.trial, self.config.student
+        student, halves = self.config.student, 2 if self._may_halve else 1
         if not student.small_images or self.family not in SMALL_IMAGE_FAMILIES:
             return
         reason = BY_SIZE
-        halves = 2 if self._may_halve else 1
-        if slow and seconds and halves * seconds / slow.seconds < STEPS_FOR_A_STEM:
-            self._set(student=replace(student, small_images=False))
-            gain = slow.seconds / self._try(SECONDS_TO_CHOOSE).seconds
-            if gain >= WORTH_A_STEM:
-                reason = f"{gain:.0f} times as many steps in the time as with a stem for small images"
-            else:
-                self._set(student=student)
-                self.trial = slow
+        short = seconds and self._has_fewer(STEPS_FOR_A_STEM, halves * seconds)
+        if short and (gain := self._gain(WORTH_A_STEM, student=replace(student, small_images=False))):
+            reason = f"{gain:.0f} times as many steps in the time as with a stem for small images"
         self.choices.append(Choice("small_images", self.config.student.small_images, reason))
 
     def _choose_precision(self, seconds: float, enough: int) -> None:
         """bfloat16 on a processor that has it, where the time is short and that makes more steps of it."""
-        full = self.trial
-        if not (self.may_take_bfloat16 and full and seconds / full.seconds < enough):
-            return
-        self._set(precision="bf16")
-        gain = full.seconds / self._try(SECONDS_TO_CHOOSE).seconds
-        if gain >= WORTH_BFLOAT16:
+        short = self._has_fewer(enough, seconds)
+        if self.may_take_bfloat16 and short and (gain := self._gain(WORTH_BFLOAT16, precision="bf16")):
             reason = f"the time is short, and bfloat16 makes {gain:.1f} times as many steps of it"
             self.choices.append(Choice("precision", "bf16", reason))
-        else:
-            self._set(precision="fp32")
-            self.trial = full
 
     @property
     def _may_halve(self) -> bool:
@@ -251,18 +236,17 @@ class Planner:
     def _halve_batch(self, seconds: float, enough: int) -> None:
         """Where the time is short, steps are worth more than the images in them: of as many images seen, 250 steps of 64 ended
         below the random start, 510 of 32 at 54 % and 1,030 of 16 at 64 % (MobileNetV3-Small, signdigits)."""
-        first = self.trial
-        while self._may_halve and first and self.trial and seconds / self.trial.seconds < enough:
-            before, whole, loader, optimiser = self.config, self.trial, self.config.loader, self.config.optimiser
+        more = 1.0
+        while self._may_halve and self._has_fewer(enough, seconds):
+            loader, optimiser = self.config.loader, self.config.optimiser
             half = max(FEWEST, loader.batch_size // 2)
             chosen = {choice.setting: number for number, choice in enumerate(self.choices)}
             lr = round(optimiser.peak * loader.batch_size / half, 6) if "lr" in chosen else optimiser.lr
-            self._set(loader=replace(loader, batch_size=half), optimiser=replace(optimiser, lr=lr))
-            tried = self._try(SECONDS_TO_CHOOSE)
-            if whole.seconds / tried.seconds < WORTH_HALVING:
-                self.config, self.trial = before, whole
+            halved = {"loader": replace(loader, batch_size=half), "optimiser": replace(optimiser, lr=lr)}
+            more *= self._gain(WORTH_HALVING, **halved)
+            if not more:
                 return
-            reason = f"the time is short, and {first.seconds / tried.seconds:.1f} times as many steps count for more"
+            reason = f"the time is short, and {more:.1f} times as many steps count for more"
             self.choices[chosen["batch_size"]] = Choice("batch_size", half, reason)
             if "lr" in chosen:
                 scaled = f"x {half}/{LR_BATCH_SIZE} = {optimiser.peak * loader.batch_size / LR_BATCH_SIZE:g} in a step"
@@ -270,18 +254,12 @@ class Planner:
 
     def _choose_one_view(self, seconds: float, enough: int) -> None:
         """One view of an image in a step in the place of two, where the time is short and that buys steps."""
-        two, pairing = self.trial, self.config.pairing
-        if not (self.may_see_one and two and seconds / two.seconds < enough):
-            return
+        pairing = self.config.pairing
         assert isinstance(pairing, PairingConfig)
-        self._set(pairing=replace(pairing, step_targets=1))
-        gain = two.seconds / self._try(SECONDS_TO_CHOOSE).seconds
-        if gain >= WORTH_HALVING:
+        short = self._has_fewer(enough, seconds)
+        if self.may_see_one and short and (gain := self._gain(WORTH_HALVING, pairing=replace(pairing, step_targets=1))):
             reason = f"the time is short, and {gain:.1f} times as many steps count for more than a second view"
             self.choices.append(Choice("step_targets", 1, reason))
-        else:
-            self._set(pairing=pairing)
-            self.trial = two
 
     def _choose_epochs(self, name: str, seconds: float | None) -> None:
         """As many as are enough, or as there is time for: that of the plan itself is taken off."""
@@ -334,9 +312,26 @@ class Planner:
         self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds, tuned)
         return self.trial
 
+    def _has_fewer(self, steps: int, seconds: float) -> bool:
+        """Whether ``seconds`` have time for fewer ``steps``, as they were tried last."""
+        return self.trial is not None and seconds / self.trial.seconds < steps
+
+    def _gain(self, worth: float, **change: Any) -> float:
+        """Times as many steps in the same time with a ``change`` of the configuration, which stays. 0: they were less than
+        ``worth``, and it was undone."""
+        before, whole = self.config, self.trial
+        assert whole is not None
+        self._set(**change)
+        gain = whole.seconds / self._try(SECONDS_TO_CHOOSE).seconds
+        if gain < worth:
+            self.config, self.trial = before, whole
+            return 0.0
+        return gain
+
     def measure(self) -> None:
-        """Try a step, where none was tried yet and one process has them to itself."""
-        if self.trial is None and self.ranks.world_size == 1:
+        """Try steps as the run makes them, where none were tried so, and one process has them to itself."""
+        as_run = self.trial is not None and (self.tuned or self.on_cpu)
+        if not as_run and self.ranks.world_size == 1:
             self._try(SECONDS_TO_CHOOSE, tuned=True)
 
     @property

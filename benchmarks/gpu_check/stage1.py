@@ -43,11 +43,9 @@ def run(section: Section) -> None:
         cases.append((large, "fp32", 0, VIEWS))
     for name, precision, k, views in cases:
         words = f"{name}, {precision}, K {k}"
+        data = many_images if name == small else few
         section.measure(
-            words,
-            lambda n=name, p=precision, k=k, v=views, w=words: _compare(
-                section, many_images if n == small else few, n, p, k, v, w
-            ),
+            words, lambda d=data, n=name, p=precision, k=k, v=views, w=words: _compare(section, d, n, p, k, v, w)
         )
     for row in section.rows:
         if "error" in row:
