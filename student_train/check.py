@@ -17,6 +17,8 @@ from .run_folder import read_log
 
 Progress = Callable[[int, int], None]
 """Gets (parts looked at, all parts) of the path at hand."""
+WRITTEN_BY_OTHERS = ("*.mlpackage", "wandb")
+"""Folders in a run's whose files have no checksum of ours."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def _store(path: Path, progress: Progress) -> Checked:
 
 def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | None]]]:
     for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
-        in_run = any((folder / "config.json").exists() for folder in file.parents)
+        folders = [path / part for part in file.relative_to(path).parents]  # none that `path` is in
+        if any(folder.match(others) for folder in folders for others in WRITTEN_BY_OTHERS):
+            continue
+        in_run = any((folder / "config.json").exists() for folder in folders)
         if file.suffix == ".safetensors":
             yield file, _problem_of_tensors
         elif file.suffix == ".onnx":

@@ -150,7 +150,7 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
 
     FailureError as ``save_checkpoint``.
     """
-    tensors = _apart(whole_of(backbone).state_dict())
+    tensors = apart(whole_of(backbone).state_dict())
     for_timm = {"timm_name": info.name, "timm_kwargs": json.dumps(dict(info.timm_kwargs), sort_keys=True)}
     metadata = {
         "format": "pt",
@@ -162,7 +162,7 @@ def export_weights(backbone: nn.Module, info: StudentInfo, path: Path) -> None:
         file.write(tensor_file(tensors, metadata))
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, each with a memory of its own, as safetensors wants them: some networks have one tensor under two names."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

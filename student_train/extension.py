@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.errors import MisuseError, first_line
 from ..common.files import first_difference
@@ -78,7 +79,10 @@ def read_parent(config: TrainConfig, device: torch.device) -> Parent:
     run = Path(config.student.init or "")
     state = read_checkpoint(run / "checkpoint.pt", device)["state"]
     try:
-        told = {"run": str(run), "step": int(state["step"]), "weights": hash_weights(state["model"])}
+        tensors = {
+            name: value for name, value in state["model"].items() if isinstance(value, Tensor)
+        }  # a queue counts, too
+        told = {"run": str(run), "step": int(state["step"]), "weights": hash_weights(tensors)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MisuseError(
             f"{run}/checkpoint.pt is not of rob train-student ({error}): nothing to go on with"

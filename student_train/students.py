@@ -21,6 +21,7 @@ takes one more call, ``adapt_stem(model, info.output_stride)``, between the two;
 case. Students that are not timm's are in ``own_student.py``.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -96,8 +97,11 @@ def is_small(config: StudentConfig) -> bool:
 
 
 def vit_patch(config: StudentConfig) -> int:
-    """Pixels a side of a ViT student's patch. Small images have 8 x 8 of them at 32 px and at 64."""
-    return VIT_PATCH if not is_small(config) else 4 if config.image_size <= SMALL_SIDE // 2 else 8
+    """Pixels a side of a ViT student's patch: those in timm's name. Small images have 8 x 8 of them at 32 px and at 64."""
+    if is_small(config):
+        return 4 if config.image_size <= SMALL_SIDE // 2 else 8
+    named = re.search(r"_patch(\d+)", config.name)
+    return int(named[1]) if named else VIT_PATCH
 
 
 def output_stride(config: StudentConfig) -> int:
@@ -256,6 +260,7 @@ def _forward_one(backbone: nn.Module, size: int) -> None:
     weight = next(backbone.parameters())
     training = backbone.training
     try:
-        backbone.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+        # not called: a compiled network would be compiled for this one image
+        backbone.eval().forward(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
     finally:
         backbone.train(training)

@@ -22,7 +22,7 @@ from ..common.pace import Pace
 from ..common.places import local_path
 from ..common.ranks import ALONE, Ranks, from_main, join_ranks, lost_ranks_are_a_failure, once_a_machine, whole_steps
 from ..common.run import allow_fast_arithmetic, pick_device, seed_step, versions
-from ..common.signals import interrupted_once
+from ..common.signals import interrupted_once, uninterrupted
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.timing import Stopwatch
 from ..common.views.loader import Batch, ViewLoader, check_loader, geometry, resolve_loader
@@ -246,7 +246,8 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
                         run.save(state, step)
             if config.knn_every and (epoch + 1) % config.knn_every == 0:
                 if watch is not None:
-                    found = watch.look(trainer.model.backbone, epoch + 1, step)
+                    with uninterrupted():  # what the epoch ends with: a run that goes on begins after it
+                        found = watch.look(trainer.model.backbone, epoch + 1, step)
                     if loggers is not None:
                         loggers.log({"step": step, **found.to_json()}, "knn")
                 if config.patience and step < total_steps:

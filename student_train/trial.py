@@ -92,7 +92,9 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     those after the first few. And the bytes that a backward pass keeps.
     """
     branch, device = config.targets.open(run), run.device
-    config = replace(config, loader=replace(config.loader, batch_size=batch), epochs=EPOCHS, extend=None)
+    schedule = replace(config.optimiser, warmup_epochs=None)  # any does: the run's own may be longer than these epochs
+    few = replace(config.loader, batch_size=batch)
+    config = replace(config, loader=few, optimiser=schedule, epochs=EPOCHS, extend=None)
     per_epoch = max(1, run.data.num_images // batch)
     trainer = Trainer(config, branch.space, per_epoch, device, num_images=run.data.num_images, fresh=False)
     branch.follow(trainer.model, per_epoch, EPOCHS)

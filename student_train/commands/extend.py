@@ -29,9 +29,11 @@ def as_parent(
 
     MisuseError: there is no such run, or one whose student is of somebody's own code and is not named.
     """
+    from ..begun import read_begun
     from ..extension import settings_of_parent
 
-    settings = settings_of_parent(student.init, config.keywords["extend"])
+    begun = read_begun(config.keywords["out"])  # which has its parent's settings, and needs the parent no more
+    settings = begun or settings_of_parent(student.init, config.keywords["extend"])
     told = settings.get("student")
     if isinstance(told, dict) and "student" not in typed and is_factory(str(told.get("name"))):
         raise MisuseError(

@@ -34,7 +34,12 @@ def show_plan(plan: "TrainPlan") -> None:
 
 def show_outcome(outcome: "Outcome", said: list[str]) -> None:
     """The student beside its random start, and what to think of it, which is loud where it did not work."""
-    rows = [("pixels", outcome.pixels), ("random start", outcome.random), ("student", outcome.student)]
+    rows = [("pixels", outcome.pixels)]
+    if outcome.start is None:
+        rows += [("random start", outcome.random)]
+    else:
+        rows += [("random weights", outcome.random), ("what it began with", outcome.start)]
+    rows += [("student", outcome.student)]
     rows += [("teacher, its cached views", outcome.teacher)] if outcome.teacher is not None else []
     show_table(outcome.title, ("features", "%"), rows, named=True)
     for sentence in said:

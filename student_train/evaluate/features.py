@@ -67,7 +67,7 @@ class FeatureKey:
     """What features depend on: features are read back only where all of it is the same.
 
     ``source`` is ``hash_weights(backbone.state_dict())``, a teacher's weight hash, or ``"pixels"``; ``features`` are those of
-    ``common.tokens`` where they are not what the network pools itself.
+    ``common.tokens`` where they are not what the network pools itself, ``geometry`` how images were resized.
     """
 
     source: str
@@ -77,6 +77,7 @@ class FeatureKey:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    geometry: str = "planes"
 
     def to_dict(self) -> dict[str, Any]:
         """What is usual is left out: features that are older than the choice are found where they are."""
@@ -85,6 +86,7 @@ class FeatureKey:
             ("interpolation", "bilinear"),
             ("mean", IMAGENET_DEFAULT_MEAN),
             ("std", IMAGENET_DEFAULT_STD),
+            ("geometry", "planes"),
         )
         return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 

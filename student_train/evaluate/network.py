@@ -15,7 +15,7 @@ from ...common.errors import MisuseError, is_out_of_memory
 from ...common.images.beton import Beton
 from ...common.ranks import ALONE, Ranks
 from ...common.tokens import TokenFeatures
-from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from ...common.views.loader import LoaderConfig, ViewLoader, ViewSet, geometry
 from ...common.views.recipes import evaluation_recipe
 from ...common.weights import hash_weights
 from ..checkpoint import load_student
@@ -185,7 +185,7 @@ class FrozenNetwork:
                 return own(data.named, start, stop)
             return ask(own, data.named, start, stop, loader.batch_size, self.ranks)
 
-        what = (self.tokens, self.interpolation, tuple(self.mean), tuple(self.std))
+        what = (self.tokens, self.interpolation, tuple(self.mean), tuple(self.std), geometry(loader))
         key = FeatureKey(self.source, data.manifest.fingerprint, self.size, *what)
         try:
             features = (

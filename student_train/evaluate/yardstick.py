@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.errors import FailureError
+from ...common.errors import FailureError, MisuseError
 from ...common.files import append_to, read_regular, replacing
 from ...common.images.beton import Beton
 from ...common.look.neighbours import unit_vectors
@@ -24,6 +24,7 @@ from ...common.store.codec import decode
 from ...common.store.reader import TargetStore
 from ...common.views.config import LoaderConfig
 from ..run_folder import LARGEST_LOG, read_log
+from ..start import begin
 from ..students import StudentConfig, describe_student
 from ..targets.config import TargetsConfig
 from .features import Features
@@ -51,7 +52,7 @@ class Outcome:
     with the teacher.
 
     ``rank`` is the student's effective rank (RankMe), ``agreement`` its neighbours shared with the teacher, whatever the rest
-    goes by.
+    goes by. ``start`` is of what the student began with, where that was not random and is still there.
     """
 
     by_labels: bool
@@ -63,6 +64,7 @@ class Outcome:
     by_rank: bool = False
     rank: float | None = None
     agreement: float | None = None
+    start: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -70,7 +72,8 @@ class Outcome:
         what, unit = (
             ("k-NN", " %") if self.by_labels else ("RankMe", "") if self.by_rank else ("shared neighbours", " %")
         )
-        found = f"{what} {self.student:.1f}{unit}, random start {self.random:.1f}, pixels {self.pixels:.1f}"
+        began = "random start" if self.start is None else "start"
+        found = f"{what} {self.student:.1f}{unit}, {began} {self.before:.1f}, pixels {self.pixels:.1f}"
         if self.by_labels and self.agreement is not None:
             found += f"; neighbours shared with the teacher {self.agreement:.1f} %"
         return found if self.by_rank or self.rank is None else f"{found}; RankMe {self.rank:.1f}"
@@ -83,8 +86,13 @@ class Outcome:
         return f"did it work? {what}, {self.num_images:,} of the training images"
 
     @property
+    def before(self) -> float:
+        """Of the student before its training."""
+        return self.random if self.start is None else self.start
+
+    @property
     def worked(self) -> bool:
-        return self.student > self.random
+        return self.student > self.before
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,10 +160,9 @@ class Yardstick:
         if not self._others:
             # what is drawn for it is not missed elsewhere: a step of training seeds itself
             random = FrozenNetwork.random_student(self.student, self.seed, self.device)
-            pixels = FrozenNetwork.pixels(32, self.device)
-            self._others = {
-                name: self._score(self._features(n)) for name, n in (("random", random), ("pixels", pixels))
-            }
+            pixels, start = FrozenNetwork.pixels(32, self.device), self._start()
+            networks = {"random": random, "pixels": pixels} | ({"start": start} if start else {})
+            self._others = {name: self._score(self._features(network)) for name, network in networks.items()}
             if self.labels is not None and self.teacher_rows is not None:
                 self._others["teacher"] = self._score(self.teacher_rows.to(self.device))
         others = self._others
@@ -165,7 +172,19 @@ class Yardstick:
             agreement = round(100 * shared_neighbours(rows, self.teacher_rows.to(rows.device)), 2)
         measured = (score, others["random"], others["pixels"], others.get("teacher"))
         by_labels = self.labels is not None
-        return Outcome(by_labels, len(self.image_ids), *measured, self.by_rank, rank, agreement)
+        return Outcome(by_labels, len(self.image_ids), *measured, self.by_rank, rank, agreement, others.get("start"))
+
+    def _start(self) -> FrozenNetwork | None:
+        """What the student began with; None: at random, or with a file that a run which went on has no more."""
+        if self.student.init is None:
+            return None
+        network = FrozenNetwork.random_student(self.student, self.seed, self.device)
+        assert isinstance(network.embed, nn.Module)
+        try:
+            begin(network.embed, self.student)
+        except MisuseError:
+            return None
+        return network
 
     @torch.no_grad()
     def _features(self, network: FrozenNetwork) -> Tensor:
@@ -239,7 +258,7 @@ def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: flo
             f"the teacher ({outcome.teacher:.1f} %) is no better than raw pixels ({outcome.pixels:.1f} %) here, and its student "
             "will hardly be: cache with a larger `view_size`, or another `teacher`"
         )
-    if outcome.student >= outcome.random + CLEARLY or (outcome.worked and not outcome.by_labels):
+    if outcome.worked and (outcome.student >= outcome.random + CLEARLY or not outcome.by_labels):
         if outcome.by_labels and outcome.student < outcome.pixels and not said:
             said.append(
                 f"the student ({outcome.student:.1f} %) is BELOW RAW PIXELS ({outcome.pixels:.1f} %), and of no use yet: more "
@@ -257,8 +276,11 @@ def verdict(outcome: Outcome, run: Path, steps: int, least_steps: int, rate: flo
         cause = (
             "the views may show too little of the image. Look at them with rob views, raise `global_scale`, cache again"
         )
-    found = "NO BETTER THAN ITS RANDOM START" if not outcome.worked else "little better than its random start"
-    return [f"the student is {found} ({outcome.student:.1f} % against {outcome.random:.1f} %): {cause}", *said]
+    found, against = "little better than random weights", outcome.random
+    if not outcome.worked:
+        found = "NO BETTER THAN " + ("ITS RANDOM START" if outcome.start is None else "WHAT IT BEGAN WITH")
+        against = outcome.before
+    return [f"the student is {found} ({outcome.student:.1f} % against {against:.1f} %): {cause}", *said]
 
 
 def write_outcome(run: Path, outcome: Outcome) -> None:

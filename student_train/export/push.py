@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from ...common.errors import FailureError, MisuseError
@@ -38,7 +37,7 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
     backbone, info = load_student(config.run)
     weights = hash_weights(backbone.state_dict())
     exports = [
-        replace(entry, file=name)
+        entry
         for name, entry in read_exports(config.run).items()
         if entry.weights == weights and entry.format != "timm" and (config.run / name).exists()
     ]

@@ -15,7 +15,7 @@ from ...common.files import replacing
 from ...common.records import DamagedError, parsed, typed
 from ...common.run import versions
 from ...common.weights import read_tensor_file, tensor_file
-from ..checkpoint import WEIGHTS_NAME
+from ..checkpoint import WEIGHTS_NAME, apart
 from ..evaluate.detection.model import build_detector
 from ..own_student import OwnClassifier, create_own
 from ..students import create_student
@@ -71,7 +71,7 @@ TASKS = {
 
 def save_tuned(model: nn.Module, tuned: Tuned, path: Path) -> None:
     """FailureError: it cannot be written, and the earlier file is kept."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = apart(model.state_dict())
     metadata = {
         "format": "pt",
         "tuned": json.dumps(asdict(tuned), sort_keys=True),

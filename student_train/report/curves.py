@@ -135,7 +135,7 @@ def over_time(runs: Sequence[Run]) -> Markup:
             continue
         traces: list[Any] = []
         for run in some:
-            points = [(0, run.measured[0].outcome.random), *((m.epoch, m.outcome.student) for m in run.measured)]
+            points = [(0, run.measured[0].outcome.before), *((m.epoch, m.outcome.student) for m in run.measured)]
             epochs, scores = zip(*points, strict=True)
             traces.append(
                 go.Scatter(x=epochs, y=scores, name=label(run.name), mode="lines+markers", **style(runs.index(run)))
@@ -146,7 +146,7 @@ def over_time(runs: Sequence[Run]) -> Markup:
                 line = {"color": "#808080", "dash": dash, "width": 2}
                 traces.append(go.Scatter(x=[0, last], y=[value, value], name=name, mode="lines", line=line))
         told = (
-            "Each run begins at its random start (epoch 0). It should leave it and climb towards the teacher; below the "
+            "Each run begins at its start (epoch 0). It should leave it and climb towards the teacher; below the "
             "pixels' line it has learned nothing yet that pixels do not say."
         )
         parts.append(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from markupsafe import Markup
 from matplotlib import colormaps
+from timm.models import Beit, Eva, VisionTransformer
 from timm.utils import AttentionExtract
 from torch import Tensor
 
@@ -66,11 +67,7 @@ def last_map(backbone: Any, images: Tensor) -> tuple[str, Tensor] | None:
 
     A ViT is left with a hook: give one that is used for nothing else.
     """
-    if (
-        getattr(backbone, "blocks", None) is not None
-        and hasattr(backbone, "patch_embed")
-        and hasattr(backbone, "cls_token")
-    ):
+    if isinstance(backbone, VisionTransformer | Eva | Beit):  # others have blocks of another attention
         return "attention", _attention(backbone, images)
     features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
     if features is None or features.dim() != 4 or features.shape[1] != getattr(backbone, "num_features", -1):

@@ -61,6 +61,20 @@ def test_what_is_damaged_is_named(refused, whole, tmp_path, file, message):
     refused(1, message, "check", there / "data.beton", there / "targets.zarr", there / "run")
 
 
+def test_what_others_wrote_into_a_run_is_not_called_damaged(rob, whole, tmp_path):
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    for name in ("student.mlpackage/Manifest.json", "wandb/run-1/files/wandb-summary.json"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")  # of something else that the run lies in
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("[]")
+    shutil.copytree(whole / "run", tmp_path / "sweep" / "first")
+    outcome = rob("check", run, tmp_path / "sweep")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count(": 6 files, none damaged\n") == 2
+
+
 def test_what_is_found_of_images_is_said_drawn_and_written(rob, refused, made, tmp_path):
     data, out, sheet = shutil.copy(made.data, tmp_path), tmp_path / "found.json", tmp_path / "pairs.png"
     shutil.copy(made.data.with_name("data.beton.json"), tmp_path)

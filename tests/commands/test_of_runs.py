@@ -1,6 +1,7 @@
 """A student of the user's own code on the command line: named once to train, and again by each command that takes the run."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -124,3 +125,5 @@ def test_a_run_is_extended_with_the_settings_that_it_had(rob, refused, made, tmp
     assert {name: now[name] for name in ("objective", "pairing")} == {
         name: was[name] for name in ("objective", "pairing")
     }
+    shutil.rmtree(parent)
+    assert "is complete already: nothing to do" in rob(*extend, *named).out  # it asks nothing of its parent

@@ -36,6 +36,8 @@ def test_local_crops_take_steps_with_dino(config, monkeypatch):
         (StudentConfig("vit_tiny_patch16_224", 224), "dino", None, 96),
         (StudentConfig("vit_tiny_patch16_224", 224), "sslight", None, 128),
         (StudentConfig("vit_tiny_patch16_224", 96), "dino", None, 48),
+        (StudentConfig("vit_small_patch14_dinov2", 224), "dino", None, 98),
+        (StudentConfig("vit_tiny_r_s16_p8_224", 224), "dino", None, 96),
         (StudentConfig("vit_tiny_patch16_224", 32, True), "dino", None, 12),
         (StudentConfig("resnet18", 32, True), "sslight", None, 20),
         (StudentConfig("resnet18", 8, True), "dino", None, 4),

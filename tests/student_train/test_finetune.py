@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
@@ -21,7 +22,7 @@ from rob.student_train.finetune.classify import finetune_classifier
 from rob.student_train.finetune.config import ClassifyConfig, SegmentConfig
 from rob.student_train.finetune.folder import training_of
 from rob.student_train.finetune.segment import finetune_segmenter
-from rob.student_train.finetune.tuned import load_tuned
+from rob.student_train.finetune.tuned import Tuned, load_tuned, save_tuned
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import mask_shapes
 from support.tiny import tiny_images
@@ -214,6 +215,14 @@ def test_biases_norms_and_embeddings_of_a_vit_do_not_decay():
         assert decay[id(parameter)] == (0 if still else 0.05), name
 
 
+def test_a_network_whose_layers_share_a_tensor_is_saved(tmp_path):
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    save_tuned(tied, Tuned("classify", {}, ("a",), {}), tmp_path / "classifier.safetensors")
+    saved = load_file(tmp_path / "classifier.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tied.state_dict().items())
+
+
 # ==== segmenters ====
 
 
@@ -226,6 +235,10 @@ def test_a_segmenter_learns_and_goes_on_after_a_kill(run, shapes, tmp_path, monk
     assert result.weights.read_bytes() == whole.weights.read_bytes()
     assert result.score == whole.score
     assert result.score.miou > 35  # nothing everywhere: 28
+
+
+def test_any_seed_will_do(run, shapes, tmp_path):
+    finetune_segmenter(segment(run, shapes, tmp_path / "out", epochs=1, seed=20261127))
 
 
 @pytest.mark.slow

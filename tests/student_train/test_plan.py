@@ -302,6 +302,12 @@ def test_a_tried_step_leaves_the_run_as_it_would_have_been(config, tmp_path, mon
     assert plan.seconds > 12 * plan.trial.seconds + 4 * plan.trial.checkpoint_seconds > 12 * plan.trial.seconds
 
 
+def test_a_long_warm_up_can_be_tried(config):
+    optimiser = OptimiserConfig(warmup_epochs=250)
+    plan = make_plan(replace(config, epochs=1000, optimiser=optimiser))  # of more epochs than a trial has
+    assert plan.trial is not None and plan.config.optimiser == replace(optimiser, lr=plan.config.optimiser.lr)
+
+
 def test_memory_grows_with_the_batch_and_the_weights_are_the_students(config, data):
     from rob.student_train.plan import make_plan
     from rob.student_train.students import build_student, num_parameters

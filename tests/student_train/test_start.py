@@ -159,6 +159,14 @@ def test_a_run_goes_on_with_another_one_under_a_new_schedule(config, parent):
     assert again == [f"{child.out} is complete already: nothing to do"]
 
 
+def test_a_queue_goes_along(config, tmp_path):
+    seed = replace(config, objective=ObjectiveConfig("seed", queue=3), out=tmp_path / "parent", epochs=1)
+    train_student(seed)
+    child = replace(seed, out=config.out, student=replace(STUDENT, init=str(seed.out)), epochs=None, extend=1)
+    train_student(child)
+    assert len(log_of(child.out)) == STEPS_PER_EPOCH
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

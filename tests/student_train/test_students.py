@@ -153,6 +153,21 @@ def test_a_crop_that_is_no_whole_number_of_patches_is_refused():
     assert backbone.training
 
 
+def test_a_look_at_the_size_of_images_compiles_nothing():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    backbone = build_student(StudentConfig("test_resnet", 32, small_images=False))
+    backbone.compile(backend=backend)
+    check_input_size(backbone, 32)
+    assert not compiled
+    backbone(torch.zeros(2, 3, 32, 32))
+    assert compiled
+
+
 def test_counts_agree_with_hand_counts():
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert num_parameters(backbone) == 3 * 8 * 9

@@ -139,7 +139,8 @@ def test_what_is_usual_lies_where_it_lay(tmp_path):
     kinds = product(("cls", "cls4"), ("bilinear", "bicubic"))
     others = {FeatureKey("weights", "data", 32, *kind) for kind in kinds}
     others.add(FeatureKey("weights", "data", 32, interpolation="bicubic"))
-    assert len({key.folder(tmp_path) for key in (usual, *others)}) == 6
+    others.add(FeatureKey("weights", "data", 32, geometry="pillow"))
+    assert len({key.folder(tmp_path) for key in (usual, *others)}) == 7
 
 
 def test_weights_hash_sees_names_types_and_values():

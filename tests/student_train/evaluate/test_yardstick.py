@@ -1,6 +1,7 @@
 """Whether a run worked: against its random start, by labels or by the teacher's neighbours, and a warning that names a remedy."""
 
 import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -97,6 +98,19 @@ def test_in_the_run_a_line_is_kept_and_the_run_is_what_it_would_have_been(config
     assert all(line["rank"] >= 1 and 0 <= line["agreement"] <= 100 for line in lines)
 
 
+def test_a_student_is_measured_against_what_it_began_with(data, config, tmp_path):
+    train_student(replace(config, epochs=1))
+    began = replace(STUDENT, init=str(config.out / "student.safetensors"))
+    student = load_student(config.out)[0]
+    outcome = Yardstick.of(data, began, NO_TEACHER, 0, CPU, LOADER).measure(student)
+    assert (outcome.start, outcome.before, outcome.worked) == (outcome.student, outcome.student, False)
+    assert f", start {outcome.student:.1f}, pixels" in outcome.sentence
+    (said,) = verdict(replace(outcome, student=outcome.start - 5, random=1.0), config.out, 10**6, 1, 1.0, 0.0)
+    assert said.startswith(f"the student is NO BETTER THAN WHAT IT BEGAN WITH ({outcome.start - 5:.1f} % against ")
+    gone = Yardstick.of(data, replace(STUDENT, init=str(tmp_path / "gone")), NO_TEACHER, 0, CPU, LOADER)
+    assert gone.measure(student).start is None  # a run that goes on needs it no more
+
+
 class Scripted(Yardstick):
     """Finds what it is told to find."""
 
@@ -152,6 +166,26 @@ def test_what_was_measured_after_the_checkpoint_is_measured_again(config, script
     train_student(config, TrainProgress(note=notes.append))
     lines = [json.loads(line) for line in (config.out / "knn.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["student"]) for line in lines] == list(enumerate((10, 30, 25, 20), 1))
+
+
+def test_ctrl_c_in_a_measurement_waits_for_it(config, scripted, monkeypatch):
+    scripted(10.0, 20.0, 30.0, 40.0)
+    measure, asked = Scripted.measure, [2]
+
+    def interrupted(yardstick, backbone):
+        asked[0] -= 1
+        if not asked[0]:
+            signal.raise_signal(signal.SIGINT)
+        return measure(yardstick, backbone)
+
+    monkeypatch.setattr(Scripted, "measure", interrupted)
+    watched = replace(config, epochs=4, knn_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_student(watched)
+    assert len(log_of(config.out)) == 2 * STEPS_PER_EPOCH
+    train_student(watched)
+    lines = [json.loads(line) for line in (config.out / "knn.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["student"]) for line in lines] == list(enumerate((10, 20, 30, 40), 1))
 
 
 def test_patience_without_measurements_is_refused(config, monkeypatch):

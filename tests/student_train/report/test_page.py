@@ -226,6 +226,8 @@ def test_attention_is_a_share_and_activation_is_where_something_is():
     kind, places = last_map(build_student(StudentConfig("test_resnet", 32)).eval(), images)
     assert (kind, places.shape) == ("activation", (1, 4, 4))
     assert np.isfinite(places.numpy()).all()
+    attends_to_channels = build_student(StudentConfig("xcit_nano_12_p16_224", 224)).eval()
+    assert last_map(attends_to_channels, torch.zeros(1, 3, 224, 224)) is None
 
 
 @pytest.mark.slow
