@@ -11,7 +11,7 @@ from .errors import BRINGS, FailureError, MisuseError, printable
 from .files import refuse_existing
 from .images.config import PackConfig
 from .look.config import Images, ImageSize
-from .options import given
+from .options import given, refuse
 from .places import is_address
 from .screen import bar, facts, note
 from .settings import Setting
@@ -40,6 +40,7 @@ def pack(config: PackConfig, overwrite: Overwrite = False) -> None:
 
 
 def inspect(
+    context: typer.Context,
     path: Annotated[Path, Setting("A .beton or a target store.", argument="FILE")],
     sheet: Annotated[
         Path | None,
@@ -66,6 +67,8 @@ def inspect(
     is_store = path.is_dir() or (is_address(path) and path.suffix != ".beton")
     if is_store and data is None:
         raise MisuseError("--sheet of a store needs its images: pass --data DATA.beton")
+    if is_store:
+        refuse(context, ("recipe",), "is for a .beton, and a store's sheet has the views that it was cached with")
     config = SheetConfig(
         data=data if is_store and data else path,
         out=sheet,

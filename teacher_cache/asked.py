@@ -8,10 +8,11 @@ from ..common.images.beton import Beton
 from ..common.places import hidden_beside, place_of, shown
 from ..common.run import versions
 from ..common.store.begun import begun_store, drop_leftovers, half_written
-from ..common.store.encodings import Encoding
+from ..common.store.encodings import PATCHES, Encoding
 from ..common.store.manifest import StoreManifest
 from ..common.store.patches import PatchEncoding
 from ..common.store.reader import TargetStore
+from ..common.store.shards import LARGEST_CHUNK
 from ..common.views.loader import geometry
 from .config import CacheConfig
 from .prototypes import refuse_unsuitable
@@ -70,7 +71,8 @@ def manifest_of(
     teacher: Teacher,
     num_prototypes: int,
 ) -> StoreManifest:
-    return StoreManifest(
+    """MisuseError: its chunks would be larger than their codec takes."""
+    manifest = StoreManifest(
         data_fingerprint=data.manifest.fingerprint,
         num_images=data.num_images,
         recipe=config.recipe.to_dict(),
@@ -90,6 +92,18 @@ def manifest_of(
         geometry=geometry(config.loader),
         versions=versions("rob", "torch", "timm", "zarr", "numcodecs"),
     )
+    for name, array in manifest.arrays().items():
+        if array.chunk_bytes > LARGEST_CHUNK:
+            less = (
+                "fewer `views`, or a smaller `patch_grid` or `patch_dim`"
+                if name.startswith(PATCHES)
+                else "fewer `views`"
+            )
+            raise MisuseError(
+                f"{config.views} views of {manifest.chunk_rows} images have {array.chunk_bytes / 1e9:,.1f} GB of {name!r}, and "
+                f"{LARGEST_CHUNK / 1e9:,.1f} GB can be written at once: take {less}"
+            )
+    return manifest
 
 
 def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:

@@ -42,6 +42,7 @@ def cache_teacher(
     views_of_preset: ViewsOfPreset,
 ) -> None:
     """Stage 1: run the teacher once and store its targets. Killed, it goes on from the last whole chunk."""
+    from ..common.store.reader import TargetStore
     from .cache import CachePlan, CacheProgress, cache_teacher
 
     of_preset: dict[str, Any] = {}
@@ -92,11 +93,13 @@ def cache_teacher(
             def seen(images: int) -> None:  # a chunk takes a minute where the teacher is large
                 written(min(done + images, total), total)
 
-            cache_teacher(full, CacheProgress(show, written, seen, note, fitting, say_waiting))
+            made = cache_teacher(full, CacheProgress(show, written, seen, note, fitting, say_waiting))
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise KeyboardInterrupt("told") from None
-    if place_of(full.out).exists("zarr.json"):
+    if (
+        place_of(full.out).exists("zarr.json") and TargetStore.open(full.out).manifest == made
+    ):  # not the one it shall replace
         note(f"{shown(full.out)}: complete")
 
 

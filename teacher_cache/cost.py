@@ -44,8 +44,8 @@ class CachePlan:
     free_bytes: int
     rows_done: int
     views_per_second: float
-    workers: int = 1
-    """That share the rows still to do, each with this speed."""
+    rows_to_do: int
+    """Of the worker that has most of them."""
     views_done: int = 0
     """Of each image, in a store that is given more."""
     batch_size: int = 1
@@ -60,9 +60,9 @@ class CachePlan:
 
     @property
     def seconds(self) -> float:
-        """Of the rows still to do."""
-        rows = ceil((self.num_images - self.rows_done) / self.batch_size) * self.batch_size
-        return rows * (self.views - self.views_done) / self.views_per_second / self.workers
+        """Until the last worker is done, if all begin now."""
+        rows = ceil(self.rows_to_do / self.batch_size) * self.batch_size
+        return rows * (self.views - self.views_done) / self.views_per_second
 
     def advice(self) -> list[str]:
         """What would cost less and was measured to teach as much."""

@@ -96,9 +96,7 @@ class Growth(StoreJob):
 
     def finish(self, writer: StoreWriter, teacher: Teacher, of_patches: Mapping[str, np.ndarray]) -> None:
         """The statistics are those that were there, with the sums over what is new."""
-        there, new = self.store.statistics, writer.statistics
-        sums = {name: there[name] + new[name] if name in new else there[name] for name in there}
-        writer.finish(self.store.prototypes, sums)
+        writer.finish(self.store.prototypes, before=self.store.statistics)
 
 
 def _read_back(encoding: Encoding, embedding: Tensor) -> Tensor:

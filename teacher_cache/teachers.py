@@ -168,6 +168,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         backbone, told = own_backbone(config)
         return Teacher(config.name, backbone, code=config.name, **told)
     if config.name == STAND_IN and config.checkpoint is None:
+        if config.backbone_args:
+            raise MisuseError(f"`backbone_arg` is for timm's networks, and {STAND_IN} comes as it is: leave it out")
         teacher = _stand_in()
         if config.teacher_features:
             check_tokens(teacher.backbone, config.teacher_features, config.name, "teacher_features")

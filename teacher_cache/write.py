@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .cost import TRIAL_VIEWS, CachePlan, free_bytes, refuse_what_will_not_fit, 
 from .fitted import statistics_of
 from .job import Arrays, StoreJob, Work
 from .patches import fixed_arrays, with_patches
+from .share import Share
 
 Embed = Callable[..., Tensor]
 """From a batch, and how many of its images at once, to embeddings (B, V, D)."""
@@ -117,6 +119,7 @@ def _teacher_run(
 
 def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], speed: float) -> CachePlan:
     manifest, done = job.manifest, writer.rows_done
+    rows_done = done if job.views_there else max(done, job.rows_there)
     own, *beside = sizes
     encoding = Encoding.from_dict(manifest.encoding)
     smaller, of = encoding.smaller, (manifest.dim, manifest.num_prototypes)
@@ -127,14 +130,23 @@ def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], spee
         temporary_bytes_per_view=sum(beside),
         patch_bytes_per_view=0 if manifest.patch_encoding is None else manifest.patch_encoding.bytes_per_view,
         free_bytes=free_bytes(work.config.out),
-        rows_done=done if job.views_there else max(done, job.rows_there),
+        rows_done=rows_done,
         views_per_second=speed,
-        workers=work.share.parts,
+        rows_to_do=_rows_to_do(work.share, job, writer, work.data.num_images - rows_done),
         views_done=job.views_there,
         batch_size=fitting_batch(work.config.loader.batch_size, manifest.chunk_rows),
         smaller=smaller,
         spared_bytes_per_view=0 if smaller is None else encoding.bytes_per_view(*of) - smaller.bytes_per_view(*of),
     )
+
+
+def _rows_to_do(share: Share, job: StoreJob, writer: StoreWriter, left: int) -> int:
+    """Of the ``left`` rows those of the worker that has most of them: shards are not divided."""
+    shards = [shard for shard in writer.missing() if job.views_there or job.manifest.rows(shard).stop > job.rows_there]
+    most = (
+        ceil(len(shards) / share.parts) if share.helps else sum(shard % share.parts == share.part for shard in shards)
+    )
+    return min(left, most * len(job.manifest.rows(0)))
 
 
 def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: RunTeacher, batch_size: int) -> int:
@@ -158,12 +170,12 @@ def _write_chunks(work: Work, job: StoreJob, writer: StoreWriter, run_teacher: R
 
     def encoded(chunk: Chunk, made: torch.Event | None) -> Targets:
         """Encoded where the chunk is, so that only what is stored is copied from a GPU."""
-        chunk = chunk.last(job.new_rows(chunk.row))
+        chunk = chunk.last(new := job.new_rows(chunk.row))
         embedding, logits = chunk.embedding, chunk.logits
         if embedding is None:
             return {}, job.zero_statistics(), 0
         with after(made, embedding, logits):
-            refuse_not_finite(embedding, chunk.row)
+            refuse_not_finite(embedding, min(chunk.row + manifest.chunk_rows, manifest.num_images) - new)
             arrays = {**encode(encoding, embedding, logits), **chunk.patches}
             return arrays, statistics_of(embedding, logits), int((~embedding.any(-1)).sum())
 

@@ -31,6 +31,8 @@ from ..files import flush_to_disk, lock, new_file, open_regular, whole_file
 from .copied import at_hand
 from .manifest import FORMAT_VERSION, PackManifest, earlier_path, manifest_of, manifest_path, read_manifest, seal
 
+Image.MAX_IMAGE_PIXELS = None  # what was packed was held to a limit of ours
+
 FFCV_VERSION = 2
 JPEG, RAW = 0, 1
 """FFCV's ``IMAGE_MODES``: the row's bytes are a JPEG file, or ``height * width * 3`` RGB pixels."""
@@ -365,7 +367,7 @@ class Beton:
                     raise OSError("it is of another size than its row says")
                 image.load()
                 return image
-        except (OSError, Image.DecompressionBombError) as error:
+        except OSError as error:
             raise FailureError(f"{self.path}: image {image_id} is damaged ({error}); pack the data again") from error
 
 

@@ -206,7 +206,7 @@ def encode_image(source: bytes | Image.Image, config: PackConfig) -> StoredImage
         else:
             image = source
             image.load()
-        turned = upright(windowed(image, config.window, config.percentiles))
+        turned = windowed(upright(image), config.window, config.percentiles)
         longest = config.max_resolution or max(image.size)
         unchanged = turned is image and max(image.size) <= longest and not config.raw
         if unchanged and isinstance(source, bytes) and _is_plain_jpeg(source, image):

@@ -16,7 +16,7 @@ from ..places import Place
 from ..records import LARGEST, DamagedError, crc32c, parsed, typed
 from .encodings import Encoding
 from .patches import PatchEncoding
-from .shards import ShardedArray
+from .shards import LARGEST_CHUNK, ShardedArray
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 256
@@ -33,8 +33,6 @@ LIMITS = {
     "shard_chunks": (1, 1 << 16),
 }
 """What numbers a manifest may have: memory is taken by them."""
-LARGEST_CHUNK = 1 << 32
-"""Bytes of a chunk of all arrays."""
 CHECKSUM = "crc32c"
 """Its name among the versions."""
 
@@ -160,8 +158,8 @@ class StoreManifest:
             arrays = self.arrays().values()
         except (MisuseError, TypeError, ValueError) as error:
             raise DamagedError(f"says of its encoding what cannot be ({error})") from None
-        if sum(int(np.prod(a.chunk_shape, dtype=float)) * a.dtype.itemsize for a in arrays) > LARGEST_CHUNK:
-            raise DamagedError("says a chunk is larger than memory")
+        if any(array.chunk_bytes > LARGEST_CHUNK for array in arrays):
+            raise DamagedError("says a chunk is larger than any can be")
 
 
 def _checksum(attributes: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ class TargetStore:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk of all arrays in memory, decompressed."""
-        return sum(int(np.prod(array.chunk_shape)) * array.dtype.itemsize for array in self.arrays.values())
+        return sum(array.chunk_bytes for array in self.arrays.values())
 
     def check_data(self, data: PackManifest) -> None:
         """MisuseError: the store is of other images than those of ``data``, or of those that it had before some were appended."""
@@ -132,11 +132,24 @@ class TargetStore:
                 index = self._index(name, chunk // array.shard_chunks)
                 array.read_chunk(self.place, name, chunk, index, out[name])
             except ChunkError as error:
+                if (now := self._replaced_by()) is not None:
+                    raise FailureError(
+                        f"{self.place} was replaced while it was read, and has {len(now.view_ids)} views of {now.num_images:,} "
+                        "images now: run the same command again"
+                    ) from None
                 first = chunk * array.chunk_rows
                 raise FailureError(
                     f"{self.place}: chunk {chunk} of array {name!r} (images {first} to {first + array.chunk_rows - 1}) "
                     f"is damaged, {error}: delete the store and {AGAIN}"
                 ) from None
+
+    def _replaced_by(self) -> StoreManifest | None:
+        """What is there now, where that is another store, such as the same with more views: then nothing is damaged."""
+        try:
+            now = StoreManifest.from_json(self.place, read_json(self.place, "zarr.json").get("attributes", {}))
+        except (FailureError, MisuseError, OSError):
+            return None
+        return None if now == self.manifest else now
 
     def read(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start..stop-1 as stored: name -> (stop - start, V, ...). FailureError when a chunk is damaged."""

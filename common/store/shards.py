@@ -7,6 +7,7 @@ chunk that is missing. It makes the metadata here, and the tests read the arrays
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import google_crc32c
@@ -25,6 +26,8 @@ blosc.use_threads = False  # bytes must not depend on which thread finishes firs
 COMPRESSOR = {"cname": "zstd", "clevel": 3}
 """Blosc's settings for every array: the smallest in benchmarks/store.py's table but for slow levels that gain 2 %."""
 
+LARGEST_CHUNK: int = blosc.MAX_BUFFERSIZE
+"""Bytes of one array's chunk that Blosc takes."""
 _NOWHERE = np.iinfo(np.uint64).max  # the index entry of a chunk that was never written
 
 
@@ -49,6 +52,11 @@ class ShardedArray:
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         return (self.chunk_rows, *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Before compression."""
+        return prod(self.chunk_shape) * self.dtype.itemsize
 
     def metadata(self) -> Mapping[str, bytes]:
         """The array's files other than its shards: {"zarr.json": ...}."""

@@ -243,9 +243,15 @@ class StoreWriter:
 
     # ==== the end ====
 
-    def finish(self, prototypes: np.ndarray | None = None, more: Mapping[str, np.ndarray] | None = None) -> None:
-        """Mark the store complete. ``prototypes`` (K, D) go in as float32, and ``more`` statistics beside the sums. Of several
-        workers the first does it, and the others wait for it.
+    def finish(
+        self,
+        prototypes: np.ndarray | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
+        before: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Mark the store complete. ``prototypes`` (K, D) go in as float32, and ``more`` statistics beside the sums, or else those
+        of ``before``, a store that got more, to which the sums are added. Of several workers the first does it, and the others
+        wait for it.
         """
         assert not self.missing(), "finish comes after the last row"
         assert (prototypes is not None) == (self.manifest.num_prototypes > 0)
@@ -254,13 +260,22 @@ class StoreWriter:
         while self.shared and not complete() and (finishing := self._locked("finish.lock")) is None:
             time.sleep(0.05)
         self._lock = finishing
-        if not complete():
-            with disk_full_is_a_failure(self.place, 0 if prototypes is None else prototypes.nbytes):
-                for name, array in self._arrays.items():
-                    _write_array(self.place.write, name, array.metadata())
-                write_extras(self.place.write, prototypes, self.statistics | dict(more or {}))
-                write_group(self.place.write, "", self.manifest.to_json())
-            self.place.remove_all("pending")  # whoever comes next removes what is left of it
+        try:
+            if not complete():
+                statistics = self.statistics
+                if before is not None:
+                    more = {name: there + statistics.get(name, 0) for name, there in before.items()}
+                    statistics = {}
+                with disk_full_is_a_failure(self.place, 0 if prototypes is None else prototypes.nbytes):
+                    for name, array in self._arrays.items():
+                        _write_array(self.place.write, name, array.metadata())
+                    write_extras(self.place.write, prototypes, statistics | dict(more or {}))
+                    write_group(self.place.write, "", self.manifest.to_json())
+                self.place.remove_all("pending")  # whoever comes next removes what is left of it
+        except (FailureError, FileNotFoundError):
+            if self.place.has_locks or not complete():
+                raise
+            # In a bucket another worker may finish the store at any time, and drop what is under pending/.
         self._release()
         self._unlock()
 

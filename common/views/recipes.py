@@ -212,7 +212,9 @@ class RecipeOverrides:
     local_scale: Annotated[Share | None, Setting("Area of a local crop, LOW HIGH; default the recipe's.")] = None
     centre: Annotated[
         float | None,
-        Setting("Centred square of this share of the shorter side instead of a random crop.", low=0, high=1),
+        Setting(
+            "Global crops: the centred square of this share of the shorter side instead of a random one.", low=0, high=1
+        ),
     ] = None
     colour: Annotated[
         float | None,
@@ -245,9 +247,14 @@ class RecipeOverrides:
                     f"`{name}` is {low:g},{high:g}, expected 0 < LOW <= HIGH <= 1: shares of the image's area"
                 )
 
+        if self.centre is not None and self.global_scale is not None:
+            raise MisuseError("`centre` and `global_scale` both say what a global crop shows: give one of them")
+
     def over(self, usual: "RecipeOverrides") -> "RecipeOverrides":
         """The ``usual`` ones, but for what is set here."""
-        return replace(usual, **{name: value for name, value in vars(self).items() if value is not None})
+        here = {name: value for name, value in vars(self).items() if value is not None}
+        instead = {"centre": "global_scale", "global_scale": "centre"}
+        return replace(usual, **{instead[name]: None for name in here if name in instead}, **here)
 
 
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
@@ -260,12 +267,12 @@ def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
             f"`local_scale`: recipe {name} has no local crops, take dino, sslight, swav, sslight-swav or msn"
         )
 
-    def changed(crop: Crop, scale: tuple[float, float] | None) -> Crop:
+    def changed(crop: Crop, scale: tuple[float, float] | None, centre: float | None = None) -> Crop:
         new = {k: v for k in ("flip", "grey", "blur", "solarise") if (v := getattr(o, k)) is not None}
         if scale is not None:
             new |= {"scale": tuple(scale), "centre": 0.0}
-        if o.centre is not None:
-            new |= {"centre": o.centre}
+        if centre is not None:
+            new |= {"centre": centre}
         if o.colour is not None:
             new |= {k: getattr(crop, k) * o.colour for k in ("brightness", "contrast", "saturation")}
             new |= {"hue": min(0.5, crop.hue * o.colour), "jitter": crop.jitter if o.colour else 0.0}
@@ -273,7 +280,7 @@ def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
 
     return replace(
         recipe,
-        global_crops=tuple(changed(c, o.global_scale) for c in recipe.global_crops),
+        global_crops=tuple(changed(c, o.global_scale, o.centre) for c in recipe.global_crops),
         local_crop=changed(recipe.local_crop, o.local_scale) if recipe.local_crop else None,
         num_global=recipe.num_global if o.num_global is None else o.num_global,
         num_local=recipe.num_local if o.num_local is None else o.num_local,

@@ -42,6 +42,11 @@ def test_what_is_no_name_and_value_is_refused(refused, data, tmp_path, text):
     refused(2, rf"--backbone-arg '{text}' is no NAME=VALUE: write it as img_size=32", *words)
 
 
+def test_the_stand_in_comes_as_it_is(refused, data, tmp_path):
+    words = ["cache-teacher", data.path, tmp_path / "t.zarr", "--teacher", "efficientnet_lite0"]
+    refused(2, "--backbone-arg is for timm's networks, and efficientnet_lite0", *words, "--backbone-arg", "img_size=32")
+
+
 def test_in_python_it_is_a_mapping_or_what_the_command_line_has():
     words = TeacherConfig("resnet10t", None, ("img_size=32", "act_layer=gelu", "dynamic_img_size=true"))
     assert words.backbone_args == {"img_size": 32, "act_layer": "gelu", "dynamic_img_size": True}

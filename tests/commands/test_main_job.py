@@ -166,3 +166,13 @@ def test_a_plan_is_printed_without_a_run_and_an_untrained_student_needs_only_its
     outcome = rob("eval", "knn", run, made.data, "--init", "random", "--k", 2, *FAST)
     assert outcome.code == 0, outcome.err
     assert "k-NN of random test_resnet" in outcome.out
+
+
+def test_a_part_of_a_store_that_grows_does_not_say_that_it_is_complete(rob, made, tmp_path):
+    store = shutil.copytree(made.store, tmp_path / "t.zarr")
+    grow = ("cache-teacher", made.data, store, *made.cache, "--views", 3)
+    outcome = rob(*grow, "--part", "2/2")  # of one shard
+    assert (outcome.code, "1 of 1 shards are missing" in outcome.err + outcome.out) == (0, True)
+    assert "t.zarr: complete" not in outcome.err + outcome.out
+    outcome = rob(*grow, "--part", "1/2")
+    assert "t.zarr: complete" in outcome.err + outcome.out

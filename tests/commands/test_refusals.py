@@ -25,6 +25,7 @@ from support.tiny import TEACHER
         ),
         ("--loader", "fcv", r"unknown loader 'fcv': did you mean ffcv\? \(known: auto, ffcv, gpu, torch\)"),
         ("--global-scale", (0.5, 0.2), "--global-scale is 0.5,0.2, expected 0 < LOW <= HIGH"),
+        ("--centre", (0.9, "--global-scale", 0.5, 1), "--centre and --global-scale both say what a global crop shows"),
         ("--checkpoint", "nowhere.pth", "checkpoint nowhere.pth does not exist"),
         ("--encoding", "dense", "dense needs prototype logits, but .* has no head: give a number of --prototypes"),
     ],
@@ -155,4 +156,6 @@ def test_inspect_and_bench_refuse(refused, made, tmp_path, monkeypatch):
     there.touch()
     for words in (("bench", "loss", "--out", there), ("demo", "--out", tmp_path)):
         refused(2, "summary.json is there already: pass --overwrite to replace it", *words)
-    refused(2, "--sheet of a store needs its images: pass --data", "inspect", made.store, "--sheet", tmp_path / "a.png")
+    sheet = ("inspect", made.store, "--sheet", tmp_path / "a.png")
+    refused(2, "--sheet of a store needs its images: pass --data", *sheet)
+    refused(2, "--recipe is for a .beton, and a store's sheet has", *sheet, "--data", made.data, "--recipe", "swav")

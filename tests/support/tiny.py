@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from rob.common.images.pack import PackConfig, pack
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
 from rob.common.views.recipes import get_recipe
+from rob.teacher_cache import write
 from rob.teacher_cache.cache import CacheConfig, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig
 from support.photographs import photograph
@@ -93,3 +96,20 @@ def tiny_store(out: Path, data: Beton, teacher: TeacherConfig, **changes: Any) -
     """What ``tiny_cache_config`` asks for, cached."""
     cache_teacher(tiny_cache_config(out, data, teacher, **changes))
     return TargetStore.open(out)
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, value: float, *image_ids: int) -> None:
+    """The teacher's embeddings of the images become all ``value``."""
+
+    def embedder(*args):
+        embed = real(*args)
+
+        def changed(batch, at_once=None):
+            embedding = embed(batch, at_once)
+            embedding[np.isin(batch.image_ids, image_ids)] = value
+            return embedding
+
+        return torch.inference_mode()(changed)
+
+    real = write.embedder
+    monkeypatch.setattr(write, "embedder", embedder)

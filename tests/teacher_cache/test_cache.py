@@ -183,10 +183,10 @@ def test_plan_and_progress(data, with_head, tmp_path) -> None:
     assert plan.total_bytes == IMAGES * VIEWS * 48
     assert plan.seconds * plan.views_per_second == pytest.approx(IMAGES * VIEWS)
     assert plan.batch_size == 8
-    of_20 = replace(plan, num_images=20)
+    of_20 = replace(plan, rows_to_do=20)
     assert of_20.seconds * plan.views_per_second == pytest.approx(24 * VIEWS), "the last batch is filled up"
     assert plan.advice() == []
-    (of_views,) = replace(plan, views=16, num_images=800, views_per_second=100.0).advice()
+    (of_views,) = replace(plan, views=16, rows_to_do=800, views_per_second=100.0).advice()
     assert of_views.endswith("`views` 4 takes 96 s less")
     large = replace(plan, num_images=10**9 // (VIEWS * 48) + 1)
     (of_bytes,) = large.advice()

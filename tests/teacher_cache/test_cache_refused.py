@@ -15,7 +15,7 @@ from rob.common.errors import FailureError, MisuseError
 from rob.common.store.encodings import Encoding
 from rob.common.store.reader import TargetStore
 from rob.common.views.loader import LoaderConfig
-from rob.teacher_cache import write
+from rob.teacher_cache import asked, write
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig
 from support import tiny
@@ -137,26 +137,19 @@ def test_other_data_and_another_teacher_are_refused(more_data, headless, tmp_pat
         )
 
 
-def answering(monkeypatch, value: float, *image_ids: int) -> None:
-    """The teacher's embeddings of the images become all ``value``."""
-
-    def embedder(*args):
-        embed = real(*args)
-
-        def changed(batch, at_once=None):
-            embedding = embed(batch, at_once)
-            embedding[np.isin(batch.image_ids, image_ids)] = value
-            return embedding
-
-        return torch.inference_mode()(changed)
-
-    real = write.embedder
-    monkeypatch.setattr(write, "embedder", embedder)
+def test_a_chunk_that_no_codec_takes_is_refused_before_the_teacher_runs(data, headless, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(asked, "LARGEST_CHUNK", 100)
+    monkeypatch.setattr(write, "embedder", lambda *_: pytest.fail("the teacher ran"))
+    with pytest.raises(
+        MisuseError, match=r"2 views of \d+ images have .* GB of 'embedding', and .* take fewer `views`$"
+    ):
+        tiny.tiny_store(tmp_path / "a.zarr", data, headless)
+    assert not (tmp_path / "a.zarr").exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_embeddings_that_are_no_numbers_are_refused_by_image(data, headless, tmp_path, monkeypatch, value) -> None:
-    answering(monkeypatch, value, 17, 22)
+    tiny.answering(monkeypatch, value, 17, 22)
     with pytest.raises(FailureError, match=r"for 2 of 8 images is NaN or infinite \(image ids 17, 22\)"):
         tiny.tiny_store(tmp_path / "a.zarr", data, headless)
 
@@ -164,7 +157,7 @@ def test_embeddings_that_are_no_numbers_are_refused_by_image(data, headless, tmp
 def test_all_zero_embeddings_are_told_of(data, headless, tmp_path, monkeypatch) -> None:
     notes = []
     config = tiny.tiny_cache_config(tmp_path / "a.zarr", data, headless)
-    answering(monkeypatch, 0, 5, 17, 22)
+    tiny.answering(monkeypatch, 0, 5, 17, 22)
     cache_teacher(config, CacheProgress(note=notes.append))
     (note,) = [note for note in notes if "all-zero" in note]
     assert note.startswith("6 views have an all-zero embedding")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rob.common.bucket import Bucket
-from rob.common.errors import MisuseError
+from rob.common.errors import FailureError, MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
 from rob.common.places import place_of
@@ -21,6 +21,7 @@ from rob.common.store.reader import TargetStore
 from rob.common.views.config import LoaderConfig
 from rob.teacher_cache import growth
 from rob.teacher_cache.cache import CacheProgress, cache_teacher
+from rob.teacher_cache.growth import Growth
 from rob.teacher_cache.teachers import TeacherConfig
 from rob.teacher_cache.verify import VerifyConfig, verify
 from support import tiny
@@ -92,6 +93,45 @@ def test_views_and_rows_that_are_added(grown, headless, with_head, tmp_path, hea
     else:
         assert tiny.contents(store) == tiny.contents(whole)
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_worker_that_comes_when_another_has_finished(grown, headless, tmp_path, monkeypatch):
+    """What was summed up lies under pending/, which the first drops."""
+    few, _ = grown
+    config = partial(tiny.tiny_cache_config, tmp_path / "a.zarr", few, headless)
+    cache_teacher(config())
+    finish = Growth.finish
+
+    def twice(*given):
+        finish(*given)
+        finish(*given)
+
+    monkeypatch.setattr(Growth, "finish", twice)
+    cache_teacher(config(views=3))
+    assert TargetStore.open(tmp_path / "a.zarr").manifest.view_ids == (0, 1, 2)
+
+
+def test_who_reads_a_store_that_grows_meanwhile_is_not_told_to_delete_it(grown, headless, tmp_path):
+    few, _ = grown
+    config = partial(tiny.tiny_cache_config, tmp_path / "a.zarr", few, headless)
+    cache_teacher(config())
+    store = TargetStore.open(tmp_path / "a.zarr")
+    store.read(0, 1)
+    cache_teacher(config(views=4))
+    with pytest.raises(
+        FailureError, match=rf"was replaced while it was read, and has 4 views of {NUM} images now: run"
+    ):
+        store.read(0, NUM)
+    assert TargetStore.open(tmp_path / "a.zarr").verify() == []
+
+
+def test_new_rows_that_are_no_numbers_are_named(grown, headless, tmp_path, monkeypatch):
+    few, more = grown
+    config = partial(tiny.tiny_cache_config, tmp_path / "a.zarr", teacher=headless)
+    cache_teacher(config(data=few))
+    tiny.answering(monkeypatch, np.nan, NUM + 1)
+    with pytest.raises(FailureError, match=rf"\(image ids {NUM + 1}\)"):
+        cache_teacher(config(data=more))
 
 
 def test_both_at_once_by_parts_and_with_prototypes_that_stay(grown, headless, tmp_path):

@@ -94,6 +94,10 @@ def test_ranks_and_parts_make_the_store_of_one_process(more_data: Beton, headles
     assert sorted(path.name for path in tmp_path.glob(".*zarr*")) == []
 
 
+def stop(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: TeacherConfig, tmp_path, monkeypatch):
     whole = tiny.tiny_store(tmp_path / "whole.zarr", data, headless)
     config = partial(tiny.tiny_cache_config, tmp_path / "a.zarr", data, headless)
@@ -104,6 +108,13 @@ def test_a_part_leaves_the_others_and_ranks_do_the_rest(data: Beton, headless: T
         "the store"
     ]
     assert dict(inspect(tmp_path / "a.zarr").rows)["whole shards"] == "1 of 0 to 2"
+    plans = []
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(config(part="3/3"), CacheProgress(plan=plans.append, rows=stop))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(replace(config(), out=tmp_path / "b.zarr"), CacheProgress(plan=plans.append, rows=stop))
+    assert [plan.rows_to_do for plan in plans] == [16, 16]  # of the worker that has most
     with pytest.raises(MisuseError, match="half-written, 16 of 40 rows are done"):
         TargetStore.open(tmp_path / "a.zarr")
     monkeypatch.setenv("RANK", "1")

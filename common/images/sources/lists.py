@@ -94,7 +94,11 @@ def _rows(files: Files, name: str, config: PackConfig) -> Iterator[Row]:
     if ending in (".jsonl", ".ndjson"):
         yield from _of_objects(lines, where, config)
     elif ending in (".csv", ".tsv"):
-        yield from _of_columns(list(csv.reader(lines, "excel-tab" if ending == ".tsv" else "excel")), where, config)
+        try:
+            rows = list(csv.reader(lines, "excel-tab" if ending == ".tsv" else "excel"))
+        except csv.Error as error:
+            raise MisuseError(f"{where}: no table ({error}); look for a quote that is never closed") from None
+        yield from _of_columns(rows, where, config)
     else:
         yield from (_of_line(line) for line in lines if line.strip() and not line.startswith("#"))
 

@@ -105,6 +105,16 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         assert difference(pixels, upright) < 4, form
 
 
+def test_exif_orientation_of_a_deep_image_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(24 * 40, dtype=np.uint16).reshape(24, 40)).save(buffer, "PNG", exif=exif)
+    for window in (None, (0.0, 960.0)):
+        result = encoded(buffer.getvalue(), tmp_path, raw=True, window=window)
+        assert (result.height, result.width) == (40, 24)
+
+
 def test_transparency_is_laid_on_white():
     half = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (255, 127, 127)

@@ -266,6 +266,7 @@ def written(name: str, data: bytes):
         (other_labels, {}, r"a\.csv: x\.jpg is on several lines, with different labels"),
         (no_objects, {}, r"a\.jsonl: line 2 is no JSON object"),
         (written("a.csv", b"a,b\nx,y\n"), {"image_column": "c"}, r"a\.csv: no column 'c' among a, b"),
+        (written("a.csv", b'path\n"a.jpg\n' + b"b.jpg\n" * 30_000), {}, r"a\.csv: no table \(.*\); look for a quote"),
         (written("a.txt", b""), {}, r"a\.txt: an empty list"),
         (written("a.txt", b"\xff\xfe\x00"), {}, r"a\.txt: not a text file"),
         (written("a.tar.gz", b"x"), {}, r"a\.tar\.gz: compressed as a whole, .*gzip -dk a\.tar\.gz, and give a\.tar"),

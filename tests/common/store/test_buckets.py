@@ -129,6 +129,25 @@ def test_workers_that_make_the_same_shard(root, tmp_path):
     assert at(f"{root}/t.zarr") == files(tmp_path / "t.zarr")
 
 
+def test_a_worker_that_is_finished_for_while_it_finishes(root, tmp_path, monkeypatch):
+    """What it reads last is dropped by the other one."""
+    manifest, out = manifest_of(ENCODINGS[1]), Path(f"{root}/t.zarr")
+    write(tmp_path / "t.zarr", manifest)
+    one, other = (StoreWriter.open_or_resume(out, manifest, "ranks") for _ in range(2))
+    while one.missing():
+        one.append(*chunk_of(manifest, one.claim(one.missing()[0])))
+    statistics = StoreWriter.statistics.fget
+
+    def late(writer: StoreWriter):
+        if writer is other:
+            one.finish(prototypes().numpy())
+        return statistics(writer)
+
+    monkeypatch.setattr(StoreWriter, "statistics", property(late))
+    other.finish(prototypes().numpy())
+    assert at(f"{root}/t.zarr") == files(tmp_path / "t.zarr")
+
+
 def test_damage_in_a_bucket(root, tmp_path):
     write(Path(f"{root}/t.zarr"), manifest_of(ENCODINGS[0]))
     place = place_of(f"{root}/t.zarr")

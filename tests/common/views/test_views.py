@@ -262,6 +262,11 @@ def test_overrides_change_what_they_name():
         )
         assert (crop.brightness, crop.contrast, crop.saturation) == (0.2, 0.2, 0.1)
     assert get_recipe("weak", RecipeOverrides(global_scale=(0.2, 1.0))).global_crops[0].centre == 0
+    centred = get_recipe("dino", RecipeOverrides(centre=0.9))
+    assert [crop.centre for crop in centred.global_crops] == [0.9, 0.9] and centred.local_crop == RECIPES[
+        "dino"
+    ].local_crop
+    assert RecipeOverrides(centre=0.9).over(RecipeOverrides(global_scale=(0.5, 1.0))) == RecipeOverrides(centre=0.9)
     assert get_recipe("dino", RecipeOverrides()) == get_recipe("dino") == RECIPES["dino"]
     for filter_ in ("bilinear", "bicubic"):
         assert get_recipe("swav", RecipeOverrides(interpolation=filter_)).interpolation == filter_
