@@ -27,7 +27,7 @@ test: lint ## lint, then all tests
 .PHONY: docs
 docs: .venv/.installed ## the documentation, in build/site
 	.venv/bin/pip install -q -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict  # with --quiet it would not count warnings
 
 .PHONY: demo
 demo: .venv/.installed ## the whole idea on Fashion-MNIST, in minutes

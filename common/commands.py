@@ -99,7 +99,7 @@ def views(
     """Draw what a recipe does: crops, how pairs differ.
 
     Look for: crops that no longer show the object (raise the LOW of a scale), colours that matter and are gone (--colour 0), and
-    medians far above recipe dino's, which small networks learn badly from.
+    crops of a pair that differ far more than recipe dino's do, by the medians shown: small networks learn badly from such pairs.
     """
     from .look.config import SheetConfig
     from .look.contact_sheet import contact_sheet

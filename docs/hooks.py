@@ -17,6 +17,21 @@ for part in ("__init__.py", "cli.py", "benchmarks", "common", "student_train", "
 sys.path.insert(0, str(_linked))
 
 PICTURES = ("assets/pipeline.svg", "assets/demo.png")
+PAGES = {
+    "benchmarks.md": "benchmarks/README.md",
+    "loss_notes.md": "benchmarks/loss_notes.md",
+    "notes_prototypes.md": "benchmarks/notes_prototypes.md",
+    "teacher_cifar10.md": "assets/teacher_cifar10.md",
+}
+"""Of the repository, outside of docs/."""
+LINKS = {
+    "](../README.md#try-it)": "](index.md)",
+    "](../assets/teacher_cifar10.md": "](teacher_cifar10.md",
+    "](../assets/": "](assets/",
+    "](../benchmarks/README.md": "](benchmarks.md",
+    "](../docs/": "](",
+}
+"""From where a page is in the repository to where it is in the site."""
 
 
 @event_priority(100)  # before mkdocstrings reads them
@@ -29,14 +44,17 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     for path in PICTURES:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    for page, path in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / path).read_text()))
     files.append(File.generated(config, "commands.md", content=commands()))
     files.append(File.generated(config, "python.md", content=python()))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The pictures of the repository, which its own pages show, too."""
-    return markdown.replace("](../assets/", "](assets/")
+    for link, here in LINKS.items():
+        markdown = markdown.replace(link, here)
+    return markdown
 
 
 # ==== commands ====

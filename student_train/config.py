@@ -224,8 +224,8 @@ class PairingChoice:
         int | None,
         Setting(
             "Local crops of an image in a step; default the recipe's, or 0 where the plan finds them too dear (on a CPU) or too "
-            "small. With same none unless asked for, as in RoB: 8 of 96 px "
-            "add three quarters to the pixels of 2 global ones.",
+            "small. With --pairing same 0, as in RoB: 8 local crops of 96 px "
+            "cost three quarters of the pixels of 2 global ones.",
             low=0,
         ),
     ] = None

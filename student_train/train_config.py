@@ -68,8 +68,8 @@ class TrainConfig:
     effort: Annotated[
         str | None,
         Setting(
-            "How long the plan may train, where --epochs are not given: minutes (at most 15; default on a CPU), hours (at most "
-            "4; default on a GPU), full (100 epochs or more, as in papers).",
+            "How long the plan may train, where --epochs are not given: minutes (15; default on a CPU), hours (4; default on a "
+            "GPU), full (100 epochs or more, as in papers). Longer only where one pass over the images or 1,000 steps take longer.",
             choices=EFFORTS,
         ),
     ] = None
