@@ -69,7 +69,7 @@ class TrainConfig:
         str | None,
         Setting(
             "How long the plan may train, where --epochs are not given: minutes (15; default on a CPU), hours (4; default on a "
-            "GPU), full (100 epochs or more, as in papers). Longer only where one pass over the images or 1,000 steps take longer.",
+            "GPU), full (100 epochs or more, as in papers). Never less than one pass over the images and 1,000 steps.",
             choices=EFFORTS,
         ),
     ] = None
