@@ -216,7 +216,7 @@ class PairingChoice:
         int | None,
         Setting(
             "Target views of an image in a step; default 2, or the 1 there is; 1 for simreg, seed, and swav with a teacher, and "
-            "for MobileNets and ViTs where the plan finds the time short.",
+            "where the plan finds the time short.",
             low=1,
         ),
     ] = None

@@ -191,7 +191,6 @@ def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
     for other in (
         replace(asked, pairing=PairingChoice(step_targets=2)),
         replace(asked, pairing=PairingChoice(num_local=2)),
-        replace(asked, student=StudentConfig("test_resnet", 32)),
         replace(asked, objective=ObjectiveConfig("dino")),  # whose views meet each other
     ):
         assert make_plan(other).config.pairing.step_targets == 2
