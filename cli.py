@@ -178,17 +178,17 @@ def bench(
         from rob.benchmarks.report import shown_by
 
         module = import_module(f"rob.benchmarks.{name}")
+        settings = getattr(module, BENCHMARKS[name])
+        with (
+            waiting(f"preparing {name}; the table comes at the end"),
+            bar(f"measuring {name}", "parts") as update,
+            shown_by(update),
+        ):
+            report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     except ModuleNotFoundError as missing:
         raise MisuseError(
             f"bench {name} measures {missing.name}, too, which is not installed here: rob doctor says what brings it"
         ) from missing
-    settings = getattr(module, BENCHMARKS[name])
-    with (
-        waiting(f"preparing {name}; the table comes at the end"),
-        bar(f"measuring {name}", "parts") as update,
-        shown_by(update),
-    ):
-        report = module.run(settings(device=device) if "device" in settings.__dataclass_fields__ else settings())
     report.show(console)
     note(f"written to {report.write(out)}")
 

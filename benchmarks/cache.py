@@ -68,7 +68,7 @@ def run(config: CacheBenchConfig) -> Report:
     device = pick_device(config.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_photographs(folder / "photographs", config.photographs)
+        source = make_photographs(folder / "photographs", config.photographs)
         pack(PackConfig(str(folder / "photographs"), folder / "photographs.beton"))
         pack(PackConfig("fashion-mnist", folder / "small.beton", raw=True, limit=config.small_images))
         save_file(timm.create_model(VIT, num_classes=0).state_dict(), folder / "vit.safetensors")
@@ -84,6 +84,7 @@ def run(config: CacheBenchConfig) -> Report:
     ratios = {"of_bare_teacher": rows[0]["of_bare_teacher"], "of_bare_small_teacher": rows[1]["of_bare_teacher"]}
     work = {
         "photographs": config.photographs,
+        "cut_out_of": source,
         "small_images": config.small_images,
         "views": config.views,
         "recipe": config.recipe,

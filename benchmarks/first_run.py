@@ -162,13 +162,13 @@ def causes(data: Path, out: Path) -> list[dict[str, Any]]:
     usual_then = ("--patches", "none", "--recipe", "dino")
     store = cached(packed, out / "signdigits-96.zarr", 96, *usual_then)
     fitted = out / "signdigits-96-prototypes.zarr"
-    for number, (name, options) in enumerate(CAUSES.items()):
+    for name, options in CAUSES.items():
         words = ["--student", "mobilenetv3_small_100", *options.split()]
         if "--small-images" not in words:
             words.append("--no-small-images")
         if "PROTOTYPES" in words:
             words[words.index("PROTOTYPES")] = str(cached(packed, fitted, 96, "--prototypes", 512, *usual_then))
-        rows.append({"cause": name, **train(out / f"cause-{number}", packed, store, *words)})
+        rows.append({"cause": name, **train(out / f"cause-{name.replace(' ', '-')}", packed, store, *words)})
     return rows
 
 

@@ -74,7 +74,7 @@ def run(config: LoaderBenchConfig) -> Report:
     """Raises AssertionError when our views differ from Pillow's by more than 38 dB."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_photographs(folder / "photographs", config.images)
+        source = make_photographs(folder / "photographs", config.images)
         pack(PackConfig(str(folder / "photographs"), folder / "data.beton"))
         data = Beton(folder / "data.beton")
         worst = {name: worst_psnr(data, config, recipe) for name, recipe in RECIPES.items()}
@@ -101,7 +101,7 @@ def run(config: LoaderBenchConfig) -> Report:
         "kernel_of_copy_bandwidth": of_copy,
     }
     work = {
-        "images": f"{config.images} JPEGs of {WIDTH} x {HEIGHT}, quality 90",
+        "images": f"{config.images} JPEGs of {WIDTH} x {HEIGHT}, quality 90, cut out of {source}",
         "views": "2 x 224 + 6 x 96",
         "batch_size": config.batch_size,
         "rounds": config.rounds,

@@ -1,6 +1,7 @@
 """What every test shares: no network, no example databases, and one small packed data set."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -30,8 +31,9 @@ timing.MIN_CALLS, timing.MIN_SECONDS = 1, 0.0  # nor by a latency
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide a GPU from tests that would take it because it is there: they assert what a CPU does, to the last digit."""
-    if "gpu" not in config.getoption("-m"):
+    """Hide a GPU from tests that would take it because it is there: they assert what a CPU does, to the last digit. ``-m gpu``
+    shows it, and so does ``-m 'gpu or not gpu'``."""
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("-m")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

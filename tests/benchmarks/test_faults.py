@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 def test_nothing_goes_wrong_in_silence(tmp_path):
     """In a process of its own: only one without threads may fork. Kills of the other commands have tests of their own."""
     words = [sys.executable, str(SCRIPT), str(tmp_path / "out"), "--kinds", "kill", "damage", "--small"]
-    words += ["--kills", "1", "--places", "1", "--subjects", "train cached", "a bit flipped", "cut", "--seconds", "300"]
+    words += ["--kills", "1", "--places", "1", "--subjects", "train cached", "a bit flipped", "cut"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()

@@ -78,7 +78,7 @@ def test_one_that_raises_dies_or_hangs_leaves_the_others(tmp_path: Path, monkeyp
         return popen([sys.executable, *([str(script), *command[3:]] if is_worker else ["-c", ""])], **options)
 
     monkeypatch.setattr(check.subprocess, "Popen", start)
-    monkeypatch.setattr(check, "GRACE", 1)
+    monkeypatch.setattr(check, "GRACE", 3)
     monkeypatch.setattr(check, "LONGEST_WAIT", 0)
     report = run(GpuCheckConfig(tmp_path / "check.json", dry_run=True, seconds=SECONDS))
     states = {name: section["status"] for name, section in report["sections"].items()}

@@ -18,7 +18,7 @@ from rob.student_train import epochs
 from rob.student_train.checkpoint import export_weights, load_checkpoint
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
-from rob.student_train.finetune.classify import finetune_classifier
+from rob.student_train.finetune.classify import CROPS, Mixing, finetune_classifier
 from rob.student_train.finetune.config import ClassifyConfig, SegmentConfig
 from rob.student_train.finetune.folder import training_of
 from rob.student_train.finetune.segment import finetune_segmenter
@@ -213,6 +213,43 @@ def test_biases_norms_and_embeddings_of_a_vit_do_not_decay():
     for name, parameter in model.named_parameters():
         still = parameter.ndim < 2 or name in ("backbone.pos_embed", "backbone.cls_token")
         assert decay[id(parameter)] == (0 if still else 0.05), name
+
+
+def mixed(run, colours, out, images: torch.Tensor, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    np.random.seed(0)  # timm's
+    mixing = Mixing(classify(run, colours, out, **settings), 3, torch.device("cpu"))
+    return mixing(images.clone(), torch.arange(len(images)) % 3)
+
+
+def test_heavy_erases_and_mixes_pairs(run, colours, tmp_path):
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 32, 32)
+    labels = torch.arange(8) % 3
+    same, unmixed = mixed(run, colours, tmp_path, images, augment="light")
+    assert torch.equal(same, images) and torch.equal(unmixed, labels)
+    _, soft = mixed(run, colours, tmp_path, images, augment="heavy", smoothing=0.0)
+    torch.testing.assert_close(soft.sum(1), torch.ones(8))
+    assert ((soft > 0).sum(1) == 2).any()  # of two images
+    _, smooth = mixed(run, colours, tmp_path, images, augment="heavy", smoothing=0.3)
+    assert smooth.min() > 0.05
+    erased, unmixed = mixed(run, colours, tmp_path, images, augment="heavy", mixup=0.0, cutmix=0.0)
+    changed = (erased != images).flatten(1).any(1)
+    assert changed.any() and not changed.all() and torch.equal(unmixed, labels)
+    halves, soft = mixed(run, colours, tmp_path, images, augment="light", mixup=1.0)
+    assert not torch.equal(halves, images) and soft.shape == (8, 3)
+    odd, unmixed = mixed(run, colours, tmp_path, images[:7], augment="light", mixup=1.0)
+    assert torch.equal(odd, images[:7]) and torch.equal(unmixed, labels[:7])
+    least = [CROPS[name].scale[0] for name in ("light", "medium", "heavy")]
+    assert least == sorted(least, reverse=True)
+
+
+def test_labels_are_smoothed(run, colours, tmp_path):
+    losses = []
+    for smoothing in (0.0, 0.5):
+        out = tmp_path / str(smoothing)
+        finetune_classifier(classify(run, colours, out, epochs=1, smoothing=smoothing, lr=1e-8))
+        losses.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[1] > losses[0] + 0.1
 
 
 def test_a_network_whose_layers_share_a_tensor_is_saved(tmp_path):

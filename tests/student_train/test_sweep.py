@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, Lock, Thread
+from threading import Barrier, Event, Lock, Thread
 from time import sleep
 from typing import Any
 
@@ -342,11 +342,16 @@ def long_sweep(tmp_path: Path, out: Path) -> list[str]:
     return list(map(str, words))
 
 
-def wait_for(path: Path) -> None:
+NEVER = Event()
+
+
+def wait_for(path: Path, ended: Event = NEVER) -> None:
+    """Until something is in it, or the event."""
     for _ in range(600):
-        if path.exists() and path.read_bytes():
+        if ended.is_set() or (path.exists() and path.read_bytes()):
             return
         sleep(0.1)
+    raise AssertionError(f"nothing is in {path} after a minute")
 
 
 def is_free(lock: Path) -> bool:
@@ -372,16 +377,22 @@ def test_a_killed_sweep_takes_its_run_with_it_which_saves(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
+    out, over = tmp_path / "out", Event()
 
     def stop() -> None:
-        wait_for(out / "seed=1" / "metrics.jsonl")
-        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(out / "seed=1" / "metrics.jsonl", over)
+        if not over.is_set():  # else it would be another test that is stopped
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(sys, "argv", long_sweep(tmp_path, out)[2:])
-    Thread(target=stop).start()
-    with pytest.raises(SystemExit) as ended:
-        main()
+    stopping = Thread(target=stop)
+    stopping.start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        over.set()
+        stopping.join()
     assert ended.value.code == 143
     assert "stopped: run the same command again to go on from there" in capsys.readouterr().out
     log = (out / "seed=1" / "sweep.log").read_text()
