@@ -135,6 +135,9 @@ def on_side(tree: Path, out: Path, *words: str) -> subprocess.Popen[str]:
 
 def checks(out: Path, trees: dict[str, Path], images: int, starts: int, pairs: int) -> list[dict[str, Any]]:
     """A row a measurement: medians of both sides, and the ratio of now to before."""
+    from rob.benchmarks.kept import keep_settings  # of this version: the others have roles alone
+
+    keep_settings(out, {"before": str(trees["before"]), "images": images})
     kept = out / "figures.jsonl"
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
 

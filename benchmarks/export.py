@@ -29,6 +29,7 @@ from rob.benchmarks.report import Report
 from rob.benchmarks.standin import TEACHER
 from rob.common.errors import FailureError, MisuseError
 from rob.common.files import replacing
+from rob.common.images.beton import Beton
 from rob.common.store.encodings import Encoding
 from rob.common.timing import median_ms
 from rob.common.views.loader import LoaderConfig
@@ -71,7 +72,8 @@ def run(config: ExportBenchConfig) -> Report:
     loader = LoaderConfig(batch_size=32, workers=config.workers)
     work = {"images": config.images, "image_size": config.image_size, "calibration": CALIBRATION}
     torch.set_num_threads(1)
-    keep_settings(config.out, {**work, "train": config.train.name, "test": config.test.name, "budget": config.budget})
+    images = {name: Beton(path).manifest.fingerprint for name, path in (("train", config.train), ("test", config.test))}
+    keep_settings(config.out, {**work, **images, "budget": config.budget})
     for student in config.students:
         folder = config.out / student
         if not (folder / "student.safetensors").exists():

@@ -37,6 +37,7 @@ from rob.benchmarks.faults_shared import KINDS as SHARED
 from rob.benchmarks.faults_shared import served
 from rob.benchmarks.faults_shared import trials as shared_trials
 from rob.benchmarks.faults_world import make_world, own_mounts
+from rob.benchmarks.kept import keep_settings
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def kept_outcomes(out: Path) -> dict[str, str]:
 def faults(config: FaultsConfig, mounts: bool, seconds: float = float("inf")) -> list[dict[str, Any]]:
     """Rows of the table, one for each kind and subject, of all trials that were made until now."""
     out, end = config.out.absolute(), time.monotonic() + seconds
-    out.mkdir(parents=True, exist_ok=True)
+    keep_settings(out, {"seed": config.seed, "small": config.small})
     make_world(out / "world", config.small)
     bench, done = Bench(out, mounts), kept_outcomes(out)
     with served(out / "trial") if "bucket" in config.kinds else contextlib.nullcontext():

@@ -97,12 +97,29 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     assert json.loads((run / "eval" / "detect-random.json").read_text()) == whole
     assert (run / "eval" / "detections" / "detect-random.json").read_bytes() == found
     assert not list((run / "eval").glob("*.pt"))
-    # The detector is kept, and finds the same anew; with --val the best epoch's is.
+    # The detector is kept, and finds the same anew.
     detector, tuned = load_tuned(run / "eval" / "detect-random.safetensors")
     assert (tuned.task, tuned.classes) == ("detect", ("disc", "square"))
     again = stage.find(detector, open_detection(data, "test"), False, torch.device("cpu"), stage.DetectProgress())
     assert [found["bbox"] for found in again] == [found["bbox"] for found in json.loads(found)]
-    assert rob(monkeypatch, *arguments, "--val", "val", "--out", tmp_path / "best") == 0
+
+
+def test_the_epoch_that_is_best_on_val_is_kept(tmp_path, monkeypatch):
+    data, run = voc_shapes(tmp_path / "voc", {"train": 4, "val": 2, "test": 1}), make_run(tmp_path / "run")
+    scores, measured = [50.0, 10.0], []
+
+    def score(detector, on, *rest):
+        measured.append((len(on.images), copy.deepcopy(detector.state_dict())))
+        return scores[len(measured) - 1]
+
+    monkeypatch.setattr(stage, "_box_ap", score)
+    words = ("--side", 64, "--channels", 16, "--epochs", 2, "--device", "cpu", "--val", "val")
+    assert rob(monkeypatch, "eval", "detect", run, data, *words) == 0
+    assert [images for images, _ in measured] == [2, 2]
+    kept = load_tuned(run / "eval" / "detect.safetensors")[0].state_dict()
+    first, last = (state for _, state in measured)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in first.items())
+    assert any(not torch.equal(kept[name], tensor) for name, tensor in last.items())
 
 
 def test_the_students_weights_are_where_training_starts(tmp_path, monkeypatch):
