@@ -97,9 +97,8 @@ def cache_teacher(
     except KeyboardInterrupt:
         note("stopped: run the same command again to go on from the last whole chunk")
         raise KeyboardInterrupt("told") from None
-    if (
-        place_of(full.out).exists("zarr.json") and TargetStore.open(full.out).manifest == made
-    ):  # not the one it shall replace
+    is_there = place_of(full.out).exists("zarr.json")
+    if is_there and TargetStore.open(full.out).manifest == made:  # not the one that it shall replace
         note(f"{shown(full.out)}: complete")
 
 

@@ -26,7 +26,7 @@ blosc.use_threads = False  # bytes must not depend on which thread finishes firs
 COMPRESSOR = {"cname": "zstd", "clevel": 3}
 """Blosc's settings for every array: the smallest in benchmarks/store.py's table but for slow levels that gain 2 %."""
 
-LARGEST_CHUNK: int = blosc.MAX_BUFFERSIZE
+LARGEST_CHUNK = (1 << 31) - 17
 """Bytes of one array's chunk that Blosc takes."""
 _NOWHERE = np.iinfo(np.uint64).max  # the index entry of a chunk that was never written
 
