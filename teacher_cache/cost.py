@@ -45,7 +45,7 @@ class CachePlan:
     rows_done: int
     views_per_second: float
     rows_to_do: int
-    """Of the worker that has most of them."""
+    """Of the worker that has most of them, or of this one, which makes its part alone."""
     views_done: int = 0
     """Of each image, in a store that is given more."""
     batch_size: int = 1

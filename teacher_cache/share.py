@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,10 @@ class Share:
         """The same worker, which leaves nothing to those who have ended."""
         return replace(self, helps=True)
 
+    def own(self, shards: Sequence[int]) -> list[int]:
+        """Those of ``shards`` that are this worker's."""
+        return [shard for shard in shards if shard % self.parts == self.part]
+
     def join(self, path: Path, manifest: StoreManifest) -> StoreWriter | None:
         """`StoreWriter.open_or_resume`; None where other workers have finished the store meanwhile."""
         try:
@@ -70,7 +74,7 @@ class Share:
         """Lists of shards to be made one after another, of which the first is claimed, until there is nothing left to do. Whoever
         cannot claim a later one takes the next list. An empty one: there is nothing to do but to wait.
         """
-        while own := [shard for shard in writer.missing() if shard % self.parts == self.part]:
+        while own := self.own(writer.missing()):
             free = next((at for at, shard in enumerate(own) if writer.claim(shard) is not None), None)
             if free is None:
                 break  # another process has each of them

@@ -141,11 +141,10 @@ def _plan(work: Work, job: StoreJob, writer: StoreWriter, sizes: list[int], spee
 
 
 def _rows_to_do(share: Share, job: StoreJob, writer: StoreWriter, left: int) -> int:
-    """Of the ``left`` rows those of the worker that has most of them: shards are not divided."""
+    """Of the ``left`` rows those of the worker that has most of them, or of this one where it leaves the others': shards are not
+    divided."""
     shards = [shard for shard in writer.missing() if job.views_there or job.manifest.rows(shard).stop > job.rows_there]
-    most = (
-        ceil(len(shards) / share.parts) if share.helps else sum(shard % share.parts == share.part for shard in shards)
-    )
+    most = ceil(len(shards) / share.parts) if share.helps else len(share.own(shards))
     return min(left, most * len(job.manifest.rows(0)))
 
 

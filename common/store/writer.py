@@ -264,8 +264,7 @@ class StoreWriter:
             if not complete():
                 statistics = self.statistics
                 if before is not None:
-                    more = {name: there + statistics.get(name, 0) for name, there in before.items()}
-                    statistics = {}
+                    statistics = {name: there + statistics.get(name, 0) for name, there in before.items()}
                 with disk_full_is_a_failure(self.place, 0 if prototypes is None else prototypes.nbytes):
                     for name, array in self._arrays.items():
                         _write_array(self.place.write, name, array.metadata())
