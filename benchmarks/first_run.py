@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
 from PIL import Image
 
 from rob.benchmarks.processes import rob
 from rob.benchmarks.report import Report
+from rob.common.run import pick_device
 
 STAND_IN = "efficientnet_lite0"
 STUDENTS = ("mobilenetv3_small_100", "mobilenetv2_050", "resnet18", "vit_tiny_patch16_224")
@@ -190,7 +190,7 @@ def main() -> None:
     else:
         rows = first_runs(arguments.data, out, arguments.only, arguments.students, size, arguments.caching.split())
     work = {"teacher": STAND_IN, "image_size": IMAGE_SIZE, "view_size": size, "caching": arguments.caching, "k": 20}
-    report = Report.of(name, torch.device("cpu"), work, rows, {})
+    report = Report.of(name, pick_device("auto"), work, rows, {})
     report.show()
     print(f"written to {report.write()}")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -19,6 +20,7 @@ from rob.common.images.beton import Beton
 from rob.common.views.loader import LoaderConfig
 from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig
 from rob.student_train.kernels import EmbeddingTarget
+from rob.student_train.plan import make_plan
 from rob.student_train.student_config import StudentConfig
 from rob.student_train.targets.cached import Cached
 from rob.student_train.targets.space import TargetSpace
@@ -50,6 +52,7 @@ def run(section: Section) -> None:
         section.settings["loader"] = max(speeds, key=lambda name: speeds[name] or 0)
     section.attempt("stopped and resumed", lambda: _resume(section, data, store))
     loader = section.settings.get("loader", "auto")
+    section.measure("plan of a run that leaves all open", lambda: _plan(section, data, store))
     for student, side in others:
         speed_of(student, side, loader)
     for how in ("off", *(("default", "reduce-overhead") if _cuda(section) and section.left() > COMPILING else ())):
@@ -66,6 +69,8 @@ COMPILING = 60
 """Seconds that must be left for a student to be compiled."""
 SMALL = "resnet10t"
 """A student whose kernels take longer to launch than to run."""
+LONGEST_PLAN = 90.0
+"""Seconds after which a user takes a plan for hung: it was more than that once, of cuDNN's search in every step that it tried."""
 WORTH_COMPILING = 1.1
 """Times as many images a second, for which the minutes of compiling are worth while."""
 
@@ -143,6 +148,21 @@ def _small_step(section: Section, data: Beton, store: Path, compiled: str) -> di
     number = count()
     seconds = section.seconds_of(lambda: trainer.step(next(number), [crops], target, weights), 20, 10)
     return {"images_per_second": images / seconds, "ms": seconds * 1e3}
+
+
+def _plan(section: Section, data: Beton, store: Path) -> dict[str, Any]:
+    """What ``rob train-student`` does before its first line, for the student whose many forms of layers take longest. At toy
+    size no step is tried."""
+    student, size = section.size(("test_resnet", 32), ("mobilenetv3_small_100", 64), ("mobilenetv3_small_100", 64))
+    of_user = TrainConfig(
+        data.path, section.data / "planned", StudentConfig(student, size), Cached(store), device=str(section.device)
+    )
+    start = time.perf_counter()
+    plan = make_plan(replace(of_user, epochs=1, loader=LoaderConfig(batch_size=8)) if section.toy else of_user)
+    seconds = time.perf_counter() - start
+    section.check("a plan is there: seconds", seconds, LONGEST_PLAN)
+    step = {"step_ms": plan.trial.seconds * 1e3} if plan.trial else {}
+    return {"student": f"{student} at {size} px", "seconds": seconds, **step}
 
 
 def _resume(section: Section, data: Beton, store: Path) -> None:
