@@ -58,6 +58,11 @@ def use_device(device: torch.device | None) -> None:
         torch.cuda.set_device(device)
 
 
+def concrete(device: torch.device) -> torch.device:
+    """With a number: ``cuda`` without one is the GPU that this thread is on, and another thread may be on another."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def current_device() -> torch.device | None:
     """The GPU that this thread is on, for the threads that it starts; None before CUDA is used."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cores import usable_memory
 from ..errors import MisuseError
-from ..run import use_device
+from ..run import concrete, use_device
 from .reader import TargetStore
 
 READY_BATCHES = 3
@@ -68,7 +68,7 @@ class TargetPrefetcher:
     ) -> None:
         self.store, self.batch_size, self.threads = store, batch_size, threads or store.place.at_once
         self.columns = columns
-        self.device, self.cache_in_memory = torch.device(device), cache_in_memory
+        self.device, self.cache_in_memory = concrete(torch.device(device)), cache_in_memory
         slots = min(_slots(store, window_mib), store.manifest.num_chunks)
         if cache_in_memory:
             slots = store.manifest.num_chunks

@@ -48,11 +48,19 @@ class Batch:
     sets: tuple[ViewSet, ...] = ()
     planes: Planes | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its views or planes are."""
+        return self.views[0].device if self.planes is None else self.planes.pixels.device
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with its views or planes on ``device``; colour stays on the CPU, where ``apply_colours`` wants it.
 
-        To a GPU the copy runs beside the computation, on a stream of its own that the caller's stream waits for.
+        To a GPU the copy runs beside the computation, on a stream of its own that the caller's stream waits for. What is there
+        already is left as it is.
         """
+        if self.device == device:
+            return self
         if device.type != "cuda" or self.slot is None:
             return self._moved(device)
         copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
@@ -85,7 +93,7 @@ class Batch:
             from .kernel import views_from_planes
         else:
             from .reference import views_from_planes
-        planes = self.planes if self.planes.pixels.device == mean.device else self.planes.to(mean.device)
+        planes = self.planes if self.device == mean.device else self.planes.to(mean.device)
         first = sum(len(s.ids) for s in self.sets[:number])
         return views_from_planes(planes, first, self.sets[number].size, colour, blur_scale, mean, std, dtype)
 

@@ -44,6 +44,7 @@ class Planes:
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to ``device``, unwaited for: of memory that is not page-locked more than 64 KB are copied only when all
-    that is queued before is done, and the host waits for that."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    """From wherever it is to ``device``, unwaited for: of memory that is not page-locked more than 64 KB are copied only when
+    all that is queued before is done, and the host waits for that."""
+    lock = device.type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if lock else values).to(device, non_blocking=True)

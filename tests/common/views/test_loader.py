@@ -174,7 +174,9 @@ def test_batches_go_to_a_device(small_beton, backend):
     batch = next(iter(ViewLoader(small_beton, DINO, 3, LoaderConfig(backend, 4, 1)).epoch(np.arange(4), SETS)))
     moved = batch.to(torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(moved.views, batch.views, strict=True))
-    assert batch.to(torch.device("meta")).views[0].device.type == "meta"
+    there = batch.to(torch.device("meta"))
+    assert there.views[0].device.type == "meta"
+    assert there.to(torch.device("meta")) is there  # a live teacher asks for it again
 
 
 # --- options ---
