@@ -19,6 +19,9 @@ LEAST_STEPS = 1_000
 LEAST_STEPS_VIT = 10_000
 """In 2,678 a ViT-Tiny was 26 points of k-NN below its teacher, in 4,029 one of 0.3 M weights 16, where CNNs and a MobileViT were
 at most 2 below it (benchmarks/first_run.py); with targets of patches the one of 0.3 M was 9 below, and level after 10,094."""
+LEAST_IMAGES_VIT = 10_000 * 32
+"""Or as many images, whatever the batch: after 3,510 steps of 128 a ViT-Tiny was 2 points below its teacher, after 4,232 of 64
+one of 0.3 M weights 13 (on a GPU, benchmarks/README.md)."""
 LEAST_RATE = {"cnn": 2e-3, "mobile": 5e-3, "vit": 1e-3}
 """Of AdamW in a step, whatever the batch: below it a short run ends where it began. At 5e-3 a MobileNetV2 ended 4 points of k-NN
 above itself at 2e-3, a ResNet-18 one below; at 1e-3 a ViT of 0.3 M weights 2 above itself at 5e-4 (benchmarks)."""
@@ -43,7 +46,9 @@ def warnings_of(
             f"{steps:,} steps are few: below about {LEAST_STEPS:,} a student is often no better than its random start. "
             "More `epochs`, a smaller `batch_size`, or a longer `budget`"
         )
-    elif steps < LEAST_STEPS_VIT and model_family(config.student.name) in VIT_FAMILIES:
+    elif model_family(config.student.name) in VIT_FAMILIES and (
+        steps < LEAST_STEPS_VIT and steps * config.loader.batch_size < LEAST_IMAGES_VIT
+    ):
         assert config.objective is not None
         with_patches = ", and so does a ViT from targets of patches (cached with `patches` grid, `objective` patch)"
         better = "" if reads_patches(config.objective, branch.space) else with_patches

@@ -47,7 +47,7 @@ def test_every_result_and_note_is_named_beside_it():
     )
     found = listed.splitlines() or [str(path) for pattern in patterns for path in ROOT.glob(pattern)]  # no clone
     there = {Path(path).name for path in found}
-    assert set(re.findall(r"\w+_\d{8}\.json|\w*notes\w*\.md", text)) == there
+    assert set(re.findall(r"\w+_\d{8}(?:-\d+)?\.json|\w*notes\w*\.md", text)) == there
 
 
 @pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/tutorial.md"])

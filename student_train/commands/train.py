@@ -108,6 +108,8 @@ def train_student(
         assert settled.objective is not None
         asked = matched(name=settled.objective.name)
         has_prototypes = f"the targets have {'' if branch.space.num_prototypes else 'no '}prototypes"
+        if asked.name == "dino" and branch.space.has_embedding and not branch.from_student:
+            has_prototypes += "; in short runs --objective embedding did as well or better"
         reasons = {"disco": "it has a use for the copy", "patch": "the targets have a grid of patches"}
         note(f"--objective {asked.name}, since {reasons.get(asked.name, has_prototypes)}")
     pairing = choose_pairing(asked.name, branch.recipe, branch.views, choice, branch.from_student)

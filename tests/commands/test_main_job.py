@@ -85,7 +85,10 @@ def test_the_usual_objective_follows_from_the_targets(rob, made, tmp_path):
     store = tmp_path / "fitted.zarr"
     assert rob("cache-teacher", made.data, store, *made.cache, "--prototypes", 6).code == 0
     outcome = rob("train-student", *made.train_on(store), "--out", tmp_path / "usual")
-    assert "--objective dino, since the targets have prototypes" in " ".join(outcome.out.split() + outcome.err.split())
+    said = " ".join(outcome.out.split() + outcome.err.split())
+    assert (
+        "--objective dino, since the targets have prototypes; in short runs --objective embedding did as well" in said
+    )
     assert json.loads((tmp_path / "usual" / "config.json").read_text())["objective"]["name"] == "dino"
 
 

@@ -12,6 +12,7 @@ import torch
 from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
 from rob.student_train import plan as plan_module
+from rob.student_train import plan_warnings
 from rob.student_train import planner as planner_module
 from rob.student_train.config import PUBLISHED_LR, ObjectiveConfig, OptimiserConfig, PairingChoice
 from rob.student_train.plan import make_plan, opened
@@ -258,7 +259,7 @@ def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypat
     assert chosen(make_plan(replace(config, precision="fp32")))["small_images"] is False
 
 
-def test_what_will_not_work_is_said(config, steps_take):
+def test_what_will_not_work_is_said(config, steps_take, monkeypatch):
     steps_take(0.1, memory=1 << 50)
     config = replace(config, pairing=PairingChoice("cross", num_local=2), optimiser=OptimiserConfig())
     plain = replace(config, student=replace(config.student, small_images=False))
@@ -274,6 +275,8 @@ def test_what_will_not_work_is_said(config, steps_take):
     assert make_plan(fine).warnings == ()
     (told,) = make_plan(replace(fine, student=replace(fine.student, name="test_vit", small_images=True))).warnings
     assert told.startswith("1,200 steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, or half of")
+    monkeypatch.setattr(plan_warnings, "LEAST_IMAGES_VIT", 1_200 * 8)
+    assert make_plan(replace(fine, student=replace(fine.student, name="test_vit", small_images=True))).warnings == ()
 
 
 def test_a_run_goes_on_as_it_was_planned_on_a_slower_machine(open_config, steps_take):
