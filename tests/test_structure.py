@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_PACKAGED = {"tests", "build", "dist", "docs", "runs"}
+NOT_PACKAGED = {"tests", "build", "dist", "docs", "runs", "venv"}
 MAY_IMPORT = {
     "common": {"common"},
     "teacher_cache": {"common", "teacher_cache"},
