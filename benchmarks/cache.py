@@ -30,8 +30,7 @@ from rob.common.store.codec import decode
 from rob.common.store.encodings import Encoding
 from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
-from rob.common.views.colours import apply_colours
-from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet
+from rob.common.views.loader import LoaderConfig, ViewLoader, ViewSet, resolve_loader
 from rob.common.views.recipes import get_recipe
 from rob.teacher_cache.cache import CacheConfig, CacheProgress, cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
@@ -101,11 +100,10 @@ def _compare(case: Case, config: CacheBenchConfig, rounds: int, device: torch.de
     mean, std = torch.tensor(teacher.mean, device=device), torch.tensor(teacher.std, device=device)
 
     ready = []
-    views = ViewLoader(data, recipe, 0, loader)
+    views = ViewLoader(data, recipe, 0, resolve_loader(loader, device))
     for batch in views.epoch(np.arange(data.num_images), [ViewSet(tuple(range(config.views)), case.view_size)]):
-        for view in range(config.views):  # as caching does, whose batches are of one view
-            pixels, colour = batch.views[0][:, view].to(device), batch.colour[0][:, view]
-            ready.append(apply_colours(pixels, colour, case.view_size / recipe.global_crops[0].size, mean, std))
+        views_of = batch.to(device).augment(0, case.view_size / recipe.global_crops[0].size, mean, std)
+        ready.extend(views_of.unbind(1))  # as caching does, whose batches are of one view
 
     def bare() -> tuple[float, torch.Tensor]:
         start = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import MisuseError, unknown_name
+from .heap import kept_bytes
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 AMPERE = 8, 0
@@ -66,6 +67,20 @@ def concrete(device: torch.device) -> torch.device:
 def current_device() -> torch.device | None:
     """The GPU that this thread is on, for the threads that it starts; None before CUDA is used."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may take on ``device``; None where the system does not say. What it keeps for itself and does not
+    use, as after a trial, is free too."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            return available + kept_bytes()
+    except (OSError, StopIteration):
+        return None
 
 
 def choose_precision(device: torch.device, precision: str) -> str:

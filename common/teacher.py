@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .own_network import OwnNetwork
 from .run import PRECISIONS, autocast, choose_precision, pixel_dtype
 from .views.batch import Batch
 from .views.recipes import Recipe
@@ -129,9 +130,15 @@ def _views(
     return lambda batch: batch.to(device).augment(-1, blur_scale, mean, std, dtype)
 
 
+def on_device(teacher: FrozenTeacher, device: torch.device) -> FrozenTeacher:
+    """The teacher, moved there if it is a module; a function is where it is."""
+    return teacher.to(device) if isinstance(teacher, nn.Module) else teacher  # type: ignore[return-value]
+
+
 def cast_once(teacher: FrozenTeacher, device: torch.device, precision: str) -> FrozenTeacher:
     """The teacher with its backbone's products in half precision already, on CUDA, where autocast would cast frozen weights for
-    every batch anew. A copy: the teacher itself stays as it was loaded."""
+    every batch anew. A copy: the teacher itself stays as it was loaded. A network of the user's own stays as it is, which may
+    leave autocast inside."""
     dtype = PRECISIONS[choose_precision(device, precision)]
     backbone = getattr(teacher, "backbone", None)
     if (
@@ -139,6 +146,7 @@ def cast_once(teacher: FrozenTeacher, device: torch.device, precision: str) -> F
         or dtype is None
         or not isinstance(teacher, nn.Module)
         or not isinstance(backbone, nn.Module)
+        or isinstance(backbone, OwnNetwork)
     ):
         return teacher
     copy = deepcopy(teacher)

@@ -57,7 +57,9 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     otherwise: str = "choose another output folder",
 ) -> dict[str, Any]:
-    """The ``state`` of a checkpoint that a run of the same ``config`` wrote.
+    """The ``state`` of a checkpoint that a run of the same ``config`` wrote. Best on the CPU: ``load_state_dict`` puts each
+    tensor where it belongs, and an optimiser whose count of steps came to a GPU would wait for it, tensor by tensor, in every
+    step.
 
     MisuseError: as ``read_checkpoint``, or another configuration: the first field that differs is named, and ``otherwise`` says
     what else to do. FailureError as there.

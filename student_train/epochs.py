@@ -74,7 +74,7 @@ def train_epochs(
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {}
     if kept and kept.checkpoint.exists():
-        saved = load_checkpoint(kept.checkpoint, kept.settings, training.device)
+        saved = load_checkpoint(kept.checkpoint, kept.settings)
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..common.errors import MisuseError, first_line
@@ -74,10 +73,10 @@ def _without_start(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in OWN_START}
 
 
-def read_parent(config: TrainConfig, device: torch.device) -> Parent:
+def read_parent(config: TrainConfig) -> Parent:
     """MisuseError, FailureError: as ``read_checkpoint``."""
     run = Path(config.student.init or "")
-    state = read_checkpoint(run / "checkpoint.pt", device)["state"]
+    state = read_checkpoint(run / "checkpoint.pt")["state"]
     try:
         tensors = {
             name: value for name, value in state["model"].items() if isinstance(value, Tensor)

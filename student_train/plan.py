@@ -12,7 +12,7 @@ import torch
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.ranks import ALONE, Ranks, from_main
-from ..common.run import PRECISIONS, autocast, choose_precision, pick_device
+from ..common.run import PRECISIONS, autocast, choose_precision, free_memory, pick_device
 from .begun import as_begun, begun_objective, read_begun
 from .config import ObjectiveConfig, PairingConfig
 from .extension import as_parent, settings_of_parent
@@ -26,7 +26,7 @@ from .targets.branch import RunContext, TargetBranch
 from .targets.pairing import choose_pairing
 from .train_config import LoaderByPlan, TrainConfig
 from .trainer import student_map_of
-from .trial import Trial, free_memory
+from .trial import Trial
 
 WORTH_MEASURING = 50
 """Steps of a run: a shorter one is over before its length is known."""

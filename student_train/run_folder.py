@@ -112,8 +112,7 @@ class RunFolder:
         MisuseError: it is of other settings, or another process trains here.
         """
         step, lines = 0, 0
-        alone = self.ranks.world_size == 1
-        saved = from_main(lambda: self._locked(device if alone else torch.device("cpu")))
+        saved = from_main(self._locked)
         if saved is not None:
             try:
                 for name, part in state.items():
@@ -133,7 +132,7 @@ class RunFolder:
         self._saved()  # at an address: refused now where nothing may be written, and not after an epoch
         return step
 
-    def _locked(self, device: torch.device) -> dict[str, Any] | None:
+    def _locked(self) -> dict[str, Any] | None:
         """What the checkpoint holds, if there is one, of a folder that is now this process's."""
         taken = f"{self.out}: another rob train-student is writing this run; wait for it, or give another `out`"
         self._lock = lock_file(self.out / ".lock", taken)
@@ -141,7 +140,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             return None
         anew = f"choose another `out`, where `init` {self.out} begins with what it has learned (and `extend` goes on with it)"
-        return load_checkpoint(self.checkpoint, self._fixed, device, anew)
+        return load_checkpoint(self.checkpoint, self._fixed, otherwise=anew)
 
     def close(self) -> None:
         """Let other processes train here."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..common.views.planes import moved
 from .objectives import Objective
 from .own_student import still_depth
 from .students import patch_dropouts, pooled_and_map
@@ -57,9 +58,7 @@ class StudentWithHead(nn.Module):
         it does not see.
         """
         parts = views.chunk(self.parts)
-        covers = (
-            (None,) * len(parts) if hidden is None else hidden.to(views.device, non_blocking=True).chunk(self.parts)
-        )
+        covers = (None,) * len(parts) if hidden is None else moved(hidden, views.device).chunk(self.parts)
         seen = [self._of_part(self._run_dense, part, cover) for part, cover in zip(parts, covers, strict=True)]
         features, maps = zip(*seen, strict=True)
         return torch.cat(features), torch.cat(maps)

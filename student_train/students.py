@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common.errors import MisuseError, first_line, unknown_name
+from ..common.errors import MisuseError, first_line, is_out_of_memory, unknown_name
 from ..common.exported import StudentInfo, adapt_stem, is_own
 from ..common.own_network import OwnNetwork
 from ..common.patches import feature_map
@@ -194,6 +194,8 @@ def check_input_size(backbone: nn.Module, size: int) -> None:
     try:
         _forward_one(backbone, size)
     except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error).rstrip(".")
         raise MisuseError(f"the network cannot take images of {size} x {size} px: {reason}") from error
 

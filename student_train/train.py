@@ -134,7 +134,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     steps_per_epoch = data.num_images // config.loader.batch_size
     total_steps = steps_per_epoch * config.epochs
     begun = from_main(lambda: read_begun(config.out))
-    parent = read_parent(config, device) if config.extend and begun is None else None
+    parent = read_parent(config) if config.extend and begun is None else None
     fresh = begun is None and parent is None
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images, fresh)
     first = plan_views(pairing, branch.views, epoch=0)

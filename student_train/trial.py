@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.heap import kept_bytes
 from ..common.order import block_shuffled_order
 from ..common.pace import Pace
-from ..common.run import seed_step, tuning
+from ..common.run import free_memory, seed_step, tuning
 from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, resolve_loader
 from .checkpoint import save_checkpoint
@@ -184,17 +183,3 @@ def _now(device: torch.device) -> float:
 
 def _free(device: torch.device) -> int:
     return free_memory(device) or 1 << 62
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a run may take on ``device``; None where the system does not say. What this process keeps for itself and does
-    not use, as after a trial, is free too."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-            return available + kept_bytes()
-    except (OSError, StopIteration):
-        return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.errors import MisuseError
 from ..common.images.beton import Beton
 from ..common.patches import CENTRE, KEPT, ROWS, PatchTargets, fit_pca, grid_rows, has_tokens, refuse_few_tokens
-from ..common.run import autocast
+from ..common.run import autocast, pick_device
 from ..common.store.codec import encode_patches
 from ..common.store.patches import AUTO, NONE, USUAL_GRID, PatchChoice, PatchEncoding, resolve_patches
 from ..common.views.loader import Batch, ViewLoader, ViewSet
@@ -41,7 +41,7 @@ def patch_encoding(
         return None
     if config.patches.patches == AUTO:
         return _usual_encoding(config, data, teacher, note)
-    device, size = next(teacher.parameters()).device, config.view_size or teacher.view_size
+    device, size = pick_device(config.device), config.view_size or teacher.view_size
     with autocast(device, config.precision):
         features = teacher.with_map(torch.zeros(1, 3, size, size, device=device))[1]
     prototypes = teacher.patch_prototypes

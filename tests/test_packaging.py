@@ -15,7 +15,7 @@ from test_structure import ROOT, modules
 def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """File names in a wheel built from a copy of the tree."""
     tree, out = tmp_path_factory.mktemp("build") / "tree", tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs")
+    ignore = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs", "venv")
     shutil.copytree(ROOT, tree, ignore=ignore)
     build = f"import setuptools.build_meta as backend; backend.build_wheel({str(out)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True)

@@ -84,6 +84,10 @@ class Batch:
 
         mean, std: (3,) float32, blur_scale: as for ``apply_colours``, which this is where the loader has resized the views.
         """
+        with torch.cuda.device_of(mean):  # Triton launches on the current GPU, which may be another
+            return self._augmented(number, blur_scale, mean, std, dtype)
+
+    def _augmented(self, number: int, blur_scale: float, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
         colour = self.colour[number]
         if self.planes is None:
             views = self.views[number].to(mean.device).flatten(0, 1)

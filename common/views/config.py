@@ -20,8 +20,9 @@ class LoaderConfig:
         str,
         Setting(
             "auto, ffcv, torch or gpu. torch is Pillow in a torch DataLoader: slower, runs where ffcv cannot be built. gpu "
-            "leaves only decoding to the CPU (checked on an H200): auto takes it on CUDA unless rob gpu-check found ffcv faster. "
-            "Use one and the same for caching and for training with --pairing same: their pixels differ by about 1/255.",
+            "leaves only decoding to the CPU (checked on an H200): with CUDA auto is gpu in caching and training, unless rob "
+            "gpu-check found ffcv faster, and ffcv elsewhere. Use one and the same for caching and for training with --pairing "
+            "same: their pixels differ by about 1/255.",
             choices=BACKENDS,
             option="--loader",
         ),

@@ -155,7 +155,6 @@ def measure(run: TrainConfig, steps: int) -> None:
     """Show whether the run worked, as far as its images can tell."""
     from ...common.images.beton import Beton
     from ...common.run import pick_device
-    from ...common.views.config import LoaderConfig
     from ..begun import read_begun
     from ..checkpoint import load_student
     from ..evaluate.yardstick import FEWEST_IMAGES, Yardstick, verdict, write_outcome
@@ -168,8 +167,7 @@ def measure(run: TrainConfig, steps: int) -> None:
         return
     device = pick_device(run.device)
     student = replace(with_start(run.student, made), small_images=made["student"]["small_images"])
-    loader = LoaderConfig(run.loader.backend, 64, run.loader.workers)
-    yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, loader)
+    yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, run.loader)
     if yardstick is None:
         note(f"whether it worked cannot be told: that wants {FEWEST_IMAGES} images, with labels or a store of targets")
         return

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.images.beton import Beton
 from ...common.records import DamagedError
+from ...common.run import free_memory
 from ...common.weights import read_tensor_file, tensor_file
 
 COPIES = 4
@@ -56,8 +56,8 @@ class Features:
 
 def brought_to(device: torch.device, train: Features, test: Features) -> tuple[Features, Features]:
     """Both where they are evaluated: on ``device``, or where they are if that is a GPU without room for ``COPIES`` of them."""
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    if COPIES * train.features.nbytes + test.features.nbytes > room:
+    room = free_memory(device) if device.type == "cuda" else None
+    if room is not None and COPIES * train.features.nbytes + test.features.nbytes > room:
         return train, test
     return train.to(device), test.to(device)
 
@@ -119,8 +119,8 @@ def extract_features(
         for image_ids, images in batches:
             outputs.append(backbone(images).float())
             order.append(rows := image_ids.cpu() - start)
-            waiting += len(rows)
-            if waiting >= rows_to_fetch(outputs[-1].device):
+            waiting += outputs[-1].nbytes
+            if waiting >= bytes_to_fetch(outputs[-1].device):
                 fetched.append(torch.cat(outputs).cpu())
                 outputs, waiting = [], 0
             seen[rows] = True
@@ -141,9 +141,10 @@ def extract_features(
     return features
 
 
-def rows_to_fetch(device: torch.device) -> int:
-    """Rows that a GPU is asked for at once: to fetch a batch is to wait for it, with nothing for the GPU to do until the next."""
-    return 1 if device.type == "cpu" else SHARD_ROWS
+def bytes_to_fetch(device: torch.device) -> int:
+    """Of features that a GPU is asked for at once: to fetch a batch is to wait for it, with nothing for the GPU to do until the
+    next."""
+    return 1 if device.type == "cpu" else 1 << 28
 
 
 def cached_features(

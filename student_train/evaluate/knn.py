@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.errors import MisuseError
-from ...common.run import exact_products
+from ...common.run import exact_products, free_memory
 from .features import Features, same_classes
 
 SIMILARITY_BYTES = 64_000_000
@@ -85,4 +85,4 @@ def nearest_labels(train: Features, test: Features, k: int) -> tuple[Tensor, Ten
 def similarity_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return SIMILARITY_BYTES
-    return max(SIMILARITY_BYTES, torch.cuda.mem_get_info(device)[0] // 16)
+    return max(SIMILARITY_BYTES, (free_memory(device) or 0) // 16)

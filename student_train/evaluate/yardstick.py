@@ -40,6 +40,8 @@ FEWEST_IMAGES = 50
 FEWEST_OF_A_CLASS = 5
 NEIGHBOURS = 10
 QUERIES = 500
+BATCH = 64
+"""Images of a forward pass, at most: one of a run's may take its batch in parts, or be one of many ranks, to fit its memory."""
 K = 20
 OUTCOME_NAME, KNN_NAME = "outcome.json", "knn.jsonl"
 CLEARLY = 10.0
@@ -125,7 +127,8 @@ class Yardstick:
     ) -> None:
         most = MOST_ON_CPU if device.type == "cpu" else MOST_IMAGES
         self.image_ids = np.unique(np.linspace(0, data.num_images - 1, min(most, data.num_images)).astype(np.int64))
-        self.data, self.loader, self.device, self.student, self.seed = data, loader, device, student, seed
+        self.loader = LoaderConfig(loader.backend, min(BATCH, loader.batch_size), loader.workers)
+        self.data, self.device, self.student, self.seed = data, device, student, seed
         self.teacher_rows = joint_features(stores, self.image_ids) if stores else None
         self.labels = usable_labels(data, self.image_ids)
         self._others: dict[str, float] = {}

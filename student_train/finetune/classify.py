@@ -153,13 +153,13 @@ def begin_with_regression(
     rows = min(data.num_images, LINEAR_IMAGES)
     features = extract_features(network.embed, network.centred(data, loader, np.arange(rows)), 0, rows)
     mean, deviation = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
-    standardised = Features((features - mean) / deviation, labels.labels[:rows], labels.classes)
+    standardised = Features((features - mean) / deviation, labels.labels[:rows], labels.classes).to(network.device)
     found = fit_logistic(standardised, LINEAR_REGULARISATION, max_iterations=200)
-    weights = (found.weights / deviation.double()[:, None]).T
+    weights = (found.weights.cpu() / deviation.double()[:, None]).T
     with torch.no_grad():
         columns = weights.shape[0]  # without names there may be fewer, where the last classes are rare
         head.weight[:columns].copy_(weights)
-        head.bias[:columns].copy_(found.biases - weights @ mean.double())
+        head.bias[:columns].copy_(found.biases.cpu() - weights @ mean.double())
 
 
 def views_of(config: ClassifyConfig, network: FrozenNetwork, data: Beton, loader: LoaderConfig) -> RandomCrops:

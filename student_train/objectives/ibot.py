@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...common.errors import MisuseError
 from ...common.store.encodings import check_temperature
+from ...common.views.planes import moved
 from ..kernels import prototype_cross_entropy
 from ..targets.dense import Placement, TargetWithPatches
 from .centre import FixedCentre, RunningCentre
@@ -115,7 +116,7 @@ class IbotObjective(PrototypeObjective, name="ibot"):
         if not len(chosen):
             chosen = chosen.new_zeros(1)  # of weight 0: ranks that have some meet this one in the backward pass
         weights = weights[chosen] * len(chosen) / hidden[:, :, 0].numel()
-        chosen = chosen.to(patches.device, non_blocking=True)
+        chosen = moved(chosen, patches.device)
         if self.head_has_batchnorm:  # which goes by all patches, as in iBOT's code
             said = self.head(patches).index_select(0, chosen)
         else:
@@ -127,7 +128,7 @@ class IbotObjective(PrototypeObjective, name="ibot"):
             student_temp=self.student_temp,
             teacher_temp=self.teacher_temp,
             centre=centre,
-            pair_weights=weights.to(said.dtype).to(said.device, non_blocking=True).view(-1, 1, 1),
+            pair_weights=moved(weights.to(said.dtype), said.device).view(-1, 1, 1),
             student_bias=self.prototypes.bias,
             impl=self.loss_impl,
             check_finite=False,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from ...common.views.drawing import CROP_HEIGHT, CROP_WIDTH, FLIP, LEFT, TOP, view_parameters
+from ...common.views.planes import moved
 from ...common.views.recipes import Recipe
 from ..kernels.target import Target
 from ..masks import block_masks
@@ -85,13 +86,14 @@ def align_regions(tokens: Tensor, regions: Regions, side: int) -> tuple[Tensor, 
     # In float64 on the CPU, where the regions are: not every device has it.
     view = torch.arange(images * views).view(images, 1, views, 1).expand(images, crops, views, 1)
     rois = torch.cat([view, regions.boxes * grid], dim=-1).flatten(0, 2).to(tokens.dtype)
-    rois = rois.to(tokens.device, non_blocking=True)
-    found = roi_align(tokens.flatten(0, 1), rois, side, 1.0, SAMPLES, aligned=True).unflatten(0, (images, crops, views))
+    rois = moved(rois, tokens.device)
+    found = roi_align(tokens.flatten(0, 1), rois, side, 1.0, SAMPLES, aligned=True)
+    found = found.unflatten(0, (images, crops, views))
     left, top, right, bottom = regions.boxes.unbind(-1)
     columns, rows = (_inside(low, high, side) for low, high in ((left, right), (top, bottom)))
     inside, turned = rows[..., :, None] & columns[..., None, :], regions.mirrored[..., None, None]
-    inside = torch.where(turned, inside.flip(-1), inside).to(tokens.device, non_blocking=True)
-    turned = turned[..., None].to(tokens.device, non_blocking=True)
+    inside = moved(torch.where(turned, inside.flip(-1), inside), tokens.device)
+    turned = moved(turned[..., None], tokens.device)
     return torch.where(turned, found.flip(-1), found), inside
 
 

@@ -14,7 +14,7 @@ from ...common.patches import PatchTargets, has_tokens
 from ...common.run import autocast
 from ...common.settings import check
 from ...common.store.patches import AUTO, PatchChoice, resolve_patches
-from ...common.teacher import FrozenTeacher, dense_embedder, embedder
+from ...common.teacher import FrozenTeacher, dense_embedder, embedder, on_device
 from ...common.views.batch import Batch, ViewSet
 from ...common.views.recipes import USUAL_RECIPE, Recipe, get_recipe
 from ..kernels.target import EmbeddingTarget, Target
@@ -30,7 +30,7 @@ from .space import TargetSpace
 
 @dataclass(frozen=True, eq=False)
 class Online(TargetsConfig):
-    """The loaded ``teacher``, which is on the run's device, at ``view_size`` pixels (None: its own size).
+    """The loaded ``teacher``, which is moved to the run's device, at ``view_size`` pixels (None: its own size).
 
     ``views`` bounds the view ids as a cache would: the same value gives the same views, and the same targets, as a
     cache of so many. ``patches`` are those that an objective reads which has a use for some; None: all numbers of a grid, or what
@@ -57,7 +57,7 @@ class OnlineTargets(TargetBranch):
     window_blocks = WINDOW_BLOCKS
 
     def __init__(self, config: Online, run: RunContext) -> None:
-        self.teacher = teacher = config.teacher
+        self.teacher = teacher = on_device(config.teacher, run.device)
         self.recipe, self.seed, self.views = config.recipe, run.seed, config.views
         self.view_size = config.view_size or teacher.view_size
         self.space = TargetSpace(

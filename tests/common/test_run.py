@@ -13,7 +13,7 @@ import torch
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.ranks import ALONE, Ranks, join_ranks, lost_ranks_are_a_failure
-from rob.common.run import autocast, pick_device, seed_everything, versions
+from rob.common.run import autocast, free_memory, pick_device, seed_everything, versions
 from rob.common.signals import ended_when_deaf, interrupted_once, stopped_by_signals, uninterrupted
 
 
@@ -229,3 +229,9 @@ def test_a_lost_rank_is_a_failure_in_one_sentence(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(RuntimeError, match="closed by peer"), lost_ranks_are_a_failure():
         raise RuntimeError(told)
+
+
+def test_what_torch_has_cached_on_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 130

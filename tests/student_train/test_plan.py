@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from rob.common.errors import MisuseError
 from rob.common.views.loader import LoaderConfig
@@ -21,7 +20,7 @@ from rob.student_train.students import StudentConfig
 from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
-from rob.student_train.trial import Trial, free_memory, try_steps
+from rob.student_train.trial import Trial, try_steps
 from support.training import CPU
 
 
@@ -342,12 +341,6 @@ other.kill()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 0.25 < float(done.stdout) <= 1
-
-
-def test_what_torch_has_cached_on_a_gpu_is_free(monkeypatch):
-    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 20)):
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert free_memory(torch.device("cuda")) == 130
 
 
 def test_python_and_the_command_choose_the_same_stem():

@@ -11,6 +11,7 @@ from rob.common import factories
 from rob.common.errors import MisuseError
 from rob.common.store.patches import PatchChoice
 from rob.common.store.reader import TargetStore
+from rob.common.teacher import cast_once
 from rob.teacher_cache.cache import cache_teacher
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
 from rob.teacher_cache.verify import VerifyConfig, verify
@@ -79,6 +80,42 @@ def test_it_is_told_apart_by_its_weights_and_by_its_code(tmp_path):
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(MisuseError, match=r"other.safetensors is not of .*:frozen: Missing key.*0.weight"):
         load_teacher(own(frozen, checkpoint=tmp_path / "other.safetensors"))
+
+
+class LeavesAutocast(nn.Module):
+    """As published networks do where half precision is too coarse."""
+
+    mean, std, image_size = MEAN, STD, 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(3, 12)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            return self.project(images.float().mean((2, 3)))
+
+
+def test_its_own_precision_stays():
+    """Weights that are cast for CUDA, as those of timm's networks, would meet float32 there."""
+    teacher = load_teacher(own(LeavesAutocast))
+    on_cuda = cast_once(teacher, torch.device("cuda"), "bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(on_cuda(images := torch.randn(2, 3, 32, 32)), teacher(images))
+
+
+class Moments(nn.Module):
+    mean, std, image_size = MEAN, STD, 32
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+@pytest.mark.parametrize("patches", ["auto", "none"])
+def test_one_without_weights(tmp_path, patches):
+    data, out = tiny_beton(tmp_path, 8), tmp_path / "targets.zarr"
+    cache_teacher(tiny_cache_config(out, data, own(Moments), patches=PatchChoice(patches)))
+    assert TargetStore.open(out).manifest.dim == 6
 
 
 def test_its_store_is_verified_with_it_alone(tmp_path):

@@ -166,7 +166,9 @@ def find(
     for index in range(len(images)):
         image, target = images[index]
         (output,) = detector([image.to(device)])
-        output = {name: values.cpu() for name, values in output.items()}
+        if masks:
+            output["masks"] = output["masks"] > 0.5  # a byte a pixel to fetch in the place of four
+        output = {name: values.cpu() for name, values in output.items() if masks or name != "masks"}
         for number, box in enumerate(output["boxes"].tolist()):
             left, top, right, bottom = box
             record = {
@@ -176,7 +178,7 @@ def find(
                 "score": float(output["scores"][number]),
             }
             if masks:
-                record["segmentation"] = _pack(output["masks"][number, 0] > 0.5)
+                record["segmentation"] = _pack(output["masks"][number, 0])
             found.append(record)
         progress.test(index + 1, len(images))
     return found

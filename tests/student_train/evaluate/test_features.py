@@ -185,7 +185,7 @@ def test_a_class_the_training_set_lacks_is_refused():
 @pytest.mark.parametrize("order", [range(10), [7, 3, 9, 0, 1, 8, 2, 6, 4, 5]])
 def test_a_gpu_is_seldom_waited_for(monkeypatch, order):
     """Every second batch here, and what is left at the end: the same features."""
-    monkeypatch.setattr(features, "rows_to_fetch", lambda device: 5)
+    monkeypatch.setattr(features, "bytes_to_fetch", lambda device: 5 * 4 * IMAGES[0].numel())
     fetches, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetches.append(self.dtype) or cpu(self))
     extracted = extract_features(flatten_pixels, batches(list(order)), 0, 10)

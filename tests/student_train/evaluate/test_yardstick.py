@@ -53,6 +53,13 @@ def test_an_untrained_student_is_its_random_start(data, store):
     assert backbone.training
 
 
+def test_the_batch_of_a_run_may_be_more_than_fits_at_once(data):
+    """It goes through the student in parts, or is many ranks' together."""
+    large = Yardstick.of(data, STUDENT, NO_TEACHER, 0, CPU, replace(LOADER, batch_size=1024), or_rank=True)
+    assert large is not None
+    assert large.loader == replace(LOADER, batch_size=module.BATCH)
+
+
 def test_without_labels_the_teachers_neighbours_are_the_measure(data, store, monkeypatch):
     monkeypatch.setattr(module, "usable_labels", lambda data, image_ids: None)
     yardstick = of(data, Cached(store.path))

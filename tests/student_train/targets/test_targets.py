@@ -53,6 +53,12 @@ def online(teacher: TeacherConfig, store: TargetStore, data: Beton, views: int =
     return config.open(RunContext(data, CPU, seed=manifest.seed))
 
 
+def test_a_live_teacher_goes_where_the_run_is(with_head, data):
+    there = Online(load_teacher(with_head), get_recipe("moco-v2")).open(RunContext(data, torch.device("meta")))
+    assert there.space.prototypes is not None and there.space.prototypes.is_meta
+    assert all(parameter.is_meta for parameter in there.teacher.parameters())
+
+
 def opened(path: Path, data: Beton, **settings) -> CachedTargets:
     return Cached(path, **settings).open(RunContext(data, CPU))
 
