@@ -17,8 +17,8 @@ from .trial import Trial
 LEAST_STEPS = 1_000
 """Below that a student from random weights has been seen no better than they are (benchmarks/first_run.py)."""
 LEAST_STEPS_VIT = 10_000
-"""In 2,678 a ViT-Tiny was 26 points of k-NN below its teacher, in 4,029 one of 0.3 M weights 16, where CNNs and a MobileViT were
-at most 2 below it (benchmarks/first_run.py); with targets of patches the one of 0.3 M was 9 below, and level after 10,094."""
+"""In 2,678 a ViT-Tiny was 26 points of k-NN below its teacher, in 4,029 one of 0.3 M weights 16, where CNNs were at most 2
+below it (benchmarks/first_run.py); with targets of patches the one of 0.3 M was 9 below, and level after 10,094."""
 LEAST_IMAGES_VIT = 10_000 * 32
 """Or as many images, whatever the batch: after 3,510 steps of 128 a ViT-Tiny was 2 points below its teacher, after 4,232 of 64
 one of 0.3 M weights 13 (on a GPU, benchmarks/README.md)."""
@@ -53,8 +53,8 @@ def warnings_of(
         with_patches = ", and so does a ViT from targets of patches (cached with `patches` grid, `objective` patch)"
         better = "" if reads_patches(config.objective, branch.space) else with_patches
         found.append(
-            f"{steps:,} steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, or half of each, such as "
-            f"mobilevit_xxs, learns more in them{better}. `effort` hours has more"
+            f"{steps:,} steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, learns more in them{better}. "
+            "`effort` hours has more"
         )
     rate, usual = config.optimiser.peak * config.loader.batch_size / LR_BATCH_SIZE, config.optimiser.name == "adamw"
     if usual and rate < LEAST_RATE["vit"] / 2 and config.loader.batch_size < LR_BATCH_SIZE:

@@ -38,6 +38,6 @@ def students() -> None:
     console.print(table, highlight=False)
     say("Without a preset the plan chooses: begin so. A preset is a paper's, for 1.3 million images on 8 GPUs.")
     say("Any other timm model will do; ViTs and the last three have a form for images up to 64 px (--small-images).")
-    say("A ViT wants more steps than a CNN: for some minutes take a CNN, or a MobileViT, which is half of each.")
+    say("A ViT wants more steps than a CNN: for some minutes take a CNN.")
     say("So will torchvision/NAME, and a network of your own: package.module:factory (docs/own.md).")
     say(f"Without a teacher, on few small images, a MobileNetV2 did best with {FEW_SMALL_IMAGES}.")

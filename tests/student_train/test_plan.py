@@ -273,7 +273,7 @@ def test_what_will_not_work_is_said(config, steps_take, monkeypatch):
     fine = replace(config, epochs=400, optimiser=OptimiserConfig(lr=0.02), pairing=PairingChoice("cross", num_local=0))
     assert make_plan(fine).warnings == ()
     (told,) = make_plan(replace(fine, student=replace(fine.student, name="test_vit", small_images=True))).warnings
-    assert told.startswith("1,200 steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, or half of")
+    assert told.startswith("1,200 steps are few for a ViT: a CNN, such as `student` mobilenetv3_small_100, learns")
     monkeypatch.setattr(plan_warnings, "LEAST_IMAGES_VIT", 1_200 * 8)
     assert make_plan(replace(fine, student=replace(fine.student, name="test_vit", small_images=True))).warnings == ()
 
