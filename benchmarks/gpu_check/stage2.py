@@ -15,26 +15,28 @@ import torch.nn.functional as F
 
 from rob.benchmarks.gpu_check.images import photographs
 from rob.benchmarks.gpu_check.section import Section
-from rob.benchmarks.gpu_check.stage1 import cache, random_teacher
+from rob.benchmarks.gpu_check.stage1 import RECIPE, VIEWS, cache, random_teacher
 from rob.common.images.beton import Beton
 from rob.common.views.loader import LoaderConfig
+from rob.common.views.recipes import get_recipe
 from rob.student_train.config import ObjectiveConfig, OptimiserConfig, PairingConfig
 from rob.student_train.kernels import EmbeddingTarget
 from rob.student_train.plan import make_plan
 from rob.student_train.student_config import StudentConfig
 from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.online import Online
 from rob.student_train.targets.space import TargetSpace
 from rob.student_train.train import TrainProgress, train_student
 from rob.student_train.train_config import TrainConfig
 from rob.student_train.trainer import Trainer
+from rob.teacher_cache.teachers import Teacher
 
 
 def run(section: Section) -> None:
     data = photographs(section)
     store = section.data / "stage2.zarr"
     if not (store / "zarr.json").exists():
-        name, k = section.size(("test_vit", 32), ("vit_small_patch16_224", 65536), ("vit_small_patch16_224", 65536))
-        cache(section, store, data, random_teacher(name, section.device, k), "bf16" if _cuda(section) else "fp32")
+        cache(section, store, data, _teacher(section), _precision(section))
     students = section.size(
         [("test_resnet", 32)],
         [("resnet18", 224), ("vit_tiny_patch16_224", 224)],
@@ -51,6 +53,7 @@ def run(section: Section) -> None:
     if len(speeds) == 2 and all(speeds.values()):
         section.settings["loader"] = max(speeds, key=lambda name: speeds[name] or 0)
     section.attempt("stopped and resumed", lambda: _resume(section, data, store))
+    section.attempt("a live teacher", lambda: _live(section, data, store))
     loader = section.settings.get("loader", "auto")
     section.measure("plan of a run that leaves all open", lambda: _plan(section, data, store))
     for student, side in others:
@@ -79,6 +82,15 @@ def _cuda(section: Section) -> bool:
     return section.device.type == "cuda"
 
 
+def _precision(section: Section) -> str:
+    return "bf16" if _cuda(section) else "fp32"
+
+
+def _teacher(section: Section) -> Teacher:
+    name, k = section.size(("test_vit", 32), ("vit_small_patch16_224", 65536), ("vit_small_patch16_224", 65536))
+    return random_teacher(name, section.device, k)
+
+
 def _config(
     section: Section,
     data: Beton,
@@ -99,7 +111,7 @@ def _config(
         PairingConfig("cross", 2, num_local=section.size(2, 6, 6)),
         OptimiserConfig(lr=1e-3, warmup_epochs=0),
         epochs=2,
-        precision="bf16" if _cuda(section) else "fp32",
+        precision=_precision(section),
         device=str(section.device),
         compile=compiled,
         loader=LoaderConfig(loader, batch_size=batch),
@@ -163,6 +175,20 @@ def _plan(section: Section, data: Beton, store: Path) -> dict[str, Any]:
     section.check("a plan is there: seconds", seconds, LONGEST_PLAN)
     step = {"step_ms": plan.trial.seconds * 1e3} if plan.trial else {}
     return {"student": f"{student} at {size} px", "seconds": seconds, **step}
+
+
+def _live(section: Section, data: Beton, store: Path) -> None:
+    """The first loss of a run whose teacher works in every step, beside that of one that reads what it said."""
+    student, size = section.size(("test_resnet", 32), ("resnet18", 64), ("resnet18", 64))
+    losses = []
+    for targets in (Cached(store), Online(_teacher(section), get_recipe(RECIPE), VIEWS)):
+        out = section.data / "live"
+        shutil.rmtree(out, ignore_errors=True)
+        config = _config(section, data, store, out, student, size, "auto")
+        train_student(replace(config, targets=targets, epochs=1))
+        losses.append(_log(out)[0]["loss"])
+    gap = abs(losses[1] / losses[0] - 1)
+    section.check("a live teacher: difference of the first loss from that of its cached targets", gap, 1e-2)
 
 
 def _resume(section: Section, data: Beton, store: Path) -> None:
