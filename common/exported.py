@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ LARGEST_SIDE = 1 << 14
 """Pixels a side of an image that a description may name."""
 OUTPUT_STRIDES = (8, 16)
 """That ``adapt_stem`` can give a CNN."""
+CONV_PATCHES = (4, 8)
+"""Pixels a side of the patches that it can make of convolutions."""
 TORCHVISION = "torchvision/"
 """Begins the name of a student that is torchvision's."""
 
@@ -37,7 +40,8 @@ class StudentInfo:
 
     ``mean`` and ``std`` (RGB, in units of 1) normalise its input. ``features`` is the layer that is pooled of a network that is
     not timm's; None: what it returns. ``output_stride`` is the one that ``adapt_stem`` gives a CNN in its small-image form; None:
-    8. Written into the weights file as JSON.
+    8. ``conv_stem``: it puts convolutions in the place of a ViT's patch embedding; None: it does not. Written into the weights
+    file as JSON.
     """
 
     name: str
@@ -48,6 +52,7 @@ class StudentInfo:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     features: str | None = None
     output_stride: int | None = None
+    conv_stem: bool | None = None
 
     @property
     def is_own(self) -> bool:
@@ -62,7 +67,7 @@ class StudentInfo:
     def from_dict(cls, values: Mapping[str, Any]) -> "StudentInfo":
         """Undoes ``to_dict``, of a file that may come from anywhere. ValueError: it is no description of a student, or one with
         which timm would do more than build it (``checkpoint_path`` has it unpickle a file)."""
-        values = {"features": None, "output_stride": None, **values}
+        values = {"features": None, "output_stride": None, "conv_stem": None, **values}
         kwargs, features, stride = values.get("timm_kwargs", {}), values["features"], values["output_stride"]
         unknown = (values.keys() ^ {field.name for field in fields(cls)}) | (kwargs.keys() - TIMM_KWARGS)
         if unknown:
@@ -74,6 +79,9 @@ class StudentInfo:
         )
         sound &= features is None or (isinstance(features, str) and is_own(values["name"]))
         sound &= stride is None or (stride in OUTPUT_STRIDES and values["small_images"])
+        sound &= values["conv_stem"] is None or (
+            values["conv_stem"] is True and values["small_images"] and kwargs.get("patch_size") in CONV_PATCHES
+        )
         sound &= all(isinstance(s, int) and 1 <= s <= LARGEST_SIDE for s in sides)
         sound &= all(len(v) == 3 and all(isinstance(x, float) for x in v) for v in (values["mean"], values["std"]))
         if not sound:
@@ -107,12 +115,15 @@ def described_in(metadata: Mapping[str, str], path: Path) -> StudentInfo | None:
         ) from error
 
 
-def adapt_stem(backbone: nn.Module, output_stride: int | None = None) -> nn.Module:
-    """Give a timm CNN its small-image form, in place: an output stride of 8 (None, too) or 16 rather than 32. A ViT is left as it
-    is.
+def adapt_stem(backbone: nn.Module, output_stride: int | None = None, conv_stem: bool | None = None) -> nn.Module:
+    """Give a timm network its small-image form, in place: a CNN an output stride of 8 (None, too) or 16 rather than 32, a ViT
+    with ``conv_stem`` convolutions that overlap in the place of its patches' one. Another ViT is left as it is.
     """
     keep_first = output_stride == 16
-    if isinstance(backbone, (EfficientNet, MobileNetV3)):
+    if conv_stem:
+        embed: Any = backbone.patch_embed
+        embed.proj = _convolutions(embed.proj.out_channels, embed.patch_size[0])
+    elif isinstance(backbone, (EfficientNet, MobileNetV3)):
         for layer in _halving_layers(backbone)[keep_first:2]:
             for conv in layer:
                 conv.stride = (1, 1)
@@ -127,6 +138,19 @@ def adapt_stem(backbone: nn.Module, output_stride: int | None = None) -> nn.Modu
         else:  # the stem of ResNet-C and -D is three 3x3 convolutions already
             _halving_layers(backbone)[0][0].stride = (1, 1)
     return backbone
+
+
+def _convolutions(width: int, patch: int) -> nn.Sequential:
+    """Of stride 2, as many as halve ``patch`` pixels to a position of ``width`` channels, each twice as wide as the one before
+    (2106.14881, figure 1; with GELU)."""
+    halvings = patch.bit_length() - 1
+    widths = [3, *(max(16, width >> (halvings - 1 - layer)) for layer in range(halvings))]
+    layers = [
+        layer
+        for before, after in pairwise(widths)
+        for layer in (nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU())
+    ]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
 
 
 def _halving_layers(backbone: nn.Module) -> list[list[nn.Conv2d]]:

@@ -61,7 +61,8 @@ def as_parent(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
                 f"`extend` goes on with {config.student.init}, whose {part} has {name} = {was}, and this run has {now}: take the "
                 "same, or leave `extend` out to begin a new run with its weights"
             )
-    if (settings.get("student_info") or {}).get("output_stride") != describe_student(config.student).output_stride:
+    then, now = settings.get("student_info") or {}, describe_student(config.student)
+    if (then.get("output_stride"), then.get("conv_stem")) != (now.output_stride, now.conv_stem):
         raise MisuseError(
             f"`extend` goes on with {config.student.init}, which an earlier rob began with other strides: leave `extend` out to "
             "begin a new run with its weights"

@@ -52,6 +52,9 @@ MobileNetV2 3.4 points of k-NN above two, a ViT of 0.3 M weights 5.3, and a ResN
 STEPS_AN_EPOCH = 32
 """That a batch should leave: a small data set is for small batches."""
 BY_SIZE = f"for --image-size up to {SMALL_SIDE}; --no-small-images keeps timm's"
+BY_CONVOLUTIONS = "with it a ViT learns more in a short run, and bears a higher rate; timm alone loads it without"
+HIDES_PATCHES = ("ibot",)
+"""Objectives that hide patches from the student: a convolution would have seen their margins."""
 STEPS_FOR_A_STEM, WORTH_A_STEM = 2_000, 2.0
 """The form for small images is given up where there is time for fewer steps, and timm's makes so many times as many of it. In ten
 minutes 2,600 steps of it left a MobileNetV2-0.5 ahead of 5,200 of timm's, but 1,200 a ResNet-18 behind 2,057 (benchmarks)."""
@@ -108,7 +111,7 @@ class Planner:
         small = is_small(self.config.student)
         if small and self.config.student.small_images is None:
             self.choices.append(Choice("small_images", True, BY_SIZE))
-        student = replace(self.config.student, small_images=small)
+        student = replace(self.config.student, small_images=small, conv_stem=self.config.student.conv_stem or None)
         self._set(optimiser=optimiser, student=student, pairing=self._pairing(None))
 
     def _pairing(self, num_local: int | None) -> PairingConfig:
@@ -129,6 +132,7 @@ class Planner:
         """Views, batch and rate first, on which the time of a step depends; then the stem and the epochs, by that time."""
         self._choose_views()
         self._choose_batch()
+        self._choose_conv_stem()
         self._choose_rate()
         self._choose_length()
 
@@ -170,12 +174,22 @@ class Planner:
         self.choices.append(Choice("batch_size", batch, reason))
         self._set(loader=LoaderConfig(loader.backend, batch, loader.workers))
 
+    def _choose_conv_stem(self) -> None:
+        student = self.config.student
+        assert self.config.objective is not None
+        open_vit = student.conv_stem is None and self.family in VIT_FAMILIES and is_small(student)
+        if open_vit and student.init is None and self.config.objective.name not in HIDES_PATCHES:
+            self.choices.append(Choice("conv_stem", True, BY_CONVOLUTIONS))
+            student = replace(student, conv_stem=True)
+        self._set(student=replace(student, conv_stem=student.conv_stem or None))
+
     def _choose_rate(self) -> None:
         optimiser, batch = self.config.optimiser, self.config.loader.batch_size
         if optimiser.lr is not None:
             return
         scaled = PUBLISHED_LR * batch / LR_BATCH_SIZE
         kind = "vit" if self.family in VIT_FAMILIES else "mobile" if self.family in MOBILE_FAMILIES else "cnn"
+        kind = "vit-conv" if self.config.student.conv_stem else kind
         least = LEAST_RATE[kind] if optimiser.name == "adamw" else 0.0
         lr = max(scaled, least) * LR_BATCH_SIZE / batch
         reason = f"x {batch}/{LR_BATCH_SIZE} = {max(scaled, least):g} in a step"
@@ -213,9 +227,16 @@ class Planner:
         if not student.small_images or self.family not in SMALL_IMAGE_FAMILIES:
             return
         reason = BY_SIZE
-        short = seconds and self._has_fewer(STEPS_FOR_A_STEM, halves * seconds)
-        if short and (gain := self._gain(WORTH_A_STEM, student=replace(student, small_images=False))):
+        asked = student.conv_stem and not self._chosen("conv_stem")
+        short = seconds and not asked and self._has_fewer(STEPS_FOR_A_STEM, halves * seconds)
+        plain = replace(student, small_images=False, conv_stem=None)
+        if short and (gain := self._gain(WORTH_A_STEM, student=plain)):
             reason = f"{gain:.0f} times as many steps in the time as with a stem for small images"
+            if self._chosen("conv_stem") and self._chosen("lr"):  # which was for that
+                self._set(optimiser=replace(self.config.optimiser, lr=None))
+                self.choices = [choice for choice in self.choices if choice.setting != "lr"]
+                self._choose_rate()
+            self.choices = [choice for choice in self.choices if choice.setting != "conv_stem"]
         self.choices.append(Choice("small_images", self.config.student.small_images, reason))
 
     def _choose_precision(self, seconds: float, enough: int) -> None:
@@ -229,7 +250,7 @@ class Planner:
     def _may_halve(self) -> bool:
         config = self.config
         assert config.objective is not None
-        chosen = any(choice.setting == "batch_size" for choice in self.choices) and not config.accumulate
+        chosen = self._chosen("batch_size") and not config.accumulate
         return chosen and config.loader.batch_size > FEWEST and config.objective.name not in NEED_A_BATCH
 
     def _halve_batch(self, seconds: float, enough: int) -> None:
@@ -263,7 +284,7 @@ class Planner:
     def _choose_epochs(self, name: str, seconds: float | None) -> None:
         """As many as are enough, or as there is time for: that of the plan itself is taken off."""
         config, per_epoch, effort = self.config, self.steps_per_epoch, EFFORTS[name]
-        of_one_view = any(choice.setting == "step_targets" for choice in self.choices)
+        of_one_view = self._chosen("step_targets")
         wanted = max(effort.epochs, ceil(effort.steps * (2 if of_one_view else 1) / per_epoch))
         words = effort.words if self.trial or seconds is None else "their time was not measured"
         reason = f"{wanted * per_epoch:,} steps are enough for --effort {name} ({words})"
@@ -298,6 +319,9 @@ class Planner:
             self._set(optimiser=replace(optimiser, warmup_epochs=round(least, 2)))
 
     # ==== what it is chosen by ====
+
+    def _chosen(self, setting: str) -> bool:
+        return any(choice.setting == setting for choice in self.choices)
 
     def _set(self, **values: Any) -> None:
         self.config = replace(self.config, **values)

@@ -30,6 +30,14 @@ class StudentConfig:
         bool | None,
         Setting("A stem that reduces less, for up to 64 px; default by --image-size, and by the time there is."),
     ] = None
+    conv_stem: Annotated[
+        bool | None,
+        Setting(
+            "ViTs in that form: convolutions of stride 2 in the place of the patches' one, with which they learn more in a short "
+            "run, at a higher rate; rob loads such a network, timm alone does not. Default where the plan chooses the batch or "
+            "the epochs: yes.",
+        ),
+    ] = None
     drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
     patch_drop: Annotated[
         float | None,

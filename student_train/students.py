@@ -10,15 +10,16 @@ small form ends with 4 x 4 positions (ViT: 8 x 8 tokens) instead, as usual on CI
 family                         up to 32 px                      up to 64 px                              made by
 =============================  ===============================  =======================================  ====================
 ViT, DeiT                      patches of 4 px                  patches of 8 px                          timm arguments alone
+with ``conv_stem``             2 convolutions of stride 2       3 of them                                ``adapt_stem``
 ResNet                         3x3 stem of stride 1, no pool    no max-pool                              ``adapt_stem``
 MobileNet, EfficientNet        stride 1 in the stem and in the  stride 1 in the first stage that halves  ``adapt_stem``
                                first stage that halves
 =============================  ===============================  =======================================  ====================
 
-Weights of an ordinary student and of any ViT load with timm alone: ``timm.create_model(info.name,
-**info.timm_kwargs).load_state_dict(load_file(path))``. timm has no argument for the strides of a CNN, so a small CNN
-takes one more call, ``adapt_stem(model, info.output_stride)``, between the two; ``checkpoint.load_student(path)`` serves every
-case. Students that are not timm's are in ``own_student.py``.
+Weights of an ordinary student and of any ViT with one patch embedding load with timm alone: ``timm.create_model(info.name,
+**info.timm_kwargs).load_state_dict(load_file(path))``. timm has no argument for the strides of a CNN nor for a ViT's
+convolutions, so these take one more call, ``adapt_stem(model, info.output_stride, info.conv_stem)``, between the two;
+``checkpoint.load_student(path)`` serves every case. Students that are not timm's are in ``own_student.py``.
 """
 
 import re
@@ -72,6 +73,8 @@ def describe_student(config: StudentConfig) -> StudentInfo:
             f"student {config.name!r} has no small-image form (ViT, ResNet, MobileNet and EfficientNet have): "
             "choose one of those, or do without `small_images`"
         )
+    if config.conv_stem and not (small and family in VIT_FAMILIES):
+        raise MisuseError(f"`conv_stem` is for ViTs in their small-image form, and {config.name} is none: leave it out")
     if family == OWN:
         return StudentInfo(config.name, {}, config.image_size, small, **normalised, features=config.features)
     if config.features is not None:
@@ -83,7 +86,8 @@ def describe_student(config: StudentConfig) -> StudentInfo:
         kwargs |= {"img_size": config.image_size, "dynamic_img_size": True}
         if small:
             kwargs["patch_size"] = vit_patch(config)
-        return StudentInfo(config.name, kwargs, config.image_size, small, **normalised)
+        conv_stem = config.conv_stem or None  # so files without one say the same as from before there was a choice
+        return StudentInfo(config.name, kwargs, config.image_size, small, **normalised, conv_stem=conv_stem)
     # 8 goes without saying: so files from before there was a choice, and those of today, say the same.
     stride = 16 if output_stride(config) == 16 else None
     return StudentInfo(config.name, kwargs, config.image_size, small, **normalised, output_stride=stride)
@@ -153,7 +157,7 @@ def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float 
     if patch_drop and not patch_dropouts(backbone):
         raise MisuseError(no_patches)
     if info.small_images:
-        adapt_stem(backbone, info.output_stride)
+        adapt_stem(backbone, info.output_stride, info.conv_stem)
     start_residuals_at_zero(backbone)
     # timm counts MobileNetV3's features before the last layer of its head; a projection head wants what comes out.
     backbone.num_features = backbone.head_hidden_size

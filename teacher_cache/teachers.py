@@ -240,7 +240,7 @@ def _our_own(config: TeacherConfig, path: Path, info: StudentInfo, made: str) ->
         raise MisuseError(f"{path}: its description of the head is damaged or made up ({error})") from error
     backbone = build_backbone(info.name, {**info.timm_kwargs, **config.backbone_args})
     if info.small_images:
-        adapt_stem(backbone, info.output_stride)
+        adapt_stem(backbone, info.output_stride, info.conv_stem)
     parts = _taken(config.name, path, replace(OUR_LAYOUT, activation=activation), backbone)
     pooling = _pooling(config, backbone, parts, str(path))
     return Teacher(

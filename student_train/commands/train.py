@@ -166,7 +166,8 @@ def measure(run: TrainConfig, steps: int) -> None:
     if made is None:
         return
     device = pick_device(run.device)
-    student = replace(with_start(run.student, made), small_images=made["student"]["small_images"])
+    form = {"small_images": made["student"]["small_images"], "conv_stem": made["student"].get("conv_stem")}
+    student = replace(with_start(run.student, made), **form)
     yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, run.loader)
     if yardstick is None:
         note(f"whether it worked cannot be told: that wants {FEWEST_IMAGES} images, with labels or a store of targets")

@@ -18,8 +18,10 @@ from .graph import Graph, Runner, quiet, run_module
 
 
 def is_for_timm(info: StudentInfo) -> bool:
-    """Whether timm alone builds the network: it has no argument for the strides of a small-image CNN."""
-    return not info.is_own and (not info.small_images or model_family(info.name) in VIT_FAMILIES)
+    """Whether timm alone builds the network: it has no argument for the strides of a small-image CNN, nor for a ViT's
+    convolutions."""
+    of_timm = not info.small_images or (model_family(info.name) in VIT_FAMILIES and not info.conv_stem)
+    return not info.is_own and of_timm
 
 
 def lines_without_timm(weights: str, info: StudentInfo) -> str:
@@ -41,8 +43,8 @@ def check_for_timm(info: StudentInfo, weights: Path, task: str | None = None) ->
                 f"`to` timm: {info.name} is not timm's, which cannot build it. These two lines load it: {lines}"
             )
         raise MisuseError(
-            f"`to` timm: {info.name} has the small-image form, whose strides timm cannot express: it would take the weights and "
-            f"compute something else. These two lines load it: {lines}"
+            f"`to` timm: {info.name} has the small-image form, whose strides or convolutions timm cannot express: it would "
+            f"compute something else, or refuse the weights. These two lines load it: {lines}"
         )
 
 
