@@ -245,6 +245,44 @@ def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):
     assert "50 times as many steps" in next(c.reason for c in plan.choices if c.setting == "small_images")
 
 
+def test_a_small_vit_begins_with_convolutions(open_config, steps_take, tmp_path):
+    steps_take(0.1, small=0.2)
+    vit = replace(open_config, student=StudentConfig("test_vit", 32))
+    found = make_plan(vit)
+    assert (chosen(found)["conv_stem"], found.config.student.conv_stem) == (True, True)
+    for asked in (
+        replace(vit, student=StudentConfig("test_vit", 32, conv_stem=False)),
+        replace(vit, student=StudentConfig("test_vit", 224)),
+        replace(vit, objective=ObjectiveConfig("ibot")),  # hides patches
+    ):
+        plan = make_plan(asked)
+        assert "conv_stem" not in chosen(plan)
+        assert plan.config.student.conv_stem is None
+        assert plan.config.optimiser.peak * plan.config.loader.batch_size / 256 == pytest.approx(1e-3, 1e-3)
+    assert chosen(make_plan(replace(vit, epochs=3, loader=LoaderConfig("torch", 8, 1)))) == {"small_images": True}
+
+
+def test_convolutions_go_with_the_form_that_is_given_up(open_config, steps_take):
+    steps_take(0.1, small=5.0)
+    vit = replace(open_config, student=StudentConfig("test_vit", 32))
+    plan = make_plan(vit)
+    assert chosen(plan)["small_images"] is False
+    assert "conv_stem" not in chosen(plan)
+    assert plan.config.optimiser.peak * plan.config.loader.batch_size / 256 == pytest.approx(1e-3, 1e-3)
+    asked = make_plan(replace(vit, student=replace(vit.student, conv_stem=True)))
+    assert (asked.config.student.small_images, asked.config.student.conv_stem) == (True, True)
+
+
+def test_a_vit_goes_on_with_the_stem_that_it_began_with(open_config, steps_take):
+    steps_take(20.0)
+    vit = replace(open_config, student=StudentConfig("test_vit", 32), budget="1m")
+    for began in (True, False):
+        run = replace(vit, out=vit.out / str(began), student=replace(vit.student, conv_stem=began))
+        train_student(run)
+        again = make_plan(replace(run, student=vit.student))
+        assert bool(again.config.student.conv_stem) is began
+
+
 def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
     def tried(config, run, _, tuned=False):
         of_small = {"fp32": 2.0, "bf16": 1.0}[config.precision]

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from rob.common.errors import MisuseError
+from rob.student_train.checkpoint import export_weights, load_student
+from rob.student_train.export.timm_folder import is_for_timm
 from rob.student_train.objectives import OBJECTIVES
 from rob.student_train.students import (
     StudentConfig,
@@ -94,6 +96,44 @@ def test_timm_alone_rebuilds_it_from_the_description(name, side, small_images):
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         torch.testing.assert_close(rebuilt.eval()(images), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+CONVOLUTIONS = StudentConfig("test_vit", 64, small_images=True, conv_stem=True)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_vit_with_convolutions_has_as_many_positions(side, tmp_path):
+    config = replace(CONVOLUTIONS, image_size=side)
+    backbone = build_student(config).eval()
+    with torch.no_grad():
+        assert backbone.forward_features(torch.randn(1, 3, side, side)).shape[1] == 8 * 8 + 1
+        assert backbone.forward_features(torch.randn(1, 3, side // 2, side // 2)).shape[1] == 4 * 4 + 1  # a local crop
+    strides = [m.stride for m in backbone.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert strides == [(2, 2)] * (3 if side == 64 else 2) + [(1, 1)]
+    info = StudentInfo.from_dict(describe_student(config).to_dict())
+    rebuilt = adapt_stem(timm.create_model(info.name, **info.timm_kwargs), info.output_stride, info.conv_stem)
+    rebuilt.load_state_dict(backbone.state_dict())
+    export_weights(backbone, info, tmp_path / "student.safetensors")
+    loaded, _ = load_student(tmp_path / "student.safetensors")
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.eval()(images), backbone(images))
+        torch.testing.assert_close(loaded(images), backbone(images))
+    assert not is_for_timm(info)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "resnet18"}, {"small_images": False}, {"image_size": 96, "small_images": None}]
+)
+def test_convolutions_are_for_small_vits(changes):
+    with pytest.raises(MisuseError, match=r"`conv_stem` is for ViTs in their small-image form, and .* is none"):
+        describe_student(replace(CONVOLUTIONS, **changes))
+
+
+@pytest.mark.parametrize("wrong", [{"conv_stem": 1}, {"small_images": False}, {"timm_kwargs": {"num_classes": 0}}])
+def test_made_up_convolutions_are_refused(wrong):
+    with pytest.raises(ValueError, match="none that a student has"):
+        StudentInfo.from_dict(describe_student(CONVOLUTIONS).to_dict() | wrong)
 
 
 def test_drop_path_changes_training_only():
