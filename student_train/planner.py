@@ -273,10 +273,11 @@ class Planner:
                 self.choices[chosen["lr"]] = Choice("lr", lr, scaled)
 
     def _choose_one_view(self, seconds: float, enough: int) -> None:
-        """One view of an image in a step in the place of two, where the time is short and that buys steps."""
+        """One view of an image in a step in the place of two, where that buys steps and there is no time for twice as many as are
+        enough: as many views in twice the steps take a little longer, and teach more."""
         pairing = self.config.pairing
         assert isinstance(pairing, PairingConfig)
-        short = self._has_fewer(enough, seconds)
+        short = self._has_fewer(2 * enough, seconds)
         if self.may_see_one and short and (gain := self._gain(WORTH_HALVING, pairing=replace(pairing, step_targets=1))):
             reason = f"the time is short, and {gain:.1f} times as many steps count for more than a second view"
             self.choices.append(Choice("step_targets", 1, reason))

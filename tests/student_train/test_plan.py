@@ -178,7 +178,7 @@ def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
 
     student = StudentConfig("mobilenetv3_small_050", 32)
     asked = replace(open_config, student=student, objective=ObjectiveConfig("embedding"), budget="20m")
-    for seconds, views in (((1.0, 0.6), 1), ((1.0, 0.8), 2), ((0.1, 0.05), 2)):
+    for seconds, views in (((1.0, 0.6), 1), ((1.0, 0.8), 2), ((0.1, 0.05), 1), ((0.05, 0.02), 2)):
         steps_take(*seconds)
         plan = make_plan(asked)
         assert (plan.config.pairing.step_targets, plan.trial.seconds) == (views, seconds[views == 1])
