@@ -31,10 +31,12 @@ def data(tmp_path_factory):
     return tiny_beton(tmp_path_factory.mktemp("data"), 24)
 
 
-def trained(data, out: Path, objective: ObjectiveConfig, name: str = NAME, **targets) -> Path:
+def trained(
+    data, out: Path, objective: ObjectiveConfig, name: str = NAME, conv_stem: bool | None = None, **targets
+) -> Path:
     train_student(
         TrainConfig(
-            data.path, out, StudentConfig(name, 32, small_images=True), Momentum(**targets), objective,
+            data.path, out, StudentConfig(name, 32, True, conv_stem), Momentum(**targets), objective,
             optimiser=OptimiserConfig(warmup_epochs=0), epochs=1, local_size=16, device="cpu", loader=LOADER,
         )
     )  # fmt: skip
@@ -62,6 +64,15 @@ def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
     assert teacher.prototypes is not None
     torch.testing.assert_close(teacher.prototypes.norm(dim=1), torch.ones(10))
     assert teacher.mean == info.mean
+
+
+def test_a_vit_that_begins_with_convolutions(data, tmp_path):
+    objective = ObjectiveConfig("swav", hidden_dim=24, sinkhorn="batch")
+    run = trained(data, tmp_path / "run", objective, "test_vit", conv_stem=True, prototypes=10)
+    path = export_teacher(ExportTeacherConfig(run, tmp_path / "teacher.safetensors"))
+    backbone, _ = load_student(run)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(load_teacher(TeacherConfig("test_vit", path)).backbone(images), backbone(images))
 
 
 @pytest.mark.parametrize(("learned", "length"), [(None, 1.0), (False, 2.0)])
