@@ -168,6 +168,11 @@ class Planner:
         batch = power_of_two(min(most, max(SMALLEST_BATCH, images // STEPS_AN_EPOCH)))
         step = self.ranks.world_size * (self.config.accumulate or 1)
         batch = min(batch, max(2, images)) // step * step or step
+        if batch > images:
+            parts = f" and `accumulate` {self.config.accumulate}" if self.config.accumulate else ""
+            raise MisuseError(
+                f"{self.run.data.path} has {images} images, and a step takes {batch} of them at least{parts}"
+            )
         reason = f"{images:,} images leave {images // batch:,} steps an epoch"
         if batch == most:
             reason += ", more would leave fewer steps for the time" if self.on_cpu else ", as published"

@@ -30,14 +30,6 @@ class StudentConfig:
         bool | None,
         Setting("A stem that reduces less, for up to 64 px; default by --image-size, and by the time there is."),
     ] = None
-    conv_stem: Annotated[
-        bool | None,
-        Setting(
-            "ViTs in that form: convolutions of stride 2 in the place of the patches' one, with which they learn more in a short "
-            "run, at a higher rate; rob loads such a network, timm alone does not. Default where the plan chooses the batch or "
-            "the epochs: yes.",
-        ),
-    ] = None
     drop_path: Annotated[float, Setting("Stochastic depth; 0.1 for ViTs trained long.", low=0, high=0.9)] = 0.0
     patch_drop: Annotated[
         float | None,
@@ -46,6 +38,14 @@ class StudentConfig:
             "for a ViT-Ti), else 0. Local crops, targets and evaluation see all. Saves time, too. A loss that stays high: less.",
             low=0,
             high=0.9,
+        ),
+    ] = None
+    conv_stem: Annotated[
+        bool | None,
+        Setting(
+            "ViTs with --small-images: convolutions of stride 2 in the place of the patches' one, with which they learn more in a "
+            "short run, at a higher rate; rob loads such a network, timm alone does not. Default where the plan chooses the "
+            "batch or the epochs: yes.",
         ),
     ] = None
 

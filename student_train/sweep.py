@@ -175,6 +175,7 @@ class SweepConfig:
             "targets": told if len(told) > 1 else told[0] if told else {},
             "images": Beton(self.arguments[0]).manifest.fingerprint,
             "test": None if self.test is None else Beton(self.test).manifest.fingerprint,
+            "labels": [Beton(data).labels_hash for data in (self.arguments[0], self.test) if data is not None],
         }
 
     def commands(self, cell: Sequence[str]) -> list[list[str]]:

@@ -342,6 +342,13 @@ class Beton:
                 progress(image_id + 1, self.num_images)
         return found
 
+    @property
+    def labels_hash(self) -> str | None:
+        """sha256 (hex) of labels and class names, which the fingerprint leaves out; None: there are none."""
+        if self.labels is None:
+            return None
+        return hashlib.sha256(self.labels.tobytes() + repr(self.manifest.classes).encode()).hexdigest()
+
     def class_of(self, image_id: int) -> str | None:
         """By name, or its number where classes have none; None: the image has no label."""
         return None if self.labels is None else self.manifest.class_name(int(self.labels[image_id]))

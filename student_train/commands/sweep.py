@@ -78,7 +78,7 @@ def training_options(context: typer.Context) -> list[TyperOption]:
 def check_words(context: typer.Context, words: list[str]) -> None:
     """MisuseError: rob train-student would not take these words, or does not know the student or the objective. No run is made
     of them."""
-    from ..config import ObjectiveConfig
+    from ..objectives import ObjectiveConfig  # which fills in the names of all
     from ..students import model_family
 
     application = context.find_root().command

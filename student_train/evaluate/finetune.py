@@ -64,7 +64,9 @@ def finetune_lowshot(
     for seed in seeds:
         settings = {**asdict(config), **share.to_json(), "seed": seed, "loader": asdict(loader)}
         settings |= {**network.settings, "images": len(train.image_ids)}
-        settings |= {"data": [Beton(images.path).manifest.fingerprint for images in (train, test)]}
+        stored = [Beton(images.path) for images in (train, test)]
+        settings |= {"data": [data.manifest.fingerprint for data in stored]}
+        settings |= {"labels": [data.labels_hash for data in stored]}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         done = keep_in and keep_in / f"{digest[:16]}.json"
         top1 = done and _kept(done)

@@ -70,6 +70,7 @@ def train_on_crops(
     data = Beton(images.path)
     settings = {**asdict(config), "loader": asdict(loader), **network.settings}
     settings |= {"data_fingerprint": data.manifest.fingerprint, "num_images": len(images.image_ids)}
+    settings |= {"labels": data.labels_hash}
     sweep = HeadSweep(images.features, config)
     first = 0
     if checkpoint and checkpoint.exists():

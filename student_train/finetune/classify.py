@@ -89,6 +89,8 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
         "classes": classes,
         "train_fingerprint": data.manifest.fingerprint,
         "val_fingerprint": tested.manifest.fingerprint,
+        "train_labels": data.labels_hash,
+        "val_labels": tested.labels_hash,
     }
     with tuning_folder(config, "classify", start, facts) as kept:
         weights = config.out / TASKS["classify"].file

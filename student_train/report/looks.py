@@ -16,6 +16,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from timm.utils import AttentionExtract
 from torch import Tensor
 
+from ...common.errors import MisuseError
 from ...common.look.patch_colours import laid_over
 from ..evaluate.network import FrozenNetwork
 from .config import ReportConfig
@@ -69,7 +70,10 @@ def last_map(backbone: Any, images: Tensor) -> tuple[str, Tensor] | None:
     """
     if isinstance(backbone, VisionTransformer | Eva | Beit):  # others have blocks of another attention
         return "attention", _attention(backbone, images)
-    features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
+    try:
+        features = backbone.forward_features(images) if hasattr(backbone, "forward_features") else None
+    except MisuseError:  # a network that is not timm's, whose pooled layer is no map
+        return None
     if features is None or features.dim() != 4 or features.shape[1] != getattr(backbone, "num_features", -1):
         return None
     mean = features.mean((2, 3))

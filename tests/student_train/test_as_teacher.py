@@ -36,7 +36,7 @@ def trained(
 ) -> Path:
     train_student(
         TrainConfig(
-            data.path, out, StudentConfig(name, 32, True, conv_stem), Momentum(**targets), objective,
+            data.path, out, StudentConfig(name, 32, small_images=True, conv_stem=conv_stem), Momentum(**targets), objective,
             optimiser=OptimiserConfig(warmup_epochs=0), epochs=1, local_size=16, device="cpu", loader=LOADER,
         )
     )  # fmt: skip

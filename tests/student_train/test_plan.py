@@ -17,10 +17,12 @@ from rob.student_train.config import PUBLISHED_LR, ObjectiveConfig, OptimiserCon
 from rob.student_train.plan import make_plan, opened
 from rob.student_train.plan_warnings import LEAST_STEPS, LEAST_STEPS_VIT
 from rob.student_train.students import StudentConfig
+from rob.student_train.targets.momentum import Momentum
 from rob.student_train.targets.with_copy import WithCopy
 from rob.student_train.train import train_student
 from rob.student_train.train_config import LoaderByPlan, TrainConfig, seconds_of
 from rob.student_train.trial import Trial, try_steps
+from support.tiny import tiny_beton
 from support.training import CPU
 
 
@@ -234,6 +236,16 @@ def test_a_budget_that_is_no_time_or_beside_epochs_is_refused(open_config):
         replace(open_config, budget="20m", epochs=3)
     with pytest.raises(MisuseError, match="unknown effort 'hour': did you mean hours"):
         replace(open_config, effort="hour")
+
+
+def test_fewer_images_than_a_step_takes(open_config, tmp_path):
+    one = replace(open_config, data=tiny_beton(tmp_path, 1).path, targets=Momentum(), objective=ObjectiveConfig("dino"))
+    for config, least in (
+        (one, "2 of them at least"),
+        (replace(one, accumulate=4), "4 of them at least and `accumulate` 4"),
+    ):
+        with pytest.raises(MisuseError, match=f"has 1 images, and a step takes {least}"):
+            make_plan(config)
 
 
 def test_a_stem_that_leaves_too_few_steps_is_given_up(open_config, steps_take):

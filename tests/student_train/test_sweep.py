@@ -400,3 +400,12 @@ def test_a_stopped_sweep_stops_its_run_which_saves(tmp_path, monkeypatch, capsys
     assert (out / "seed=1" / "checkpoint.pt").exists()
     assert not (out / "seed=2").exists()
     os.close(lock_file(out / "seed=1" / ".lock", "the run still trains"))
+
+
+def test_an_objective_is_known_to_the_command_alone(tmp_path):
+    """In a process of its own: here other tests have read what fills in the names."""
+    words = ["--vary", "objective=embedding,nonsense", "--", str(tmp_path / "a.beton"), "--targets", "momentum"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rob", "sweep", tmp_path / "out", *words], capture_output=True, text=True
+    )
+    assert "unknown objective 'nonsense'" in done.stderr

@@ -35,7 +35,7 @@ ONCE = {
     ("student_train/targets/momentum.py", "_mean_and_std"),
     ("common/views/colours.py", "_channel_offsets"),
     ("student_train/kernels/topk.py", "_on_device"),
-    ("common/views/batch.py", "augment"),
+    ("common/views/batch.py", "_augmented"),
 }
 """(file, function) that makes constants on the device, once a run, or finds there what was copied before."""
 

@@ -306,3 +306,21 @@ pack(PackConfig(sys.argv[1], Path(sys.argv[2])), progress)
     assert left == [f".data.beton.tmp-{process.pid}"]
     pack(PackConfig(str(image_folder), out))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.beton", "data.beton.json"]
+
+
+def test_labels_have_a_hash_of_their_own(tmp_path):
+    """The fingerprint is that of the images: corrected labels are the same images."""
+    folder = tiny.tiny_images(tmp_path / "images", 4)
+    found = []
+    for name, classes in (("a", "0101"), ("b", "0110"), ("none", "")):
+        lines = [
+            f"{path},{label}" for path, label in zip(sorted(folder.rglob("*.jpg")), classes or "0000", strict=True)
+        ]
+        listed = tmp_path / f"{name}.csv"
+        head = "path,label" if classes else "path"
+        listed.write_text("\n".join([head, *(line if classes else line.split(",")[0] for line in lines)]))
+        pack(PackConfig(str(listed), tmp_path / f"{name}.beton", shuffle=False, workers=1))
+        found.append(Beton(tmp_path / f"{name}.beton"))
+    assert len({data.manifest.fingerprint for data in found}) == 1
+    assert found[0].labels_hash != found[1].labels_hash
+    assert found[2].labels_hash is None

@@ -17,6 +17,7 @@ from PIL import Image
 from rob.common.errors import MisuseError
 from rob.common.images.beton import Beton
 from rob.common.images.pack import PackConfig, pack
+from rob.common.own_network import OwnNetwork
 from rob.common.records import sealed
 from rob.common.store.patches import PatchChoice
 from rob.common.views.recipes import get_recipe
@@ -228,6 +229,10 @@ def test_attention_is_a_share_and_activation_is_where_something_is():
     assert np.isfinite(places.numpy()).all()
     attends_to_channels = build_student(StudentConfig("xcit_nano_12_p16_224", 224)).eval()
     assert last_map(attends_to_channels, torch.zeros(1, 3, 224, 224)) is None
+    pooled = OwnNetwork(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()), None, 32, "a student", "student"
+    )
+    assert last_map(pooled.eval(), images) is None  # returns features, no map
 
 
 @pytest.mark.slow
