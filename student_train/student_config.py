@@ -43,8 +43,8 @@ class StudentConfig:
     conv_stem: Annotated[
         bool | None,
         Setting(
-            "ViTs with --small-images: convolutions of stride 2 in the place of the patches' one, with which they learn more in a "
-            "short run, at a higher rate; rob loads such a network, timm alone does not. Default where the plan chooses the "
+            "ViTs with --small-images: convolutions of stride 2 in the place of the patches' one, with which they learn more in "
+            "a short run, at a higher rate; rob loads such a network, timm alone does not. Default where the plan chooses the "
             "batch or the epochs: yes.",
         ),
     ] = None
