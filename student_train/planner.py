@@ -194,7 +194,8 @@ class Planner:
             return
         scaled = PUBLISHED_LR * batch / LR_BATCH_SIZE
         kind = "vit" if self.family in VIT_FAMILIES else "mobile" if self.family in MOBILE_FAMILIES else "cnn"
-        kind = "vit-conv" if self.config.student.conv_stem else kind
+        if self.config.student.conv_stem and batch <= CPU_BATCH:  # with larger ones it was not tried
+            kind = "vit-conv"
         least = LEAST_RATE[kind] if optimiser.name == "adamw" else 0.0
         lr = max(scaled, least) * LR_BATCH_SIZE / batch
         reason = f"x {batch}/{LR_BATCH_SIZE} = {max(scaled, least):g} in a step"

@@ -93,6 +93,15 @@ def test_a_short_run_has_the_rate_of_its_family(open_config, steps_take, name, r
     assert optimiser.peak * 24 / 256 == pytest.approx(rate, 1e-3)
 
 
+def test_a_large_batch_of_a_vit_has_no_higher_rate(open_config, steps_take, monkeypatch):
+    steps_take(0.01)
+    monkeypatch.setattr(planner_module, "CPU_BATCH", 16)
+    loader = LoaderConfig("torch", 24, 1)
+    plan = make_plan(replace(open_config, student=StudentConfig("test_vit", 32), loader=loader))
+    assert plan.config.student.conv_stem
+    assert plan.config.optimiser.peak * 24 / 256 == pytest.approx(1e-3, 1e-3)
+
+
 @pytest.mark.parametrize(("budget", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("2 hours", 7200)])
 def test_a_budget_is_filled_and_not_overrun(open_config, steps_take, budget, seconds):
     assert seconds_of(budget) == seconds
