@@ -124,10 +124,13 @@ def test_a_list_is_the_same_for_every_seed():
 
 
 def test_what_was_kept_is_of_both_data_sets(tmp_path, monkeypatch):
-    """An outcome on other test images, or after other training images, is none of this one's."""
-    monkeypatch.setattr(
-        finetune_module, "Beton", lambda path: SimpleNamespace(manifest=SimpleNamespace(fingerprint=path.name))
-    )
+    """An outcome on other test images, or after other training images, is none of this one's, nor is one of labels that were
+    corrected since."""
+
+    def stored(path, labels="first"):
+        return SimpleNamespace(manifest=SimpleNamespace(fingerprint=path.name), labels_hash=labels)
+
+    monkeypatch.setattr(finetune_module, "Beton", stored)
     monkeypatch.setattr(
         finetune_module, "finetune", lambda network, train, test, *_: 10 * int(train.path.stem) + int(test.path.stem)
     )
@@ -140,5 +143,9 @@ def test_what_was_kept_is_of_both_data_sets(tmp_path, monkeypatch):
 
     pairs = [(train, test) for train in (1, 2) for test in (3, 4)]
     assert [top1(*pair) for pair in pairs] == [13, 14, 23, 24]
+    again = finetune_module.finetune
     monkeypatch.setattr(finetune_module, "finetune", None)
     assert [top1(*pair) for pair in pairs] == [13, 14, 23, 24]
+    monkeypatch.setattr(finetune_module, "finetune", lambda *given: 1 + again(*given))
+    monkeypatch.setattr(finetune_module, "Beton", lambda path: stored(path, "corrected"))
+    assert [top1(*pair) for pair in pairs] == [14, 15, 24, 25]
