@@ -29,7 +29,7 @@ from rob.common.store.reader import TargetStore
 from rob.common.timing import Stopwatch
 from rob.common.views.loader import LoaderConfig, ViewLoader, resolve_loader
 from rob.common.views.recipes import get_recipe
-from rob.student_train.crops import Preparation, crop_sets
+from rob.student_train.crops import Preparation, crop_sets, views_like
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.optimiser import OptimiserConfig
 from rob.student_train.students import StudentConfig, describe_student
@@ -188,10 +188,8 @@ class Side:
         info = describe_student(config.student)
         self.config, self.data, self.branch, self.steps, self.in_memory = config, data, branch, steps, in_memory
         self.prepare = Preparation(branch.recipe, info.mean, info.std, device)
-        views_like = (
-            branch.geometry if isinstance(config.pairing, PairingConfig) and config.pairing.pairing != "cross" else None
-        )
-        self.loader = ViewLoader(data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
+        loading = resolve_loader(config.loader, device, views_like(config, branch))
+        self.loader = ViewLoader(data, branch.recipe, branch.seed, loading)
         self.stopwatch = Stopwatch(device, synchronise=True)
         self.step, self.losses = 0, []
         self.rounds: list[tuple[dict[str, float], float]] = []

@@ -37,8 +37,8 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     try:
         if student.small_images is None:
             student = replace(student, small_images=begun["student"]["small_images"])
-        if student.conv_stem is None:
-            student = replace(student, conv_stem=begun["student"].get("conv_stem"))
+        conv_stem = begun["student"].get("conv_stem") if student.conv_stem is None else student.conv_stem
+        student = replace(student, conv_stem=conv_stem or None)  # a run without says nothing of it
         if optimiser.lr is None:
             optimiser = replace(optimiser, lr=begun["optimiser"]["lr"])
         if optimiser.warmup_epochs is None and config.epochs is None:

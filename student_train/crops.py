@@ -7,7 +7,9 @@ from ..common.errors import MisuseError
 from ..common.run import pixel_dtype
 from ..common.views.batch import Batch, ViewSet
 from ..common.views.recipes import Recipe
+from .config import PairingConfig
 from .students import vit_patch
+from .targets.branch import TargetBranch
 from .targets.pairing import ViewPlan
 from .train_config import TrainConfig
 
@@ -31,6 +33,12 @@ def crop_sets(config: TrainConfig, recipe: Recipe, plan: ViewPlan) -> tuple[View
     patch = vit_patch(config.student)
     patches = max(1, round(size * local.size / recipe.global_crops[0].size / patch))
     return (*sets, ViewSet(plan.locals, config.local_size or patches * patch))
+
+
+def views_like(config: TrainConfig, branch: TargetBranch) -> str | None:
+    """The resize path of the stored targets' views, which the student sees again pixel by pixel; None: its views are its own."""
+    assert isinstance(config.pairing, PairingConfig)
+    return branch.geometry if config.pairing.pairing != "cross" else None
 
 
 class Preparation:

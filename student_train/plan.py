@@ -145,6 +145,8 @@ def plan_run(
     else:
         planner.as_published()
     config = planner.config
+    # A run without says nothing of it, as those from before there was a choice.
+    config = replace(config, student=replace(config.student, conv_stem=config.student.conv_stem or None))
     assert config.epochs is not None
     steps = planner.steps_per_epoch * config.epochs
     if measured and steps >= WORTH_MEASURING:

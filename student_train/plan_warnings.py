@@ -47,8 +47,10 @@ def warnings_of(
             f"{steps:,} steps are few: below about {LEAST_STEPS:,} a student is often no better than its random start. "
             "More `epochs`, a smaller `batch_size`, or a longer `budget`"
         )
-    elif model_family(config.student.name) in VIT_FAMILIES and (
-        steps < LEAST_STEPS_VIT and steps * config.loader.batch_size < LEAST_IMAGES_VIT
+    elif (
+        model_family(config.student.name) in VIT_FAMILIES
+        and steps < LEAST_STEPS_VIT
+        and steps * config.loader.batch_size < LEAST_IMAGES_VIT
     ):
         assert config.objective is not None
         with_patches = ", and so does a ViT from targets of patches (cached with `patches` grid, `objective` patch)"

@@ -111,7 +111,7 @@ class Planner:
         small = is_small(self.config.student)
         if small and self.config.student.small_images is None:
             self.choices.append(Choice("small_images", True, BY_SIZE))
-        student = replace(self.config.student, small_images=small, conv_stem=self.config.student.conv_stem or None)
+        student = replace(self.config.student, small_images=small)
         self._set(optimiser=optimiser, student=student, pairing=self._pairing(None))
 
     def _pairing(self, num_local: int | None) -> PairingConfig:
@@ -185,8 +185,7 @@ class Planner:
         open_vit = student.conv_stem is None and self.family in VIT_FAMILIES and is_small(student)
         if open_vit and student.init is None and self.config.objective.name not in HIDES_PATCHES:
             self.choices.append(Choice("conv_stem", True, BY_CONVOLUTIONS))
-            student = replace(student, conv_stem=True)
-        self._set(student=replace(student, conv_stem=student.conv_stem or None))
+            self._set(student=replace(student, conv_stem=True))
 
     def _choose_rate(self) -> None:
         optimiser, batch = self.config.optimiser, self.config.loader.batch_size

@@ -31,7 +31,7 @@ from .bottleneck import advise
 from .checkpoint import export_weights
 from .collapse import CollapseWatch, remedies
 from .config import PairingConfig
-from .crops import Preparation, crop_sets
+from .crops import Preparation, crop_sets, views_like
 from .evaluate.yardstick import Yardstick
 from .extension import read_parent, take_over
 from .kernels.choice import Measured, use_measured
@@ -116,10 +116,10 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     plan = plan_run(config, context, branch, ranks, measured=progress.plan is not None, say=progress.say)
     config, pairing = plan.config, plan.config.pairing
     assert isinstance(pairing, PairingConfig) and config.epochs is not None, "the plan leaves nothing open"
-    views_like = branch.geometry if pairing.pairing != "cross" else None
+    like = views_like(config, branch)
     # The run's settings keep "auto": it may go on elsewhere.
-    view_loading = resolve_loader(config.loader, device, views_like)
-    if views_like not in (None, geometry(view_loading)):
+    view_loading = resolve_loader(config.loader, device, like)
+    if like not in (None, geometry(view_loading)):
         progress.note(
             f"the targets were cached with the {branch.geometry} loader and are read with {geometry(view_loading)}: "
             "the student's pixels differ slightly from the teacher's; use the same `loader` for exact pairs"

@@ -19,7 +19,7 @@ from ..common.store.manifest import CHUNK_ROWS
 from ..common.views.loader import ViewLoader, resolve_loader
 from .checkpoint import save_checkpoint
 from .config import PairingConfig
-from .crops import Preparation, crop_sets
+from .crops import Preparation, crop_sets, views_like
 from .evaluate.yardstick import MOST_ON_CPU
 from .students import check_input_size, describe_student, num_parameters
 from .targets.branch import RunContext
@@ -100,8 +100,8 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
     assert isinstance(config.pairing, PairingConfig)
     info = describe_student(config.student)
     prepare = Preparation(branch.recipe, info.mean, info.std, device, config.precision)
-    views_like = branch.geometry if config.pairing.pairing != "cross" else None
-    loader = ViewLoader(run.data, branch.recipe, branch.seed, resolve_loader(config.loader, device, views_like))
+    loading = resolve_loader(config.loader, device, views_like(config, branch))
+    loader = ViewLoader(run.data, branch.recipe, branch.seed, loading)
     pace = Pace(device)  # the host runs ahead as it does in the run: steps are waited for at both ends alone
     done, kept, began, started, queued = 0, 0, _now(device), None, 0.0
     for epoch in count():

@@ -155,7 +155,7 @@ def measure(run: TrainConfig, steps: int) -> None:
     """Show whether the run worked, as far as its images can tell."""
     from ...common.images.beton import Beton
     from ...common.run import pick_device
-    from ..begun import read_begun
+    from ..begun import as_begun, read_begun
     from ..checkpoint import load_student
     from ..evaluate.yardstick import FEWEST_IMAGES, Yardstick, verdict, write_outcome
     from ..optimiser import LR_BATCH_SIZE
@@ -166,8 +166,7 @@ def measure(run: TrainConfig, steps: int) -> None:
     if made is None:
         return
     device = pick_device(run.device)
-    form = {"small_images": made["student"]["small_images"], "conv_stem": made["student"].get("conv_stem")}
-    student = replace(with_start(run.student, made), **form)
+    student = with_start(as_begun(run, made).student, made)
     yardstick = Yardstick.of(Beton(run.data, run.local_dir), student, run.targets, run.seed, device, run.loader)
     if yardstick is None:
         note(f"whether it worked cannot be told: that wants {FEWEST_IMAGES} images, with labels or a store of targets")

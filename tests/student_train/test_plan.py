@@ -302,6 +302,10 @@ def test_a_vit_goes_on_with_the_stem_that_it_began_with(open_config, steps_take)
         train_student(run)
         again = make_plan(replace(run, student=vit.student))
         assert bool(again.config.student.conv_stem) is began
+        further = replace(
+            run, budget=None, out=vit.out / "further", extend=1, student=replace(run.student, init=str(run.out))
+        )
+        assert bool(make_plan(further).config.student.conv_stem) is began
 
 
 def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
