@@ -83,7 +83,8 @@ def train(setting: Setting, run: Path, student: str, targets: str, *objective: s
     ):
         assert process.stdout is not None
         for line in process.stdout:
-            planned = planned or time.perf_counter() - start
+            if planned is None and line.strip() == "plan":
+                planned = time.perf_counter() - start
             print(line, end="", file=log, flush=True)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}: see {run}.log")
