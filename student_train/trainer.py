@@ -100,8 +100,9 @@ class Trainer:
         self.compiles = compiled != "off" or device.type == "cuda"
         self.parallel = self.model if ranks.world_size == 1 else _parallel(self.model)
         # Not for fp16: a fused one takes the scaler's verdict on the device, and whether a step was skipped stays unknown here.
-        fused = device.type == "cuda" and config.precision != "fp16"
+        fused = device.type in ("cuda", "cpu") and config.precision != "fp16"
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size, fused)
+        self.parameters = list(self.model.parameters())  # walking through the modules takes a millisecond, every step
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = build_average(self.model.backbone, config.average) if config.average else None
@@ -147,7 +148,7 @@ class Trainer:
         if number < self.steps_with_still_prototypes:
             for parameter in self.objective.prototype_weights:  # before the norm: what does not move has no part in it
                 parameter.grad = None
-        norm = clip_gradients(self.model.parameters(), self.clip_grad, self.clip_each)
+        norm = clip_gradients(self.parameters, self.clip_grad, self.clip_each)
         self.moved = False
         self.scaler.step(self.optimiser)
         self.scaler.update()

@@ -100,6 +100,13 @@ def test_the_seed_reaches_every_generator():
     seed_everything(2**40)  # NumPy alone takes 32 bits
 
 
+def test_no_seed_is_kept_for_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("traceback.format_stack", lambda *_: pytest.fail("torch keeps the stack of every seed"))
+    seed_everything(5)
+    found = torch.rand(3)
+    assert torch.equal(found, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
 def test_versions_of_what_is_not_installed():
     found = versions("torch", "no-such-package")
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
