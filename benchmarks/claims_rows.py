@@ -61,7 +61,7 @@ class Row:
         return self.kind == "copy" or (self.kind == "momentum" and self.objective != "swav")
 
     def fitted_objective(self, kind: str, teacher_temp: float | None) -> ObjectiveConfig:
-        """For a student of ``kind``: heads over prototypes have BatchNorm for a CNN and none for a ViT, as RoB's."""
+        """For a student of ``kind``: heads over prototypes have BatchNorm for a CNN and none for a ViT, as by default."""
         assert self.objective is not None
         options = dict(self.options)
         if issubclass(OBJECTIVES[self.objective], PrototypeObjective):

@@ -18,7 +18,7 @@ Precision = Annotated[
     str,
     Setting(
         "auto (bf16 on GPUs from compute capability 8 on, which A100 has, and on a CPU where train-student's plan finds the time "
-        "short and bf16 faster; else fp32), fp32, bf16 or fp16 (on GPUs only). NaN losses with fp16 end with bf16."
+        "short and bf16 faster; else fp32), fp32, bf16 or fp16 (on GPUs only). Where fp16 gives NaN losses, take bf16."
     ),
 ]
 Overwrite = Annotated[bool, Setting("Replace what is there already.", option="--overwrite")]

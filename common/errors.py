@@ -43,8 +43,9 @@ def not_installed(what: str, package: str, extra: str) -> MisuseError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line: its first that is not empty, else its class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says, in a line: its first that is not empty, after a heading the one below it; else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def named_line(error: BaseException) -> str:

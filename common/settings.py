@@ -96,7 +96,7 @@ def check(config: Any) -> None:
 
 
 def check_value(name: str, setting: Setting, value: Any) -> None:
-    """MisuseError: it, or one of several, is none that the setting may have."""
+    """MisuseError: the value, or one of several, is out of range or none of the choices."""
     for each in value if isinstance(value, tuple | list) else (value,):
         _check_one(name, setting, each)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.errors import MisuseError
 from ..common.exported import StudentInfo
-from ..common.files import replacing
+from ..common.files import refuse_existing, replacing
 from ..common.run import versions
 from ..common.weights import tensor_file
 from .begun import read_begun
@@ -66,7 +66,8 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
     }
     if issubclass(kind, PrototypeObjective):
         rows = _rows(student if branch.get("own_prototypes") else teacher)
-        unit = kind.unit_prototypes and settings["objective"].get("norm_last_layer") is not False
+        learned = settings["objective"].get("head") != "frozen"
+        unit = kind.unit_prototypes and learned and settings["objective"].get("norm_last_layer") is not False
         tensors["head.last_layer.weight"] = F.normalize(rows, dim=1) if unit else rows
         if "objective.centres.0.centre" in student:
             tensors["centre"] = student["objective.centres.0.centre"]
@@ -87,6 +88,7 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
         "rob_version": versions("rob")["rob"],
     }
     kept = {name: _stored(tensor, config.half) for name, tensor in tensors.items()}
+    refuse_existing(config.out, config.overwrite)
     with replacing(config.out) as file:
         file.write(tensor_file(kept, metadata))
     return config.out

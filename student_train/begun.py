@@ -39,6 +39,9 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
             student = replace(student, small_images=begun["student"]["small_images"])
         conv_stem = begun["student"].get("conv_stem") if student.conv_stem is None else student.conv_stem
         student = replace(student, conv_stem=conv_stem or None)  # a run without says nothing of it
+        objective = config.objective
+        if objective is not None and objective.head_norm is None:
+            objective = replace(objective, head_norm=begun["objective"].get("head_norm"))
         if optimiser.lr is None:
             optimiser = replace(optimiser, lr=begun["optimiser"]["lr"])
         if optimiser.warmup_epochs is None and config.epochs is None:
@@ -55,6 +58,7 @@ def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:
     return replace(
         config,
         student=student,
+        objective=objective,
         optimiser=optimiser,
         loader=loader,
         pairing=pairing,

@@ -12,13 +12,18 @@ from ..common.records import DamagedError, read_record
 from ..common.store.reader import TargetStore
 from ..common.weights import read_tensor_file
 from .checkpoint import is_whole_archive
+from .evaluate.yardstick import OUTCOME_NAME
+from .export.exported_file import NAME as EXPORTED
 from .export.onnx_file import check_onnx
-from .run_folder import read_log
+from .loggers.logger import NAME as LOGGERS
+from .run_folder import EpochLine, read_lines
+from .sweep import RECORD_NAME
 
 Progress = Callable[[int, int], None]
 """Gets (parts looked at, all parts) of the path at hand."""
 WRITTEN_BY_OTHERS = ("*.mlpackage", "wandb")
 """Folders in a run's whose files have no checksum of ours."""
+RECORDS = ("config.json", "result.json", OUTCOME_NAME, EXPORTED, LOGGERS, RECORD_NAME)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,6 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
         folders = [path / part for part in file.relative_to(path).parents]  # none that `path` is in
         if any(folder.match(others) for folder in folders for others in WRITTEN_BY_OTHERS):
             continue
-        in_run = any((folder / "config.json").exists() for folder in folders)
         if file.suffix == ".safetensors":
             yield file, _problem_of_tensors
         elif file.suffix == ".onnx":
@@ -87,7 +91,7 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
             yield file, _problem_of_archive
         elif file.name == "metrics.jsonl":
             yield file, _problem_of_log
-        elif file.suffix == ".json" and in_run and file.parent.name != "detections":
+        elif file.name in RECORDS or (file.suffix == ".json" and file.parent.name == "eval"):
             yield file, _problem_of_record
 
 
@@ -113,7 +117,7 @@ def _problem_of_archive(file: Path) -> str | None:
 
 def _problem_of_log(file: Path) -> str | None:
     try:
-        read_log(file.parent)
+        read_lines(file, EpochLine)
     except FailureError as problem:
         return str(problem)
     return None

@@ -26,7 +26,7 @@ from ..common.own_network import whole_of
 from ..common.records import DamagedError, NoChecksumError
 from ..common.run import versions
 from ..common.signals import uninterrupted
-from ..common.weights import read_tensor_file, tensor_file
+from ..common.weights import hash_weights, read_tensor_file, tensor_file
 from .students import create_student
 
 FORMAT_VERSION = 1
@@ -187,7 +187,26 @@ def load_student(
     """
     if student is not None:
         name_factory(student)
-    run_or_weights = Path(run_or_weights)
+    tensors, info, path = read_student(Path(run_or_weights))
+    try:
+        backbone = create_student(info)
+    except MisuseError as problem:
+        raise MisuseError(f"{path}: {problem}") if info.is_own else problem from None
+    try:
+        whole_of(backbone).load_state_dict(tensors)
+    except RuntimeError as error:
+        raise MisuseError(f"the tensors of {path} are not those of the student {info.name!r} it names") from error
+    return backbone.to(device).eval(), info
+
+
+def hash_student(run_or_weights: Path) -> str:
+    """What ``hash_weights`` says of ``load_student``'s network, whose code need not be there. MisuseError as ``load_student``."""
+    tensors, info, _ = read_student(run_or_weights)
+    return hash_weights({f"model.{name}" if info.is_own else name: tensor for name, tensor in tensors.items()})
+
+
+def read_student(run_or_weights: Path) -> tuple[dict[str, Tensor], StudentInfo, Path]:
+    """The tensors by their names in the file, the description, and the file. MisuseError as ``load_student``."""
     path = run_or_weights / WEIGHTS_NAME if run_or_weights.is_dir() else run_or_weights
     if not path.exists():
         expected = f"no {WEIGHTS_NAME} in {run_or_weights}" if run_or_weights.is_dir() else f"{path}: no such file"
@@ -212,15 +231,7 @@ def load_student(
     info = described_in(metadata, path)
     if info is None:
         raise MisuseError(f"{path} does not say which student it holds: give weights written by rob train-student")
-    try:
-        backbone = create_student(info)
-    except MisuseError as problem:
-        raise MisuseError(f"{path}: {problem}") if info.is_own else problem from None
-    try:
-        whole_of(backbone).load_state_dict(tensors)
-    except RuntimeError as error:
-        raise MisuseError(f"the tensors of {path} are not those of the student {info.name!r} it names") from error
-    return backbone.to(device).eval(), info
+    return tensors, info, path
 
 
 # ==== configurations ====

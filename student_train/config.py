@@ -116,7 +116,8 @@ class ObjectiveConfig:
     head_norm: Annotated[
         bool | None,
         Setting(
-            "BatchNorm in the head; default yes, and no for moco, disco and seed. DINO's and iBOT's ViTs: no.",
+            "BatchNorm in the head; default yes, but no for moco, disco and seed, and for dino's and ibot's ViTs. RoB has none "
+            "with dino and ibot for CNNs either.",
             group="Head",
         ),
     ] = None
@@ -224,8 +225,8 @@ class PairingChoice:
         int | None,
         Setting(
             "Local crops of an image in a step; default the recipe's, or 0 where the plan finds them too dear (on a CPU) or too "
-            "small. With --pairing same 0, as in RoB: 8 local crops of 96 px "
-            "cost three quarters of the pixels of 2 global ones.",
+            "small, or with --pairing same (RoB has 4 to 10 of them there: --preset): 8 local crops of 96 px cost three quarters "
+            "of the pixels of 2 global ones.",
             low=0,
         ),
     ] = None
@@ -340,7 +341,7 @@ class OptimiserConfig:
             "Where the warm-up begins, default 0; not scaled with the batch, but never above its peak. MSN 2e-4.", low=0
         ),
     ] = None
-    weight_decay: Annotated[float, Setting("0.04 for AdamW, 1e-4 for SGD, 1e-6 for LARS.", low=0)] = 0.04
+    weight_decay: Annotated[float, Setting("AdamW's usual one; give 1e-4 with sgd, 1e-6 with lars.", low=0)] = 0.04
     weight_decay_end: Annotated[
         float | None, Setting("Where a cosine takes the weight decay to, 0.4 for DINO's ViTs.", low=0)
     ] = None

@@ -74,16 +74,15 @@ def embed(
     return files
 
 
-def _labels(data: Beton, order: list[int]) -> list[str] | list[int] | None:
+def _labels(data: Beton, order: list[int]) -> list[str | int | None] | None:
+    """Of each image in this order, None where it has none; None: no image has one."""
     if data.labels is None:
         return None
     classes, labels = data.manifest.classes, data.labels.tolist()
-    if classes is None:
-        return [labels[row] for row in order]
-    return [classes[labels[row]] if labels[row] >= 0 else "" for row in order]
+    return [None if labels[row] < 0 else classes[labels[row]] if classes else labels[row] for row in order]
 
 
-def _csv(paths: list[str], labels: list[str] | list[int] | None) -> bytes:
+def _csv(paths: list[str], labels: list[str | int | None] | None) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path"] if labels is None else ["path", "label"])
@@ -94,7 +93,7 @@ def _csv(paths: list[str], labels: list[str] | list[int] | None) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def _write_parquet(out: Path, paths: list[str], labels: list[str] | list[int] | None, rows: np.ndarray) -> None:
+def _write_parquet(out: Path, paths: list[str], labels: list[str | int | None] | None, rows: np.ndarray) -> None:
     import pyarrow.parquet
 
     plain = [path.encode(errors="surrogateescape").decode(errors="backslashreplace") for path in paths]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common.errors import FailureError
 from ..common.run import autocast, seed_step
 from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from .optimiser import clip_gradients
 
 Batch = TypeVar("Batch")
 
@@ -71,6 +72,7 @@ def train_epochs(
     rates = [group["lr"] for group in optimiser.param_groups]
     scaler = torch.amp.GradScaler(training.device.type, enabled=training.precision == "fp16")
     parts: dict[str, Any] = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    parameters = list(model.parameters())
     history: list[dict[str, float]] = []
     best: dict[str, Any] = {}
     if kept and kept.checkpoint.exists():
@@ -97,7 +99,7 @@ def train_epochs(
             scaler.scale(loss).backward()
             if training.clip is not None:
                 scaler.unscale_(optimiser)
-                nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+                clip_gradients(parameters, training.clip)
             scaler.step(optimiser)
             scaler.update()
             losses.append(loss.item())  # a GPU is waited for here alone, with the whole step under way

@@ -26,6 +26,8 @@ class Parent:
     run: Path
     state: Mapping[str, Any]
     told: Mapping[str, Any]
+    warning: str | None = None
+    """Of another teacher than the run has."""
 
 
 def settings_of_parent(run: str | None, epochs: int | None) -> dict[str, Any]:
@@ -74,9 +76,11 @@ def _without_start(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in OWN_START}
 
 
-def read_parent(config: TrainConfig) -> Parent:
-    """MisuseError, FailureError: as ``read_checkpoint``."""
+def read_parent(config: TrainConfig, branch: Mapping[str, Any]) -> Parent:
+    """``branch`` describes that of the run. MisuseError: its teachers come in another order; and, as FailureError, as
+    ``read_checkpoint``."""
     run = Path(config.student.init or "")
+    warning = _other_teachers(run, _teachers((read_begun(run) or {}).get("branch") or {}), _teachers(branch))
     state = read_checkpoint(run / "checkpoint.pt")["state"]
     try:
         tensors = {
@@ -87,7 +91,24 @@ def read_parent(config: TrainConfig) -> Parent:
         raise MisuseError(
             f"{run}/checkpoint.pt is not of rob train-student ({error}): nothing to go on with"
         ) from error
-    return Parent(run, state, told)
+    return Parent(run, state, told, warning)
+
+
+def _teachers(branch: Mapping[str, Any]) -> list[str]:
+    members = [one for one in (branch, *branch.get("others", ())) if "teacher" in one]
+    return [f"{one['teacher']} (weights {str(one.get('weights_hash'))[:8]})" for one in members]
+
+
+def _other_teachers(run: Path, then: list[str], now: list[str]) -> str | None:
+    if then == now or not then:
+        return None
+    names = ", ".join(then)
+    if sorted(then) == sorted(now):
+        raise MisuseError(
+            f"`targets`: {run}, which `extend` goes on with, has a head for each of its teachers, in the order {names}: give "
+            "the stores in that order"
+        )
+    return f"{run} learned from {names}, and this run learns from {', '.join(now) or 'no teacher'}"
 
 
 def take_over(state: Mapping[str, Any], parent: Parent) -> None:

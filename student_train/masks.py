@@ -1,7 +1,7 @@
 """Which patches iBOT hides from the student (2111.07832, after BEiT): blocks, up to a share of the view that is drawn for it.
 
-A share is 0 or, as often, uniform from .1 to .5. Blocks have an area from a ninth of the view up and an aspect ratio from .3 to
-1/.3; one that would hide too much, or nothing new, is drawn again, ten times at most.
+A share is 0 or, as often, uniform from .1 to .5. Blocks have an area of (patches a side // 3)² patches and more, and an aspect
+ratio from .3 to 1/.3; one that would hide too much, or nothing new, is drawn again, ten times at most.
 """
 
 import numpy as np

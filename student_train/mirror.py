@@ -55,7 +55,7 @@ class Mirror:
             self._take(names)
 
     def pull_some(self, *but: str) -> None:
-        """The same to read it, without files called so, however often."""
+        """Copy the run here for reading, but for files of these names; may be called again."""
         place = place_of(self.address)
         names = {name for name in place.names() if is_inside(name) and Path(name).name not in but}
         if not names:

@@ -113,9 +113,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool 
     """Scale gradients down to a norm of ``limit``: that of all together, or ``each`` parameter's own, as DINO's
     ``utils.clip_gradients``. The norm of all together as it was, a scalar that nothing waits for.
     """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
     if not each:
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if (
+            norm.is_cuda or not norm + 1e-6 <= limit
+        ):  # torch would multiply by 1, not to wait for a GPU: a pass over all
+            nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
+        return norm
     norms = torch.stack(torch._foreach_norm(gradients))
     torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())
     return norms.norm()
@@ -124,7 +130,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool 
 def build_average(student: nn.Module, decay: float) -> ModelEmaV3:
     """The running average of ``student``'s weights: ``.update(student, step)`` after a step, ``.module`` to evaluate.
 
-    The decay grows to ``decay`` as 1 - (1 + step)^(-2/3), so that the average of a short run holds no random weights.
+    The decay grows to ``decay`` as 1 - step^(-2/3), so that the average of a short run holds no random weights.
     """
     return ModelEmaV3(student, decay=decay, use_warmup=True)
 

@@ -140,6 +140,8 @@ def plan_run(
         raise MisuseError(
             f"`batch_size` {config.loader.batch_size} is more than the {run.data.num_images} images of {run.data.path}"
         )
+    if begun is None and not config.extend:
+        planner.choose_head()
     if config.epochs is None or isinstance(config.loader, LoaderByPlan):
         planner.choose()
     else:

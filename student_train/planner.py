@@ -11,6 +11,7 @@ from ..common.ranks import Ranks
 from ..common.run import choose_precision, has_bfloat16
 from ..common.views.config import LoaderConfig
 from .config import PUBLISHED_LR, PairingChoice, PairingConfig
+from .objectives import OBJECTIVES
 from .optimiser import LR_BATCH_SIZE
 from .plan_warnings import LEAST_RATE, LEAST_STEPS
 from .students import (
@@ -102,6 +103,15 @@ class Planner:
         self.may_take_bfloat16 = (
             config.precision == "auto" and of_store and self.family != OWN and has_bfloat16(run.device)
         )
+
+    def choose_head(self) -> None:
+        """Of a run that is new: one that goes on has the head that it has."""
+        objective = self.config.objective
+        assert objective is not None
+        without = self.family in VIT_FAMILIES and not OBJECTIVES[objective.name].norm_in_vits
+        if without and objective.head_norm is None:
+            self.choices.append(Choice("head_norm", False, "a ViT's head has no BatchNorm, as DINO's and RoB's"))
+            self._set(objective=replace(objective, head_norm=False))
 
     # ==== as published ====
 
@@ -338,7 +348,8 @@ class Planner:
         self.say(f"trying steps of {self.config.student.name}{slowly}")
         self.tuned = tuned
         # a budget and epochs exclude each other, and the trial has epochs of its own
-        self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds, tuned)
+        saving = self.trial and self.trial.checkpoint_seconds
+        self.trial = try_steps(replace(self.config, effort=None, budget=None), self.run, seconds, tuned, saving)
         return self.trial
 
     def _has_fewer(self, steps: int, seconds: float) -> bool:

@@ -7,6 +7,10 @@ default: 10 epochs of warm-up in 100 and more (a tenth of fewer), momentum .9, t
 
 What is not as in the papers' code:
 
+- All: bfloat16 on GPUs that have it (``--precision fp32``; SSLight's and MoCo's code is float32), and the last BatchNorm of a
+  residual branch starts at 0, in MoCo's, DisCo's, SEED's, SimReg's and SSLight's CNNs at 1.
+- MobileNetV3: the feature is what its last layer before the classifier gives (1280 numbers for Large), RoB's what is pooled
+  before it (960); BatchNorms are not decayed, RoB's are (``--decay-all`` decays biases, too).
 - SwAV: the queue has 3840 rows, there as many whole batches as they hold, 3072. As there, it begins to fill in epoch 15, but for
   a frozen teacher's targets: those serve at once.
 - MoCo-v2 lowers its rate once an epoch, here every step. SSLight's MoCo shuffles the keys over 8 GPUs
@@ -21,10 +25,9 @@ What is not as in the papers' code:
 - DisCo: as MoCo-v2, and the keys' BatchNorm sees the batch as it is.
 - SimReg: the teacher's embedding is what was cached, there always the pooled feature.
 - DINOv3's distillation: the class token's part alone, without iBOT's patches; prototypes are those of the store, few against
-  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999 in the first steps, there from .994 to 1;
+  262144; crops of 224 and 96 px, there 256 and 112; the average's decay rises to .999, in 31,600 steps, there from .994 to 1;
   the limit of the gradient is for backbone and head together, there for each.
-- SSLight's CNNs: depthwise convolutions are decayed, there they are not; the last BatchNorm of a residual branch starts at 0,
-  there at 1.
+- SSLight's CNNs: depthwise convolutions are decayed, there they are not.
 - ViTs: position embeddings and class token are not decayed, there they are.
 
 With ``--targets CACHE.zarr`` a preset sets the same, but for what concerns the copy of the student; the global crops are

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.errors import FailureError, MisuseError, first_line
 from ..common.files import append_to, flush_to_disk, lock_file, read_regular, replacing
 from ..common.ranks import ALONE, Ranks, from_main, mean_over_ranks
-from ..common.records import DamagedError, NoChecksumError, sealed, unsealed
+from ..common.records import DamagedError, NoChecksumError, read_record, sealed, unsealed
 from ..common.timing import Stopwatch
 from .bottleneck import shares_of_step
 from .checkpoint import AVERAGE_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
@@ -60,12 +60,45 @@ class LogLine(TypedDict):
     warning: NotRequired[str]
 
 
+class EpochLine(TypedDict):
+    """What is read back of a line of fine-tuning's, and is in one of a run's too."""
+
+    epoch: int
+    loss: float
+
+
+T = TypeVar("T")
+
+
 def refuse_what_is_no_run(out: Path) -> None:
     """MisuseError: there is something that no run can be in."""
     if out.exists() and not out.is_dir():
         raise MisuseError(f"`out` {out} is a file: give the folder to train in")
     if (out / "zarr.json").exists():
         raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
+    begun = (out / "checkpoint.pt").exists()
+    try:
+        foreign = "student" not in read_record(out / "config.json", dict[str, Any], "", unchecked=True)
+    except FileNotFoundError:
+        foreign = False
+    except FailureError:
+        foreign = not begun  # what goes on with a checkpoint says itself that its settings are damaged
+    if foreign:
+        raise MisuseError(f"{out / 'config.json'} is of something else: give the run a folder of its own as `out`")
+    trained = next((name for name in (WEIGHTS_NAME, AVERAGE_NAME) if (out / name).exists()), None)
+    if trained and not begun:
+        raise MisuseError(
+            f"`out` {out} has {trained} and no checkpoint.pt to go on from: give another `out`, or delete {trained} to train "
+            "anew there"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``config.json`` in ``folder`` is one of rob train-student."""
+    try:
+        return "student" in read_record(folder / "config.json", dict[str, Any], "", unchecked=True)
+    except (FileNotFoundError, FailureError):
+        return False
 
 
 class RunFolder:
@@ -293,17 +326,21 @@ def flat_settings(settings: Mapping[str, Any], before: str = "") -> dict[str, An
 
 
 def read_log(run: Path, unchecked: bool = False) -> list[LogLine]:
-    """The lines of a run's ``metrics.jsonl``, none where there is none; a last one that was cut short is left out.
+    """The lines of a run's ``metrics.jsonl``, as ``read_lines``."""
+    return read_lines(run / "metrics.jsonl", LogLine, unchecked)
+
+
+def read_lines(metrics: Path, kind: type[T], unchecked: bool = False) -> list[T]:
+    """The lines of a log, none where there is none; a last one that was cut short is left out.
 
     FailureError: a line is not what a run writes. ``unchecked``: those of a rob from before checksums pass.
     """
-    metrics = run / "metrics.jsonl"
     lines = read_regular(metrics, LARGEST_LOG).splitlines(keepends=True) if metrics.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                found.append(unsealed(line, LogLine, unchecked))
+                found.append(unsealed(line, kind, unchecked))
             except NoChecksumError as problem:
                 remedy = "run the same rob train-student again, which writes it anew"
                 raise FailureError(f"{metrics}: line {number} {problem}: {remedy}") from None

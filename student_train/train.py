@@ -134,7 +134,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
     steps_per_epoch = data.num_images // config.loader.batch_size
     total_steps = steps_per_epoch * config.epochs
     begun = from_main(lambda: read_begun(config.out))
-    parent = read_parent(config) if config.extend and begun is None else None
+    parent = read_parent(config, branch.description) if config.extend and begun is None else None
     fresh = begun is None and parent is None
     trainer = Trainer(config, branch.space, steps_per_epoch, device, ranks, data.num_images, fresh)
     first = plan_views(pairing, branch.views, epoch=0)
@@ -188,6 +188,7 @@ def _train(config: TrainConfig, progress: TrainProgress, ranks: Ranks) -> TrainR
         run.notes.append(
             f"goes on from step {parent.told['step']} of {parent.run}, for {config.epochs} epochs of a new schedule"
         )
+        run.notes += [parent.warning] if parent.warning else []
     if trainer.began:
         run.notes.append(trainer.began)
     for text in run.notes:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..common.config import Data, Device, LocalDir, Precision, Seed
+from ..common.config import Data, Device, LocalDir, Overwrite, Precision, Seed
 from ..common.errors import MisuseError
 from ..common.settings import Setting, check
 from ..common.views.config import LoaderConfig
@@ -88,8 +88,8 @@ class TrainConfig:
         int | None,
         Setting(
             "Epochs after which the student is compared with its random start, besides at the end: by k-NN, without labels by "
-            "the neighbours that it shares with the teacher, without both by RankMe, the effective rank of its embeddings (what "
-            "there is of them goes to knn.jsonl). The best so far is kept as student_best.safetensors.",
+            "the neighbours that it shares with the teacher, without both by RankMe, the effective rank of its embeddings "
+            "(whichever there is goes to knn.jsonl). The best so far is kept as student_best.safetensors.",
             low=1,
         ),
     ] = None
@@ -134,7 +134,12 @@ class TrainConfig:
     ] = None
     average: Annotated[
         float | None,
-        Setting("Decay of a moving average of the student, exported beside it (0.99 to 0.9999).", low=0, high=1),
+        Setting(
+            "Decay of a moving average of the student, exported beside it (0.99 to 0.9999). It grows with the steps, "
+            "1 - steps^(-2/3) at most: .998 after 10,000, .9999 after a million.",
+            low=0,
+            high=1,
+        ),
     ] = None
     seed: Seed = 0
     precision: Precision = "auto"
@@ -152,8 +157,8 @@ class TrainConfig:
         bool | None,
         Setting(
             "Under torchrun, BatchNorm goes by the joined batch of a machine's ranks, or by each rank's own. Default joined for "
-            "dino, ibot, swav and msn, as their code has it, else not (moco, seed and disco). Joining costs two waits among "
-            "the ranks a layer; with fewer than 32 images a rank it is worth them.",
+            "dino, ibot, swav and msn (in the code of all but swav over all machines), else not (moco, seed and disco). Joining "
+            "costs two waits among the ranks a layer; with fewer than 32 images a rank it is worth them.",
             option="--sync-batchnorm/--no-sync-batchnorm",
         ),
     ] = None
@@ -230,6 +235,7 @@ class ExportTeacherConfig:
         int | None, Setting("Side in pixels that the teacher sees views at; default the student's.", low=8)
     ] = None
     half: Annotated[bool, Setting("Store float16: half the bytes.", option="--half")] = False
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -67,26 +67,29 @@ class Trial:
         return steps + checkpoints * self.checkpoint_seconds + compared
 
 
-def try_steps(config: TrainConfig, run: RunContext, seconds: float, tuned: bool = False) -> Trial:
+def try_steps(
+    config: TrainConfig, run: RunContext, seconds: float, tuned: bool = False, saving: float | None = None
+) -> Trial:
     """Tries steps of ``config``, which leaves nothing open but ``epochs``, on the images and targets of ``run``, for about
     ``seconds``. ``tuned``: on CUDA as the run makes them, after cuDNN has chosen its algorithms, which takes up to a minute.
+    ``saving``: the seconds of a checkpoint, where they were measured before.
 
     MisuseError as the run itself.
     """
     batch = config.loader.batch_size
     few = min(batch, FEW_IMAGES * (config.accumulate or 1))
     with tuning(tuned and few == batch):
-        found, kept = _steps(config, run, few, seconds / 4 if few < batch else seconds)
+        found, kept = _steps(config, run, few, seconds / 4 if few < batch else seconds, saving)
     memory = found.memory_bytes + kept * (batch - few) // few
     if few < batch and found.seconds * batch / few < LONG_STEP and memory < _free(run.device):
         with tuning(tuned):
-            found, _ = _steps(config, run, batch, seconds)
+            found, _ = _steps(config, run, batch, seconds, found.checkpoint_seconds)
     else:
         found = replace(found, seconds=found.seconds * batch / few)
     return replace(found, memory_bytes=memory)
 
 
-def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> tuple[Trial, int]:
+def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float, saving: float | None) -> tuple[Trial, int]:
     """Steps of ``batch`` images just as the run makes them, through as many epochs as ``seconds`` have room for: the mean of
     those after the first few. And the bytes that a backward pass keeps.
     """
@@ -134,7 +137,8 @@ def _steps(config: TrainConfig, run: RunContext, batch: int, seconds: float) -> 
                     passed = _now(device) - started[0]
                     memory = BYTES_A_PARAMETER * num_parameters(trainer.model) + kept
                     waited = (seconds_queued() - queued) / passed if device.type == "cpu" else 0.0
-                    saving = _seconds_of_a_checkpoint(trainer, branch.state)
+                    if saving is None:
+                        saving = _seconds_of_a_checkpoint(trainer, branch.state)
                     parameters = num_parameters(trainer.model.backbone)
                     return Trial(passed / counting, memory, parameters, saving, waited), kept
     raise AssertionError("epochs do not end")

@@ -107,8 +107,8 @@ def manifest_of(
 
 
 def is_complete(path: Path, manifest: StoreManifest, *may_differ: str) -> bool:
-    """Whether ``path`` is a finished store of exactly this, which then is rid of leftovers. MisuseError when it is a finished
-    store of something else."""
+    """Whether ``path`` is a finished store of exactly this, from which what a killed writer left is removed. MisuseError: it is
+    a finished store of something else."""
     if not (place := place_of(path)).exists("zarr.json"):
         return False
     if different := TargetStore.open(path).manifest.differences(manifest, *may_differ):

@@ -9,7 +9,7 @@ import timm
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from ..common.errors import MisuseError
+from ..common.errors import MisuseError, named_line
 from ..common.pretrained import converted, hub_if_reachable
 from ..common.tensors import Tensors
 
@@ -54,13 +54,13 @@ def build_backbone(name: str, arguments: Mapping[str, Any], pretrained: bool = F
             backbone: Any = timm.create_model(name, **{"dynamic_img_size": True, **arguments})
         except TypeError:  # timm hands the argument to the model, and only transformers know it
             backbone = timm.create_model(name, **arguments)
-    except (TypeError, RuntimeError) as error:
-        raise MisuseError(f"timm can't build {name}: {error}") from error
     except OSError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise MisuseError(
             f"the weights of {name} can't be downloaded ({reason}); pass a file as `checkpoint`"
         ) from error
+    except Exception as error:  # a wrong value fails anywhere in the network: an assertion, a division by zero ...
+        raise MisuseError(f"timm can't build {name}: {named_line(error)}") from error
     # timm counts the features of MobileNetV3, MobileNetV4 and GhostNet before the last layer of their heads.
     backbone.num_features = backbone.head_hidden_size
     return backbone

@@ -1,4 +1,4 @@
-"""What caching will cost: bytes on the disk, and seconds at the speed of a trial batch."""
+"""What caching will cost: bytes on the disk, and seconds at the speed of a few trial batches."""
 
 import shutil
 import time
@@ -30,7 +30,7 @@ they were within .6 points of it (benchmarks/claims.py, rows views)."""
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What caching will cost: bytes before compression, and seconds at the speed of a trial batch.
+    """What caching will cost: bytes before compression, and seconds at the speed of a few trial batches.
 
     ``bytes_per_view`` are all of the store, ``patch_bytes_per_view`` those among them of patch targets;
     ``temporary_bytes_per_view`` are of the embeddings that lie beside the store until prototypes are fitted to them.

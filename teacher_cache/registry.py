@@ -112,10 +112,11 @@ _moco_v2 = partial(
     teacher_temp=None,
     licence="CC-BY-NC-4.0",
 )
+# The encoder that is trained, whose accuracy the paper has.
 _moco_v3 = partial(
     _moco_v2,
     method="MoCo-v3",
-    layout=Layout(branches=("momentum_encoder.", "base_encoder."), head="head.", activation="relu"),
+    layout=Layout(branches=("base_encoder.", "momentum_encoder."), head="head.", activation="relu"),
     head="4096-4096-256 BN ReLU",
 )
 _headless = partial(Entry, layout=DINO_LAYOUT, head="", num_prototypes=0, teacher_temp=None)

@@ -10,6 +10,8 @@ from ..settings import Setting, check
 
 ALL_PARTS = "all"
 """The ``split`` that is every part of a data set."""
+USUAL_PART = "train"
+"""The ``split`` where none is given."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PackConfig:
             "Of a named data set, or of a folder of Parquet files whose names say it: train, val or test. all: of a folder that "
             "has train/ and test/, all images, without classes."
         ),
-    ] = "train"
+    ] = USUAL_PART
     recursive: Annotated[
         bool,
         Setting(

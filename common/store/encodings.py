@@ -15,7 +15,8 @@ PATCHES = "patches_"
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint16": 2, "uint32": 4}
 
 LADDER = (0.025, 0.04, 0.055, 0.07, 0.1)
-"""Teacher temperatures at which a `topk` tail is stored: MSN's effective .025, DINO's .04 to .07, and SwAV's .1."""
+"""Teacher temperatures at which a `topk` tail is stored: MSN's effective .025, DINO's .04 to .07, SwAV's .05
+between them, and DeepCluster-v2's .1."""
 
 
 @dataclass(frozen=True)

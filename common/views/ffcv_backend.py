@@ -18,7 +18,7 @@ from ..images.beton import Beton
 from ..run import current_device, use_device
 from .batch import Batch, ViewSet
 from .fetcher import BATCHES_AHEAD, PlaneFetcher, ViewFetcher
-from .ffcv_import import Compiler, Loader, OrderOption, OSCacheManager, SimpleRGBImageDecoder
+from .ffcv_import import Compiler, Loader, OrderOption, OSCacheContext, OSCacheManager, SimpleRGBImageDecoder
 from .recipes import Recipe
 
 GEOMETRY, GEOMETRY_ON_GPU = "planes", "planes-gpu"
@@ -40,6 +40,16 @@ def _compile_reader(_manager: OSCacheManager) -> Any:
     return Compiler.compile(read, _bytes(types.uint64, _memory_type))
 
 
+def _open_manager(manager: OSCacheManager, reader: Any) -> None:
+    """Without ffcv's tables of pages, Python's sets and dictionaries of all images: its own random order alone reads them, and
+    for a million images they take seconds, for every loader."""
+    table = reader.alloc_table
+    order = np.argsort(table["ptr"])
+    manager.reader, manager.ptrs, manager.sizes = reader, table["ptr"][order], table["size"][order]
+    manager.context = OSCacheContext(manager)
+
+
+OSCacheManager.__init__ = _open_manager  # pyright: ignore[reportAttributeAccessIssue]
 OSCacheManager.compile_reader = _compile_reader  # pyright: ignore[reportAttributeAccessIssue]
 
 

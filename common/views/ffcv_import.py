@@ -20,10 +20,10 @@ try:
     import ffcv._libffcv as library
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from ffcv.memory_managers.os_cache import OSCacheManager
+    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
     from ffcv.pipeline.compiler import Compiler
 finally:
     torch.set_num_threads(_threads)
     torch.cuda.is_available, _typed.Dict, numba.set_num_threads = _is_available, _typed_dict, _start_threads
 
-__all__ = ["Compiler", "Loader", "OSCacheManager", "OrderOption", "SimpleRGBImageDecoder", "library"]
+__all__ = ["Compiler", "Loader", "OSCacheContext", "OSCacheManager", "OrderOption", "SimpleRGBImageDecoder", "library"]

@@ -257,15 +257,18 @@ class RecipeOverrides:
         return replace(usual, **{instead[name]: None for name in here if name in instead}, **here)
 
 
+def with_local_crops() -> list[str]:
+    """The recipes that have them."""
+    return [name for name, recipe in RECIPES.items() if recipe.local_crop]
+
+
 def get_recipe(name: str, overrides: RecipeOverrides | None = None) -> Recipe:
     """The named recipe with the overrides applied. Raises MisuseError for an unknown name or a value out of range."""
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
     recipe, o = RECIPES[name], overrides or RecipeOverrides()
     if o.local_scale is not None and recipe.local_crop is None:
-        raise MisuseError(
-            f"`local_scale`: recipe {name} has no local crops, take dino, sslight, swav, sslight-swav or msn"
-        )
+        raise MisuseError(f"`local_scale`: recipe {name} has no local crops, take {' or '.join(with_local_crops())}")
 
     def changed(crop: Crop, scale: tuple[float, float] | None, centre: float | None = None) -> Crop:
         new = {k: v for k in ("flip", "grey", "blur", "solarise") if (v := getattr(o, k)) is not None}

@@ -30,11 +30,12 @@ def compare(
 ) -> None:
     """Runs side by side: results, size, latency, speed."""
     from ..evaluate.compare import all_tasks, names_of, summarise, write_comparison
-    from ..evaluate.results import not_comparable, read_results
+    from ..evaluate.results import not_comparable, of_weights, read_results
 
     if out.suffix != ".png":
         raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
-    refuse_existing(out, overwrite)
+    for path in (out, out.with_suffix(".json")):
+        refuse_existing(path, overwrite)
     summaries = []
     with bar("measuring", "runs") as update:
         for run in runs:
@@ -73,6 +74,8 @@ def compare(
         ]
         if exported:
             show_table("exported files", ("file", *EXPORTED), exported, named=True)
-    for sentence in not_comparable({name: read_results(run) for name, run in zip(names, runs, strict=True)}):
+    named = zip(names, runs, summaries, strict=True)
+    results = {name: of_weights(read_results(run), s.weights) for name, run, s in named}
+    for sentence in [*(s.left_out for s in summaries if s.left_out), *not_comparable(results)]:
         note(sentence)
     note(f"drawn to {out}")

@@ -29,7 +29,7 @@ Students = Annotated[
 
 
 RUNS = ("what", "run", "runs")
-"""What parameters of commands and fields of their configurations are called that name runs."""
+"""The names of parameters, and of fields of configurations, that hold folders or addresses of runs."""
 
 
 def at_hand(options: dict[str, Any], training: bool = False) -> "tuple[dict[str, Any], list[Mirror]]":

@@ -34,8 +34,8 @@ def train_student(
         Setting(
             "embedding: regress the teacher's embedding. simreg: the same behind a deeper head. disco: embedding and InfoNCE. "
             "moco: InfoNCE alone. seed: similarities to other images. patch: embedding, and patch tokens (a cache with --patches "
-            "grid). Over prototypes: dino, ibot (its patches too, with --patches prototypes), swav (Sinkhorn codes), msn (uses "
-            "all prototypes). Default dino where the targets have prototypes, else patch where they have a grid of patches that "
+            "grid). Over prototypes: dino, ibot (its patches too, with --patches prototypes), swav (Sinkhorn codes), msn "
+            "(sharpened). Default dino where the targets have prototypes, else patch where they have a grid of patches that "
             "the student can learn, else embedding; rob cache-teacher --prototypes K fits some to embeddings that are cached "
             "already.",
             group="Objective",

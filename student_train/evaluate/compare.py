@@ -19,7 +19,7 @@ from ..checkpoint import load_student
 from ..export.exported_file import ExportedFile, read_exports
 from ..run_folder import read_log
 from ..students import num_macs, num_parameters
-from .results import read_results
+from .results import of_weights, others_left_out, read_results
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class RunSummary:
 
     run: str
     student: str
+    weights: str
+    """What ``hash_weights`` says of the student."""
     image_size: int
     parameters: int
     macs: int
@@ -42,6 +44,8 @@ class RunSummary:
     """Task -> what identifies its test images, where the result says it."""
     exports: Mapping[str, ExportedFile]
     """What rob export made of these weights, by the name of the file."""
+    left_out: str | None
+    """A sentence about results of other weights, where there are some."""
 
 
 def summarise(run: Path) -> RunSummary:
@@ -50,13 +54,16 @@ def summarise(run: Path) -> RunSummary:
     weights = hash_weights(backbone.state_dict())
     scores: dict[str, float] = {}
     tested_on: dict[str, str] = {}
-    for task, result in read_results(run).items():
+    results = read_results(run)
+    of_student = of_weights(results, weights)
+    for task, result in of_student.items():
         for name, score in headline(task, result).items():
             scores[name] = score
             tested_on[name] = str(result.get("test_fingerprint") or result.get("test"))
     return RunSummary(
         run=str(run),
         student=info.name,
+        weights=weights,
         image_size=info.image_size,
         parameters=num_parameters(backbone),
         macs=num_macs(backbone, info.image_size),
@@ -66,6 +73,7 @@ def summarise(run: Path) -> RunSummary:
         scores=scores,
         tested_on=tested_on,
         exports={name: entry for name, entry in read_exports(run).items() if entry.weights == weights},
+        left_out=others_left_out(run, results, of_student),
     )
 
 

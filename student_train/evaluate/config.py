@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ...common.config import Device, Seed
+from ...common.config import Device, Overwrite, Seed
+from ...common.errors import MisuseError
 from ...common.settings import Setting, check
 
 INITS = ("student", "random")
@@ -127,9 +128,14 @@ class DetectConfig:
     seed: Seed = 0
     workers: Annotated[int, Setting("Decoding processes; 0 decodes in the main one.", low=0)] = 0
     device: Device = "auto"
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         check(self)
+        if self.val == self.test:
+            raise MisuseError(
+                f"`val` and `test` are both {self.val}: choose the best epoch by other images than it is tested on"
+            )
 
 
 @dataclass(frozen=True)

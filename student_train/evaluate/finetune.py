@@ -135,7 +135,7 @@ def fit_classifier(
     crops = RandomCrops(network, Beton(train.path), loader, seed)
     training = Training(
         model=model,
-        optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay),
+        optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True),
         batches=lambda epoch: crops.epoch(train.image_ids, epoch),
         loss=lambda batch: F.cross_entropy(model(batch[1]), labels[batch[0].to(network.device)]),
         rate=lambda step, epoch: cosine_decay(epoch, config.epochs),

@@ -89,6 +89,26 @@ def read_results(run_folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def of_weights(results: Mapping[str, dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
+    """Those of a network with these ``weights``, and of its untrained form; what does not say whose it is stays."""
+    return {
+        task: result
+        for task, result in results.items()
+        if task.endswith("-random") or result.get("weights", weights) == weights
+    }
+
+
+def others_left_out(run: object, results: Mapping[str, Any], kept: Mapping[str, Any]) -> str | None:
+    """A sentence about ``results`` that are not among the ``kept`` ones of the student in ``run``."""
+    left = [task for task in results if task not in kept]
+    if not left:
+        return None
+    return (
+        f"{run}: {' and '.join(left)} left out, of other weights than the student's: it was trained on since, or they are of "
+        "another network; rob eval measures it again"
+    )
+
+
 def not_comparable(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Sentences about tasks whose results say nothing side by side. ``results``: run -> task -> what its file says."""
     found = []

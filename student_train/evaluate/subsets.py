@@ -37,7 +37,8 @@ def balanced_subset(
         count = per_class or max(1, round((fraction or 0) * len(rows)))
         if count > len(rows):
             raise MisuseError(f"{count} images of each class are wanted and class {label} has {len(rows)}")
-        order = np.random.RandomState([seed, label]).permutation(len(rows))[:count]
+        of_seed = [seed] if seed < 1 << 32 else [seed & 0xFFFFFFFF, seed >> 32]  # which takes 32 bits
+        order = np.random.RandomState([*of_seed, label]).permutation(len(rows))[:count]
         chosen.append(rows[torch.from_numpy(order).to(rows.device)])
     return torch.cat(chosen).sort().values
 

@@ -8,7 +8,6 @@ from typing import Any
 from ...common.errors import FailureError, MisuseError
 from ...common.records import read_record
 from ..evaluate.compare import headline
-from ..evaluate.results import read_results
 from ..students import StudentInfo
 from .exported_file import ExportedFile
 from .timm_folder import is_for_timm, lines_without_timm
@@ -31,6 +30,8 @@ class Facts:
     licence: str | None
     teacher_licence: str | None
     exports: Sequence[ExportedFile]
+    results: Mapping[str, Mapping[str, Any]]
+    """Of these weights, by task."""
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def _made(facts: Facts) -> str:
 
 def _measured(facts: Facts) -> str:
     rows = []
-    for task, result in read_results(facts.run).items():
+    for task, result in facts.results.items():
         command = _command(task, result)
         rows += [(name, f"{score:.2f} %", f"`{command}`") for name, score in headline(task, result).items()]
     return "## Measured\n\n" + _table(("task", "result", "command"), rows) if rows else ""

@@ -8,6 +8,7 @@ from ...common.errors import FailureError, MisuseError
 from ...common.files import replacing
 from ...common.weights import hash_weights
 from ..checkpoint import WEIGHTS_NAME, load_student
+from ..evaluate.results import of_weights, read_results
 from ..students import num_macs, num_parameters
 from .card import Facts, card, licence_of, read_settings, teachers_of
 from .config import PushConfig
@@ -51,6 +52,7 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
         config.licence,
         licence_of(teachers, teacher_licence),
         exports,
+        of_weights(read_results(config.run), weights),
     )
     text = card(facts)  # what is damaged in the run is said before anything is written
     folder = config.run / FOLDER

@@ -37,7 +37,7 @@ Flip = Annotated[
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """A classifier: all layers trained with AdamW, a linear warm-up over the first tenth, a cosine to 0."""
+    """A classifier: all layers trained with AdamW, a linear warm-up over a tenth of the steps, 500 at most, a cosine to 0."""
 
     run: Run
     train: Annotated[Path, Setting("Labelled images, packed: one folder a class.", argument="TRAIN.beton")]

@@ -15,9 +15,10 @@ from ...common.files import locked, replacing
 from ...common.records import sealed
 from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pick_device, seed_everything, versions
 from ...common.weights import hash_weights
-from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_student
+from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_checkpoint, load_student
 from ..epochs import Kept, Training
 from ..optimiser import decayed_groups, warm_cosine
+from ..run_folder import is_run
 from ..students import create_student
 from .config import ClassifyConfig, SegmentConfig
 from .tuned import TASKS
@@ -28,7 +29,7 @@ FREE_TO_CHANGE = ("run", "train", "val", "out", "overwrite", "device", "loader",
 
 @dataclass(frozen=True)
 class TuneProgress:
-    """What a caller may show: steps (done, all, text), images tested (done, all), notes, and the line of each epoch."""
+    """What a caller may show: steps (done, all, text), images tested (done, all), and notes."""
 
     train: Callable[[int, int, str], None] = lambda done, total, text: None
     test: Callable[[int, int], None] = lambda done, total: None
@@ -78,19 +79,28 @@ def tuning_folder(
         raise MisuseError(
             f"`out` {out} holds {foreign}, of something else: give the fine-tuned network a folder of its own"
         )
+    if is_run(out):
+        raise MisuseError(f"`out` {out} is a run of rob train-student: give the fine-tuned network a folder of its own")
+    if (out / TASKS[task].file).exists() and not (out / "checkpoint.pt").exists() and not config.overwrite:
+        raise MisuseError(
+            f"`out` {out} has {TASKS[task].file} and no checkpoint.pt to go on from: pass `overwrite` to train anew there"
+        )
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     settings |= {"task": task, "precision": start.precision, "weights": start.source, **facts}
     if isinstance(config, ClassifyConfig):
         settings["batch_size"] = config.loader.batch_size
+    checkpoint = out / "checkpoint.pt"
     taken = f"{out}: another rob finetune is at work there; wait for it, or give another `out`"
     with locked(out / ".lock", taken):
         if config.overwrite:
             for name in ("checkpoint.pt", "metrics.jsonl", "result.json", TASKS[task].file):
                 (out / name).unlink(missing_ok=True)
+        if checkpoint.exists():
+            load_checkpoint(checkpoint, settings)  # refuses other settings while config.json is still that of the run
         told = {**asdict(config), "facts": facts, "weights": start.source, "versions": versions("rob", "torch", "timm")}
         with replacing(out / "config.json") as file:
             file.write(sealed(told, indent=2))
-        yield Kept(out / "checkpoint.pt", settings)
+        yield Kept(checkpoint, settings)
 
 
 def write_history(out: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -115,7 +125,7 @@ def training_of(
     """AdamW under a warm cosine, ``steps`` an epoch."""
     return Training(
         model=model.train(),
-        optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr),
+        optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, fused=True),
         batches=batches,
         loss=loss,
         rate=warm_cosine(config.epochs * steps),

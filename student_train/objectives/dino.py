@@ -16,7 +16,8 @@ class DinoObjective(PrototypeObjective, name="dino"):
 
     options = PrototypeObjective.options | {"norm_last_layer"}
     usual_head = "teacher"
-    # K as SSLight has it for small networks; DINO's own is 65536. Without a centre all images of a fresh head end at one
-    # prototype.
     joined_norm = True
+    norm_in_vits = False
+    # K as SSLight has it for small CNNs; for ViTs it and DINO have 65536. Without a centre all images of a fresh head end at one
+    # prototype.
     published = CopySettings(prototypes=4096, warmup_teacher_temp_epochs=50, centre="running", freeze_prototypes=1)

@@ -2,7 +2,8 @@
 
     L = sum_{v,g} w[v,g] * mean_b || z_s[b,v] - z_t[b,g] ||^2        with unit vectors z, so 2 - 2 cos(z_s, z_t)
 
-Against the published code the sum over the batch is a mean: the loss does not grow with the batch. A centre subtracts the
+Against the published code the sums over the batch and over the views are means, and the head has BatchNorm (``head_norm``
+False: as there); ``disco`` has it as published. A centre subtracts the
 teacher's mean embedding first: features after a ReLU share a large part that says nothing about the image.
 """
 

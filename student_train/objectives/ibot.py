@@ -5,7 +5,7 @@
 
 M are the patches that are hidden from the student in its global crop (``masks``), never from the teacher; g is the same view for
 both, and lambda is 1. A view of which nothing is hidden counts as 0, as released. Hidden patches go through the head of the class
-token, and are rows like any others to the loss. Temperatures, head (no BatchNorm in iBOT's ViTs: ``head_norm`` False), its start
+token, and are rows like any others to the loss. Temperatures, head (no BatchNorm in ViTs'), its start
 and centre are DINO's. c' is the patches' own (iBOT's ``center2``): where c is a running one c' <- .9 c' + .1 mean(t) over all
 patches, hidden or not; where c is that of the teacher's file, the file's; else 0. RoB's ``head_type`` "mlp" is
 D-2048-GELU-2048-GELU-K.

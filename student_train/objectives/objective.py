@@ -74,7 +74,10 @@ class Objective(nn.Module):
     """A copy of the student beside a frozen teacher, where a run asks for one: ``forward`` then gets a ``PairTarget``. None: it
     has no use for a copy."""
     joined_norm: ClassVar[bool] = False
-    """Whether BatchNorm goes by the joined batch of a machine's ranks in its paper's code, or by each rank's own."""
+    """Whether BatchNorm goes by the joined batch of a machine's ranks, as in SwAV's code (in DINO's, iBOT's and MSN's of
+    all ranks), or by each rank's own."""
+    norm_in_vits: ClassVar[bool] = True
+    """Whether the head of a ViT has BatchNorm, too, where that is left open."""
     bottleneck: ClassVar[int] = 128
     """Width of the student's embedding, where no teacher's has to be met."""
 

@@ -169,7 +169,8 @@ class PrototypeObjective(Objective):
         learn_gain = config.norm_last_layer is False
         self.prototypes = Prototypes(space.num_prototypes, bottleneck, self.weight_norm, learn_gain)
         if rows is not None:
-            rows = F.normalize(rows, dim=1) if self.unit_prototypes else rows
+            # Frozen ones are the teacher's own, lengths and all, as its half of the loss has them.
+            rows = F.normalize(rows, dim=1) if self.unit_prototypes and head != "frozen" else rows
             gained = {"weight_v": rows, "weight_g": rows.norm(dim=1, keepdim=True)}
             self.prototypes.load_state_dict(gained if self.weight_norm else {"weight": rows})
         if head == "frozen":

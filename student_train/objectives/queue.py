@@ -1,4 +1,4 @@
-"""The last rows of many steps: MoCo's negatives (1911.05722, algorithm 1), SwAV's further rows to balance (2006.09882, 4.1)."""
+"""The last rows of many steps: MoCo's negatives (1911.05722, algorithm 1), SwAV's further rows to balance (2006.09882, 3.1)."""
 
 import torch
 import torch.nn.functional as F

@@ -43,8 +43,8 @@ class SwavObjective(PrototypeObjective, name="swav"):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        last_layer = self.prototypes.bias is not None  # of an MLP
-        self.keeps_lengths = not last_layer and context.config.norm_last_layer is not False
+        as_they_are = self.prototypes.bias is not None or context.config.head == "frozen"  # of an MLP, or the teacher's
+        self.keeps_lengths = not as_they_are and context.config.norm_last_layer is not False
 
     def forward(self, features: Tensor, target: Target | None, pair_weights: Tensor) -> Tensor:
         if self.keeps_lengths:

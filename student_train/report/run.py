@@ -8,8 +8,8 @@ from typing import Any
 
 from ...common.errors import FailureError, MisuseError
 from ...common.records import read_record
-from ..checkpoint import WEIGHTS_NAME
-from ..evaluate.results import read_results
+from ..checkpoint import WEIGHTS_NAME, hash_student
+from ..evaluate.results import of_weights, others_left_out, read_results
 from ..evaluate.yardstick import OUTCOME_NAME, Measured, Outcome, recorded
 from ..export.card import read_settings
 from ..export.exported_file import ExportedFile, read_exports
@@ -28,6 +28,8 @@ class Run:
     outcome: Outcome | None
     results: Mapping[str, Mapping[str, Any]]
     exports: Mapping[str, ExportedFile]
+    left_out: str | None
+    """A sentence about results of other weights than the student's, where there are some."""
 
     @property
     def has_weights(self) -> bool:
@@ -64,17 +66,26 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(name: str, folder: Path) -> Run:
+    settings = read_settings(folder)
+    if "facts" in settings:
+        raise MisuseError(f"{folder} is of rob finetune: a report is of runs of rob train-student")
     try:
-        outcome = folder / OUTCOME_NAME
+        outcome, found, exports = folder / OUTCOME_NAME, read_results(folder), read_exports(folder)
+        results = found
+        if (folder / WEIGHTS_NAME).exists():
+            weights = hash_student(folder)
+            results = of_weights(found, weights)
+            exports = {file: entry for file, entry in exports.items() if entry.weights == weights}
         return Run(
             name,
             folder,
-            read_settings(folder),
+            settings,
             read_log(folder),
             _measured(folder),
             read_record(outcome, Outcome, "delete it") if outcome.exists() else None,
-            read_results(folder),
-            read_exports(folder),
+            results,
+            exports,
+            others_left_out(name, found, results),
         )
     except FailureError as problem:
         raise MisuseError(str(problem)) from None

@@ -43,6 +43,7 @@ def evaluations(runs: Sequence[Run]) -> Markup:
         rows = [[task, *(scores[run.name].get(task) for run in runs)] for task in tasks]
         parts.append(table(("task, %", *(run.name for run in runs)), rows))
         parts += [caption(f"{sentence}.") for sentence in not_comparable({run.name: run.results for run in runs})]
+    parts += [caption(f"{run.left_out}.") for run in runs if run.left_out]
     without = [run for run in runs if not scores[run.name]]
     for run in without:
         parts.append(

@@ -21,7 +21,7 @@ from ...common.store.prefetch import TargetPrefetcher, window_blocks
 from ...common.store.reader import TargetStore
 from ...common.tokens import is_dinov3
 from ...common.views.batch import Batch
-from ...common.views.recipes import Recipe
+from ...common.views.recipes import Recipe, with_local_crops
 from ..kernels.target import DenseTarget, EmbeddingTarget, Target, TopKTarget
 from .branch import RunContext, TargetBranch
 from .config import CacheInMemory, WindowMib
@@ -68,7 +68,7 @@ class Cached:
             if local is None:
                 raise MisuseError(
                     f"`local_scale`: the recipe {stored.name} of the store {self.path} has no local crops: leave it out, or "
-                    "cache with dino, sslight, swav, sslight-swav or msn"
+                    f"cache with {' or '.join(with_local_crops())}"
                 )
             local = replace(local, scale=tuple(self.local_scale), centre=0.0)
         return replace(stored, local_crop=local, global_weight=global_weight)

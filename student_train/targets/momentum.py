@@ -210,6 +210,7 @@ class MomentumTargets(TargetBranch):
         self.model, self.steps_per_epoch, self.total_steps = model, steps_per_epoch, steps_per_epoch * epochs
         if self.settings.copy_momentum is not None:
             self.copy = model.copy_for_targets()
+            self._slow, self._fast = list(self.copy.parameters()), list(model.parameters())
 
     @property
     def state(self) -> dict[str, nn.Module]:
@@ -231,7 +232,7 @@ class MomentumTargets(TargetBranch):
         """Move the copy towards the student; BatchNorm's statistics are its own."""
         if self.copy is None:
             return
-        move_towards([*self.copy.parameters()], [*self.model.parameters()], self.momentum(step))
+        move_towards(self._slow, self._fast, self.momentum(step))
 
     def teacher_temp(self, epoch: int) -> float:
         """DINO's schedule: equal steps from epoch 0, the last value at the end of the warm-up. It only ever rises: a sharper last
@@ -296,11 +297,7 @@ class MomentumTargets(TargetBranch):
 def move_towards(slow: Sequence[Tensor], fast: Sequence[Tensor], momentum: float) -> None:
     """slow = momentum * slow + (1 - momentum) * fast, tensor by tensor; on a GPU all of them in a few launches."""
     assert len(slow) == len(fast)
-    if slow[0].is_cuda:
-        torch._foreach_lerp_(list(slow), list(fast), 1 - momentum)
-        return
-    for mine, theirs in zip(slow, fast, strict=True):
-        mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
+    torch._foreach_lerp_(list(slow), list(fast), 1 - momentum)
 
 
 def shuffled_parts(model: StudentWithHead, parts: int) -> int:

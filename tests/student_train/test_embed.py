@@ -111,6 +111,20 @@ def test_without_labels_there_is_no_such_column(tmp_path, network):
     assert (tmp_path / "out.csv").read_text().splitlines()[0] == "path"
 
 
+@pytest.mark.parametrize("given", [(0, None, 2), ("cat", None, "dog")])
+def test_an_image_without_a_label_has_none(tmp_path, network, given):
+    pictures = [path.read_bytes() for path in sorted(tiny_images(tmp_path / "images", 3).rglob("*.jpg"))]
+    source = tmp_path / "source.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, "label": list(given)}), source)
+    data = packed(source, tmp_path)
+    for name in ("out.npy", "out.parquet"):
+        embed(network, EmbedConfig(data.path, tmp_path / name, LOADER))
+    in_table = pyarrow.parquet.read_table(tmp_path / "out.parquet")["label"].to_pylist()
+    in_csv = [row["label"] for row in csv.DictReader((tmp_path / "out.csv").read_text().splitlines())]
+    assert [label is None for label in in_table] == [label is None for label in given]
+    assert in_csv == ["" if label is None else str(label) for label in in_table]
+
+
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(MisuseError, match=r"name it \.npy or \.parquet"):
         EmbedConfig(tmp_path / "data.beton", tmp_path / "out.txt", LOADER)

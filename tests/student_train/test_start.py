@@ -1,6 +1,7 @@
 """What a student begins with: published weights, a file's, another run's; and a run that goes on with another one."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from rob.student_train.extension import read_parent
 from rob.student_train.objectives import ObjectiveConfig
 from rob.student_train.start import begin, with_start
 from rob.student_train.students import StudentConfig, build_student, describe_student
+from rob.student_train.targets.cached import Cached
+from rob.student_train.targets.ensemble import Ensemble
 from rob.student_train.train import TrainProgress, train_student
 from rob.student_train.train_config import TrainConfig
-from support.training import NO_WARM_UP, STEPS_PER_EPOCH, STUDENT, log_of, small_run
+from support.tiny import tiny_store, tiny_teacher_checkpoint
+from support.training import LOADER, NO_WARM_UP, STEPS_PER_EPOCH, STUDENT, log_of, small_run
 
 RESNET = StudentConfig("test_resnet", 32, small_images=False)
 
@@ -195,6 +199,25 @@ def test_a_run_that_cannot_go_on_with_another_is_a_sentence(config, parent, chan
     settings = {"epochs": None, "extend": 3, **change, "out": out}
     with pytest.raises(MisuseError, match=message):
         train_student(replace(parent, **settings))
+
+
+def test_another_teacher_than_its_parents_is_said_and_another_order_refused(config, parent, data, tmp_path):
+    other = tiny_store(tmp_path / "other.zarr", data, tiny_teacher_checkpoint(tmp_path, seed=1), views=2, loader=LOADER)
+    student, notes = replace(STUDENT, init=str(parent.out)), []
+    targets = Cached(other.path)
+    of_another = replace(parent, student=student, epochs=None, extend=1, out=tmp_path / "another", targets=targets)
+    train_student(of_another, TrainProgress(note=notes.append))
+    assert any(re.search("parent learned from .*, and this run learns from .*weights", note) for note in notes)
+    stores = (parent.targets, Cached(other.path))
+    both = replace(parent, out=tmp_path / "both", targets=Ensemble(stores), objective=None, average=None, epochs=1)
+    train_student(both)
+    init = replace(STUDENT, init=str(both.out))
+    turned = replace(both, out=config.out, student=init, epochs=None, extend=1, targets=Ensemble(stores[::-1]))
+    with pytest.raises(
+        MisuseError, match=r"has a head for each of its teachers, in the order .*give the stores in that"
+    ):
+        train_student(turned)
+    assert not config.out.exists()
 
 
 def test_a_parent_of_other_strides_is_refused(config, parent):

@@ -139,8 +139,8 @@ def wrap_moco_v2(backbone: Weights, head: Weights, other: Weights) -> dict[str, 
 
 
 def wrap_moco_v3(backbone: Weights, head: Weights, other: Weights) -> dict[str, Any]:
-    momentum = prefixed("module.momentum_encoder.", backbone) | prefixed("module.momentum_encoder.", head)
-    base = prefixed("module.base_encoder.", other) | prefixed("module.base_encoder.", head)
+    momentum = prefixed("module.momentum_encoder.", other) | prefixed("module.momentum_encoder.", head)
+    base = prefixed("module.base_encoder.", backbone) | prefixed("module.base_encoder.", head)
     return {"epoch": 300, "state_dict": base | momentum | {"module.predictor.0.weight": torch.zeros(4, 4)}}
 
 

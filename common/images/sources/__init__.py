@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...errors import MisuseError, unknown_name
 from ...places import is_address, local_path, shown
-from ..config import ALL_PARTS, PackConfig
+from ..config import ALL_PARTS, USUAL_PART, PackConfig
 from ..reading import PAGED, endings
 from . import files, lists, tables, videos, webdataset
 from .files import Files
@@ -73,19 +73,32 @@ def _opened(config: PackConfig) -> Source:
 def _of_folder(found: Files, config: PackConfig) -> Source:
     """A folder is one of image files where it has any, and of videos where it is said how to take their images."""
     if config.every is not None:
+        _refuse_part(config)
         return videos.open_videos(found, config)
     known = endings()
     if not any(name.lower().endswith(known) for name in found.names):
         for ending in IN_FOLDERS:
             if names := [name for name in found.names if name.lower().endswith(ending)]:
+                _refuse_part(config, ending)
                 return OPENERS[ending](found.of(names), config)
+    _refuse_part(config)
     return open_images(found, config.split == ALL_PARTS or config.recursive, config.recursive)
+
+
+def _refuse_part(config: PackConfig, ending: str = "") -> None:
+    """MisuseError: a part is asked for of what has none that would be known."""
+    if config.split not in (USUAL_PART, ALL_PARTS) and ending not in tables.ENDINGS:
+        raise MisuseError(
+            f"{config.source}: `split` {config.split} is for a named data set, or Parquet files whose names say it: give the "
+            "folder or the files of that part alone"
+        )
 
 
 def _of_files(found: Files, config: PackConfig) -> Source:
     """Files of one kind, by their ending."""
     first, *others = found.names
     kind, *other_kinds = sorted({Path(name).suffix.lower() for name in found.names})
+    _refuse_part(config, kind)
     if {kind, *other_kinds} <= set(endings()):
         if others:
             return open_images(found, whole=True, recursive=config.recursive)

@@ -25,7 +25,7 @@ from weakref import finalize
 
 from ...errors import FailureError, MisuseError, first_line, not_installed, some
 from ...files import is_inside
-from ..config import ALL_PARTS, PackConfig
+from ..config import ALL_PARTS, USUAL_PART, PackConfig
 from ..reading import BadImage
 from .files import Files
 from .lists import LABEL_COLUMNS, PATH_COLUMNS, column
@@ -265,13 +265,16 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
 
 
 def _of_part(files: Files, config: PackConfig) -> tuple[str, ...]:
-    """Of a folder the files of the `split` that is asked for, where their names say what they are of; else all."""
+    """The files of the `split` that is asked for, by what their names say; of files that were named all, where none was."""
     names = tuple(name for name in files.names if name.lower().endswith(ENDINGS))
-    if not files.is_folder or config.split == ALL_PARTS:
+    asked = config.split != USUAL_PART
+    if config.split == ALL_PARTS or not (files.is_folder or asked):
         return names
     words = {name: re.split(r"[^a-z]+", name.lower()) for name in names}
     parts = {name: next((PART_OF[word] for word in words[name] if word in PART_OF), None) for name in names}
     there, wanted = sorted({part for part in parts.values() if part}), PART_OF.get(config.split, config.split)
+    if asked and not there:
+        raise MisuseError(f"{files.place}: no file's name says that it is of `split` {config.split}: leave `split` out")
     if there and wanted not in there:
         raise MisuseError(
             f"{files.place} has {', '.join(there)} and no {config.split}: set `split` to one of these, or {ALL_PARTS}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
-from ....common.files import locked, replacing
+from ....common.files import locked, refuse_existing, replacing
 from ....common.run import pick_device, seed_everything
 from ....common.shared_memory import shared_memory_holds
 from ....common.weights import hash_weights
@@ -86,7 +86,10 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
 
     task = "detect" if config.init == "student" else f"detect-{config.init}"
     checkpoint = keep_in and keep_in / "eval" / f"{task}.checkpoint.pt"
-    free = ("run", "data", "test", "workers", "device")
+    trained = keep_in and keep_in / "eval" / f"{task}.safetensors"
+    if trained and checkpoint and not checkpoint.exists():
+        refuse_existing(trained, config.overwrite)  # of hours, maybe on other images
+    free = ("run", "data", "test", "workers", "device", "overwrite")
     settings = {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"weights": source, "classes": train.classes, "masks": masks}
     settings |= {"train_fingerprint": hashlib.sha256(json.dumps(train.to_coco(), sort_keys=True).encode()).hexdigest()}
@@ -107,12 +110,12 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
         len(train.images),
         len(test.images),
     )
-    if keep_in:
+    if keep_in and trained:
         with replacing(keep_in / "eval" / "detections" / f"{task}.json") as file:
             file.write(json.dumps(found).encode())
         head: dict[str, int | bool] = {"masks": masks, "side": config.side, "channels": config.channels}
         tuned = Tuned("detect", info.to_dict(), train.classes, head)
-        save_tuned(detector, tuned, keep_in / "eval" / f"{task}.safetensors")
+        save_tuned(detector, tuned, trained)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return result
@@ -139,7 +142,7 @@ def fit(
 
     training = Training(
         model=detector.train(),
-        optimiser=torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay),
+        optimiser=torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
         batches=lambda epoch: _training_batches(data, masks, config, epoch),
         loss=loss,
         rate=warm_cosine(config.epochs * steps),

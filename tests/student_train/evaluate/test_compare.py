@@ -185,6 +185,23 @@ def test_runs_that_cannot_be_compared(tmp_path):
         summarise(tmp_path / "nowhere")
 
 
+def test_results_of_other_weights_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", "test_resnet", 32)
+    weights = summarise(run).weights
+    write_result(run, "knn", {"top1": 61.25, "weights": weights})
+    write_result(run, "knn-random", {"top1": 20.5, "weights": "of a random start"})
+    write_result(run, "linear", {"top1": 70.5})  # of an older rob, which did not say
+    write_result(
+        run, "lowshot", {"results": [{"labels": "1%", "mean": 9.5}], "weights": "of the run before it went on"}
+    )
+    shown = summarise(run)
+    assert shown.scores == {"knn": 61.25, "knn-random": 20.5, "linear": 70.5}
+    assert shown.left_out and "lowshot left out" in shown.left_out
+    monkeypatch.chdir(tmp_path)
+    compare_command([run])
+    assert "lowshot left out" in " ".join(capsys.readouterr().out.split())
+
+
 def test_exported_files_of_these_weights_are_shown(tmp_path):
     run = make_run(tmp_path / "run", "test_resnet", 32)
     export(ExportConfig(run, ("torch",)))

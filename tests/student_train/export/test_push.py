@@ -80,12 +80,15 @@ def test_a_small_cnn_is_sent_as_rob_reads_it(tmp_path):
     load_student(folder / "student.safetensors")
 
 
-def test_exports_of_other_weights_stay_here(tmp_path):
+def test_exports_and_results_of_other_weights_stay_here(tmp_path):
     run = a_run(tmp_path / "run")
     export(ExportConfig(run, ("torch",)))
     a_run(run)  # trained anew
+    write_result(run, "knn", {"top1": 61.25, "train": "a.beton", "test": "b.beton", "weights": "from before"})
     folder, _ = push(PushConfig(run, "me/tiny", dry_run=True), lambda name: None)
     assert "student.pt2" not in contents(folder)
+    assert "61.25" not in (folder / "README.md").read_text()
+    assert "20.50" in (folder / "README.md").read_text()
 
 
 def test_without_a_network_it_is_one_sentence(tmp_path):

@@ -21,7 +21,7 @@ from rob.common.own_network import OwnNetwork
 from rob.common.records import sealed
 from rob.common.store.patches import PatchChoice
 from rob.common.views.recipes import get_recipe
-from rob.student_train.checkpoint import export_weights
+from rob.student_train.checkpoint import export_weights, hash_student
 from rob.student_train.report.config import ReportConfig
 from rob.student_train.report.embedding_map import principal
 from rob.student_train.report.looks import last_map
@@ -83,6 +83,7 @@ def folder(teacher, tmp_path_factory) -> Path:
     (run / "outcome.json").write_bytes(sealed(MEASURED))
     (run / "eval").mkdir()
     (run / "eval" / "knn.json").write_bytes(sealed({"top1": 51.5, "test": HOSTILE}))
+    (run / "eval" / "linear.json").write_bytes(sealed({"top1": 87.25, "weights": "of a teacher"}))
     agreement = {
         "images": 9,
         "lowest_cosine": 0.9,
@@ -92,11 +93,12 @@ def folder(teacher, tmp_path_factory) -> Path:
         "knn_torch": 51.0,
     }
     file = {
-        "file": "student.onnx", "format": "onnx", "precision": "int8", "bytes": 10**6, "student": HOSTILE, "weights": "",
-        "input": {}, "output": {}, "runtime": "onnxruntime", "agreement": agreement, "checked_on": "", "latency_ms": 1.5,
-        "int8_share": 1.0, "calibration_images": 9, "versions": {},
+        "file": "student.onnx", "format": "onnx", "precision": "int8", "bytes": 10**6, "student": HOSTILE,
+        "weights": hash_student(run), "input": {}, "output": {}, "runtime": "onnxruntime", "agreement": agreement,
+        "checked_on": "", "latency_ms": 1.5, "int8_share": 1.0, "calibration_images": 9, "versions": {},
     }  # fmt: skip
-    (run / "export.json").write_bytes(sealed({"files": [file]}))
+    older = file | {"file": "older.onnx", "weights": "before it was trained on"}
+    (run / "export.json").write_bytes(sealed({"files": [file, older]}))
     return folder
 
 
@@ -159,6 +161,9 @@ def test_names_are_text(page):
 def test_what_a_run_has_is_shown(page):
     assert "51.50" in page.texts["evaluation"]
     assert "student.onnx" in page.texts["exports"]
+    assert "older.onnx" not in page.texts["exports"]
+    assert "87.25" not in page.texts["evaluation"]
+    assert "cnn: linear left out, of other weights" in page.texts["evaluation"]
     assert "teacher" in page.texts["neighbours"]
     assert "attention" in page.texts["looks"]
     assert "activation" in page.texts["looks"]
