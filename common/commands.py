@@ -60,6 +60,8 @@ def inspect(
 
     if sheet is not None:
         refuse_existing(sheet, overwrite)
+    else:
+        refuse(context, ("images", "recipe", "data"), "is for the picture that --sheet draws")
     found = inspect(path)
     facts(found.title, found.rows)
     if sheet is None:

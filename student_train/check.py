@@ -83,6 +83,7 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
         folders = [path / part for part in file.relative_to(path).parents]  # none that `path` is in
         if any(folder.match(others) for folder in folders for others in WRITTEN_BY_OTHERS):
             continue
+        in_run = any((folder / "config.json").exists() for folder in folders)
         if file.suffix == ".safetensors":
             yield file, _problem_of_tensors
         elif file.suffix == ".onnx":
@@ -91,7 +92,7 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
             yield file, _problem_of_archive
         elif file.name == "metrics.jsonl":
             yield file, _problem_of_log
-        elif file.name in RECORDS or (file.suffix == ".json" and file.parent.name == "eval"):
+        elif in_run and (file.name in RECORDS or (file.suffix == ".json" and file.parent.name == "eval")):
             yield file, _problem_of_record
 
 

@@ -25,7 +25,8 @@ from rob.benchmarks.gpu_check.config import SECTIONS, GpuCheckConfig
 from rob.benchmarks.gpu_check.images import LONGEST_WAIT
 from rob.benchmarks.report import PACKAGES, Report, device_name
 from rob.common.device_settings import DeviceSettings, store_settings
-from rob.common.errors import FailureError, MisuseError
+from rob.common.errors import MisuseError
+from rob.common.files import refuse_existing, replacing
 from rob.common.run import versions
 
 PHOTOGRAPHS = {"toy": 16, "quick": 512, "full": 1024}
@@ -36,10 +37,12 @@ GRACE = 45
 def run(config: GpuCheckConfig, told: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Run the sections and write ``config.out``; what it holds. ``told`` gets a line a section.
 
-    MisuseError: there is no CUDA device, and it is no dry run.
+    MisuseError: there is no CUDA device, and it is no dry run; or a file is there already.
     """
     if not config.dry_run and not torch.cuda.is_available():
         raise MisuseError("torch finds no CUDA device here, and `gpu-check` measures one: see nvidia-smi, or `dry_run`")
+    for path in (config.out, config.out.with_suffix(".log")):
+        refuse_existing(path, config.overwrite)
     device = torch.device("cpu" if config.dry_run else "cuda")
     names = [config.section] if config.section else list(SECTIONS)
     seconds = config.seconds or (600 if config.dry_run else 90 if config.quick else 400)
@@ -254,8 +257,5 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise FailureError(f"{path} cannot be written: {error.strerror}") from error
+    with replacing(path) as file:
+        file.write((json.dumps(report, indent=1, default=str) + "\n").encode())

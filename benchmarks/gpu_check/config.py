@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from rob.common.config import Overwrite
 from rob.common.settings import Setting, check
 
 SECTIONS = {
@@ -31,8 +32,9 @@ class GpuCheckConfig:
         float | None, Setting("Time for all sections; default 400, or 90 with --quick.", low=1, high=3600)
     ] = None
     dry_run: Annotated[
-        bool, Setting("Every section's logic at toy size on the CPU; nothing is stored.", option="--dry-run")
+        bool, Setting("Every section's logic at toy size on the CPU; no settings are kept.", option="--dry-run")
     ] = False
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         check(self)

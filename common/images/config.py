@@ -10,6 +10,7 @@ from ..settings import Setting, check
 
 ALL_PARTS = "all"
 """The ``split`` that is every part of a data set."""
+USUAL_QUALITY = 95
 USUAL_PART = "train"
 """The ``split`` where none is given."""
 
@@ -33,7 +34,7 @@ class PackConfig:
     ] = None
     jpeg_quality: Annotated[
         int, Setting("For images that must be encoded anew; JPEG files that need no change are kept.", low=1, high=100)
-    ] = 95
+    ] = USUAL_QUALITY
     raw: Annotated[
         bool, Setting("Store pixels: fastest to read, 3 bytes a pixel. Best up to about 64 px.", option="--raw")
     ] = False
@@ -122,5 +123,9 @@ class PackConfig:
             value = getattr(self, name)
             if value is not None and not value[0] < value[1]:
                 raise MisuseError(f"`{name}` is {value[0]:g},{value[1]:g}: LOW must be below HIGH")
+        if self.raw and self.jpeg_quality != USUAL_QUALITY:
+            raise MisuseError(
+                f"`jpeg_quality` {self.jpeg_quality} is of JPEGs, and `raw` stores pixels: leave one of them out"
+            )
         if self.window is not None and self.percentiles is not None:
             raise MisuseError("`window` is for all images and `percentiles` for each its own: leave one of them out")

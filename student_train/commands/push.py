@@ -14,5 +14,8 @@ def push(config: PushConfig, teacher_licence: Callable[[str], str | None]) -> No
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         note(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
     note(
-        f"{folder} was sent to {sent}" if sent else f"nothing was sent: {folder} is what would be; read README.md there"
+        f"{folder} was sent to {sent}"
+        if sent
+        else f"nothing was sent: {folder} is what would be; read README.md there, and "
+        "pass a copy that you wrote on in as --card"
     )

@@ -88,8 +88,13 @@ class Subject:
 
     def images(self, data: Path, test: Path | None) -> "tuple[LabelledImages, LabelledImages]":
         """Train and test images with their features."""
+        from ...common.images.beton import Beton
         from ..evaluate.labelled import labelled_images
 
+        if test is not None and Beton(test).manifest.fingerprint == Beton(data).manifest.fingerprint:
+            note(
+                f"{test} holds the very images of {data}, so that each finds itself: the result says nothing of other images"
+            )
         with bar("features", "images") as update, last_asked_here(self.network):
             return labelled_images(self.network, data, test, self.loader, self.folder, update)
 

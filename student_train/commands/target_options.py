@@ -107,7 +107,7 @@ class TargetOptions:
         else:
             refuse(
                 context,
-                ("cache_in_memory",),
+                ("cache_in_memory", "window_mib"),
                 f"is for a store of targets, and these are made on the spot (--targets {self.kind})",
             )
 

@@ -107,7 +107,7 @@ class ExportConfig:
             if name not in FORMATS:
                 raise unknown_name("format", name, FORMATS)
         check(self)
-        if self.calibrate != "minmax" and "onnx" not in self.to:
+        if self.calibrate != "minmax" and not (self.int8 and "onnx" in self.to):
             raise MisuseError(f"`calibrate` {self.calibrate} is for onnx's int8: leave it out")
         if self.int8 and self.data is None:
             raise MisuseError("`int8` is calibrated on images: give `data`, packed by rob pack")
@@ -129,6 +129,13 @@ class PushConfig:
         str | None,
         Setting(
             "Of the model, as the Hub spells it: apache-2.0, cc-by-nc-4.0. Default: the card names the teacher's alone."
+        ),
+    ] = None
+    card: Annotated[
+        Path | None,
+        Setting(
+            "README.md to send in the place of rob's: a copy of RUN/hub/README.md, in which you wrote more. RUN/hub itself is "
+            "made anew every time."
         ),
     ] = None
 

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ...common.errors import FailureError, MisuseError
+from ...common.errors import FailureError, MisuseError, first_line
 from ...common.files import replacing
 from ...common.weights import hash_weights
 from ..checkpoint import WEIGHTS_NAME, load_student
@@ -54,7 +54,8 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
         exports,
         of_weights(read_results(config.run), weights),
     )
-    text = card(facts)  # what is damaged in the run is said before anything is written
+    # What is damaged in the run is said before anything is written.
+    text = card(facts) if config.card is None else read_card(config.card)
     folder = config.run / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -75,6 +76,14 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
     with replacing(folder / "README.md") as file:
         file.write(text.encode())
     return folder
+
+
+def read_card(path: Path) -> str:
+    """MisuseError: it is no text."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisuseError(f"`card` {path} cannot be read ({first_line(error)}): give the README.md to send") from None
 
 
 def _send(config: PushConfig, folder: Path) -> str:

@@ -85,6 +85,10 @@ def finetune_classifier(config: ClassifyConfig, progress: TuneProgress | None = 
     info = replace(start.info, image_size=config.size or start.info.image_size)
     check_input_size(start.backbone, info.image_size)
     data, tested = Beton(config.train), Beton(config.val)
+    if tested.manifest.fingerprint == data.manifest.fingerprint:
+        progress.note(
+            f"{config.val} holds the very images of {config.train}: the accuracies and the best epoch say nothing of other images"
+        )
     facts = {
         "classes": classes,
         "train_fingerprint": data.manifest.fingerprint,
@@ -186,8 +190,9 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.erase is not None:
             images = self.erase(images)
-        if self.mix is not None and len(images) % 2 == 0:  # timm mixes pairs
-            return self.mix(images, labels)
+        pairs = len(images) // 2 * 2
+        if self.mix is not None and pairs:  # timm mixes pairs: an odd image is left out
+            return self.mix(images[:pairs], labels[:pairs])
         return images, labels
 
 

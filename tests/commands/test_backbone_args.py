@@ -42,6 +42,12 @@ def test_what_is_no_name_and_value_is_refused(refused, data, tmp_path, text):
     refused(2, rf"--backbone-arg '{text}' is no NAME=VALUE: write it as img_size=32", *words)
 
 
+@pytest.mark.parametrize("text", ["num_heads=5", "global_pool=foo", "patch_size=0"])
+def test_a_value_that_the_network_cannot_have_is_a_sentence(refused, data, tmp_path, text):
+    words = ["cache-teacher", data.path, tmp_path / "t.zarr", "--teacher", "vit_tiny_patch16_224"]
+    refused(2, r"timm can't build vit_tiny_patch16_224: \w+Error", *words, "--backbone-arg", text)
+
+
 def test_the_stand_in_comes_as_it_is(refused, data, tmp_path):
     words = ["cache-teacher", data.path, tmp_path / "t.zarr", "--teacher", "efficientnet_lite0"]
     refused(2, "--backbone-arg is for timm's networks, and efficientnet_lite0", *words, "--backbone-arg", "img_size=32")

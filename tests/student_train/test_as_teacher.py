@@ -1,6 +1,7 @@
 """A run's student as the teacher of another: the same embeddings and logits, from a file that says what is in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
     assert teacher.prototypes is not None
     torch.testing.assert_close(teacher.prototypes.norm(dim=1), torch.ones(10))
     assert teacher.mean == info.mean
+
+
+def test_a_teacher_that_is_there_is_kept(swav, tmp_path):
+    config = ExportTeacherConfig(swav, tmp_path / "teacher.safetensors")
+    config.out.write_text("of hours")
+    with pytest.raises(MisuseError, match=r"teacher\.safetensors is there already: pass `overwrite`"):
+        export_teacher(config)
+    assert config.out.read_text() == "of hours"
+    export_teacher(replace(config, overwrite=True))
+    assert load_teacher(TeacherConfig(NAME, config.out)).num_prototypes == 10
 
 
 def test_a_vit_that_begins_with_convolutions(data, tmp_path):

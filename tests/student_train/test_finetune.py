@@ -14,19 +14,22 @@ from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.images.pack import PackConfig, pack
+from rob.common.records import sealed
 from rob.common.run import seed_everything
 from rob.student_train import epochs
+from rob.student_train.check import check
 from rob.student_train.checkpoint import export_weights, load_checkpoint
 from rob.student_train.export.config import ExportConfig
 from rob.student_train.export.export import export
 from rob.student_train.finetune.classify import CROPS, Mixing, finetune_classifier
 from rob.student_train.finetune.config import ClassifyConfig, SegmentConfig
-from rob.student_train.finetune.folder import training_of
+from rob.student_train.finetune.folder import TuneProgress, training_of
 from rob.student_train.finetune.segment import finetune_segmenter
 from rob.student_train.finetune.tuned import Tuned, load_tuned, save_tuned
+from rob.student_train.report.run import read_runs
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.shapes import mask_shapes
-from support.tiny import tiny_images
+from support.tiny import contents, tiny_images
 from support.training import LOADER
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220), "green": (40, 200, 40)}
@@ -237,10 +240,38 @@ def test_heavy_erases_and_mixes_pairs(run, colours, tmp_path):
     assert changed.any() and not changed.all() and torch.equal(unmixed, labels)
     halves, soft = mixed(run, colours, tmp_path, images, augment="light", mixup=1.0)
     assert not torch.equal(halves, images) and soft.shape == (32, 3)
-    odd, unmixed = mixed(run, colours, tmp_path, images[:31], augment="light", mixup=1.0)
-    assert torch.equal(odd, images[:31]) and torch.equal(unmixed, labels[:31])
+    odd, soft = mixed(run, colours, tmp_path, images[:31], augment="light", mixup=1.0)
+    assert len(odd) == len(soft) == 30 and not torch.equal(odd, images[:30])
     least = [CROPS[name].scale[0] for name in ("light", "medium", "heavy")]
     assert least == sorted(least, reverse=True)
+
+
+def test_a_refusal_leaves_the_folder_as_it_was(run, colours, tmp_path):
+    finetune_classifier(classify(run, colours, tmp_path / "tuned", epochs=1))
+    before = contents(tmp_path / "tuned")
+    with pytest.raises(MisuseError, match=r"was made with lr = 0\.001, this run has lr = 0\.002"):
+        finetune_classifier(classify(run, colours, tmp_path / "tuned", epochs=1, lr=2e-3))
+    assert contents(tmp_path / "tuned") == before
+    assert check(tmp_path / "tuned").damaged == ()
+    with pytest.raises(MisuseError, match="is of rob finetune: a report is of runs of rob train-student"):
+        read_runs([tmp_path / "tuned"])
+    (tmp_path / "tuned" / "checkpoint.pt").unlink()
+    with pytest.raises(MisuseError, match=r"has classifier\.safetensors and no checkpoint\.pt .*pass `overwrite`"):
+        finetune_classifier(classify(run, colours, tmp_path / "tuned", epochs=1))
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (stopped / "config.json").write_bytes(sealed({"student": {}}))
+    (stopped / "checkpoint.pt").write_text("of a run that goes on")
+    with pytest.raises(MisuseError, match="is a run of rob train-student: give the fine-tuned network a folder"):
+        finetune_classifier(classify(run, colours, stopped, overwrite=True))
+    assert (stopped / "checkpoint.pt").exists()
+
+
+def test_the_images_of_training_as_validation_are_said(run, colours, tmp_path):
+    notes: list[str] = []
+    config = ClassifyConfig(run, colours[0], colours[0], tmp_path, epochs=1, device="cpu", loader=LOADER)
+    finetune_classifier(config, TuneProgress(note=notes.append))
+    assert any("holds the very images of" in note for note in notes)
 
 
 def test_labels_are_smoothed(run, colours, tmp_path):

@@ -13,6 +13,7 @@ from rob.common.views.loader import LoaderConfig
 from rob.student_train import plan as plan_module
 from rob.student_train import plan_warnings
 from rob.student_train import planner as planner_module
+from rob.student_train import trial as trial_module
 from rob.student_train.config import PUBLISHED_LR, ObjectiveConfig, OptimiserConfig, PairingChoice
 from rob.student_train.plan import make_plan, opened
 from rob.student_train.plan_warnings import LEAST_STEPS, LEAST_STEPS_VIT
@@ -39,7 +40,7 @@ def steps_take(monkeypatch):
     """``steps_take(seconds, small=...)``: without trying any, of 24 images; one of the form for small images takes ``small``."""
 
     def take(seconds: float, small: float | None = None, memory: int = 1 << 20) -> None:
-        def tried(config, run, _, tuned=False):
+        def tried(config, run, _, tuned=False, saving=None):
             is_small = config.student.small_images and small is not None
             return Trial((small if is_small else seconds) * config.loader.batch_size / 24, memory, 1000)
 
@@ -119,7 +120,7 @@ def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):
         monkeypatch.setattr(
             planner_module,
             "try_steps",
-            lambda config, run, seconds, tuned=False, of_16=of_16: Trial(
+            lambda config, run, seconds, tuned=False, saving=None, of_16=of_16: Trial(
                 of_16 if config.loader.batch_size == 16 else 1.0, 1, 1, waited=0.4
             ),
         )
@@ -141,7 +142,7 @@ def test_a_batch_is_halved_only_where_that_buys_steps(open_config, monkeypatch):
 def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config, monkeypatch, seconds_of, batch):
     monkeypatch.setattr(planner_module, "FEWEST", 3)
     monkeypatch.setattr(planner_module, "EFFORTS", {"minutes": planner_module.Effort(900, 4_000, 1, "")})
-    tried = lambda config, run, _, tuned=False: Trial(seconds_of[config.loader.batch_size], 1, 1)  # noqa: E731
+    tried = lambda config, run, _, tuned=False, saving=None: Trial(seconds_of[config.loader.batch_size], 1, 1)  # noqa: E731
     monkeypatch.setattr(planner_module, "try_steps", tried)
     plan = make_plan(open_config)
     assert (plan.config.loader.batch_size, chosen(plan)["batch_size"]) == (batch, batch)
@@ -153,7 +154,9 @@ def test_a_large_batch_is_halved_as_long_as_each_halving_buys_steps(open_config,
 
 def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypatch):
     def steps_take(fp32: float, bf16: float, has: bool = True) -> None:
-        tried = lambda config, run, _, tuned=False: Trial({"fp32": fp32, "bf16": bf16}[config.precision], 1, 1)  # noqa: E731
+        def tried(config, run, _, tuned=False, saving=None):
+            return Trial({"fp32": fp32, "bf16": bf16}[config.precision], 1, 1)
+
         monkeypatch.setattr(planner_module, "try_steps", tried)
         monkeypatch.setattr(planner_module, "has_bfloat16", lambda device: has)
 
@@ -184,7 +187,9 @@ def test_a_cpu_computes_in_bfloat16_where_that_buys_steps(open_config, monkeypat
 
 def test_one_view_of_an_image_where_that_buys_steps(open_config, monkeypatch):
     def steps_take(two: float, one: float) -> None:
-        tried = lambda config, run, _, tuned=False: Trial({2: two, 1: one}[config.pairing.step_targets], 1, 1)  # noqa: E731
+        def tried(config, run, _, tuned=False, saving=None):
+            return Trial({2: two, 1: one}[config.pairing.step_targets], 1, 1)
+
         monkeypatch.setattr(planner_module, "try_steps", tried)
 
     student = StudentConfig("mobilenetv3_small_050", 32)
@@ -215,7 +220,7 @@ def test_a_gpu_tunes_the_last_of_the_trials_alone(open_config, monkeypatch):
     """Each of them has another batch or form, and cuDNN would try its algorithms for all of their shapes."""
     seen = []
 
-    def tried(config, run, _, tuned=False):
+    def tried(config, run, _, tuned=False, saving=None):
         seen.append((config.loader.batch_size, config.student.small_images, tuned))
         return Trial(1.0, 1, 1)
 
@@ -308,8 +313,41 @@ def test_a_vit_goes_on_with_the_stem_that_it_began_with(open_config, steps_take)
         assert bool(make_plan(further).config.student.conv_stem) is began
 
 
+def test_the_head_of_a_vit_has_no_batchnorm_but_in_a_run_that_began_with_it(open_config, steps_take):
+    steps_take(20.0)
+    vit = replace(open_config, student=StudentConfig("test_vit", 32), budget="1m", objective=ObjectiveConfig("dino"))
+    assert chosen(plan := make_plan(vit))["head_norm"] is False
+    assert plan.config.objective is not None and plan.config.objective.head_norm is False
+    for other in (
+        open_config,
+        replace(vit, objective=ObjectiveConfig("dino", head_norm=True)),
+        replace(vit, objective=ObjectiveConfig("swav", sinkhorn="batch")),
+    ):
+        assert "head_norm" not in chosen(make_plan(other))
+    assert vit.objective is not None
+    for began in (None, True):  # None: of a rob from before it was chosen
+        run = replace(vit, out=vit.out / str(began), objective=replace(vit.objective, head_norm=True))
+        train_student(run)
+        settings = json.loads((run.out / "config.json").read_text())
+        settings["objective"]["head_norm"] = began
+        del settings["crc32c"]
+        (run.out / "config.json").write_text(json.dumps(settings))
+        again = make_plan(replace(run, objective=vit.objective))
+        assert again.config.objective is not None and again.config.objective.head_norm is began
+
+
+def test_a_checkpoint_is_timed_once_for_a_plan(open_config, monkeypatch):
+    timed = []
+    real = trial_module._seconds_of_a_checkpoint
+    monkeypatch.setattr(trial_module, "_seconds_of_a_checkpoint", lambda *given: timed.append(given) or real(*given))
+    monkeypatch.setattr(planner_module, "SECONDS_TO_CHOOSE", 0.01)
+    plan = make_plan(replace(open_config, budget="3s"))
+    assert len(timed) == 1
+    assert plan.trial is not None and plan.trial.checkpoint_seconds > 0
+
+
 def test_a_stem_that_bfloat16_leaves_enough_steps_is_kept(open_config, monkeypatch):
-    def tried(config, run, _, tuned=False):
+    def tried(config, run, _, tuned=False, saving=None):
         of_small = {"fp32": 2.0, "bf16": 1.0}[config.precision]
         return Trial(of_small if config.student.small_images else 0.2, 1, 1)
 

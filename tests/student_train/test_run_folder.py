@@ -11,6 +11,7 @@ from torch import nn
 
 from rob.common.errors import FailureError, MisuseError
 from rob.common.ranks import Ranks
+from rob.common.records import sealed
 from rob.common.timing import Stopwatch
 from rob.student_train.run_folder import RunFolder, refuse_what_is_no_run
 from support import tiny
@@ -212,6 +213,23 @@ def test_the_whole_runs_medians_survive_a_resume(tmp_path):
     loss, speed, shares = again.medians()
     assert (loss, shares["data"], shares["student"]) == (10, 0, 1)
     assert speed == pytest.approx((speeds[1] + speeds[2]) / 2)
+
+
+def test_what_another_run_or_program_left_is_not_written_over(tmp_path):
+    refuse_what_is_no_run(tmp_path)
+    (tmp_path / "config.json").write_bytes(sealed({"student": {}}))
+    refuse_what_is_no_run(tmp_path)  # of a run that was killed before its first checkpoint
+    (tmp_path / "student.safetensors").touch()
+    with pytest.raises(
+        MisuseError, match=r"has student\.safetensors and no checkpoint\.pt to go on from: give another"
+    ):
+        refuse_what_is_no_run(tmp_path)
+    (tmp_path / "checkpoint.pt").touch()
+    refuse_what_is_no_run(tmp_path)
+    for content in (b'{"name": "my-site"}', sealed({"facts": {}})):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(MisuseError, match=r"config\.json is of something else: give the run a folder of its own"):
+            refuse_what_is_no_run(tmp_path)
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):

@@ -202,7 +202,7 @@ def test_a_run_that_cannot_go_on_with_another_is_a_sentence(config, parent, chan
 
 
 def test_another_teacher_than_its_parents_is_said_and_another_order_refused(config, parent, data, tmp_path):
-    other = tiny_store(tmp_path / "other.zarr", data, tiny_teacher_checkpoint(tmp_path, seed=1), views=2, loader=LOADER)
+    other = tiny_store(tmp_path / "other.zarr", data, tiny_teacher_checkpoint(tmp_path, 1, 10), views=2, loader=LOADER)
     student, notes = replace(STUDENT, init=str(parent.out)), []
     targets = Cached(other.path)
     of_another = replace(parent, student=student, epochs=None, extend=1, out=tmp_path / "another", targets=targets)
@@ -212,7 +212,9 @@ def test_another_teacher_than_its_parents_is_said_and_another_order_refused(conf
     both = replace(parent, out=tmp_path / "both", targets=Ensemble(stores), objective=None, average=None, epochs=1)
     train_student(both)
     init = replace(STUDENT, init=str(both.out))
+    objective = ObjectiveConfig(json.loads((both.out / "config.json").read_text())["objective"]["name"])
     turned = replace(both, out=config.out, student=init, epochs=None, extend=1, targets=Ensemble(stores[::-1]))
+    turned = replace(turned, objective=objective)
     with pytest.raises(
         MisuseError, match=r"has a head for each of its teachers, in the order .*give the stores in that"
     ):

@@ -262,6 +262,12 @@ def written(name: str, data: bytes):
         (no_image_column, {"image_column": "height"}, r"column 'height' holds int64, and neither bytes nor paths"),
         (hugging_face, {"label_column": "kind"}, r"no column 'kind' among label, text, image"),
         (hugging_face, {"split": "val"}, r" has test, train and no val: set `split` to one of these, or all"),
+        (
+            lambda folder, at: f"{hugging_face(folder, at)}/data/*.parquet",
+            {"split": "val"},
+            r"and no val: set `split` to one",
+        ),
+        (lambda folder, at: folder, {"split": "test"}, r"`split` test is for a named data set, or Parquet files"),
         (cut_parquet, {}, r"a\.parquet: not a Parquet file, or cut"),
         (other_labels, {}, r"a\.csv: x\.jpg is on several lines, with different labels"),
         (no_objects, {}, r"a\.jsonl: line 2 is no JSON object"),

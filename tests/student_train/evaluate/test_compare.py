@@ -202,6 +202,15 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path, monkeypatch, 
     assert "lowshot left out" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_numbers_beside_the_plot_are_not_written_over(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", "test_resnet", 32)
+    write_result(run, "knn", {"top1": 61.25})
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(MisuseError, match=r"package\.json is there already"):
+        compare_command([run], tmp_path / "package.png")
+    assert not (tmp_path / "package.png").exists()
+
+
 def test_exported_files_of_these_weights_are_shown(tmp_path):
     run = make_run(tmp_path / "run", "test_resnet", 32)
     export(ExportConfig(run, ("torch",)))

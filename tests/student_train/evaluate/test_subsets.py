@@ -18,6 +18,13 @@ def test_the_published_rows_of_a_seed_never_change():
     assert balanced_subset(LABELS, per_class=2, seed=1).tolist() == [3, 4, 8, 9, 10, 12]
 
 
+@pytest.mark.parametrize("seed", [2**32, 202611271530])
+def test_a_seed_may_be_a_date(seed):
+    rows = balanced_subset(LABELS, per_class=2, seed=seed).tolist()
+    assert len(rows) == 6
+    assert rows != balanced_subset(LABELS, per_class=2, seed=seed + 2**32).tolist()
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(0, 1000))
 def test_each_class_gives_its_share(labels, fraction, seed):
     labels = torch.tensor(labels)

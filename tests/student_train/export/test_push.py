@@ -91,6 +91,15 @@ def test_exports_and_results_of_other_weights_stay_here(tmp_path):
     assert "20.50" in (folder / "README.md").read_text()
 
 
+def test_a_card_of_ones_own_is_sent(tmp_path):
+    run = a_run(tmp_path / "run")
+    (tmp_path / "README.md").write_text("# Mine\n")
+    folder, _ = push(PushConfig(run, "me/tiny", dry_run=True, card=tmp_path / "README.md"), lambda name: None)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    with pytest.raises(MisuseError, match=r"`card` .*gone\.md cannot be read .*No such file"):
+        push(PushConfig(run, "me/tiny", dry_run=True, card=tmp_path / "gone.md"), lambda name: None)
+
+
 def test_without_a_network_it_is_one_sentence(tmp_path):
     with pytest.raises(FailureError, match=r"me/tiny was not sent \(no network\): log in"):
         push(PushConfig(a_run(tmp_path / "run"), "me/tiny"), lambda name: None)

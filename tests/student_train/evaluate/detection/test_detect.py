@@ -82,7 +82,7 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(epochs, "save_checkpoint", killed)
-    assert rob(monkeypatch, *arguments, "--init", "random") == 130
+    assert rob(monkeypatch, *arguments, "--init", "random", "--overwrite") == 130
     monkeypatch.setattr(epochs, "save_checkpoint", save)
     boxes = data / "Annotations" / "000.xml"
     right = boxes.read_text()
@@ -97,6 +97,10 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     assert json.loads((run / "eval" / "detect-random.json").read_text()) == whole
     assert (run / "eval" / "detections" / "detect-random.json").read_bytes() == found
     assert not list((run / "eval").glob("*.pt"))
+    kept = (run / "eval" / "detect-random.safetensors").read_bytes()
+    assert rob(monkeypatch, *arguments, "--init", "random") == 2, "a detector is not written over"
+    assert rob(monkeypatch, *arguments, "--val", "val", "--test", "val") == 2
+    assert (run / "eval" / "detect-random.safetensors").read_bytes() == kept
     # The detector is kept, and finds the same anew.
     detector, tuned = load_tuned(run / "eval" / "detect-random.safetensors")
     assert (tuned.task, tuned.classes) == ("detect", ("disc", "square"))
