@@ -187,7 +187,8 @@ def result_of(config: ClaimsConfig, job: Job) -> dict[str, Any]:
     result, of = json.loads(job.result(config.out).read_text()), made_of(job)
     if result.get("of", of) != of:
         raise MisuseError(
-            f"{job.result(config.out)}: row {job.row.name} has changed since: remove the file to run it again"
+            f"{job.result(config.out)}: row {job.row.name} has changed since: remove the file and "
+            f"{job.folder(config.out)} to run it again"
         )
     return result
 

@@ -12,10 +12,11 @@ parameter with a setting is an option of its own.
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -32,6 +33,7 @@ def command(function: Callable[..., None], **bound: Any) -> Callable[..., None]:
     """``function`` for typer. ``bound`` are arguments that no option gives, such as what another stage does."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in bound]
     options = {option.name: option for parameter in parameters for option in _options(parameter)}
+    metavars = {name: info.metavar for name, option in options.items() if (info := _argument_info(option)) is not None}
 
     def run(**values: Any) -> None:
         values = {name: at_home(value) for name, value in values.items()}
@@ -39,7 +41,7 @@ def command(function: Callable[..., None], **bound: Any) -> Callable[..., None]:
             arguments = {parameter.name: _argument(parameter, values) for parameter in parameters}
             function(**arguments, **bound)
         except (MisuseError, FailureError) as error:
-            raise type(error)(spelled(str(error))) from error
+            raise type(error)(spelled(str(error), metavars)) from error
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__annotations__ = {name: option.annotation for name, option in options.items()}
@@ -126,9 +128,11 @@ def at_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def spelled(text: str) -> str:
-    """The library's `` `jpeg_quality` `` as the command line has it: ``--jpeg-quality``."""
-    return re.sub("`([a-z0-9_]+)`", lambda match: SPELLING.get(match[1], match[0]), text)
+def spelled(text: str, arguments: Mapping[str, str | None] = MappingProxyType({})) -> str:
+    """The library's `` `jpeg_quality` `` as the command line has it: ``--jpeg-quality``. ``arguments`` are those of a command by
+    their names: elsewhere there is an option of that name."""
+    known = {**SPELLING, **arguments}
+    return re.sub("`([a-z0-9_]+)`", lambda match: known.get(match[1]) or match[0], text)
 
 
 def given(context: typer.Context) -> set[str]:
@@ -179,6 +183,12 @@ def _option(what: Described) -> inspect.Parameter:
             SPELLING[what.field] = SPELLING[what.name]
     empty = inspect.Parameter.empty if default is MISSING else default
     return inspect.Parameter(what.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=empty)
+
+
+def _argument_info(option: inspect.Parameter) -> Any:
+    """What typer is told of an argument; None of an option."""
+    found = getattr(option.annotation, "__metadata__", ())
+    return next((info for info in found if isinstance(info, typer.models.ArgumentInfo)), None)
 
 
 def _configuration(annotation: Any) -> type | None:

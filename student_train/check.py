@@ -92,8 +92,14 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
             yield file, _problem_of_archive
         elif file.name == "metrics.jsonl":
             yield file, _problem_of_log
-        elif in_run and (file.name in RECORDS or (file.suffix == ".json" and file.parent.name == "eval")):
+        elif in_run and (file.name in RECORDS or _is_result(file)):
             yield file, _problem_of_record
+
+
+def _is_result(file: Path) -> bool:
+    """Of ``rob eval``, but for the detections, which are COCO's."""
+    folders = [folder.name for folder in file.parents]
+    return file.suffix == ".json" and "eval" in folders and folders[0] != "detections"
 
 
 def _problem_of_tensors(file: Path) -> str | None:

@@ -116,8 +116,8 @@ class ObjectiveConfig:
     head_norm: Annotated[
         bool | None,
         Setting(
-            "BatchNorm in the head; default yes, but no for moco, disco and seed, and for dino's and ibot's ViTs. RoB has none "
-            "with dino and ibot for CNNs either.",
+            "BatchNorm in the head; default yes, but no for moco, disco and seed, and for dino and ibot with timm's ViTs. RoB "
+            "has none with dino and ibot for CNNs either.",
             group="Head",
         ),
     ] = None

@@ -6,6 +6,8 @@ or a preset gives them, the run is planned already: the rest is as published, an
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,10 +72,14 @@ def make_plan(config: TrainConfig) -> TrainPlan:
     return plan_run(*opened(config, device), measured=True)
 
 
+def _begun_in(out: Path) -> dict[str, Any] | None:
+    refuse_what_is_no_run(out)
+    return read_begun(out)
+
+
 def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:
     """The targets of ``config``, which then names its objective: the usual one of such targets, where none was asked for."""
-    refuse_what_is_no_run(config.out)
-    begun = from_main(lambda: read_begun(config.out))
+    begun = from_main(lambda: _begun_in(config.out))
     if begun is None and config.extend and config.objective is None:
         raise MisuseError("`extend`: name the `objective` of the run that goes on")
     config = replace(config, student=with_start(config.student, begun))

@@ -109,7 +109,7 @@ class Planner:
         objective = self.config.objective
         assert objective is not None
         without = self.family in VIT_FAMILIES and not OBJECTIVES[objective.name].norm_in_vits
-        if without and objective.head_norm is None:
+        if without and objective.head_norm is None and not objective.norm_by_size:  # which is that BatchNorm's
             self.choices.append(Choice("head_norm", False, "a ViT's head has no BatchNorm, as DINO's and RoB's"))
             self._set(objective=replace(objective, head_norm=False))
 

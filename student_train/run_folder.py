@@ -85,11 +85,12 @@ def refuse_what_is_no_run(out: Path) -> None:
         foreign = not begun  # what goes on with a checkpoint says itself that its settings are damaged
     if foreign:
         raise MisuseError(f"{out / 'config.json'} is of something else: give the run a folder of its own as `out`")
-    trained = next((name for name in (WEIGHTS_NAME, AVERAGE_NAME) if (out / name).exists()), None)
+    trained = [name for name in (WEIGHTS_NAME, AVERAGE_NAME) if (out / name).exists()]
     if trained and not begun:
+        names = " and ".join(trained)
         raise MisuseError(
-            f"`out` {out} has {trained} and no checkpoint.pt to go on from: give another `out`, or delete {trained} to train "
-            "anew there"
+            f"`out` {out} has {names} and no checkpoint.pt to go on from: give another `out`, or delete {names} to train anew "
+            "there"
         )
 
 
@@ -342,7 +343,7 @@ def read_lines(metrics: Path, kind: type[T], unchecked: bool = False) -> list[T]
             try:
                 found.append(unsealed(line, kind, unchecked))
             except NoChecksumError as problem:
-                remedy = "run the same rob train-student again, which writes it anew"
+                remedy = "run the same command again, which writes it anew"
                 raise FailureError(f"{metrics}: line {number} {problem}: {remedy}") from None
             except DamagedError as problem:
                 raise FailureError(f"{metrics}: line {number} {problem}: delete that line") from None

@@ -133,7 +133,7 @@ def build_student(config: StudentConfig) -> nn.Module:
 
 def create_student(info: StudentInfo, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
     """The network that ``info`` describes, with random weights. Stochastic depth and patch drop are for training and no part
-    of it. MisuseError: the network has not the one of them that is asked for.
+    of it. MisuseError: the network lacks the one that is asked for.
     """
     model_family(info.name)
     for_training = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}

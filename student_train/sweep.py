@@ -131,6 +131,8 @@ class SweepConfig:
                 raise MisuseError(f"--{name} is both varied and fixed: leave one of them out")
         if self.fixes("out"):
             raise MisuseError("--out belongs to the sweep: leave it out of the options of train-student")
+        if self.fixes("plan-only") or "plan-only" in names:
+            raise MisuseError("--plan-only trains nothing, and a sweep measures what was trained: leave it out")
         if self.fixes("device") or "device" in names:
             raise MisuseError("--device belongs to the sweep, whose k-NN uses it too: give it before the --")
         if not self.arguments or self.arguments[0].startswith("-"):

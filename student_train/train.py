@@ -291,7 +291,10 @@ def watching(
         raise MisuseError(
             f"`patience` goes by what `knn_every` measures, and the {data.num_images} images are too few for that"
         )
-    return yardstick and Watch(yardstick, config.out, info, step, config.patience, note)
+    if yardstick is None:
+        note(f"`knn_every` has nothing to measure by: {data.num_images} images are too few")
+        return None
+    return Watch(yardstick, config.out, info, step, config.patience, note)
 
 
 def use_what_is_known(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from ..common.ranks import ALONE, Ranks
 from ..common.run import autocast, seed_everything
 from .config import PairingConfig
 from .objectives import OBJECTIVES, ObjectiveConfig, StudentMap, build_objective
-from .optimiser import Schedule, build_average, build_optimiser, clip_gradients
+from .optimiser import Schedule, build_average, build_optimiser, clip_gradients, may_fuse
 from .start import begin
 from .student_with_head import StudentWithHead
 from .students import build_student, map_shape
@@ -99,8 +99,7 @@ class Trainer:
             self.model.compile_backbone(replayed=self.replays)
         self.compiles = compiled != "off" or device.type == "cuda"
         self.parallel = self.model if ranks.world_size == 1 else _parallel(self.model)
-        # Not for fp16: a fused one takes the scaler's verdict on the device, and whether a step was skipped stays unknown here.
-        fused = device.type in ("cuda", "cpu") and config.precision != "fp16"
+        fused = may_fuse(self.model, config.precision)
         self.optimiser = build_optimiser(self.model, config.optimiser, config.loader.batch_size, fused)
         self.parameters = list(self.model.parameters())  # walking through the modules takes a millisecond, every step
         self.schedule = Schedule(self.optimiser, config.optimiser, steps_per_epoch, config.epochs)

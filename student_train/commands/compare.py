@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Runs side by side: results, size, latency, speed."""
     from ..evaluate.compare import all_tasks, names_of, summarise, write_comparison
-    from ..evaluate.results import not_comparable, of_weights, read_results
+    from ..evaluate.results import not_comparable, of_weights, others_left_out, read_results
 
     if out.suffix != ".png":
         raise MisuseError(f"`out` {out}: the plot is a PNG, name it {out.with_suffix('.png')}")
@@ -74,8 +74,11 @@ def compare(
         ]
         if exported:
             show_table("exported files", ("file", *EXPORTED), exported, named=True)
-    named = zip(names, runs, summaries, strict=True)
-    results = {name: of_weights(read_results(run), s.weights) for name, run, s in named}
-    for sentence in [*(s.left_out for s in summaries if s.left_out), *not_comparable(results)]:
+    results = {}
+    for name, run, s in zip(names, runs, summaries, strict=True):
+        results[name] = of_weights(read_results(run), s.weights)
+        if s.left_out:
+            note(others_left_out(name, s.left_out))
+    for sentence in not_comparable(results):
         note(sentence)
     note(f"drawn to {out}")

@@ -16,6 +16,6 @@ def push(config: PushConfig, teacher_licence: Callable[[str], str | None]) -> No
     note(
         f"{folder} was sent to {sent}"
         if sent
-        else f"nothing was sent: {folder} is what would be; read README.md there, and "
-        "pass a copy that you wrote on in as --card"
+        else f"nothing was sent: {folder} is what would be; read README.md there; "
+        "to send your own, copy it elsewhere, edit it, and give it as --card"
     )

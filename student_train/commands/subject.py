@@ -92,9 +92,7 @@ class Subject:
         from ..evaluate.labelled import labelled_images
 
         if test is not None and Beton(test).manifest.fingerprint == Beton(data).manifest.fingerprint:
-            note(
-                f"{test} holds the very images of {data}, so that each finds itself: the result says nothing of other images"
-            )
+            note(f"{test} holds the very images of {data}: the result says nothing of other images")
         with bar("features", "images") as update, last_asked_here(self.network):
             return labelled_images(self.network, data, test, self.loader, self.folder, update)
 

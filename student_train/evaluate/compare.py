@@ -19,7 +19,7 @@ from ..checkpoint import load_student
 from ..export.exported_file import ExportedFile, read_exports
 from ..run_folder import read_log
 from ..students import num_macs, num_parameters
-from .results import of_weights, others_left_out, read_results
+from .results import of_weights, read_results
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class RunSummary:
     """Task -> what identifies its test images, where the result says it."""
     exports: Mapping[str, ExportedFile]
     """What rob export made of these weights, by the name of the file."""
-    left_out: str | None
-    """A sentence about results of other weights, where there are some."""
+    left_out: Sequence[str]
+    """Tasks whose results are of other weights."""
 
 
 def summarise(run: Path) -> RunSummary:
@@ -73,7 +73,7 @@ def summarise(run: Path) -> RunSummary:
         scores=scores,
         tested_on=tested_on,
         exports={name: entry for name, entry in read_exports(run).items() if entry.weights == weights},
-        left_out=others_left_out(run, results, of_student),
+        left_out=[task for task in results if task not in of_student],
     )
 
 

@@ -18,7 +18,7 @@ from ...common.images.beton import Beton
 from ...common.records import read_record, sealed
 from ...common.views.loader import LoaderConfig
 from ..epochs import Training, train_epochs
-from ..optimiser import cosine_decay
+from ..optimiser import cosine_decay, may_fuse
 from .config import FinetuneConfig
 from .crops import RandomCrops
 from .features import Features
@@ -135,7 +135,7 @@ def fit_classifier(
     crops = RandomCrops(network, Beton(train.path), loader, seed)
     training = Training(
         model=model,
-        optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True),
+        optimiser=torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=may_fuse(model)),
         batches=lambda epoch: crops.epoch(train.image_ids, epoch),
         loss=lambda batch: F.cross_entropy(model(batch[1]), labels[batch[0].to(network.device)]),
         rate=lambda step, epoch: cosine_decay(epoch, config.epochs),

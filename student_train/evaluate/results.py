@@ -1,6 +1,6 @@
 """The outcomes of evaluations in a run folder: one ``eval/TASK.json`` a task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -98,14 +98,11 @@ def of_weights(results: Mapping[str, dict[str, Any]], weights: str) -> dict[str,
     }
 
 
-def others_left_out(run: object, results: Mapping[str, Any], kept: Mapping[str, Any]) -> str | None:
-    """A sentence about ``results`` that are not among the ``kept`` ones of the student in ``run``."""
-    left = [task for task in results if task not in kept]
-    if not left:
-        return None
+def others_left_out(run: str, tasks: Sequence[str]) -> str:
+    """A sentence about results that are not of the student in ``run``."""
     return (
-        f"{run}: {' and '.join(left)} left out, of other weights than the student's: it was trained on since, or they are of "
-        "another network; rob eval measures it again"
+        f"{run}: {' and '.join(tasks)} left out, measured on other weights than the student has now, or on another network: "
+        "measure again with rob eval"
     )
 
 

@@ -134,13 +134,16 @@ class PushConfig:
     card: Annotated[
         Path | None,
         Setting(
-            "README.md to send in the place of rob's: a copy of RUN/hub/README.md, in which you wrote more. RUN/hub itself is "
-            "made anew every time."
+            "README.md to send instead of rob's: copy RUN/hub/README.md elsewhere and edit it. RUN/hub is made anew every time."
         ),
     ] = None
 
     def __post_init__(self) -> None:
         check(self)
+        if self.card is not None and self.licence is not None:
+            raise MisuseError(
+                "`licence` is for rob's card, and `card` is one of your own, which says it: leave one of them out"
+            )
         if not REPOSITORY.fullmatch(self.name):
             raise MisuseError(
                 f"the name {self.name!r} is none of the Hub: give USER/MODEL, of letters, digits, -, _ and ."

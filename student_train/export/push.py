@@ -81,7 +81,7 @@ def write_folder(config: PushConfig, teacher_licence: Callable[[str], str | None
 def read_card(path: Path) -> str:
     """MisuseError: it is no text."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MisuseError(f"`card` {path} cannot be read ({first_line(error)}): give the README.md to send") from None
 

@@ -17,7 +17,7 @@ from ...common.run import allow_fast_arithmetic, autocast, choose_precision, pic
 from ...common.weights import hash_weights
 from ..checkpoint import AVERAGE_NAME, BEST_NAME, WEIGHTS_NAME, load_checkpoint, load_student
 from ..epochs import Kept, Training
-from ..optimiser import decayed_groups, warm_cosine
+from ..optimiser import decayed_groups, may_fuse, warm_cosine
 from ..run_folder import is_run
 from ..students import create_student
 from .config import ClassifyConfig, SegmentConfig
@@ -125,7 +125,9 @@ def training_of(
     """AdamW under a warm cosine, ``steps`` an epoch."""
     return Training(
         model=model.train(),
-        optimiser=torch.optim.AdamW(decayed_groups(model, config.weight_decay), lr=config.lr, fused=True),
+        optimiser=torch.optim.AdamW(
+            decayed_groups(model, config.weight_decay), lr=config.lr, fused=may_fuse(model, start.precision)
+        ),
         batches=batches,
         loss=loss,
         rate=warm_cosine(config.epochs * steps),

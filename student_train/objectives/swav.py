@@ -10,7 +10,8 @@ released it, codes are of the batch alone, and one view is the target of all cro
 Without a teacher, as ``main_swav.py``: each target view's batch is balanced apart, with a queue of 3840 earlier rows of that
 view, which begins to fill in epoch 15 and is in use once it is full (``sinkhorn`` "queue"): a batch smaller than K cannot be
 spread evenly without. A frozen teacher's rows serve at once. Head: D-2048(BN, ReLU)-128; prototypes normalised in place before
-every step, unless ``norm_last_layer`` is False: RoB's code has the normalisation as a hook of SwAV's own loss alone.
+every step, unless they are a teacher's and frozen, or ``norm_last_layer`` is False: RoB's code has the normalisation as a hook
+of SwAV's own loss alone.
 """
 
 import torch

@@ -9,7 +9,7 @@ from typing import Any
 from ...common.errors import FailureError, MisuseError
 from ...common.records import read_record
 from ..checkpoint import WEIGHTS_NAME, hash_student
-from ..evaluate.results import of_weights, others_left_out, read_results
+from ..evaluate.results import of_weights, read_results
 from ..evaluate.yardstick import OUTCOME_NAME, Measured, Outcome, recorded
 from ..export.card import read_settings
 from ..export.exported_file import ExportedFile, read_exports
@@ -28,8 +28,8 @@ class Run:
     outcome: Outcome | None
     results: Mapping[str, Mapping[str, Any]]
     exports: Mapping[str, ExportedFile]
-    left_out: str | None
-    """A sentence about results of other weights than the student's, where there are some."""
+    left_out: Sequence[str]
+    """Tasks whose results are of other weights than the student's."""
 
     @property
     def has_weights(self) -> bool:
@@ -85,7 +85,7 @@ def _read(name: str, folder: Path) -> Run:
             read_record(outcome, Outcome, "delete it") if outcome.exists() else None,
             results,
             exports,
-            others_left_out(name, found, results),
+            [task for task in found if task not in results],
         )
     except FailureError as problem:
         raise MisuseError(str(problem)) from None

@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..evaluate.compare import headline
-from ..evaluate.results import not_comparable
+from ..evaluate.results import not_comparable, others_left_out
 from .page import COLOURS, caption, code, label, missing, plot, style, table
 from .run import Run
 
@@ -43,7 +43,7 @@ def evaluations(runs: Sequence[Run]) -> Markup:
         rows = [[task, *(scores[run.name].get(task) for run in runs)] for task in tasks]
         parts.append(table(("task, %", *(run.name for run in runs)), rows))
         parts += [caption(f"{sentence}.") for sentence in not_comparable({run.name: run.results for run in runs})]
-    parts += [caption(f"{run.left_out}.") for run in runs if run.left_out]
+    parts += [caption(f"{others_left_out(run.name, run.left_out)}.") for run in runs if run.left_out]
     without = [run for run in runs if not scores[run.name]]
     for run in without:
         parts.append(

@@ -64,7 +64,7 @@ def look_at(
     """Features by every run that has weights, and by every teacher whose store is of these images."""
     count = min(config.images, data.num_images)
     ids = np.unique(np.linspace(0, data.num_images - 1, count).astype(np.int64))
-    features, teachers = {}, {}
+    features, teachers, weights = {}, {}, {}
     for run in runs:
         if run.has_weights:
             network = FrozenNetwork.student(run.folder, device)
@@ -77,8 +77,11 @@ def look_at(
                 }
             features[run.name] = torch.stack([rows[int(i)] for i in ids])
         for store in stores_of(run, data):
-            if store.manifest.teacher not in teachers:
-                teachers[store.manifest.teacher] = teacher_features(store, ids)
+            name, its_weights = store.manifest.teacher, store.manifest.weights_hash
+            if weights.setdefault(name, its_weights) != its_weights:
+                name = f"{name} ({its_weights[:8]})"  # another one of this architecture
+            if name not in teachers:
+                teachers[name] = teacher_features(store, ids)
         advance()
     return Images(data, ids, features, teachers)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from ..evaluate.yardstick import Outcome
 from .page import caption, code, missing, table
 from .run import Run
 
@@ -22,21 +23,23 @@ def summary(runs: Sequence[Run]) -> Markup:
                 *([outcome.student, outcome.random, outcome.pixels, outcome.teacher] if outcome else [None] * 4),
             ]
         )
-    head = ("run", "student", "objective", "steps", "loss", "student %", "random %", "pixels %", "teacher %")
+    head = ("run", "network", "objective", "steps", "loss", "student", "random", "pixels", "teacher")
     shown = [table(head, rows)]
-    measured = [run.outcome for run in runs if run.outcome]
-    if measured:
-        first = measured[0]
-        what = "k-NN top-1 with a fifth of each class held out" if first.by_labels else (
-            "the share of an image's ten nearest that are the teacher's too"
-        )  # fmt: skip
+    measured: dict[tuple[str, int], list[str]] = {}
+    for run in runs:
+        if run.outcome:
+            measured.setdefault((_what(run.outcome), run.outcome.num_images), []).append(run.name)
+    for (what, images), names in measured.items():
+        whose = f" of {', '.join(names)}" if len(measured) > 1 else ""
         shown.append(
             caption(
-                f"The percentages are {what}, of {first.num_images:,} of the training images, measured at the run's end: of the "
-                "student, of the same network with random weights, of raw pixels, and of the teacher. A run worked where its "
-                "student is well above random; losses of different objectives are not to be compared."
+                f"The last four columns{whose} are {what}, of {images:,} of the training images, measured at the run's end: "
+                "of the student, of the same network with random weights, of raw pixels, and of the teacher. A run worked where "
+                "its student is well above random; losses of different objectives are not to be compared."
             )
         )
+    if len(measured) > 1:
+        shown.append(caption("Runs that were measured differently are not to be compared by these columns."))
     for run in runs:
         if not run.outcome:
             shown.append(
@@ -50,3 +53,11 @@ def summary(runs: Sequence[Run]) -> Markup:
                 missing(f"{run.name} is not finished: the same", code("rob train-student"), "command goes on with it.")
             )
     return Markup("\n").join(shown)
+
+
+def _what(outcome: Outcome) -> str:
+    if outcome.by_labels:
+        return "k-NN top-1 in percent, with a fifth of each class held out"
+    if outcome.by_rank:
+        return "RankMe, the effective rank of the embeddings"
+    return "the share in percent of an image's ten nearest that are the teacher's too"

@@ -61,6 +61,16 @@ def test_what_is_damaged_is_named(refused, whole, tmp_path, file, message):
     refused(1, message, "check", there / "data.beton", there / "targets.zarr", there / "run")
 
 
+def test_damaged_results_are_found_at_any_depth_and_detections_are_others(rob, whole, tmp_path):
+    run = shutil.copytree(whole / "run", tmp_path / "run")
+    for name in ("finetune/abc.json", "detections/detect.json"):
+        (run / "eval" / name).parent.mkdir()
+        (run / "eval" / name).write_text('{"top1": 5}')
+    outcome = rob("check", run)
+    assert outcome.code == 1
+    assert "abc.json" in outcome.err and "detect.json" not in outcome.err
+
+
 def test_what_others_wrote_into_a_run_is_not_called_damaged(rob, whole, tmp_path):
     run = shutil.copytree(whole / "run", tmp_path / "run")
     for name in ("student.mlpackage/Manifest.json", "wandb/run-1/files/wandb-summary.json"):

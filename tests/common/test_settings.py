@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -125,6 +126,22 @@ def test_errors_name_the_option_on_the_command_line_and_the_field_in_python():
     outcome = run(train, "--epochs", "1")
     assert str(outcome.exception) == "--engine fast needs --size 2, not `this_one`: see `a b`"
     assert spelled("`backend`") == "--engine"
+
+
+def test_errors_name_an_argument_as_the_command_does():
+    """Though another command has an option of this name."""
+
+    def train(out: Annotated[Path, Setting("Where to.")] = Path("x")) -> None: ...
+
+    def save(
+        out: Annotated[Path, Setting("Where to.", argument="OUT.npy")],
+        size: Annotated[int, Setting("Side.", low=1)] = 3,
+    ) -> None:
+        raise MisuseError(f"`out` {out}: it is for `size` {size}")
+
+    run(train)
+    assert str(run(save, "a.npy").exception) == "OUT.npy a.npy: it is for --size 3"
+    assert spelled("`out`") == "--out"
 
 
 def test_every_setting_is_found_with_its_default():

@@ -21,7 +21,7 @@ from rob.student_train.targets.momentum import Momentum
 from rob.student_train.train import train_student
 from rob.student_train.train_config import ExportTeacherConfig, TrainConfig
 from rob.teacher_cache.teachers import TeacherConfig, load_teacher
-from support.tiny import tiny_beton, tiny_store
+from support.tiny import tiny_beton, tiny_store, tiny_teacher_checkpoint
 from support.training import LOADER
 
 NAME = "test_resnet"
@@ -65,6 +65,28 @@ def test_swavs_student_with_its_head_and_prototypes(swav, tmp_path):
     assert teacher.prototypes is not None
     torch.testing.assert_close(teacher.prototypes.norm(dim=1), torch.ones(10))
     assert teacher.mean == info.mean
+
+
+@pytest.mark.parametrize("name", ["swav", "msn"])
+def test_frozen_prototypes_of_a_teacher_keep_their_lengths(data, tmp_path, name):
+    """As DINO's with a learned gain, which are no unit rows."""
+    teacher = tiny_teacher_checkpoint(tmp_path, prototypes=10)
+    assert teacher.checkpoint is not None
+    tensors = load_file(teacher.checkpoint)
+    gain = next(tensor for key, tensor in tensors.items() if key.endswith("last_layer.weight_g"))
+    gain.mul_(1.5)
+    save_file(tensors, teacher.checkpoint)
+    store = tiny_store(tmp_path / "t.zarr", data, teacher, loader=LOADER)
+    objective = ObjectiveConfig(name, hidden_dim=24, sinkhorn="batch", head="frozen")
+    config = TrainConfig(
+        data.path, tmp_path / "run", StudentConfig(NAME, 32), Cached(store.path), objective,
+        optimiser=OptimiserConfig(warmup_epochs=0), epochs=1, local_size=16, device="cpu", loader=LOADER,
+    )  # fmt: skip
+    train_student(config)
+    path = export_teacher(ExportTeacherConfig(config.out, tmp_path / "teacher.safetensors"))
+    rows = load_teacher(TeacherConfig(NAME, path)).prototypes
+    assert rows is not None
+    torch.testing.assert_close(rows.norm(dim=1), torch.full((10,), 1.5))
 
 
 def test_a_teacher_that_is_there_is_kept(swav, tmp_path):

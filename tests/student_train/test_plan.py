@@ -322,6 +322,7 @@ def test_the_head_of_a_vit_has_no_batchnorm_but_in_a_run_that_began_with_it(open
         open_config,
         replace(vit, objective=ObjectiveConfig("dino", head_norm=True)),
         replace(vit, objective=ObjectiveConfig("swav", sinkhorn="batch")),
+        replace(vit, objective=ObjectiveConfig("dino", norm_by_size=True)),
     ):
         assert "head_norm" not in chosen(make_plan(other))
     assert vit.objective is not None

@@ -52,6 +52,7 @@ def test_a_network_of_the_users_own_is_named_to_the_command_that_measures_it(tmp
         (("data.beton", "--local-size=16"), (SIZES,), "both varied and fixed"),
         (("data.beton", "--out", "x"), (SIZES,), "--out belongs to the sweep"),
         (("data.beton", "--out=x"), (SIZES,), "--out belongs to the sweep"),
+        (("data.beton", "--plan-only"), (SIZES,), "--plan-only trains nothing"),
         (("data.beton", "--device", "cuda:1"), (SIZES,), "--device belongs to the sweep"),
         (("data.beton",), (Variation("device", ("cpu", "cuda")),), "--device belongs to the sweep"),
         (("--epochs", "2"), (SIZES,), "DATA.beton"),

@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
-from ....common.files import locked, refuse_existing, replacing
+from ....common.errors import MisuseError
+from ....common.files import locked, replacing
 from ....common.run import pick_device, seed_everything
 from ....common.shared_memory import shared_memory_holds
 from ....common.weights import hash_weights
 from ...checkpoint import load_student
 from ...epochs import Kept, Training, train_epochs
 from ...finetune.tuned import Tuned, save_tuned
-from ...optimiser import warm_cosine
+from ...optimiser import may_fuse, warm_cosine
 from ...students import create_student
 from ..config import DetectConfig
 from .data import DetectionData, DetectionTensors, open_detection
@@ -42,6 +43,8 @@ class DetectResult:
     """Box AP of each class in percent."""
     num_train: int
     num_test: int
+    weights: str
+    """What ``hash_weights`` says of the student that training started from, or that gave its architecture alone."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,8 +90,9 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
     task = "detect" if config.init == "student" else f"detect-{config.init}"
     checkpoint = keep_in and keep_in / "eval" / f"{task}.checkpoint.pt"
     trained = keep_in and keep_in / "eval" / f"{task}.safetensors"
-    if trained and checkpoint and not checkpoint.exists():
-        refuse_existing(trained, config.overwrite)  # of hours, maybe on other images
+    is_done = trained and trained.exists() and checkpoint and not checkpoint.exists()
+    if is_done and not config.overwrite:  # of hours, maybe on other images
+        raise MisuseError(f"{trained} is there already: pass `overwrite` to train another one, or give another `out`")
     free = ("run", "data", "test", "workers", "device", "overwrite")
     settings = {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"weights": source, "classes": train.classes, "masks": masks}
@@ -109,6 +113,7 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
         {name: by_class.get(name) for name in train.classes},
         len(train.images),
         len(test.images),
+        source,
     )
     if keep_in and trained:
         with replacing(keep_in / "eval" / "detections" / f"{task}.json") as file:
@@ -142,7 +147,9 @@ def fit(
 
     training = Training(
         model=detector.train(),
-        optimiser=torch.optim.AdamW(detector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        optimiser=torch.optim.AdamW(
+            detector.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=may_fuse(detector)
+        ),
         batches=lambda epoch: _training_batches(data, masks, config, epoch),
         loss=loss,
         rate=warm_cosine(config.epochs * steps),

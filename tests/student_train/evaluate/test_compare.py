@@ -196,10 +196,10 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path, monkeypatch, 
     )
     shown = summarise(run)
     assert shown.scores == {"knn": 61.25, "knn-random": 20.5, "linear": 70.5}
-    assert shown.left_out and "lowshot left out" in shown.left_out
+    assert shown.left_out == ["lowshot"]
     monkeypatch.chdir(tmp_path)
     compare_command([run])
-    assert "lowshot left out" in " ".join(capsys.readouterr().out.split())
+    assert "run: lowshot left out, measured on other weights" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_numbers_beside_the_plot_are_not_written_over(tmp_path, monkeypatch):

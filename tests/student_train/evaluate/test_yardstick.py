@@ -201,6 +201,9 @@ def test_patience_without_measurements_is_refused(config, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_IMAGES", 25)
     with pytest.raises(MisuseError, match="and the 24 images are too few for that"):
         train_student(replace(config, knn_every=1, patience=2))
+    notes: list[str] = []
+    train_student(replace(config, knn_every=1), TrainProgress(note=notes.append))
+    assert "`knn_every` has nothing to measure by: 24 images are too few" in notes
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def test_a_card_of_ones_own_is_sent(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     folder, _ = push(PushConfig(run, "me/tiny", dry_run=True, card=tmp_path / "README.md"), lambda name: None)
     assert (folder / "README.md").read_text() == "# Mine\n"
+    with pytest.raises(MisuseError, match="`licence` is for rob's card"):
+        PushConfig(run, "me/tiny", card=tmp_path / "README.md", licence="mit")
     with pytest.raises(MisuseError, match=r"`card` .*gone\.md cannot be read .*No such file"):
         push(PushConfig(run, "me/tiny", dry_run=True, card=tmp_path / "gone.md"), lambda name: None)
 

@@ -27,9 +27,12 @@ from rob.student_train.report.embedding_map import principal
 from rob.student_train.report.looks import last_map
 from rob.student_train.report.neighbours import nearest
 from rob.student_train.report.report import report
+from rob.student_train.report.run import read_runs
+from rob.student_train.report.shown_images import look_at
+from rob.student_train.report.summary import summary
 from rob.student_train.students import StudentConfig, build_student, describe_student
 from support.tiny import TEACHER as TINY_TEACHER
-from support.tiny import tiny_images, tiny_store
+from support.tiny import tiny_images, tiny_store, tiny_teacher_checkpoint
 from support.training import LOADER, log_line
 
 pytest.importorskip("plotly")
@@ -163,7 +166,7 @@ def test_what_a_run_has_is_shown(page):
     assert "student.onnx" in page.texts["exports"]
     assert "older.onnx" not in page.texts["exports"]
     assert "87.25" not in page.texts["evaluation"]
-    assert "cnn: linear left out, of other weights" in page.texts["evaluation"]
+    assert "cnn: linear left out, measured on other weights" in page.texts["evaluation"]
     assert "teacher" in page.texts["neighbours"]
     assert "attention" in page.texts["looks"]
     assert "activation" in page.texts["looks"]
@@ -186,6 +189,24 @@ def test_what_a_run_has_not_is_a_sentence_with_the_command(page, config, folder,
     assert "rob train-student" in bare.texts["runs"]
     assert "--data DATA.beton" in bare.texts["views"]
     assert not [tag for tag, a in bare.tags if a.get("class") == "plot"], "a plot of nothing"
+
+
+def test_runs_that_were_measured_differently_have_a_caption_each(folder):
+    (run,) = read_runs([folder / "cnn"])
+    assert run.outcome is not None
+    other = replace(run, name="other", outcome=replace(run.outcome, by_labels=False, by_rank=True))
+    both, alone = str(summary([run, other])), str(summary([run]))
+    assert "columns of cnn are k-NN top-1" in both and "columns of other are RankMe" in both
+    assert "not to be compared by these columns" in both
+    assert "columns are k-NN top-1" in alone and "by these columns" not in alone
+
+
+def test_two_teachers_of_one_architecture_are_told_apart(config, folder, tmp_path):
+    data, (run,) = Beton(folder / "data.beton"), read_runs([folder / "cnn"])
+    other = tiny_store(tmp_path / "other.zarr", data, tiny_teacher_checkpoint(tmp_path, seed=5), loader=LOADER)
+    run = replace(run, settings={**run.settings, "targets": [run.settings["targets"], str(other.path)]})
+    images = look_at(data, [run], config, torch.device("cpu"), lambda: None)
+    assert list(images.teachers) == [TINY_TEACHER, f"{TINY_TEACHER} ({other.manifest.weights_hash[:8]})"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from rob import cli
 from rob.common.errors import MisuseError
 from rob.student_train import epochs
-from rob.student_train.checkpoint import export_weights
+from rob.student_train.checkpoint import export_weights, hash_student
 from rob.student_train.evaluate.detection import detect as stage
 from rob.student_train.evaluate.detection.data import DetectionTensors, open_detection
 from rob.student_train.evaluate.detection.detect import DetectConfig, detect
@@ -74,6 +74,7 @@ def test_voc_lists_random_weights_and_resuming(tmp_path, monkeypatch):
     assert rob(monkeypatch, *arguments, "--init", "random") == 0
     whole = json.loads((run / "eval" / "detect-random.json").read_text())
     assert (whole["num_train"], whole["num_test"], whole["mask"]) == (6, 3, None)
+    assert whole["weights"] == hash_student(run)  # by which rob compare knows whose it is
     found = (run / "eval" / "detections" / "detect-random.json").read_bytes()
     save = epochs.save_checkpoint
 
