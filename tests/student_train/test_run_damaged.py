@@ -268,7 +268,7 @@ def test_a_run_from_before_checksums_goes_on_and_has_them_then(tmp_path):
     whole = {name: (tmp_path / name).read_bytes() for name in names}
     for name, content in whole.items():
         (tmp_path / name).write_bytes(re.sub(rb',?\s*"crc32c": "[0-9a-f]{8}"', b"", content))
-    with pytest.raises(FailureError, match=r"line 1 has no checksum.*: run the same rob train-student again"):
+    with pytest.raises(FailureError, match=r"line 1 has no checksum.*: run the same command again"):
         read_log(tmp_path)
     begun = read_begun(tmp_path)
     assert begun is not None and begun["loader"] == {"batch_size": 4}
