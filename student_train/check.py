@@ -63,19 +63,7 @@ def is_packed(path: Path) -> bool:
 
 def _store(path: Path, progress: Progress) -> Checked:
     store = TargetStore.open(path)
-    done = 0
-
-    def count(chunks: int) -> None:
-        nonlocal done
-        done += chunks
-        progress(done, store.manifest.num_chunks)
-
-    damaged = store.verify(count)
-    try:
-        _ = store.prototypes, store.statistics
-    except FailureError as problem:
-        damaged.append(str(problem))
-    return Checked(f"{store.manifest.num_chunks:,} chunks", tuple(damaged))
+    return Checked(f"{store.manifest.num_chunks:,} chunks", tuple(store.verify(progress)))
 
 
 def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | None]]]:

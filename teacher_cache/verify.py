@@ -156,18 +156,9 @@ def _pooled(pooling: str | None) -> str:
 
 
 def _check_chunks(store: TargetStore, progress: VerifyProgress) -> None:
-    done = 0
-
-    def report(chunks: int) -> None:
-        nonlocal done
-        done += chunks
-        progress.chunks(done, store.manifest.num_chunks)
-
-    damaged = store.verify(report)
-    if damaged:
-        more = f" ({len(damaged)} of {store.manifest.num_chunks} chunks are damaged)" if len(damaged) > 1 else ""
+    if damaged := store.verify(progress.chunks):
+        more = f" (and {len(damaged) - 1} more are damaged)" if len(damaged) > 1 else ""
         raise FailureError(damaged[0] + more)
-    _ = store.prototypes, store.statistics  # reading them checks them
 
 
 def _draw(config: VerifyConfig, num_images: int, views: int) -> list[np.ndarray]:

@@ -190,8 +190,9 @@ class TargetStore:
         """Room for ``num_chunks`` chunks: name -> uninitialised (num_chunks, chunk_rows, V, ...)."""
         return {name: np.empty((num_chunks, *array.chunk_shape), array.dtype) for name, array in self.arrays.items()}
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> list[str]:
-        """Read every chunk; one sentence for each damaged one. ``progress(n)`` is told of each n chunks read."""
+    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+        """Read every chunk, and what is stored once; one sentence for each that is damaged. ``progress`` is told (chunks read,
+        all of them)."""
 
         def problem(chunk: int) -> str | None:
             try:
@@ -202,10 +203,13 @@ class TargetStore:
 
         damaged = []
         with ThreadPoolExecutor(self.place.at_once) as pool:
-            for found in pool.map(problem, range(self.manifest.num_chunks)):
+            for done, found in enumerate(pool.map(problem, range(self.manifest.num_chunks)), 1):
                 damaged += [found] if found else []
-                if progress:
-                    progress(1)
+                progress(done, self.manifest.num_chunks)
+        try:
+            _ = self.prototypes, self.statistics  # reading them checks them
+        except FailureError as error:
+            damaged.append(str(error))
         return damaged
 
     @cached_property

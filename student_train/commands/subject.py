@@ -76,8 +76,12 @@ class Subject:
     """The network, its images, and the folder that keeps features and results (None: nothing is kept)."""
 
     def __init__(self, context: typer.Context, what: str, config: SubjectConfig, load_teacher: LoadTeacher) -> None:
+        from ..run_folder import is_run
+
         if what != "teacher":
             refuse(context, ("teacher", "checkpoint"), f"is for a teacher, and WHAT is {what}")
+        if what in ("pixels", "teacher") and config.out is not None and is_run(config.out):
+            raise MisuseError(f"`out` {config.out} is a run, whose results are of its student: give another folder")
         note_slow_loader(config.loader)
         self.loader = config.loader
         self.suffix = "" if config.init == "student" else f"-{config.init}"
