@@ -129,13 +129,13 @@ def test_evaluation_refuses(refused, made, tmp_path):
     knn = ("eval", "knn")
     rest = (made.data, "--test", made.data, *FAST)
     refused(2, "nowhere: no such file", *knn, tmp_path / "nowhere", *rest)
-    (tmp_path / "run").mkdir()
+    (tmp_path / "a_run").mkdir()
     refused(2, r"no student\.safetensors in .*: give a finished run's folder", *knn, tmp_path / "run", *rest)
     refused(2, "needs --teacher NAME", *knn, "teacher", *rest)
     refused(2, "k = 25 neighbours of 24 training images", *knn, "pixels", *rest, "--k", 25)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"student": {}}')
-    refused(2, "is a run, whose results are of its student", *knn, "pixels", *rest, "--out", tmp_path / "run")
+    (tmp_path / "a_run").mkdir()
+    (tmp_path / "a_run" / "config.json").write_text('{"student": {}}')
+    refused(2, "is a run, whose results are of its student", *knn, "pixels", *rest, "--out", tmp_path / "a_run")
 
 
 def test_images_without_labels_cannot_be_evaluated(rob, refused, made, tmp_path):
