@@ -129,7 +129,7 @@ def test_evaluation_refuses(refused, made, tmp_path):
     knn = ("eval", "knn")
     rest = (made.data, "--test", made.data, *FAST)
     refused(2, "nowhere: no such file", *knn, tmp_path / "nowhere", *rest)
-    (tmp_path / "a_run").mkdir()
+    (tmp_path / "run").mkdir()
     refused(2, r"no student\.safetensors in .*: give a finished run's folder", *knn, tmp_path / "run", *rest)
     refused(2, "needs --teacher NAME", *knn, "teacher", *rest)
     refused(2, "k = 25 neighbours of 24 training images", *knn, "pixels", *rest, "--k", 25)
