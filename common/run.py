@@ -158,7 +158,7 @@ def seed_everything(seed: int) -> None:
     """Python's, NumPy's and torch's global generators: network initialisation and drop-path. Views do not use them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Where there is no GPU, torch would keep the seed for one all the same, with the stack that it came from: 2 ms, every step.
+    # Where there is no GPU, torch would keep the seed for one all the same, with the stack that it came from: .5 ms, every step.
     (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 

@@ -29,8 +29,10 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
 
     Tensors ``backbone.*`` by timm's names, ``head.mlp.*``, ``head.last_layer.weight`` (K, D), the effective prototypes, and
     ``centre`` and ``patch_centre`` (K,) where the run kept them; the metadata has the description of ``student.safetensors``,
-    the method and the temperature of its targets. MisuseError: no checkpoint, or a head that is no teacher's.
+    the method and the temperature of its targets. MisuseError: no checkpoint, or a head that is no teacher's;
+    or ``config.out`` is there already.
     """
+    refuse_existing(config.out, config.overwrite)
     payload = read_checkpoint(config.run / "checkpoint.pt")
     settings, state = payload["config"], payload["state"]
     info = StudentInfo.from_dict(settings["student_info"])
@@ -88,7 +90,6 @@ def export_teacher(config: ExportTeacherConfig) -> Path:
         "rob_version": versions("rob")["rob"],
     }
     kept = {name: _stored(tensor, config.half) for name, tensor in tensors.items()}
-    refuse_existing(config.out, config.overwrite)
     with replacing(config.out) as file:
         file.write(tensor_file(kept, metadata))
     return config.out

@@ -1,5 +1,6 @@
 """A run that goes on does so as it was planned, however fast the machine is now."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def begun_objective(begun: dict[str, Any] | None) -> str | None:
     """The name of its objective, where there is a run that has one."""
     objective = (begun or {}).get("objective")
     return objective.get("name") if isinstance(objective, dict) else None
+
+
+def with_teacher(branch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of the ``branch`` in a run's settings, what is said of each teacher; nothing where it had none, or does not say."""
+    return [one for one in (branch, *branch.get("others", ())) if one.get("teacher")]
 
 
 def as_begun(config: TrainConfig, begun: dict[str, Any]) -> TrainConfig:

@@ -1,6 +1,6 @@
 """Is everything as it was written? Every checksum of packed images, target stores and run folders, looked at."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,14 @@ def _files_of_runs(path: Path) -> Iterator[tuple[Path, Callable[[Path], str | No
             yield file, _problem_of_archive
         elif file.name == "metrics.jsonl":
             yield file, _problem_of_log
-        elif in_run and (file.name in RECORDS or _is_result(file)):
+        elif in_run and (file.name in RECORDS or (file.suffix == ".json" and _is_of_eval(folders))):
             yield file, _problem_of_record
 
 
-def _is_result(file: Path) -> bool:
-    """Of ``rob eval``, but for the detections, which are COCO's."""
-    folders = [folder.name for folder in file.parents]
-    return file.suffix == ".json" and "eval" in folders and folders[0] != "detections"
+def _is_of_eval(folders: Sequence[Path]) -> bool:
+    """Whether ``rob eval`` seals what is in the first of these, which the others hold: detections are COCO's."""
+    names = [folder.name for folder in folders]
+    return "eval" in names and names[0] != "detections"
 
 
 def _problem_of_tensors(file: Path) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common.errors import MisuseError, first_line
 from ..common.files import first_difference
 from ..common.weights import hash_weights
-from .begun import as_begun, read_begun
+from .begun import as_begun, read_begun, with_teacher
 from .checkpoint import read_checkpoint
 from .students import describe_student
 from .train_config import TrainConfig
@@ -95,8 +95,7 @@ def read_parent(config: TrainConfig, branch: Mapping[str, Any]) -> Parent:
 
 
 def _teachers(branch: Mapping[str, Any]) -> list[str]:
-    members = [one for one in (branch, *branch.get("others", ())) if "teacher" in one]
-    return [f"{one['teacher']} (weights {str(one.get('weights_hash'))[:8]})" for one in members]
+    return [f"{one['teacher']} (weights {str(one.get('weights_hash'))[:8]})" for one in with_teacher(branch)]
 
 
 def _other_teachers(run: Path, then: list[str], now: list[str]) -> str | None:

@@ -1,6 +1,6 @@
 """The optimiser, its per-step schedule and the averaged student: timm's, set up as self-supervised recipes do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import cos, pi
 from typing import Any, Protocol, runtime_checkable
 
@@ -116,17 +116,16 @@ def warm_cosine(total: int) -> Callable[[int, int], float]:
     return lambda step, epoch: (step + 1) / warmup if step < warmup else cosine_decay(step - warmup, total - warmup)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, each: bool = False) -> Tensor:
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, each: bool = False) -> Tensor:
     """Scale gradients down to a norm of ``limit``: that of all together, or ``each`` parameter's own, as DINO's
     ``utils.clip_gradients``. The norm of all together as it was, a scalar that nothing waits for.
     """
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not each:
         norm = nn.utils.get_total_norm(gradients)
         # A norm that is small enough leaves them alone; torch multiplies by 1 then, which spares a GPU the wait for the answer.
         if norm.device.type != "cpu" or not norm + 1e-6 <= limit:
-            nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
     norms = torch.stack(torch._foreach_norm(gradients))
     torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())

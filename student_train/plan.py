@@ -73,8 +73,9 @@ def make_plan(config: TrainConfig) -> TrainPlan:
 
 
 def _begun_in(out: Path) -> dict[str, Any] | None:
+    begun = read_begun(out)  # first: it says when the settings of a run that could go on are damaged
     refuse_what_is_no_run(out)
-    return read_begun(out)
+    return begun
 
 
 def opened(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, RunContext, TargetBranch]:

@@ -76,17 +76,10 @@ def refuse_what_is_no_run(out: Path) -> None:
         raise MisuseError(f"`out` {out} is a file: give the folder to train in")
     if (out / "zarr.json").exists():
         raise MisuseError(f"`out` {out} is a target store: give the run a folder of its own")
-    begun = (out / "checkpoint.pt").exists()
-    try:
-        foreign = "student" not in read_record(out / "config.json", dict[str, Any], "", unchecked=True)
-    except FileNotFoundError:
-        foreign = False
-    except FailureError:
-        foreign = not begun  # what goes on with a checkpoint says itself that its settings are damaged
-    if foreign:
+    if (out / "config.json").exists() and not is_run(out):
         raise MisuseError(f"{out / 'config.json'} is of something else: give the run a folder of its own as `out`")
     trained = [name for name in (WEIGHTS_NAME, AVERAGE_NAME) if (out / name).exists()]
-    if trained and not begun:
+    if trained and not (out / "checkpoint.pt").exists():
         names = " and ".join(trained)
         raise MisuseError(
             f"`out` {out} has {names} and no checkpoint.pt to go on from: give another `out`, or delete {names} to train anew "

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...common.errors import FailureError, MisuseError
 from ...common.records import read_record
+from ..begun import with_teacher
 from ..evaluate.compare import headline
 from ..students import StudentInfo
 from .exported_file import ExportedFile
@@ -47,9 +48,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 def teachers_of(settings: Mapping[str, Any]) -> list[str]:
     """The names of a run's teachers; none where it had none, or does not say."""
-    branch = settings.get("branch", {})
-    named = [one.get("teacher") for one in (branch, *branch.get("others", ()))]
-    return [str(name) for name in named if name]
+    return [str(one["teacher"]) for one in with_teacher(settings.get("branch", {}))]
 
 
 def licence_of(teachers: Sequence[str], licence: Callable[[str], str | None]) -> str | None:

@@ -81,7 +81,8 @@ def tuning_folder(
         )
     if is_run(out):
         raise MisuseError(f"`out` {out} is a run of rob train-student: give the fine-tuned network a folder of its own")
-    if (out / TASKS[task].file).exists() and not (out / "checkpoint.pt").exists() and not config.overwrite:
+    checkpoint = out / "checkpoint.pt"
+    if (out / TASKS[task].file).exists() and not checkpoint.exists() and not config.overwrite:
         raise MisuseError(
             f"`out` {out} has {TASKS[task].file} and no checkpoint.pt to go on from: pass `overwrite` to train anew there"
         )
@@ -89,7 +90,6 @@ def tuning_folder(
     settings |= {"task": task, "precision": start.precision, "weights": start.source, **facts}
     if isinstance(config, ClassifyConfig):
         settings["batch_size"] = config.loader.batch_size
-    checkpoint = out / "checkpoint.pt"
     taken = f"{out}: another rob finetune is at work there; wait for it, or give another `out`"
     with locked(out / ".lock", taken):
         if config.overwrite:

@@ -126,7 +126,7 @@ class Crops(Dataset):
         image = tv_tensors.Image(torch.from_numpy(self.data.image(row)).permute(2, 0, 1))
         labels = tv_tensors.Mask(torch.from_numpy(self.data.labels(row)))
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would keep the seed for a GPU, too, with the stack that it came from: 2 ms an image.
+            # torch.manual_seed would keep the seed for a GPU, too, with the stack that it came from.
             torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 1_000_003 + row) % 2**64)
             images, masks = self.transform(image, labels)
         return images.as_subclass(Tensor), masks.as_subclass(Tensor)

@@ -103,7 +103,7 @@ def test_average_lars_and_clipping_reach_all_weights_in_few_launches():
     torch.testing.assert_close(*weights)
     launched.clear()
     with Operations(launched):
-        clip_gradients(moved.parameters(), 1e-3, each=True)
+        clip_gradients([*moved.parameters()], 1e-3, each=True)
     assert launched.total() < 10, launched
 
 

@@ -115,8 +115,8 @@ def detect(config: DetectConfig, keep_in: Path | None = None, progress: DetectPr
         len(test.images),
         source,
     )
-    if keep_in and trained:
-        with replacing(keep_in / "eval" / "detections" / f"{task}.json") as file:
+    if trained:
+        with replacing(trained.parent / "detections" / f"{task}.json") as file:
             file.write(json.dumps(found).encode())
         head: dict[str, int | bool] = {"masks": masks, "side": config.side, "channels": config.channels}
         tuned = Tuned("detect", info.to_dict(), train.classes, head)
